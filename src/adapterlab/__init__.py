@@ -1,0 +1,67 @@
+"""adapterlab: every parameter-efficient fine-tuning method under one interface.
+
+    import adapterlab as al
+
+    model, tokenizer = al.load_model("smollm2-135m")
+    host = al.attach(model, al.LoRA(r=16, targets="all-linear"))
+    ...
+    host.save("my-adapter")
+
+Names are imported on first use: importing this package loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from adapterlab import methods
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it. Method classes (al.LoRA, ...) are found by file, not listed here.
+_PUBLIC = {
+    "attach": "adapterlab.core.host",
+    "host": "adapterlab.core.host",
+    "Host": "adapterlab.core.host",
+    "Method": "adapterlab.core.method",
+    "LayerMethod": "adapterlab.core.method",
+    "Adapter": "adapterlab.core.adapter",
+    "Delta": "adapterlab.core.adapter",
+    "Site": "adapterlab.core.site",
+    "Targets": "adapterlab.core.targets",
+    "State": "adapterlab.core.state",
+    "register": "adapterlab.registry",
+    "method": "adapterlab.registry",
+    "load": "adapterlab.io",
+    "load_model": "adapterlab.models",
+    "pull": "adapterlab.models",
+    "fit": "adapterlab.train",
+    "TrainConfig": "adapterlab.train",
+    "score": "adapterlab.evaluate",
+    "AdapterlabError": "adapterlab.errors",
+}
+
+__all__ = ["__version__", "methods", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    value: Any
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    elif name.startswith("_"):
+        raise AttributeError(f"module 'adapterlab' has no attribute {name!r}")
+    else:
+        from adapterlab.registry import method_class
+
+        value = method_class(name)
+        if value is None:
+            raise AttributeError(f"module 'adapterlab' has no attribute {name!r}, and no method class has that name")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    from adapterlab.registry import class_names
+
+    return sorted([*__all__, *class_names()])

@@ -1,0 +1,5 @@
+"""`python -m adapterlab` is the same as the `adapterlab` command."""
+
+from adapterlab.cli import main
+
+main()

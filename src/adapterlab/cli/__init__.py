@@ -1,0 +1,57 @@
+"""The command line: one file per verb.
+
+A file `cli/<verb>.py` defines a function of the same name, annotated for typer; its docstring is the help text.
+The files are found by name, so adding a verb edits nothing else. They import heavy modules inside the function,
+which keeps `adapterlab --help` fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+
+import typer
+
+from adapterlab.errors import AdapterlabError
+
+
+def build() -> typer.Typer:
+    """Collect the verbs of this folder into one application."""
+    app = typer.Typer(
+        name="adapterlab",
+        help="Parameter-efficient fine-tuning: attach, train, prove, evaluate, export.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+    )
+    for info in pkgutil.iter_modules(__path__):
+        if not info.name.startswith("_"):
+            module = importlib.import_module(f"{__name__}.{info.name}")
+            app.command(name=info.name.replace("_", "-"))(getattr(module, info.name))
+
+    @app.callback(invoke_without_command=True)
+    def root(
+        context: typer.Context,
+        version: bool = typer.Option(False, "--version", help="Print the version and leave."),
+    ) -> None:
+        if version:
+            from adapterlab import __version__
+
+            typer.echo(f"adapterlab {__version__}")
+            raise typer.Exit
+
+    return app
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; an `AdapterlabError` becomes one message and exit code 2."""
+    try:
+        build()(args=args, standalone_mode=True)
+    except AdapterlabError as error:
+        from rich.console import Console
+
+        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", end=" ")
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None

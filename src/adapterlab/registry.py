@@ -1,0 +1,79 @@
+"""Find methods by file: `methods/<id>.py` defines the method `<id>`; third parties add theirs by entry point.
+
+Listing reads file names only, so it imports neither torch nor any method.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib
+import pkgutil
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, TypeVar
+
+from adapterlab import methods as _package
+from adapterlab.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from adapterlab.core.method import Method
+
+GROUP = "adapterlab.methods"
+_registered: dict[str, type[Method]] = {}
+M = TypeVar("M", bound="type[Method]")
+
+
+def register(cls: M) -> M:
+    """Class decorator that makes a method known under its id, which is the name of its file.
+
+    Raises:
+        ConfigError: another class has that id already.
+    """
+    if "id" not in cls.__dict__:
+        cls.id = cls.__module__.rpartition(".")[2]
+    other = _registered.get(cls.id)
+    if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ConfigError(
+            f"Two methods have the id {cls.id!r}: {other.__module__}.{other.__qualname__} and "
+            f"{cls.__module__}.{cls.__qualname__}. Rename one of them."
+        )
+    _registered[cls.id] = cls
+    return cls
+
+
+def _third_party() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def ids(pattern: str = "*") -> list[str]:
+    """List the ids of all methods that match a wildcard pattern.
+
+    Args:
+        pattern: shell-style, such as "lora*".
+    """
+    own = [info.name for info in pkgutil.iter_modules(_package.__path__) if not info.name.startswith("_")]
+    return sorted(i for i in {*own, *_third_party(), *_registered} if fnmatch.fnmatch(i, pattern))
+
+
+def method(id: str) -> type[Method]:
+    """Return the method class with this id.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if id not in _registered:
+        if id not in ids():
+            raise ConfigError(f"There is no method {id!r}. {nearest(id, ids())} List them with: adapterlab methods.")
+        point = _third_party().get(id)
+        point.load() if point else importlib.import_module(f"{_package.__name__}.{id}")
+    return _registered[id]
+
+
+def method_class(name: str) -> type[Method] | None:
+    """Return the method whose class is called `name` (its id without underscores, in any case), or None."""
+    id = next((i for i in ids() if i.replace("_", "") == name.lower()), None)
+    return method(id) if id else None
+
+
+def class_names() -> list[str]:
+    """Names of all method classes; imports them."""
+    return sorted(method(i).__name__ for i in ids())
