@@ -1,0 +1,520 @@
+"""The handle on a model that carries adapters: the four verbs, the active set, saving, proof of attachment."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterlab.core.adapter import Adapter, Copy
+from adapterlab.core.method import Method
+from adapterlab.core.resident import Patch
+from adapterlab.core.roles import layer_of, role_of
+from adapterlab.core.site import Site, plain_class
+from adapterlab.core.state import State
+from adapterlab.core.targets import Targets, select
+from adapterlab.core.wrapping import ADAPTERS, adapters_of, plain_copy, put, take
+from adapterlab.errors import AttachError, NotTrainingError, nearest
+
+HOST = "_adapterlab_host"
+SHARED = "_adapterlab_shared"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one adapter trains.
+
+    Attributes:
+        name: of the adapter.
+        method: id of its method.
+        modules: number of adapted modules by role or last part of the path.
+        trainable: number of trainable scalars.
+        total: number of scalars of base and adapter together.
+        dtypes: number of scalars by dtype, "trainable" and "frozen" apart.
+    """
+
+    name: str
+    method: str
+    modules: dict[str, int]
+    trainable: int
+    total: int
+    dtypes: dict[str, dict[str, int]]
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{role} {count}" for role, count in self.modules.items()) or "no module"
+        share = 100 * self.trainable / max(1, self.total)
+        return f"{self.name} ({self.method}): {self.trainable:,} of {self.total:,} train ({share:.3f} %); on {where}"
+
+
+def attach(model: nn.Module, method: Method, name: str = "default") -> Host:
+    """Put a method on a model, in place, and return the model's host.
+
+    The base is frozen; the adapter becomes active, beside any that are active already.
+
+    Args:
+        model: any PyTorch model; role names and saving are made for those of `transformers`.
+        method: for example `al.LoRA(r=16)`.
+        name: of the adapter.
+
+    Raises:
+        TargetError: a target matches nothing.
+        AttachError: the name is taken, or the method cannot work on this model. The model is left as it was.
+    """
+    found = host(model) or Host(model)
+    found.attach(method, name)
+    return found
+
+
+def host(model: nn.Module) -> Host | None:
+    """Return the host of a model that carries adapters, also after `copy.deepcopy`, else None."""
+    return model.__dict__.get(HOST)
+
+
+class Host:
+    """A model and the adapters on it. Made by `attach` and `load`; `host(model)` finds it again."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.state = State()
+        self.methods: dict[str, Method] = {}
+        self.patches: dict[str, dict[str, Patch]] = {}
+        self._trained_before = {path: p.requires_grad for path, p in model.named_parameters()}
+
+    # ------------------------------------------------------------------ looking at the model
+
+    @functools.cached_property
+    def backbone(self) -> nn.Module:
+        """The model without its output or task head."""
+        return getattr(self.model, "base_model", self.model)
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The repeated blocks: the longest `ModuleList`s of the backbone (two for an encoder-decoder), in order."""
+        lists = [m for m in self.backbone.modules() if isinstance(m, nn.ModuleList) and len(m)]
+        if not lists:
+            raise AttachError(
+                f"{type(self.model).__name__} has no list of layers; name the modules by pattern instead."
+            )
+        longest = max(lists, key=len)
+        kind = plain_class(longest[0])
+        return [block for blocks in lists if plain_class(blocks[0]) is kind for block in blocks]
+
+    def path_of(self, module: nn.Module) -> str:
+        """Return the dotted name of a module of the model.
+
+        Raises:
+            AttachError: it is not part of the model.
+        """
+        for path, found in self.model.named_modules():
+            if found is module:
+                return path
+        raise AttachError(f"This {type(module).__name__} is not part of the {type(self.model).__name__} of this host.")
+
+    def all_sites(self) -> list[Site]:
+        """Return every base module as a site, adapters and shared tensors left out."""
+        backbone = {id(m) for m in self.backbone.modules()} if self.backbone is not self.model else None
+        output = getattr(self.model, "get_output_embeddings", lambda: None)()
+        shared = Counter(id(p) for m in _base_modules(self.model) for p in m[1]._parameters.values() if p is not None)
+        sites = []
+        for path, module in _base_modules(self.model):
+            is_head = module is output or (backbone is not None and id(module) not in backbone)
+            weight = module._parameters.get("weight")
+            tied = weight is not None and shared[id(weight)] > 1
+            role = "head" if module is output else role_of(path)
+            sites.append(Site(path, module, layer_of(path), role, is_head, tied))
+        return sites
+
+    def site(self, module: nn.Module) -> Site:
+        """Return the site of one module."""
+        path = self.path_of(module)
+        return next(s for s in self.all_sites() if s.path == path)
+
+    def sites(self, targets: Targets, kinds: Sequence[str] | None = None) -> list[Site]:
+        """Return the sites that targets mean, in model order; see `Targets`.
+
+        Raises:
+            TargetError: an entry matches nothing, or only kinds that the method cannot adapt.
+        """
+        return select(targets, self.all_sites(), kinds, type(self.model).__name__)
+
+    # ------------------------------------------------------------------ attaching and detaching
+
+    def attach(self, method: Method, name: str = "default", *, active: bool = True) -> None:
+        """Put a method on the model; see `attach`. With `active=False` it waits for `activate` or `using`."""
+        if not isinstance(method, Method):
+            raise AttachError(f"attach needs a method such as al.LoRA(r=16), and received {method!r}.")
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
+            raise AttachError(f"An adapter's name has letters, digits, '_' and '-' only; received {name!r}.")
+        if name in self.methods:
+            raise AttachError(
+                f"The model has an adapter {name!r} already ({self.methods[name].id}). Choose another name, or "
+                f"host.detach({name!r}) first. Attached: {', '.join(self.methods)}."
+            )
+        before = self.state.active
+        if not self.methods:
+            self.model.requires_grad_(False)
+        self.methods[name], self.patches[name] = method, {}
+        self.model.__dict__[HOST] = self
+        try:
+            method.attach(self, name)
+            self._save_modules(method, name)
+            self.activate(*before, *((name,) if active else ()))
+        except BaseException:
+            self.detach(name)
+            raise
+
+    def detach(self, name: str) -> None:
+        """Remove an adapter; base values, classes and keys are as before, to the bit."""
+        self._check(name)
+        self.activate(*(n for n in self.state.active if n != name))
+        for patch in self.patches.pop(name).values():
+            patch.undo(self.model, keep=False)
+            self.model.get_parameter(patch.path).requires_grad_(False)
+        for path in self.adapters(name):
+            take(self.model.get_submodule(path), name)
+        held = self.model._modules.get(SHARED)
+        if held is not None:
+            held._modules.pop(name, None)
+            if not held._modules:
+                del self.model._modules[SHARED]
+        del self.methods[name]
+        if not self.methods:
+            self.model.__dict__.pop(HOST, None)
+            for path, parameter in self.model.named_parameters():
+                parameter.requires_grad_(self._trained_before.get(path, parameter.requires_grad))
+
+    def _save_modules(self, method: Method, name: str) -> None:
+        """Give the adapter full trainable copies of the modules in `modules_to_save`."""
+        if not method.modules_to_save:
+            return
+        targets = Targets(include=method.modules_to_save)
+        for site in self.sites(targets):
+            inner = [
+                path for path, _ in _base_modules(site.module) if path and adapters_of(site.module.get_submodule(path))
+            ]
+            if name in adapters_of(site.module) or inner:
+                where = f" inside, at {inner[0]}" if inner else ""
+                raise AttachError(
+                    f"{site.path} is in modules_to_save and is also adapted{where}. Exclude it from targets, or leave "
+                    "it out of modules_to_save."
+                )
+            self.wrap(name, site, Copy(site, plain_copy(site.module)))
+
+    # ------------------------------------------------------------------ the four verbs
+
+    def wrap(self, name: str, where: Site | nn.Module, adapter: Adapter) -> None:
+        """Let an adapter stand around a module's call.
+
+        Raises:
+            AttachError: the adapter `name` has something at this module already.
+        """
+        module = where.module if isinstance(where, Site) else where
+        if name in adapters_of(module):
+            raise AttachError(f"{name!r} is attached to {self.path_of(module)} already: one adapter a module and name.")
+        put(module, name, adapter.train(module.training), self.state)
+
+    def is_adapter_path(self, path: str) -> bool:
+        """Say whether a parameter's name belongs to an adapter and not to the base."""
+        return not {ADAPTERS, SHARED}.isdisjoint(path.split("."))
+
+    def own(self, name: str, path: str, *, keep: bool = True) -> nn.Parameter:
+        """Train a base parameter in place.
+
+        Args:
+            name: of the adapter.
+            path: the parameter's name in the model.
+            keep: store the original, so that the change can be undone and switched off; without it, detaching raises.
+
+        Raises:
+            AttachError: there is no such parameter, it is packed, or another live adapter owns it.
+        """
+        parameters = {p: t for p, t in self.model.named_parameters() if not self.is_adapter_path(p)}
+        if path not in parameters:
+            raise AttachError(f"{type(self.model).__name__} has no parameter {path!r}. {nearest(path, parameters)}")
+        parameter = parameters[path]
+        if not parameter.dtype.is_floating_point or type(parameter.data) is not Tensor:
+            raise AttachError(
+                f"{path} is stored packed ({type(parameter).__name__}, {parameter.dtype}) and cannot be trained in "
+                "place. Load the model without quantization, or choose a method that adds tensors beside the weight."
+            )
+        self._check_conflict(name, path)
+        if path not in self.patches[name]:
+            self.patches[name][path] = Patch(path, parameter.detach().clone() if keep else None)
+        return parameter.requires_grad_(True)
+
+    def share(self, name: str, key: str, module: nn.Module) -> nn.Module:
+        """Keep tensors of an adapter that belong to no single module; they live at the root of the model.
+
+        Raises:
+            AttachError: the adapter has shared something under this key already.
+        """
+        if SHARED not in self.model._modules:
+            self.model.add_module(SHARED, nn.ModuleDict())
+        held = self.model._modules[SHARED]
+        group = held._modules.setdefault(name, nn.ModuleDict())  # type: ignore[union-attr]
+        if key in group._modules:  # type: ignore[union-attr]
+            raise AttachError(f"{name!r} shares {key!r} already; each key is shared once.")
+        group.add_module(key, module)  # type: ignore[union-attr]
+        return module
+
+    # ------------------------------------------------------------------ what an adapter consists of
+
+    def adapters(self, name: str) -> dict[str, Adapter]:
+        """Return the adapter's parts by the path of their module, in model order."""
+        return {p: held[name] for p, m in _base_modules(self.model) if name in (held := adapters_of(m))}
+
+    def shared(self, name: str) -> dict[str, nn.Module]:
+        """Return what the adapter keeps at the root of the model, by key."""
+        held = self.model._modules.get(SHARED)
+        group = held._modules.get(name) if held is not None else None
+        return dict(group._modules) if group is not None else {}  # type: ignore[arg-type]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Return every tensor of the adapter: what saving must keep.
+
+        Keys are `adapter.<module path>.<tensor>`, `shared.<key>.<tensor>` and `base.<parameter path>`.
+        """
+        self._check(name)
+        found: dict[str, Tensor] = {}
+        for path, adapter in self.adapters(name).items():
+            found.update({f"adapter.{path}.{key}": value for key, value in adapter.state_dict(keep_vars=True).items()})
+        for key, module in self.shared(name).items():
+            found.update({f"shared.{key}.{k}": value for k, value in module.state_dict(keep_vars=True).items()})
+        found.update({f"base.{path}": patch.value(self.model) for path, patch in self.patches[name].items()})
+        return found
+
+    def state_dict(self, name: str) -> dict[str, Tensor]:
+        """Return detached copies of `tensors(name)`."""
+        return {key: value.detach().clone() for key, value in self.tensors(name).items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Copy saved tensors into the adapter.
+
+        Raises:
+            AttachError: names or shapes do not agree; nothing is copied then.
+        """
+        own = self.tensors(name)
+        faults = [f"{key}: missing" for key in own if key not in tensors]
+        faults += [f"{key}: not in this adapter" for key in tensors if key not in own]
+        faults += [
+            f"{key}: saved {tuple(tensors[key].shape)}, here {tuple(own[key].shape)}"
+            for key in own
+            if key in tensors and tensors[key].shape != own[key].shape
+        ]
+        if faults:
+            more = f"\n  ... and {len(faults) - 8} more" if len(faults) > 8 else ""
+            raise AttachError(f"The tensors do not fit adapter {name!r}:\n  " + "\n  ".join(faults[:8]) + more)
+        for key, value in tensors.items():
+            own[key].copy_(value)
+
+    def named_parameters(self, name: str) -> dict[str, nn.Parameter]:
+        """Return the adapter's trainable tensors by the keys of `tensors`, each once."""
+        seen: set[int] = set()
+        found = {}
+        for key, value in self.tensors(name).items():
+            if isinstance(value, nn.Parameter) and value.requires_grad and id(value) not in seen:
+                seen.add(id(value))
+                found[key] = value
+        return found
+
+    def parameters(self, name: str) -> list[nn.Parameter]:
+        """Return the adapter's trainable tensors."""
+        return list(self.named_parameters(name).values())
+
+    def summary(self, name: str | None = None) -> Summary:
+        """Count what an adapter trains; without a name, the one that is attached alone."""
+        name = self._only(name)
+        own = {id(t): t for t in self.tensors(name).values()}
+        every = {**{id(p): p for p in self.model.parameters()}, **own}
+        others = {id(t) for n in self.methods if n != name for t in self.tensors(n).values()} - own.keys()
+        base = [p for key, p in every.items() if key not in others]
+        dtypes: dict[str, Counter[str]] = {"trainable": Counter(), "frozen": Counter()}
+        trained = {id(p) for p in self.parameters(name)}
+        for p in base:
+            dtypes["trainable" if id(p) in trained else "frozen"][str(p.dtype).removeprefix("torch.")] += _numel(p)
+        roles = Counter(role_of(path) or path.rpartition(".")[2] or "model" for path in self.adapters(name))
+        roles.update(Counter("base " + (role_of(p.rpartition(".")[0]) or "tensors") for p in self.patches[name]))
+        return Summary(
+            name, self.methods[name].id, dict(roles), sum(dtypes["trainable"].values()), sum(map(_numel, base)),
+            {key: dict(count) for key, count in dtypes.items()},
+        )  # fmt: skip
+
+    # ------------------------------------------------------------------ switching
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the live adapters."""
+        return self.state.active
+
+    def activate(self, *names: str) -> None:
+        """Make exactly these adapters live; none means the plain base model.
+
+        Raises:
+            AttachError: a name is unknown, or two of them own the same base parameter.
+        """
+        for name in names:
+            self._check(name)
+        owner: dict[str, str] = {}
+        for name in names:
+            for path in self.patches[name]:
+                if owner.setdefault(path, name) != name:
+                    raise AttachError(f"{owner[path]!r} and {name!r} both own {path}: make only one of them active.")
+        for name in self.methods:
+            stuck = [p.path for p in self.patches[name].values() if p.original is None]
+            if name not in names and stuck and name in self.state.active:
+                raise AttachError(
+                    f"{name!r} trains {stuck[0]} in place and was attached without keeping the original, so it "
+                    "cannot be switched off. Attach it with the originals kept, or load the base model again."
+                )
+        leaving = [n for n in self.methods if n not in names]
+        for name in leaving:
+            for patch in self.patches[name].values():
+                patch.undo(self.model)
+        for name in names:
+            for patch in self.patches[name].values():
+                patch.write(self.model)
+        self.state.active = tuple(dict.fromkeys(names))
+
+    @contextlib.contextmanager
+    def using(self, *names: str) -> Iterator[Host]:
+        """Make exactly these adapters live inside the context; `using()` is the plain base model."""
+        before = self.state.active
+        self.activate(*names)
+        try:
+            yield self
+        finally:
+            self.activate(*before)
+
+    # ------------------------------------------------------------------ checks, checkpointing, saving
+
+    def checkpointing(self, enabled: bool = True, *, compiled: bool = False) -> None:
+        """Recompute activations in the backward pass instead of keeping them.
+
+        Always non-reentrant. State that changes between two forward passes is recorded with each and shown again
+        during its recomputation; under `torch.compile` (`compiled=True`) the plain form is used, which needs no record.
+        """
+        if not enabled:
+            self.model.gradient_checkpointing_disable()
+            return
+        kwargs: dict[str, Any] = {"use_reentrant": False}
+        if not compiled:
+            kwargs["context_fn"] = self._checkpoint_contexts
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        # Non-reentrant checkpointing needs no gradient at the input, and the hook that makes one breaks full graphs.
+        if getattr(self.model, "_require_grads_hook", None) is not None:
+            self.model.disable_input_require_grads()
+
+    def _checkpoint_contexts(self) -> tuple[Any, Any]:
+        return contextlib.nullcontext(), self.state.replay(self.state.snapshot())
+
+    def verify(self, batch: Mapping[str, Tensor]) -> None:
+        """Run one forward and backward pass and check that nothing attached is bypassed.
+
+        Args:
+            batch: arguments of the model, with labels.
+
+        Raises:
+            NotTrainingError: an adapted module was never called, or a trainable tensor got no gradient.
+        """
+        called: set[str] = set()
+        handles = [
+            self.model.get_submodule(path).register_forward_hook(lambda *_, path=path: called.add(path))
+            for name in self.active
+            for path in self.adapters(name)
+        ]
+        parameters = {key: p for name in self.active for key, p in self.named_parameters(name).items()}
+        before = {key: p.grad for key, p in parameters.items()}
+        for p in parameters.values():
+            p.grad = None
+        try:
+            with self.state.collect() as losses:
+                loss = self.model(**batch).loss
+                (loss + sum(losses)).backward()
+            silent = [key for key, p in parameters.items() if p.grad is None]
+        finally:
+            for handle in handles:
+                handle.remove()
+            for key, p in parameters.items():
+                p.grad = before[key]
+        missed = [path for name in self.active for path in self.adapters(name) if path not in called]
+        if missed or silent:
+            raise NotTrainingError(_bypassed(missed, silent))
+
+    def save(self, folder: str | Path, name: str | None = None, **options: Any) -> Path:
+        """Write the adapter to a folder; see `adapterlab.io.save`."""
+        from adapterlab.io import save
+
+        return save(self, folder, self._only(name), **options)
+
+    def save_base(self, folder: str | Path) -> None:
+        """Write the base model without any adapter's tensors, as `save_pretrained` does for a plain model.
+
+        `model.save_pretrained` itself would write the adapters' tensors among the base's.
+        """
+        with self.using():
+            base = {k: v for k, v in self.model.state_dict().items() if not self.is_adapter_path(k)}
+            self.model.save_pretrained(folder, state_dict=base)
+
+    def _check_conflict(self, name: str, path: str) -> None:
+        for other in self.state.active:
+            if other != name and path in self.patches[other]:
+                raise AttachError(
+                    f"{path} is owned by adapter {other!r} already: two adapters cannot train one base parameter "
+                    f"at the same time. Deactivate {other!r} first, or exclude the parameter."
+                )
+
+    def _check(self, name: str) -> None:
+        if name not in self.methods:
+            attached = ", ".join(self.methods) or "none"
+            raise AttachError(f"There is no adapter {name!r} on this model. Attached: {attached}.")
+
+    def _only(self, name: str | None) -> str:
+        if name is None and len(self.methods) != 1:
+            raise AttachError(f"Say which adapter: {', '.join(self.methods) or 'none is attached'}.")
+        name = name if name is not None else next(iter(self.methods))
+        self._check(name)
+        return name
+
+
+def _base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Walk over a model's own modules, adapters left out; a module that is reached twice is named once."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None and name not in (ADAPTERS, SHARED):
+                yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, prefix)
+
+
+def _numel(tensor: Tensor) -> int:
+    """Number of logical scalars; a packed 4-bit weight holds two in a byte."""
+    state = getattr(tensor, "quant_state", None)
+    return int(state.shape.numel()) if state is not None else tensor.numel()
+
+
+def _bypassed(missed: list[str], silent: list[str]) -> str:
+    lines = []
+    if missed:
+        lines.append(f"{len(missed)} adapted modules were never called: {', '.join(missed[:5])}.")
+    if silent:
+        lines.append(f"{len(silent)} trainable tensors got no gradient: {', '.join(silent[:5])}.")
+    lines.append(
+        "The model computes past them (a fused kernel, an unused tower, code that reads weights directly), or an outer "
+        "no_grad hides them. Exclude these modules, or load the model with another implementation (eager attention)."
+    )
+    return " ".join(lines)

@@ -1,0 +1,120 @@
+"""What a PEFT method is: hyperparameters as fields, behaviour as methods of one frozen class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from adapterlab.core.adapter import Adapter
+from adapterlab.core.site import Site
+from adapterlab.core.targets import Targets
+from adapterlab.settings import Settings
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from adapterlab.core.host import Host
+    from adapterlab.io.hf_peft import HFCodec
+
+Batches = Iterable[Mapping[str, Tensor]]
+MakeOptimizer = Callable[[list[dict[str, Any]] | list[nn.Parameter]], "Optimizer"]
+
+
+class Method(Settings):
+    """Base class of all methods. Subclasses are registered by the name of their file and are keyword-only.
+
+    Class attributes:
+        id: name of the file.
+        family: one of the kinds listed in the architecture page.
+        paper: title; year: of first publication; arxiv: id, or "" when there is none.
+        formula: the number of trainable parameters, in the letters of the page.
+        status: `stable` or `experimental`.
+        hf: how HF PEFT stores it, or None.
+    """
+
+    id: ClassVar[str]
+    family: ClassVar[str] = "other"
+    paper: ClassVar[str] = ""
+    year: ClassVar[int] = 0
+    arxiv: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
+    status: ClassVar[Literal["stable", "experimental"]] = "stable"
+    hf: ClassVar[HFCodec | None] = None
+
+    modules_to_save: tuple[str, ...] = Field(
+        (), description="modules trained in full beside the adapter, such as a new classifier head"
+    )
+
+    def attach(self, host: Host, name: str) -> None:
+        """Put the method on the model with the four verbs of `host`."""
+        raise NotImplementedError
+
+    def prepare(self, host: Host, name: str, batches: Batches) -> None:
+        """Use data before training starts (Fisher masks, data-driven initialisation)."""
+
+    def optimizer(self, host: Host, name: str, make: MakeOptimizer) -> Optimizer:
+        """Build the optimizer; `make` takes parameters or parameter groups."""
+        return make(host.parameters(name))
+
+    def gradient(self, host: Host, name: str, loss: Callable[[], Tensor], backward: Callable[[Tensor], None]) -> Tensor:
+        """Compute the loss and its gradients; methods without back-propagation override this."""
+        value = loss()
+        backward(value)
+        return value.detach()
+
+    def penalty(self, host: Host, name: str) -> Tensor | None:
+        """An extra loss on the parameters, added once a step."""
+        return None
+
+    def before_step(self, host: Host, name: str, step: int, optimizer: Optimizer) -> None:
+        """Called before the forward pass of a step."""
+
+    def after_backward(self, host: Host, name: str, step: int) -> None:
+        """Called when the gradients of a step are complete."""
+
+    def after_step(self, host: Host, name: str, step: int, optimizer: Optimizer) -> None:
+        """Called after the optimizer's step."""
+
+    def finish(self, host: Host, name: str) -> None:
+        """Called once after training."""
+
+    @classmethod
+    def overrides(cls, hook: str) -> bool:
+        """Say whether the method has its own version of a hook."""
+        return getattr(cls, hook) is not getattr(Method, hook)
+
+    @classmethod
+    def capabilities(cls) -> dict[str, bool]:
+        """What the method does, computed from what it overrides."""
+        events = ("before_step", "after_backward", "after_step", "finish")
+        return {
+            "needs_data": cls.overrides("prepare"),
+            "changes_optimizer": cls.overrides("optimizer"),
+            "own_gradient": cls.overrides("gradient"),
+            "extra_loss": cls.overrides("penalty"),
+            "has_events": any(cls.overrides(event) for event in events),
+            "peft_format": cls.hf is not None,
+        }
+
+
+class LayerMethod(Method):
+    """The common case: one adapter for each matching module. Subclasses define `Layer(method, site)`."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    Layer: ClassVar[Callable[[Any, Site], Adapter]]
+
+    targets: Targets = Field(
+        default_factory=lambda: Targets(include=("all-linear",)),
+        description="which modules to adapt: roles, module names, patterns or all-linear",
+    )
+
+    def attach(self, host: Host, name: str) -> None:
+        for site in host.sites(self.targets, self.kinds):
+            host.wrap(name, site, self.build(site, host, name))
+
+    def build(self, site: Site, host: Host, name: str) -> Adapter:
+        """Make the adapter for one site."""
+        return type(self).Layer(self, site)

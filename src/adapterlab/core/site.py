@@ -1,0 +1,218 @@
+"""A place in a model that an adapter can attach to. The only file that asks what class a module has.
+
+Every weight is seen as `[out, in]`, whatever its storage: a GPT-2 `Conv1D` is transposed, and an embedding table
+`[vocabulary, width]` is a linear map on one-hot rows, so `out = width` and `in = vocabulary`. A method written for
+`[out, in]` therefore works on all of them through `weight`, `op` and `mix`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from adapterlab.core.quantized import compute_dtype, dense, is_quantized
+
+PLAIN = "_adapterlab_plain"  # attribute of a wrapped class that holds the class it was made from
+
+
+class Kind:
+    """What adapters need to know about one kind of module."""
+
+    name = "block"
+
+    def matches(self, module: nn.Module) -> bool:
+        """Say whether the module is of this kind."""
+        return True
+
+    def shape(self, module: nn.Module) -> tuple[int, int] | None:
+        """`(out, in)` of the weight, or None when the module has no single weight."""
+        return None
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """The weight as `[out, in]` plain numbers."""
+        raise TypeError(f"{type(module).__name__} has no single weight")
+
+    def op(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        """The module's own operation with another weight `[any, in]` and no bias."""
+        raise TypeError(f"{type(module).__name__} is not an operation with one weight")
+
+
+class Linear(Kind):
+    """`nn.Linear` and its quantized subclasses: y = x Wᵀ."""
+
+    name = "linear"
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear)
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        return module.out_features, module.in_features  # type: ignore[return-value]
+
+    def weight(self, module: nn.Module) -> Tensor:
+        return dense(module)
+
+    def op(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+
+class Transposed(Linear):
+    """GPT-2's `Conv1D`: a linear layer whose weight is stored `[in, out]`."""
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, Conv1D)
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        return module.nf, module.nx  # type: ignore[return-value]
+
+    def weight(self, module: nn.Module) -> Tensor:
+        return dense(module).T
+
+
+class Embedding(Kind):
+    """`nn.Embedding`: a linear map on one-hot rows, W = tableᵀ."""
+
+    name = "embedding"
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding)
+
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        return module.embedding_dim, module.num_embeddings  # type: ignore[return-value]
+
+    def weight(self, module: nn.Module) -> Tensor:
+        return dense(module).T
+
+    def op(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        # The base's max_norm is left out on purpose: it would renormalise the adapter's own tensor in place.
+        return F.embedding(x, weight.T, padding_idx=module.padding_idx)  # type: ignore[arg-type]
+
+
+class Norm(Kind):
+    """Normalisation layers: a weight vector and perhaps a bias, no matrix."""
+
+    name = "norm"
+
+    def matches(self, module: nn.Module) -> bool:
+        return "norm" in type(module).__name__.lower() and "weight" in module._parameters
+
+
+KINDS: tuple[Kind, ...] = (Transposed(), Linear(), Embedding(), Norm(), Kind())
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class the module had before it was wrapped."""
+    return getattr(type(module), PLAIN, type(module))
+
+
+def kind_of(module: nn.Module) -> Kind:
+    """Return the first kind that matches."""
+    return next(kind for kind in KINDS if kind.matches(module))
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One module of a model, seen as an adapter sees it.
+
+    Attributes:
+        path: dotted name of the module in the model.
+        module: the module itself.
+        layer: index of the layer it belongs to, or None.
+        role: `q`, `v`, `down`, ... or None.
+        is_head: it lies outside the backbone, or is the output embedding.
+        tied: its weight is shared with another module.
+    """
+
+    path: str
+    module: nn.Module
+    layer: int | None = None
+    role: str | None = None
+    is_head: bool = False
+    tied: bool = False
+
+    @property
+    def kind(self) -> str:
+        """`linear`, `embedding`, `norm` or `block`."""
+        return kind_of(self.module).name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)` of the weight.
+
+        Raises:
+            TypeError: the module has no single weight matrix.
+        """
+        shape = kind_of(self.module).shape(self.module)
+        if shape is None:
+            raise TypeError(f"{self.path} ({type(self.module).__name__}) has no weight matrix")
+        return shape
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias `[out]`, or None."""
+        return self.module._parameters.get("bias")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weight is stored packed."""
+        return is_quantized(self.module)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the module is exactly a linear layer with its weight at hand, so that its product may be fused."""
+        return plain_class(self.module) in (nn.Linear, Conv1D) and not self.quantized
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored `[in, out]`."""
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module's parameters are."""
+        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Default dtype of an adapter here: float32 on half or packed weights, else the base's own."""
+        base = compute_dtype(self.module)
+        return torch.float32 if base.itemsize < 4 or self.quantized else base
+
+    def weight(self) -> Tensor:
+        """The weight as `[out, in]` plain numbers: dequantized, `Conv1D` and tables transposed."""
+        return kind_of(self.module).weight(self.module)
+
+    def op(self, x: Tensor, weight: Tensor) -> Tensor:
+        """This module's own operation with another weight `[any, in]`, without bias: `[..., any]`."""
+        return kind_of(self.module).op(self.module, x, weight)
+
+    def mix(self, h: Tensor, weight: Tensor) -> Tensor:
+        """Mix the channels of an output of `op`: `[..., r]` and `[out, r]` give `[..., out]`."""
+        return F.linear(h, weight)
+
+    def parameter(self, *shape: int) -> nn.Parameter:
+        """A new zero parameter on this module's device, in the adapter's dtype."""
+        return nn.Parameter(torch.zeros(*shape, device=self.device, dtype=self.dtype))
+
+    @contextlib.contextmanager
+    def substituted(self, **tensors: Tensor) -> Iterator[None]:
+        """Let the module compute with these tensors instead of its own parameters inside the context."""
+        owners = [(_owner(self.module, name), name.rpartition(".")[2], value) for name, value in tensors.items()]
+        saved = [(owner, leaf, owner._parameters.pop(leaf)) for owner, leaf, _ in owners]
+        try:
+            for owner, leaf, value in owners:
+                owner.__dict__[leaf] = value
+            yield
+        finally:
+            for owner, leaf, parameter in saved:
+                owner.__dict__.pop(leaf, None)
+                owner._parameters[leaf] = parameter
+
+
+def _owner(module: nn.Module, name: str) -> nn.Module:
+    return module.get_submodule(name.rpartition(".")[0])

@@ -1,0 +1,55 @@
+"""The one mutable object that all adapters of a model share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class State:
+    """What wrapped modules consult on every call. Plain attributes: Dynamo guards them cheaply.
+
+    Attributes:
+        active: names of the live adapters; the order of nesting is the order of attachment.
+        rows: groups of a mixed batch, each (row indices `[n]`, names of the adapters for those rows), or None.
+        losses: sink for auxiliary losses while someone collects them, else None.
+        taps: tensors that one adapter leaves for another during a forward pass.
+    """
+
+    active: tuple[str, ...] = ()
+    rows: tuple[tuple[Tensor, tuple[str, ...]], ...] | None = None
+    losses: list[Tensor] | None = None
+    taps: dict[str, Any] = field(default_factory=dict)
+
+    def emit(self, loss: Tensor) -> None:
+        """Add an auxiliary loss to the forward pass; dropped when nobody collects."""
+        if self.losses is not None:
+            self.losses.append(loss)
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[list[Tensor]]:
+        """Collect what `emit` receives inside the context."""
+        before, self.losses = self.losses, []
+        try:
+            yield self.losses
+        finally:
+            self.losses = before
+
+    def snapshot(self) -> dict[str, Any]:
+        """Record what a later recomputation of the same forward pass must see."""
+        return {"active": self.active, "rows": self.rows, "taps": dict(self.taps)}
+
+    @contextlib.contextmanager
+    def replay(self, snapshot: dict[str, Any]) -> Iterator[None]:
+        """Show a recorded state again; auxiliary losses are dropped, since the first pass emitted them."""
+        now = {**self.snapshot(), "losses": self.losses}
+        self.__dict__.update(snapshot, losses=None)
+        try:
+            yield
+        finally:
+            self.__dict__.update(now)

@@ -1,0 +1,256 @@
+"""Saving an adapter to a folder and putting it back on a model.
+
+adapter_model.safetensors   the tensors, under HF PEFT's names where PEFT has the method
+adapter_config.json         PEFT's view, when there is one
+method.json                 ours: id, fields, adapted modules, base model, checksum
+README.md                   a model card
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from adapterlab.core.host import Host, host
+from adapterlab.core.method import Method
+from adapterlab.errors import AttachError, ConfigError, FormatError, TargetError
+from adapterlab.io import hf_peft
+from adapterlab.io.atomic import new_folder, write_json, write_text
+from adapterlab.io.card import model_card
+from adapterlab.registry import method as method_by_id
+
+FORMAT = 1
+TENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+METHOD = "method.json"
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What a folder says about its adapter, read without loading tensors.
+
+    Attributes:
+        folder: where it lies.
+        method: id of the method.
+        fields: its settings.
+        base_model: name of the model it was made for, or None.
+        revision: of that model, or None.
+        name: it had when it was saved.
+        written_by: `adapterlab` or `peft`.
+        modules: paths of the adapted modules.
+        sha256: of the tensor file when it was saved, or None.
+    """
+
+    folder: Path
+    method: str
+    fields: dict[str, Any]
+    base_model: str | None
+    revision: str | None
+    name: str
+    written_by: str
+    modules: tuple[str, ...] = ()
+    sha256: str | None = None
+
+
+def save(
+    host: Host,
+    folder: str | Path,
+    name: str | None = None,
+    *,
+    overwrite: bool = False,
+    base_model: str | None = None,
+    notes: dict[str, Any] | None = None,
+) -> Path:
+    """Write one adapter to a folder, atomically.
+
+    Args:
+        host: of the model.
+        folder: where to; its parents are made.
+        name: of the adapter; needed when there are several.
+        overwrite: replace a folder that is not empty.
+        base_model: name of the base model to record; default: what the model's configuration says.
+        notes: facts for the model card, such as data and results.
+
+    Raises:
+        OutputError: the folder is not empty or cannot be written; what was there stays as it was.
+    """
+    name = host._only(name)
+    method = host.methods[name]
+    base_model = base_model or getattr(host.model.config, "_name_or_path", None) or None
+    revision = getattr(host.model.config, "_commit_hash", None)
+    config: dict[str, Any] | None = None
+    if method.hf is not None:
+        config, tensors = hf_peft.write(host, name, base_model, revision)
+    else:
+        tensors = {key: value.detach() for key, value in host.tensors(name).items()}
+    folder = Path(folder)
+    with new_folder(folder, overwrite=overwrite) as work:
+        file = work / TENSORS
+        save_file({key: value.cpu().contiguous().clone() for key, value in tensors.items()}, file, {"format": "pt"})
+        if config is not None:
+            write_json(work / CONFIG, config)
+        info = {
+            "format": FORMAT,
+            "method": method.id,
+            "fields": method.model_dump(mode="json"),
+            "name": name,
+            "base_model": base_model,
+            "base_revision": revision,
+            "modules": list(host.adapters(name)),
+            "sha256": _sha256(file),
+        }
+        write_json(work / METHOD, info)
+        write_text(work / "README.md", model_card(host, name, base_model, config is not None, notes or {}))
+    return folder
+
+
+def read_info(folder: str | Path) -> AdapterInfo:
+    """Read what a folder says about its adapter.
+
+    Raises:
+        FormatError: it holds no adapter, or a damaged one.
+    """
+    folder = Path(folder)
+    if (folder / METHOD).is_file():
+        info = _json(folder / METHOD)
+        if info.get("format") != FORMAT:
+            raise FormatError(
+                f"{folder / METHOD} has format {info.get('format')!r}, and this version reads format {FORMAT}. Update "
+                "adapterlab, or remove the file to load the folder as a PEFT adapter."
+            )
+        try:
+            return AdapterInfo(
+                folder, info["method"], info["fields"], info["base_model"], info["base_revision"], info["name"],
+                "adapterlab", tuple(info["modules"]), info["sha256"],
+            )  # fmt: skip
+        except KeyError as error:
+            raise FormatError(
+                f"{folder / METHOD} lacks {error}: the file is damaged. Save the adapter again."
+            ) from None
+    if (folder / CONFIG).is_file():
+        config = _json(folder / CONFIG)
+        cls = hf_peft.find_method(config)
+        assert cls.hf is not None
+        fields = cls.hf.settings(config)
+        base, revision = config.get("base_model_name_or_path"), config.get("revision")
+        return AdapterInfo(folder, cls.id, fields, base, revision, "default", "peft")
+    there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
+    raise FormatError(
+        f"{folder} holds no adapter: neither {METHOD} nor {CONFIG} is there ({there or 'it is empty'}). Give the "
+        "folder that `host.save` or PEFT's `save_pretrained` wrote; in a run folder it is best/ or last/."
+    )
+
+
+def load(model: nn.Module, folder: str | Path, name: str | None = None, *, active: bool | None = None) -> Host:
+    """Put a saved adapter on a model: one of ours, or one that HF PEFT wrote.
+
+    Args:
+        model: the base model.
+        folder: of the adapter.
+        name: to give it; default: the name it was saved under.
+        active: whether it becomes live beside the active ones; default: only if the model carries no other adapter.
+
+    Returns:
+        The model's host.
+
+    Raises:
+        FormatError: the folder is damaged, uses options that cannot be reproduced, or was made for another base
+            model. The model is left as it was.
+    """
+    info = read_info(folder)
+    tensors = _tensors(info)
+    target = host(model) or Host(model)
+    name = name or info.name
+    active = not target.methods if active is None else active
+    method = _method(info, tensors)
+    try:
+        target.attach(method, name, active=active)
+    except (TargetError, ConfigError) as error:
+        raise FormatError(_foreign(info, model, str(error))) from None
+    try:
+        _fill(target, name, info, method, tensors)
+    except BaseException:
+        target.detach(name)
+        raise
+    return target
+
+
+def _fill(target: Host, name: str, info: AdapterInfo, method: Method, tensors: dict[str, Tensor]) -> None:
+    if info.modules and set(info.modules) != set(target.adapters(name)):
+        gone = sorted({*info.modules} ^ {*target.adapters(name)})
+        raise FormatError(_foreign(info, target.model, f"adapted modules differ, for example {', '.join(gone[:4])}"))
+    if method.hf is not None:
+        tensors = hf_peft.read(method, target, name, tensors)
+    try:
+        target.load_state_dict(name, tensors)
+    except AttachError as error:
+        raise FormatError(_foreign(info, target.model, str(error))) from None
+
+
+def _method(info: AdapterInfo, tensors: dict[str, Tensor]) -> Method:
+    """The method with its settings; for a PEFT folder the targets are what its tensors are called."""
+    cls = method_by_id(info.method)
+    fields = dict(info.fields)
+    if info.written_by == "peft":
+        paths = hf_peft.modules(cls, tensors)
+        fields["targets"] = tuple(paths) or ("no module",)
+        fields["modules_to_save"] = _saved_modules(info.folder, tensors)
+    try:
+        return cls(**fields)
+    except ConfigError as error:
+        raise FormatError(
+            f"{info.folder}: the settings of this {info.method} adapter are not valid.\n{error}"
+        ) from None
+
+
+def _saved_modules(folder: Path, tensors: dict[str, Tensor]) -> tuple[str, ...]:
+    """PEFT lists names such as `classifier`; keep those that have tensors."""
+    names = _json(folder / CONFIG).get("modules_to_save") or ()
+    return tuple(n for n in names if any(f".{n}." in key for key in tensors))
+
+
+def _tensors(info: AdapterInfo) -> dict[str, Tensor]:
+    file = info.folder / TENSORS
+    if not file.is_file():
+        raise FormatError(f"{info.folder} has no {TENSORS}. Copy the whole folder, or save the adapter again.")
+    if info.sha256 and _sha256(file) != info.sha256:
+        raise FormatError(
+            f"{file} is not the file that was saved: its SHA-256 differs from the one in {METHOD}. It is damaged, or "
+            f"another program rewrote it; in that case remove {METHOD} to load the folder as a PEFT adapter."
+        )
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FormatError(f"{file} is damaged ({error}). Copy it again, or save the adapter again.") from None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(
+            f"{file} cannot be read as JSON ({error}). Copy it again, or save the adapter again."
+        ) from None
+    if not isinstance(found, dict):
+        raise FormatError(f"{file} should hold a JSON object and holds {type(found).__name__}.")
+    return found
+
+
+def _foreign(info: AdapterInfo, model: nn.Module, detail: str) -> str:
+    here = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    made = f"{info.base_model!r}" if info.base_model else "another base model"
+    return (
+        f"The adapter in {info.folder} was made for {made} and does not fit {here!r} ({type(model).__name__}): {detail}"
+    )
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,227 @@
+"""HF PEFT's folder format, as data: each method declares how PEFT names its options and tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from adapterlab.core.adapter import Copy
+from adapterlab.errors import FormatError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from adapterlab.core.host import Host
+    from adapterlab.core.method import Method
+
+PREFIX = "base_model.model."
+Rename = str | tuple[str, Mapping[Any, Any]]
+
+# Options that say where PEFT puts adapters or how it prints them. The tensors' own names say where they belong.
+_PLACEMENT = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "modules_to_save",
+    "megatron_core", "qalora_group_size",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HFCodec:
+    """How HF PEFT stores a method.
+
+    Attributes:
+        peft_type: PEFT's name of the method.
+        fields: our field -> PEFT's option, or (option, {our value: PEFT's value}).
+        tensors: our tensor -> suffix of PEFT's key, or {kind of module: suffix}.
+        when: options that select this method among those that share the type.
+        accepts: other options -> values that mean nothing here and may be present.
+    """
+
+    peft_type: str
+    fields: Mapping[str, Rename]
+    tensors: Mapping[str, str | Mapping[str, str]]
+    when: Mapping[str, Any] = field(default_factory=dict)
+    accepts: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Say whether a PEFT configuration is of this method."""
+        return config.get("peft_type") == self.peft_type and all(config.get(k) == v for k, v in self.when.items())
+
+    def suffix(self, tensor: str, kind: str) -> str:
+        """PEFT's suffix for one of our tensors on one kind of module."""
+        found = self.tensors[tensor]
+        return found if isinstance(found, str) else found[kind]
+
+    def options(self, method: Method) -> dict[str, Any]:
+        """Write the method's fields as PEFT options."""
+        options = dict(self.when)
+        for ours, theirs in self.fields.items():
+            name, table = theirs if isinstance(theirs, tuple) else (theirs, None)
+            value = getattr(method, ours)
+            options[name] = table[value] if table else value
+        return options
+
+    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Read PEFT options as fields of the method.
+
+        Raises:
+            FormatError: options that this method does not have, all of them at once.
+        """
+        settings: dict[str, Any] = {}
+        known = {*_PLACEMENT, *self.when}
+        refused = []
+        for ours, theirs in self.fields.items():
+            name, table = theirs if isinstance(theirs, tuple) else (theirs, None)
+            known.add(name)
+            if name not in config:
+                continue
+            value = config[name]
+            if table is None:
+                settings[ours] = value
+            elif (match := [k for k, v in table.items() if v == value and type(v) is type(value)]) != []:
+                settings[ours] = match[0]
+            elif value not in self.accepts.get(name, ()):
+                refused.append(f"{name}={value!r} (supported: {', '.join(repr(v) for v in table.values())})")
+        for name, value in config.items():
+            if name not in known and value not in (None, False, {}, [], "") and value not in self.accepts.get(name, ()):
+                refused.append(f"{name}={value!r}")
+        if refused:
+            raise FormatError(
+                f"This PEFT adapter ({self.peft_type}) uses options that adapterlab does not reproduce, so its outputs "
+                "would differ: " + "; ".join(refused) + ". Load it with PEFT itself and merge it there, or retrain."
+            )
+        return settings
+
+
+def write(
+    host: Host, name: str, base_model: str | None, revision: str | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return an adapter as PEFT's configuration and tensors.
+
+    Args:
+        host: of the model.
+        name: of the adapter; its method has a codec.
+        base_model: name for `base_model_name_or_path`.
+        revision: of the base model.
+    """
+    method = host.methods[name]
+    codec = method.hf
+    assert codec is not None
+    parts = host.adapters(name)
+    adapted = {path: part for path, part in parts.items() if not isinstance(part, Copy)}
+    config = {
+        "peft_type": codec.peft_type,
+        "task_type": _task(host),
+        "base_model_name_or_path": base_model,
+        "revision": revision,
+        "inference_mode": True,
+        "target_modules": short_names(adapted, [s.path for s in host.all_sites()]),
+        "modules_to_save": [path for path, part in parts.items() if isinstance(part, Copy)] or None,
+        "fan_in_fan_out": any(part.site.transposed for part in adapted.values()),
+        **codec.options(method),
+    }
+    tensors = {}
+    for key, value in host.tensors(name).items():
+        tensors[_peft_key(key, parts, codec)] = value.detach()
+    return config, tensors
+
+
+def read(method: Method, host: Host, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename PEFT's tensors to those of an attached adapter.
+
+    Tensors of the base that PEFT stores beside embeddings are compared with the base and left out.
+
+    Raises:
+        FormatError: a base tensor differs, for example because the vocabulary was resized.
+    """
+    assert method.hf is not None
+    parts = host.adapters(name)
+    ours = {_peft_key(key, parts, method.hf): key for key in host.tensors(name)}
+    found = {}
+    for key, value in tensors.items():
+        if key in ours:
+            found[ours[key]] = value
+        elif not _is_base_copy(host, key, value):
+            found[key] = value  # reported as not in this adapter, with everything else that does not fit
+    return found
+
+
+def modules(method: type[Method], tensors: Iterable[str]) -> dict[str, str]:
+    """Return the modules that PEFT's keys adapt: path -> suffix of one of the keys."""
+    assert method.hf is not None
+    suffixes = [s for t in method.hf.tensors.values() for s in ([t] if isinstance(t, str) else t.values())]
+    found = {}
+    for key in tensors:
+        suffix = next((s for s in suffixes if key.endswith("." + s)), None)
+        if suffix:
+            found[key.removeprefix(PREFIX).removesuffix("." + suffix)] = suffix
+    return found
+
+
+def short_names(paths: Iterable[str], all_paths: Sequence[str]) -> list[str]:
+    """Return the shortest list of names from which suffix matching finds exactly these modules.
+
+    Args:
+        paths: the adapted modules.
+        all_paths: every module of the model.
+    """
+    wanted = set(paths)
+    names = sorted({path.rpartition(".")[2] for path in wanted})
+    matched = {path for path in all_paths if path.rpartition(".")[2] in names}
+    return names if matched == wanted else sorted(wanted)
+
+
+def _peft_key(key: str, parts: Mapping[str, Any], codec: HFCodec) -> str:
+    group, _, rest = key.partition(".")
+    if group == "base":
+        module, _, leaf = rest.rpartition(".")
+        # PEFT keeps the module it replaced under `base_layer`.
+        return f"{PREFIX}{module}.base_layer.{leaf}" if module in parts else PREFIX + rest
+    path = max((p for p in parts if rest.startswith(p + ".")), key=len)
+    tensor = rest[len(path) + 1 :]
+    if isinstance(parts[path], Copy):
+        return f"{PREFIX}{path}.{tensor.removeprefix('copy.')}"
+    return f"{PREFIX}{path}.{codec.suffix(tensor, parts[path].site.kind)}"
+
+
+def _is_base_copy(host: Host, key: str, value: Tensor) -> bool:
+    path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    base = dict(host.model.named_parameters()).get(path)
+    if base is None:
+        return False
+    if base.shape != value.shape or not (base.detach().to(value.dtype).cpu() == value.cpu()).all():
+        raise FormatError(
+            f"The adapter brings its own copy of the base tensor {path} {tuple(value.shape)}, which differs from this "
+            f"model's {tuple(base.shape)}: it was trained on a changed base (a resized vocabulary, for example). Load "
+            "that base model, or resize this one's embeddings first."
+        )
+    return True
+
+
+def _task(host: Host) -> str | None:
+    name = re.sub(r"^.*For", "For", type(host.model).__name__)
+    known = {
+        "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+        "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+    }  # fmt: skip
+    return next((task for ending, task in known.items() if name.endswith(ending)), None)
+
+
+def find_method(config: Mapping[str, Any]) -> type[Method]:
+    """Return the method that a PEFT configuration describes; the one with the most conditions wins.
+
+    Raises:
+        FormatError: no method of the registry stores itself under this type.
+    """
+    from adapterlab.registry import ids, method
+
+    classes = [method(i) for i in ids()]
+    fitting = [cls for cls in classes if cls.hf is not None and cls.hf.claims(config)]
+    if not fitting:
+        types = {cls.hf.peft_type for cls in classes if cls.hf is not None}
+        kind = str(config.get("peft_type"))
+        raise FormatError(f"No method here reads PEFT adapters of type {kind!r}. {nearest(kind, types)}")
+    return max(fitting, key=lambda cls: (len(cls.hf.when) if cls.hf else 0, -len(cls.id)))
