@@ -1,0 +1,56 @@
+"""`adapterlab models`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the base models that have a short name, and which of them are on disk."""
+    from adapterlab.models import catalogue
+
+    rows = []
+    for entry in catalogue().values():
+        where = entry.where()
+        rows.append(
+            {
+                "alias": entry.alias,
+                "description": entry.description,
+                "parameters": entry.parameters,
+                "licence": entry.licence,
+                "bytes": entry.size,
+                "sha256": entry.sha256,
+                "folder": str(where) if where else None,
+            }
+        )
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        _print_table(rows)
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(Column("model", overflow="fold"), "parameters", "licence", "size", "on disk", show_lines=True)
+    for row in rows:
+        where = row["folder"].replace(str(Path.home()), "~") if row["folder"] else None
+        table.add_row(
+            f"[bold]{row['alias']}[/]\n{row['description']}" + (f"\n[green]{where}[/]" if where else ""),
+            f"{row['parameters'] / 1e6:,.0f} M",
+            row["licence"],
+            f"{row['bytes'] / 1e6:,.0f} MB",
+            "yes" if where else "no",
+        )
+    console = Console()
+    console.print(table)
+    console.print("Fetch one with: adapterlab pull ALIAS", highlight=False)

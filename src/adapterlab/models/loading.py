@@ -1,0 +1,148 @@
+"""Load a base model and its tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from adapterlab.errors import ConfigError, ModelError, nearest, require
+from adapterlab.models.entries import DEFAULT
+from adapterlab.models.progress import quiet_transformers
+from adapterlab.models.pulling import resolve
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+QUANTIZATIONS = ("nf4", "int8")
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+def load_model(
+    name: str | Path = DEFAULT,
+    *,
+    precision: str = "bf16",
+    device: str | torch.device | None = None,
+    quantize: str | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a base model and its tokenizer, fetching them first when they are not on disk.
+
+    A tokenizer without a padding token gets its end token as one: batches need some id to fill short rows with,
+    padded positions are masked out of attention and loss, and no new row of the embedding is needed.
+
+    Args:
+        name: a local folder, a hub id (`org/name`) or a catalogue alias.
+        precision: "fp32", "bf16" or "fp16"; with `quantize`, what the remaining weights and the products are in.
+        device: where to put it; by default cuda, else mps, else cpu.
+        quantize: None, "nf4" (4 bits) or "int8", through bitsandbytes.
+        attn_implementation: one of transformers' attention kernels ("sdpa", "eager", "flash_attention_2", ...).
+        revision: branch, tag or commit of a hub repository.
+
+    Returns:
+        The model, in eval mode, and the tokenizer. The configuration remembers the name given here, so that
+        adapters saved from it say which base they belong to.
+
+    Raises:
+        ConfigError: a setting is unknown.
+        ModelError: the model is unknown, damaged, or cannot be fetched.
+    """
+    dtype = PRECISIONS.get(precision)
+    if dtype is None:
+        raise ConfigError(f"precision={precision!r} is unknown. {nearest(precision, PRECISIONS)}")
+    place = _device(device)
+    options = _quantization(quantize, dtype, place)
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    folder = resolve(name, revision)
+    with quiet_transformers():
+        tokenizer = _load_tokenizer(folder)
+        model = _load_weights(folder, dtype, options)
+    if quantize is None:
+        model.to(place)
+    known_as = str(folder) if Path(name).expanduser().is_dir() else str(name)
+    model.name_or_path = model.config.name_or_path = known_as
+    return model.eval(), tokenizer
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    """Check the device asked for, or choose the fastest one there is."""
+    there = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
+    if device is None:
+        return torch.device(there[-1])
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} is unknown. On this machine there is: {', '.join(there)}.") from error
+    if place.type in ("mps", "cuda") and place.type not in there:
+        raise ConfigError(f"device={device!r} is not there. On this machine there is: {', '.join(there)}.")
+    return place
+
+
+def _quantization(quantize: str | None, dtype: torch.dtype, place: torch.device) -> dict[str, Any]:
+    """Translate `quantize` into arguments of `from_pretrained`."""
+    if quantize is None:
+        return {}
+    if quantize not in QUANTIZATIONS:
+        raise ConfigError(
+            f"quantize={quantize!r} is unknown. {nearest(quantize, QUANTIZATIONS)} None keeps all weights as they are."
+        )
+    require("bitsandbytes", "quantized", f"for quantize={quantize!r}")
+    if quantize == "nf4":
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    else:
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": config, "device_map": {"": place}}  # quantized while they are put on the device
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    # Checked here because transformers would make an empty vocabulary of its own.
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        raise ModelError(
+            f"{str(folder)!r} has no tokenizer: none of {', '.join(_VOCABULARIES)}. "
+            "Save it there with tokenizer.save_pretrained()."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"The tokenizer in {str(folder)!r} cannot be read: {error}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _load_weights(folder: Path, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        # Wrong shapes are let through here and reported below together with what is missing.
+        model, report = kind.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ModelError(f"The model in {str(folder)!r} cannot be loaded: {error}") from error
+    missing = sorted(str(key) for key in report["missing_keys"])
+    mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])
+    if missing or mismatched:
+        parts = [f"missing keys: {_some(missing)}"] * bool(missing)
+        parts += [f"keys of another shape: {_some(mismatched)}"] * bool(mismatched)
+        raise ModelError(
+            f"The weights in {str(folder)!r} do not fill {type(model).__name__}: {'; '.join(parts)}. They would be "
+            "random numbers. Check that config.json and the weights belong together, and that the model was saved "
+            "with its language-model head."
+        )
+    return model
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

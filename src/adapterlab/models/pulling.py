@@ -1,0 +1,92 @@
+"""From a model name to a folder on disk."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from adapterlab.errors import ConfigError, ModelError, nearest
+from adapterlab.models.entries import DEFAULT, catalogue
+from adapterlab.models.folder import check_folder
+from adapterlab.models.progress import bars
+from adapterlab.models.source import Hub, Source
+
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
+
+
+def pull(
+    name: str | Path, *, revision: str | None = None, force: bool = False, verify: bool = False, progress: bool = True
+) -> Path:
+    """Make a model available on disk.
+
+    An alias wins over a folder of the same name; write `./name` for the folder.
+
+    Args:
+        name: a local folder, a hub id (`org/name`) or a catalogue alias.
+        revision: branch, tag or commit of a hub repository.
+        force: fetch again even when it is there.
+        verify: hash all files of a copy that is there, and fetch it again if one differs.
+        progress: whether to show progress bars on stderr.
+
+    Returns:
+        The folder it lies in.
+
+    Raises:
+        ModelError: the name is unknown, the folder is not a base model, or fetching failed.
+        OutputError: the disk is full or cannot be written.
+    """
+    found = _find(str(name), revision)
+    if isinstance(found, Path):
+        return check_folder(found)
+    source, folder = found
+    where = source.present(folder)
+    with bars(progress) as display:
+        if where and not force and verify:
+            force = bool(source.damaged(where, display))
+        if where and not force:
+            return where
+        try:
+            return source.fetch(folder, display, force=force)
+        except ModelError as error:
+            if not isinstance(source, Hub):
+                raise
+            raise ModelError(f"{error}\n{_without_hub(source.repo)}") from error
+
+
+def resolve(name: str | Path, revision: str | None = None) -> Path:
+    """Find the folder to load a model from, fetching it first when it is not on disk.
+
+    Args:
+        name: a local folder, a hub id or a catalogue alias.
+        revision: branch, tag or commit of a hub repository.
+    """
+    return pull(name, revision=revision)
+
+
+def _find(name: str, revision: str | None) -> Path | tuple[Source, Path]:
+    """Tell which of the three forms a name has."""
+    entry = catalogue().get(name)
+    folder = Path(name).expanduser()
+    if entry is not None and revision is None:
+        return entry.source, entry.folder
+    if entry is not None and isinstance(entry.source, Hub):
+        return Hub(entry.source.repo, revision), entry.folder
+    if revision is not None and (entry is not None or folder.exists()):
+        raise ConfigError(f"revision={revision!r} has no meaning for {name!r}, which is not on the hub. Leave it out.")
+    if folder.exists():
+        return folder
+    if _HUB_ID.fullmatch(name):
+        return Hub(name, revision), folder
+    raise ModelError(
+        f"There is no model {name!r}: it is no folder on this machine, no alias of the catalogue and no hub id. "
+        f"{nearest(name.lower(), catalogue())} A model is named by a local folder (./path/to/model), a hub id "
+        f"(org/name) or an alias; list the aliases with: adapterlab models."
+    )
+
+
+def _without_hub(repo: str) -> str:
+    close = nearest(repo.rsplit("/", 1)[-1].lower(), catalogue())
+    return (
+        f"{repo!r} is no folder on this machine either. A local folder with config.json, weights and tokenizer works "
+        f"without the hub, and so does the alias {DEFAULT!r}, which comes from the package index. {close}"
+    )
