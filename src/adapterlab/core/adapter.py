@@ -15,17 +15,25 @@ class Adapter(nn.Module):
     """The trainable part at one site.
 
     Attributes:
-        linear: the adapted module is still linear in its input, so it can be merged.
+        place: `call`: around the module's call; `attention`: around the attention core inside it.
+        linear: the adapted module is still affine in its input, so it can be merged.
+        not_linear: why it is not, for the message of a refused merge.
         rowwise: row i of the output depends on row i of the input only, so adapters can be mixed in a batch.
+        additive: the output is run(x) plus something, so a mixed batch needs the base's product once.
         site: where it is attached.
+        is_merged: its effect is in the base's weights now.
     """
 
+    place: str = "call"
     linear: ClassVar[bool] = True
+    not_linear: ClassVar[str] = "its output is not a linear function of its input"
     rowwise: ClassVar[bool] = True
+    additive: ClassVar[bool] = False
 
     def __init__(self, site: Site):
         super().__init__()
         self.site = site
+        self.is_merged = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -38,14 +46,44 @@ class Adapter(nn.Module):
         Args:
             run: the rest of the computation: adapters attached earlier, then the module itself. May be called with
                 other arguments, several times, or not at all.
-            args: what the module was called with.
+            args: what the module was called with (at the attention core: query, key, value, mask).
             kwargs: likewise.
         """
         raise NotImplementedError
 
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and bias of a plain module that computes what the adapted one does.
+
+        The default pushes the identity through the adapter, in chunks of rows: W'ᵀ = around(base, I) − around(base, 0)
+        and bias' = around(base, 0). It is right to rounding for every adapter that is affine in its input.
+
+        Args:
+            weight: `[out, in]`, what the module would compute with otherwise.
+            bias: `[out]` or None.
+
+        Returns:
+            (`[out, in]`, `[out]` or None) in the dtype of `weight`.
+        """
+        if self.site.kind == "embedding":
+            ids = torch.arange(weight.shape[1], device=weight.device)
+            table: Tensor = self.around(lambda x: self.site.op(x, weight), ids)
+            return table.T, bias
+
+        def base(x: Tensor) -> Tensor:
+            y = self.site.op(x.to(weight.dtype), weight)
+            return y if bias is None else y + bias
+
+        zero = self.around(base, weight.new_zeros(1, weight.shape[1]))[0]
+        eye = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        columns = [self.around(base, rows) - zero for rows in eye.split(1024)]
+        shift = zero if bias is not None or bool(zero.any()) else None
+        return torch.cat(columns).T, shift
+
 
 class Delta(Adapter):
     """An adapter that adds a matrix to the weight: y = run(x) + op(x, ΔW)."""
+
+    additive: ClassVar[bool] = True
 
     def delta(self) -> Tensor:
         """The update ΔW `[out, in]`."""
@@ -55,9 +93,19 @@ class Delta(Adapter):
         """The update's share of the output; override it with a cheaper factored form."""
         return self.site.op(x, self.delta())
 
+    def added(self, x: Tensor) -> Tensor:
+        """What is added for an input as the module received it; computed in the adapter's own dtype."""
+        share: Tensor = self(x.to(self.dtype) if x.is_floating_point() else x)
+        return share
+
     def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Add the update's share to what `run` returns."""
         y: Tensor = run(x, *args, **kwargs)
-        return y + self(x.to(self.dtype) if x.is_floating_point() else x).to(y.dtype)
+        return y + self.added(x).to(y.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """W + ΔW, with the bias as it was."""
+        return weight + self.delta().to(weight.dtype), bias
 
 
 class Copy(Adapter):

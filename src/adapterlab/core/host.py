@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from adapterlab.core.adapter import Adapter, Copy
+from adapterlab.core.attention import attention_modules, bridge
+from adapterlab.core.merge import Merged, merge
 from adapterlab.core.method import Method
 from adapterlab.core.resident import Patch
 from adapterlab.core.roles import layer_of, role_of
@@ -22,7 +24,7 @@ from adapterlab.core.site import Site, plain_class
 from adapterlab.core.state import State
 from adapterlab.core.targets import Targets, select
 from adapterlab.core.wrapping import ADAPTERS, adapters_of, plain_copy, put, take
-from adapterlab.errors import AttachError, NotTrainingError, nearest
+from adapterlab.errors import AttachError, MergeError, NotTrainingError, nearest
 
 HOST = "_adapterlab_host"
 SHARED = "_adapterlab_shared"
@@ -82,10 +84,13 @@ class Host:
     """A model and the adapters on it. Made by `attach` and `load`; `host(model)` finds it again."""
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model: Any = model  # a model of transformers has methods that nn.Module does not declare
         self.state = State()
         self.methods: dict[str, Method] = {}
-        self.patches: dict[str, dict[str, Patch]] = {}
+        self.patches: dict[str, dict[str, Patch]] = {}  # by key: an adapter's name, or name/part of a composite
+        self._parts: dict[str, dict[str, Method]] = {}
+        self._merged: dict[str, list[Merged]] = {}
+        self._tied_before = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
         self._trained_before = {path: p.requires_grad for path, p in model.named_parameters()}
 
     # ------------------------------------------------------------------ looking at the model
@@ -93,7 +98,20 @@ class Host:
     @functools.cached_property
     def backbone(self) -> nn.Module:
         """The model without its output or task head."""
-        return getattr(self.model, "base_model", self.model)
+        found: nn.Module = getattr(self.model, "base_model", self.model)
+        return found
+
+    @property
+    def attentions(self) -> list[nn.Module]:
+        """The attention modules that `attend` can reach, in order.
+
+        Raises:
+            AttachError: there are none.
+        """
+        found = attention_modules(self.model)
+        if not found:
+            bridge(next((m for m in self.model.modules() if "attention" in type(m).__name__.lower()), self.model))
+        return found
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -115,7 +133,7 @@ class Host:
         """
         for path, found in self.model.named_modules():
             if found is module:
-                return path
+                return str(path)
         raise AttachError(f"This {type(module).__name__} is not part of the {type(self.model).__name__} of this host.")
 
     def all_sites(self) -> list[Site]:
@@ -174,22 +192,47 @@ class Host:
     def detach(self, name: str) -> None:
         """Remove an adapter; base values, classes and keys are as before, to the bit."""
         self._check(name)
+        if name in self._merged:
+            self.restore(name)
         self.activate(*(n for n in self.state.active if n != name))
-        for patch in self.patches.pop(name).values():
-            patch.undo(self.model, keep=False)
-            self.model.get_parameter(patch.path).requires_grad_(False)
-        for path in self.adapters(name):
-            take(self.model.get_submodule(path), name)
-        held = self.model._modules.get(SHARED)
-        if held is not None:
-            held._modules.pop(name, None)
-            if not held._modules:
-                del self.model._modules[SHARED]
+        for key in self.parts(name):
+            for patch in self.patches.pop(key, {}).values():
+                patch.undo(self.model, keep=False)
+                self.model.get_parameter(patch.path).requires_grad_(False)
+            for path in self.adapters(key):
+                take(self.model.get_submodule(path), key)
+            held = self.model._modules.get(SHARED)
+            if held is not None:
+                held._modules.pop(key, None)
+                if not held._modules:
+                    del self.model._modules[SHARED]
+        self._parts.pop(name, None)
         del self.methods[name]
         if not self.methods:
             self.model.__dict__.pop(HOST, None)
             for path, parameter in self.model.named_parameters():
                 parameter.requires_grad_(self._trained_before.get(path, parameter.requires_grad))
+
+    def compose(self, name: str, part: str, method: Method) -> None:
+        """Attach another method as a part of an adapter; parts are switched, saved and removed together.
+
+        Args:
+            name: of the adapter, as `Method.attach` received it.
+            part: a name for the part, unique within the adapter.
+            method: what to attach.
+        """
+        top, key = name.partition("/")[0], f"{name}/{part}"
+        self._parts.setdefault(top, {})[key] = method
+        self.patches[key] = {}
+        method.attach(self, key)
+
+    def parts(self, name: str) -> list[str]:
+        """Return the keys that an adapter consists of: its name, then those of its parts."""
+        return [name, *self._parts.get(name, {})]
+
+    def part_methods(self, name: str) -> dict[str, Method]:
+        """Return the methods of a composite's parts by key."""
+        return dict(self._parts.get(name, {}))
 
     def _save_modules(self, method: Method, name: str) -> None:
         """Give the adapter full trainable copies of the modules in `modules_to_save`."""
@@ -221,6 +264,19 @@ class Host:
             raise AttachError(f"{name!r} is attached to {self.path_of(module)} already: one adapter a module and name.")
         put(module, name, adapter.train(module.training), self.state)
 
+    def attend(self, name: str, module: nn.Module, adapter: Adapter) -> None:
+        """Let an adapter stand around the attention core of an attention module.
+
+        `adapter.around(run, q, k, v, mask, **kwargs)` sees queries `[batch, heads, queries, head_dim]`, keys and
+        values `[batch, kv_heads, keys, head_dim]` (cached ones included, heads not repeated) and the mask.
+
+        Raises:
+            AttachError: the module does not go through the attention interface of transformers.
+        """
+        bridge(module)
+        adapter.place = "attention"
+        self.wrap(name, module, adapter)
+
     def is_adapter_path(self, path: str) -> bool:
         """Say whether a parameter's name belongs to an adapter and not to the base."""
         return not {ADAPTERS, SHARED}.isdisjoint(path.split("."))
@@ -236,7 +292,9 @@ class Host:
         Raises:
             AttachError: there is no such parameter, it is packed, or another live adapter owns it.
         """
-        parameters = {p: t for p, t in self.model.named_parameters() if not self.is_adapter_path(p)}
+        parameters: dict[str, nn.Parameter] = {
+            p: t for p, t in self.model.named_parameters() if not self.is_adapter_path(p)
+        }
         if path not in parameters:
             raise AttachError(f"{type(self.model).__name__} has no parameter {path!r}. {nearest(path, parameters)}")
         parameter = parameters[path]
@@ -248,7 +306,8 @@ class Host:
         self._check_conflict(name, path)
         if path not in self.patches[name]:
             self.patches[name][path] = Patch(path, parameter.detach().clone() if keep else None)
-        return parameter.requires_grad_(True)
+        parameter.requires_grad_(True)
+        return parameter
 
     def share(self, name: str, key: str, module: nn.Module) -> nn.Module:
         """Keep tensors of an adapter that belong to no single module; they live at the root of the model.
@@ -280,15 +339,23 @@ class Host:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return every tensor of the adapter: what saving must keep.
 
-        Keys are `adapter.<module path>.<tensor>`, `shared.<key>.<tensor>` and `base.<parameter path>`.
+        Keys are `adapter.<module path>.<tensor>`, `shared.<key>.<tensor>` and `base.<parameter path>`; those of a
+        composite's parts begin with `<part>/`.
         """
         self._check(name)
         found: dict[str, Tensor] = {}
-        for path, adapter in self.adapters(name).items():
-            found.update({f"adapter.{path}.{key}": value for key, value in adapter.state_dict(keep_vars=True).items()})
-        for key, module in self.shared(name).items():
-            found.update({f"shared.{key}.{k}": value for k, value in module.state_dict(keep_vars=True).items()})
-        found.update({f"base.{path}": patch.value(self.model) for path, patch in self.patches[name].items()})
+        for key in self.parts(name):
+            lead = key.removeprefix(name).removeprefix("/")
+            found.update({(f"{lead}/" if lead else "") + k: value for k, value in self._tensors(key).items()})
+        return found
+
+    def _tensors(self, key: str) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for path, adapter in self.adapters(key).items():
+            found.update({f"adapter.{path}.{k}": value for k, value in adapter.state_dict(keep_vars=True).items()})
+        for shared, module in self.shared(key).items():
+            found.update({f"shared.{shared}.{k}": value for k, value in module.state_dict(keep_vars=True).items()})
+        found.update({f"base.{path}": patch.value(self.model) for path, patch in self.patches[key].items()})
         return found
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
@@ -341,8 +408,9 @@ class Host:
         trained = {id(p) for p in self.parameters(name)}
         for p in base:
             dtypes["trainable" if id(p) in trained else "frozen"][str(p.dtype).removeprefix("torch.")] += _numel(p)
-        roles = Counter(role_of(path) or path.rpartition(".")[2] or "model" for path in self.adapters(name))
-        roles.update(Counter("base " + (role_of(p.rpartition(".")[0]) or "tensors") for p in self.patches[name]))
+        keys = self.parts(name)
+        roles = Counter(role_of(p) or p.rpartition(".")[2] or "model" for key in keys for p in self.adapters(key))
+        roles.update("base " + (role_of(p.rpartition(".")[0]) or "tensors") for key in keys for p in self.patches[key])
         return Summary(
             name, self.methods[name].id, dict(roles), sum(dtypes["trainable"].values()), sum(map(_numel, base)),
             {key: dict(count) for key, count in dtypes.items()},
@@ -353,36 +421,43 @@ class Host:
     @property
     def active(self) -> tuple[str, ...]:
         """Names of the live adapters."""
-        return self.state.active
+        return tuple(name for name in self.state.active if name in self.methods)
 
     def activate(self, *names: str) -> None:
         """Make exactly these adapters live; none means the plain base model.
 
         Raises:
-            AttachError: a name is unknown, or two of them own the same base parameter.
+            AttachError: a name is unknown, two of them own the same base parameter, or one that would be switched off
+                cannot be.
         """
         for name in names:
             self._check(name)
+        leaving = [key for n in self.methods if n not in names for key in self.parts(n)]
+        staying = [key for n in dict.fromkeys(names) for key in self.parts(n)]
+        self._check_switch(leaving, staying)
+        for key in leaving:
+            for patch in self.patches[key].values():
+                patch.undo(self.model)
+        for key in staying:
+            for patch in self.patches[key].values():
+                patch.write(self.model)
+        self.state.active = tuple(staying)
+
+    def _check_switch(self, leaving: list[str], staying: list[str]) -> None:
         owner: dict[str, str] = {}
-        for name in names:
-            for path in self.patches[name]:
-                if owner.setdefault(path, name) != name:
-                    raise AttachError(f"{owner[path]!r} and {name!r} both own {path}: make only one of them active.")
-        for name in self.methods:
-            stuck = [p.path for p in self.patches[name].values() if p.original is None]
-            if name not in names and stuck and name in self.state.active:
+        for key in staying:
+            for path in self.patches[key]:
+                if owner.setdefault(path, key) != key:
+                    raise AttachError(f"{owner[path]!r} and {key!r} both own {path}: make only one of them active.")
+        for key in leaving:
+            if key in self._merged:
+                raise AttachError(f"{key!r} is merged into the weights: call host.restore({key!r}) first.")
+            stuck = [p.path for p in self.patches[key].values() if p.original is None]
+            if stuck and key in self.state.active:
                 raise AttachError(
-                    f"{name!r} trains {stuck[0]} in place and was attached without keeping the original, so it "
+                    f"{key!r} trains {stuck[0]} in place and was attached without keeping the original, so it "
                     "cannot be switched off. Attach it with the originals kept, or load the base model again."
                 )
-        leaving = [n for n in self.methods if n not in names]
-        for name in leaving:
-            for patch in self.patches[name].values():
-                patch.undo(self.model)
-        for name in names:
-            for patch in self.patches[name].values():
-                patch.write(self.model)
-        self.state.active = tuple(dict.fromkeys(names))
 
     @contextlib.contextmanager
     def using(self, *names: str) -> Iterator[Host]:
@@ -393,6 +468,87 @@ class Host:
             yield self
         finally:
             self.activate(*before)
+
+    @contextlib.contextmanager
+    def rows(self, names: Sequence[str | tuple[str, ...] | None]) -> Iterator[Host]:
+        """Give each row of a batch its own adapter inside the context.
+
+        Args:
+            names: for each row the name of an adapter, several names, or None for the plain base.
+
+        Raises:
+            AttachError: a name is unknown, an adapter is merged, or one lives in the base's own weights (every row
+                would see it).
+        """
+        wanted = [() if n is None else (n,) if isinstance(n, str) else tuple(n) for n in names]
+        used = list(dict.fromkeys(name for row in wanted for name in row))
+        for name in used:
+            self._check(name)
+        resident = [n for n in used if any(self.patches[key] for key in self.parts(n))]
+        if resident or self._merged:
+            raise AttachError(
+                f"{(resident or list(self._merged))[0]!r} lives in the base's own weights, which all rows share, so it "
+                "cannot be mixed in a batch. Run its rows in a batch of their own with host.using, or restore it first."
+            )
+        before = self.active
+        self.activate(*used)
+        self.state.rows = tuple(tuple(key for n in row for key in self.parts(n)) for row in wanted)
+        try:
+            yield self
+        finally:
+            self.state.rows = None
+            self.activate(*before)
+
+    # ------------------------------------------------------------------ merging
+
+    def merge(
+        self,
+        name: str | None = None,
+        *,
+        tied: Literal["error", "untie"] = "error",
+        quantized: Literal["error", "dequantize"] = "error",
+    ) -> None:
+        """Write an adapter into the base's weights; it costs nothing at inference then.
+
+        The merged weight is computed in float32 and rounded once.
+
+        Args:
+            name: of the adapter; needed when there are several.
+            tied: what to do where a weight is shared with another module: refuse, or give the module its own.
+            quantized: what to do with packed weights: refuse, or replace them by plain ones.
+
+        Raises:
+            MergeError: the adapter is not linear, a non-additive one stands inside it, or a weight is tied or packed
+                and it was not said how to merge. Nothing is changed then.
+        """
+        name = self._only(name)
+        if name not in self.state.active:
+            self.activate(*self.active, name)
+        self._merged[name] = merge(self, name, tied, quantized)
+        config = getattr(self.model, "config", None)
+        if tied == "untie" and getattr(config, "tie_word_embeddings", False):
+            output, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+            self.model.config.tie_word_embeddings = output is None or output.weight is inputs.weight
+
+    def restore(self, name: str | None = None) -> None:
+        """Take a merged adapter out of the weights again, to the bit; it is live as before.
+
+        Raises:
+            MergeError: it is not merged, or another one was merged after it.
+        """
+        name = self._only(name)
+        if name not in self._merged:
+            raise MergeError(f"{name!r} is not merged. Merged: {', '.join(self._merged) or 'none'}.")
+        if name != list(self._merged)[-1]:
+            raise MergeError(f"{list(self._merged)[-1]!r} was merged after {name!r}: restore it first.")
+        for record in reversed(self._merged.pop(name)):
+            record.undo()
+        for key in self.parts(name):
+            for adapter in self.adapters(key).values():
+                adapter.is_merged = False
+        config = getattr(self.model, "config", None)
+        if self._tied_before and config is not None:
+            config.tie_word_embeddings = True
 
     # ------------------------------------------------------------------ checks, checkpointing, saving
 
@@ -428,8 +584,8 @@ class Host:
         called: set[str] = set()
         handles = [
             self.model.get_submodule(path).register_forward_hook(lambda *_, path=path: called.add(path))
-            for name in self.active
-            for path in self.adapters(name)
+            for key in self.state.active
+            for path in self.adapters(key)
         ]
         parameters = {key: p for name in self.active for key, p in self.named_parameters(name).items()}
         before = {key: p.grad for key, p in parameters.items()}
@@ -445,7 +601,7 @@ class Host:
                 handle.remove()
             for key, p in parameters.items():
                 p.grad = before[key]
-        missed = [path for name in self.active for path in self.adapters(name) if path not in called]
+        missed = [path for key in self.state.active for path in self.adapters(key) if path not in called]
         if missed or silent:
             raise NotTrainingError(_bypassed(missed, silent))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -54,6 +55,8 @@ class Method(Settings):
 
     def prepare(self, host: Host, name: str, batches: Batches) -> None:
         """Use data before training starts (Fisher masks, data-driven initialisation)."""
+        for key, part in host.part_methods(name).items():
+            part.prepare(host, key, batches)
 
     def optimizer(self, host: Host, name: str, make: MakeOptimizer) -> Optimizer:
         """Build the optimizer; `make` takes parameters or parameter groups."""
@@ -67,19 +70,29 @@ class Method(Settings):
 
     def penalty(self, host: Host, name: str) -> Tensor | None:
         """An extra loss on the parameters, added once a step."""
-        return None
+        losses = [part.penalty(host, key) for key, part in host.part_methods(name).items()]
+        present = [loss for loss in losses if loss is not None]
+        return torch.stack(present).sum() if present else None
 
     def before_step(self, host: Host, name: str, step: int, optimizer: Optimizer) -> None:
         """Called before the forward pass of a step."""
+        for key, part in host.part_methods(name).items():
+            part.before_step(host, key, step, optimizer)
 
     def after_backward(self, host: Host, name: str, step: int) -> None:
         """Called when the gradients of a step are complete."""
+        for key, part in host.part_methods(name).items():
+            part.after_backward(host, key, step)
 
     def after_step(self, host: Host, name: str, step: int, optimizer: Optimizer) -> None:
         """Called after the optimizer's step."""
+        for key, part in host.part_methods(name).items():
+            part.after_step(host, key, step, optimizer)
 
     def finish(self, host: Host, name: str) -> None:
         """Called once after training."""
+        for key, part in host.part_methods(name).items():
+            part.finish(host, key)
 
     @classmethod
     def overrides(cls, hook: str) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ class Norm(Kind):
 KINDS: tuple[Kind, ...] = (Transposed(), Linear(), Embedding(), Norm(), Kind())
 
 
-def plain_class(module: nn.Module) -> type[nn.Module]:
+def plain_class(module: nn.Module) -> Any:
     """Return the class the module had before it was wrapped."""
     return getattr(type(module), PLAIN, type(module))
 

@@ -15,14 +15,14 @@ class State:
     """What wrapped modules consult on every call. Plain attributes: Dynamo guards them cheaply.
 
     Attributes:
-        active: names of the live adapters; the order of nesting is the order of attachment.
-        rows: groups of a mixed batch, each (row indices `[n]`, names of the adapters for those rows), or None.
+        active: keys of the live adapters, parts of composites included; they nest in order of attachment.
+        rows: of a mixed batch, the keys of the adapters for each row, or None.
         losses: sink for auxiliary losses while someone collects them, else None.
         taps: tensors that one adapter leaves for another during a forward pass.
     """
 
     active: tuple[str, ...] = ()
-    rows: tuple[tuple[Tensor, tuple[str, ...]], ...] | None = None
+    rows: tuple[tuple[str, ...], ...] | None = None
     losses: list[Tensor] | None = None
     taps: dict[str, Any] = field(default_factory=dict)
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from adapterlab.core.adapter import Adapter
+from adapterlab.core.rows import mixed
 from adapterlab.core.site import PLAIN, plain_class
 from adapterlab.core.state import State
 
@@ -33,16 +34,25 @@ class Base:
 
 
 def dispatch(module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call `run` through the module's live adapters; attached first means innermost."""
-    active = module.__dict__[STATE].active
-    for name, adapter in module._modules[ADAPTERS]._modules.items():  # type: ignore[union-attr]
-        if name in active:
-            run = functools.partial(adapter.around, run)  # type: ignore[union-attr]
+    """Call a module's own computation through its live adapters; attached first means innermost."""
+    return through("call", module, run, *args, **kwargs)
+
+
+def through(place: str, module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `run` through the live adapters of a module that stand at one place (`call` or `attention`)."""
+    state = module.__dict__[STATE]
+    held: Any = module._modules[ADAPTERS]._modules  # type: ignore[union-attr]
+    if state.rows is not None:
+        here = {name: a for name, a in held.items() if a.place == place}
+        return mixed(here, state.rows, run, *args, **kwargs) if here else run(*args, **kwargs)
+    for name, adapter in held.items():
+        if name in state.active and adapter.place == place and not adapter.is_merged:
+            run = functools.partial(adapter.around, run)
     return run(*args, **kwargs)
 
 
 @functools.cache
-def wrapped(cls: type[nn.Module]) -> type[nn.Module]:
+def wrapped(cls: Any) -> type[nn.Module]:
     """Return the subclass of `cls` that consults adapters.
 
     It has the name and the forward signature of `cls`, because `save_pretrained` writes the name into the config
@@ -67,8 +77,8 @@ def wrapped(cls: type[nn.Module]) -> type[nn.Module]:
         "__doc__": cls.__doc__,
         PLAIN: cls,
     }
-    made = type(cls.__name__, (cls,), namespace)
-    return made
+    made: Any = type(cls.__name__, (cls,), namespace)
+    return made  # type: ignore[no-any-return]
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
@@ -87,7 +97,8 @@ def put(module: nn.Module, name: str, adapter: Adapter, state: State) -> None:
     if ADAPTERS not in module._modules:
         module.add_module(ADAPTERS, nn.ModuleDict())
         module.__dict__[STATE] = state
-        module.__class__ = wrapped(type(module))
+        cls: Any = type(module)
+        module.__class__ = wrapped(cls)
         _rebind(module)
     module._modules[ADAPTERS].add_module(name, adapter)  # type: ignore[union-attr]
 

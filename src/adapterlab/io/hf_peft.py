@@ -113,7 +113,7 @@ def write(
     adapted = {path: part for path, part in parts.items() if not isinstance(part, Copy)}
     config = {
         "peft_type": codec.peft_type,
-        "task_type": _task(host),
+        "task_type": _task(host, parts),
         "base_model_name_or_path": base_model,
         "revision": revision,
         "inference_mode": True,
@@ -143,6 +143,8 @@ def read(method: Method, host: Host, name: str, tensors: Mapping[str, Tensor]) -
     for key, value in tensors.items():
         if key in ours:
             found[ours[key]] = value
+        elif _is_second_copy(key, tensors):
+            continue
         elif not _is_base_copy(host, key, value):
             found[key] = value  # reported as not in this adapter, with everything else that does not fit
     return found
@@ -186,6 +188,12 @@ def _peft_key(key: str, parts: Mapping[str, Any], codec: HFCodec) -> str:
     return f"{PREFIX}{path}.{codec.suffix(tensor, parts[path].site.kind)}"
 
 
+def _is_second_copy(key: str, tensors: Mapping[str, Tensor]) -> bool:
+    """With `bias="all"` PEFT also stores the two biases inside the wrapper of a saved module; one is not used."""
+    plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
+    return plain != key and plain in tensors
+
+
 def _is_base_copy(host: Host, key: str, value: Tensor) -> bool:
     path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     base = dict(host.model.named_parameters()).get(path)
@@ -200,14 +208,18 @@ def _is_base_copy(host: Host, key: str, value: Tensor) -> bool:
     return True
 
 
-def _task(host: Host) -> str | None:
+def _task(host: Host, parts: Mapping[str, Any]) -> str | None:
     name = re.sub(r"^.*For", "For", type(host.model).__name__)
     known = {
         "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
         "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
         "ForQuestionAnswering": "QUESTION_ANS",
     }  # fmt: skip
-    return next((task for ending, task in known.items() if name.endswith(ending)), None)
+    task = next((task for ending, task in known.items() if name.endswith(ending)), None)
+    # PEFT looks for a trained copy of the head in the files of these tasks and cannot load one that has none.
+    needs_head = task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+    has_head = any(isinstance(part, Copy) and part.site.is_head for part in parts.values())
+    return task if has_head or not needs_head else None
 
 
 def find_method(config: Mapping[str, Any]) -> type[Method]:

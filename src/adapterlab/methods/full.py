@@ -77,4 +77,5 @@ class Full(Method):
             return None
         pairs = [(host.model.get_parameter(p.path), p.original) for p in host.patches[name].values()]
         squares = [(p - start).float().square().sum() for p, start in pairs if start is not None]
-        return self.anchor * torch.stack(squares).sum() / sum(p.numel() for p, _ in pairs)
+        total: Tensor = torch.stack(squares).sum()
+        return self.anchor / sum(p.numel() for p, _ in pairs) * total

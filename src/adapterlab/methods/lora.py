@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,7 +15,9 @@ from adapterlab.core.adapter import Delta
 from adapterlab.core.host import Host
 from adapterlab.core.method import LayerMethod
 from adapterlab.core.site import Site
+from adapterlab.core.targets import Targets
 from adapterlab.core.wrapping import Base
+from adapterlab.errors import TargetError, nearest
 from adapterlab.io.hf_peft import HFCodec
 from adapterlab.ops.low_rank import autocasts, low_rank_linear
 from adapterlab.registry import register
@@ -66,10 +68,12 @@ class LoRA(LayerMethod):
         "none", description="base biases to train as well: none, all, or those of adapted modules"
     )
     lora_bias: bool = Field(False, description="give B a trainable bias, scaled like the update")
-    rank_pattern: dict[str, int] = Field(
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="other ranks for modules whose path ends in a match of the key"
     )
-    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="likewise for alpha")
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="likewise for alpha"
+    )
 
     hf: ClassVar[HFCodec | None] = HFCodec(
         "LORA",
@@ -93,6 +97,16 @@ class LoRA(LayerMethod):
         accepts={"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")},
     )
 
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _readable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"{key!r} is not a valid regular expression ({error})") from None
+        return value
+
     def rank(self, path: str) -> int:
         """Rank at one module."""
         return int(_pattern(self.rank_pattern, path, self.r))
@@ -106,10 +120,22 @@ class LoRA(LayerMethod):
         """Wrap the targets, then own the biases that the option asks for."""
         super().attach(host, name)
         adapted = host.adapters(name)
-        for path, _ in list(host.model.named_parameters()) if self.bias != "none" else []:
+        self._check_patterns(adapted)
+        # Modules that are copied whole bring their own bias.
+        copied = host.sites(Targets(include=self.modules_to_save)) if self.modules_to_save else []
+        left_out = {id(p) for site in copied for p in site.module.parameters()}
+        for path, p in list(host.model.named_parameters()) if self.bias != "none" else []:
             module, _, leaf = path.rpartition(".")
-            if leaf == "bias" and not host.is_adapter_path(path) and (self.bias == "all" or module in adapted):
+            wanted = leaf == "bias" and (self.bias == "all" or module in adapted)
+            if wanted and id(p) not in left_out and not host.is_adapter_path(path):
                 host.own(name, path)
+
+    def _check_patterns(self, adapted: Iterable[str]) -> None:
+        for field in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, field):
+                if not any(matches(key, path) for path in adapted):
+                    names = {path.rpartition(".")[2] for path in adapted}
+                    raise TargetError(f"lora: {field} names {key!r}, which no adapted module has. {nearest(key, names)}")
 
     class Layer(Delta):
         """The two factors at one module."""
@@ -144,12 +170,16 @@ class LoRA(LayerMethod):
         def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Fuse with the base product when nothing stands between, else add to what `run` returns."""
             if isinstance(run, Base) and self.fuses(x):
-                weight = self.site.module.weight
+                weight: Any = self.site.module.weight
                 return low_rank_linear(
                     x, weight.T if self.site.transposed else weight, self.site.bias, self.A, self.B, self.scale
                 )
-            y: Tensor = run(x, *args, **kwargs)
-            return y + self(x).to(y.dtype)
+            return super().around(run, x, *args, **kwargs)
+
+        def added(self, x: Tensor) -> Tensor:
+            """The factors follow the dtype of x, which is therefore not copied."""
+            share: Tensor = self(x)
+            return share
 
         def fuses(self, x: Tensor) -> bool:
             """Whether base and update can be one node: a plain frozen linear layer, and no dropout now."""
@@ -158,6 +188,11 @@ class LoRA(LayerMethod):
             return plain and self.bias is None and not (self.training and self.p) and not autocasts(x)
 
 
+def matches(key: str, path: str) -> bool:
+    """Say whether a pattern matches the end of a path, at a dot."""
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
 def _pattern(table: dict[str, Any], path: str, default: float) -> float:
-    """Look a module up in a table of patterns; a key matches the end of a path, at a dot."""
-    return next((value for key, value in table.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    """Look a module up in a table of patterns; the first that matches counts."""
+    return next((value for key, value in table.items() if matches(key, path)), default)

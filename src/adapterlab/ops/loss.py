@@ -28,7 +28,7 @@ class Loss:
     why: str
 
     def __init__(self, model: nn.Module):
-        self.model = model
+        self.model: Any = model
         self.seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
         self.why = self._obstacle()
         self.path = "model" if self.why else "chunked"
@@ -47,7 +47,7 @@ class Loss:
             loss: Tensor = self.model(**batch).loss
             return loss * (count / total)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
-        hidden = self.model.base_model(**inputs, use_cache=False)[0]  # type: ignore[operator]
+        hidden = self.model.base_model(**inputs, use_cache=False)[0]
         labels = batch["labels"][:, 1:]
         bears = labels != -100
         return self._head_loss(hidden[:, :-1][bears], labels[bears]) / total
@@ -58,7 +58,7 @@ class Loss:
         return int((labels != -100).sum())
 
     def _head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        head = self.model.get_output_embeddings()
         frozen = not any(p.requires_grad for p in head.parameters())
         if frozen and type(head) is nn.Linear and "forward" not in head.__dict__:
             return linear_cross_entropy(hidden.to(head.weight.dtype), head.weight, head.bias, labels)
@@ -84,7 +84,7 @@ class Loss:
             device = next(self.model.parameters()).device
             ids = torch.arange(1, 7, device=device)[None] % self.model.config.get_text_config().vocab_size
             expected = self.model(input_ids=ids, use_cache=False).logits
-            hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]  # type: ignore[operator]
+            hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
             return hidden.shape[:2] == ids.shape and torch.allclose(expected, head(hidden), rtol=1e-3, atol=1e-4)
         finally:
             self.model.train(mode)

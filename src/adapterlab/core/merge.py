@@ -1,0 +1,122 @@
+"""Writing trained adapters into the base's weights, and taking them out again to the bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from adapterlab.core.adapter import Adapter, Copy
+from adapterlab.core.quantized import compute_dtype
+from adapterlab.core.site import Site
+from adapterlab.core.wrapping import adapters_of, wrapped
+from adapterlab.errors import MergeError
+
+if TYPE_CHECKING:
+    from adapterlab.core.host import Host
+
+
+@dataclass
+class Merged:
+    """What a merge changed in one module: the parameters it replaced, and the class if it was a packed one.
+
+    The originals are kept as objects, not copied: replacing them unties a shared weight, and putting them back
+    restores the tie and every bit.
+    """
+
+    module: nn.Module
+    originals: dict[str, nn.Parameter | None]
+    cls: type[nn.Module] | None = None
+
+    def undo(self) -> None:
+        """Put the originals back."""
+        if self.cls is not None:
+            self.module.__class__ = self.cls
+        self.module._parameters.update(self.originals)
+
+
+@torch.no_grad()
+def merge(
+    host: Host,
+    name: str,
+    tied: Literal["error", "untie"] = "error",
+    quantized: Literal["error", "dequantize"] = "error",
+) -> list[Merged]:
+    """Write an adapter into the weights of its modules; see `Host.merge`."""
+    parts = [(site_key, path, a) for site_key in host.parts(name) for path, a in host.adapters(site_key).items()]
+    for key, path, adapter in parts:
+        _check(host, name, key, path, adapter, tied, quantized)
+    done = []
+    for _, _, adapter in parts:
+        mode = adapter.training
+        adapter.eval()
+        done.append(_merge_one(adapter))
+        adapter.train(mode)
+        adapter.is_merged = True
+    return done
+
+
+def _merge_one(adapter: Adapter) -> Merged:
+    site = adapter.site
+    if isinstance(adapter, Copy):
+        new = {key: p.detach() for key, p in adapter.copy.named_parameters(recurse=False)}
+        return _replace(site.module, new)
+    dtype = torch.promote_types(site.dtype, torch.float32)
+    bias = site.bias
+    weight, shift = adapter.merged(site.weight().to(dtype), None if bias is None else bias.detach().to(dtype))
+    stored = weight if site.kind == "linear" and not site.transposed else weight.T
+    outside = compute_dtype(site.module)
+    new = {"weight": stored.to(outside).contiguous()}
+    if shift is not None:
+        new["bias"] = shift.to(outside)
+    return _replace(site.module, new, plain=site.quantized)
+
+
+def _replace(module: nn.Module, new: dict[str, Tensor], plain: bool = False) -> Merged:
+    record = Merged(module, {key: module._parameters.get(key) for key in new}, type(module) if plain else None)
+    for key, value in new.items():
+        module._parameters[key] = nn.Parameter(value, requires_grad=False)
+    if plain:
+        # The packed class would unpack what is plain now; it is a subclass of nn.Linear, whose forward is right.
+        linear: Any = nn.Linear
+        module.__class__ = wrapped(linear)
+    return record
+
+
+def _check(host: Host, name: str, key: str, path: str, adapter: Adapter, tied: str, quantized: str) -> None:
+    site, method = adapter.site, host.methods[name].id
+    if adapter.is_merged:
+        raise MergeError(f"{name!r} is merged already; call host.restore({name!r}) first.")
+    if not adapter.linear or adapter.place != "call" or (site.kind == "block" and not isinstance(adapter, Copy)):
+        reason = adapter.not_linear if adapter.place == "call" else "it works inside the attention core"
+        raise MergeError(
+            f"{method} cannot be merged into {path}: {reason}. Keep it as an adapter (host.save), or extract a low-rank "
+            "approximation of what it does."
+        )
+    if site.tied and tied == "error" and not isinstance(adapter, Copy):
+        raise MergeError(
+            f"The weight of {path} is tied to another module, which a merge would change too. Merge with tied='untie' "
+            "to give this module a weight of its own (the saved model then says tie_word_embeddings=False), or exclude "
+            f"{path} from the targets."
+        )
+    if site.quantized and quantized == "error":
+        raise MergeError(
+            f"The weight of {path} is stored packed ({type(site.module).__name__}): merging into it loses precision. "
+            "Merge with quantized='dequantize' to replace it by a plain weight, or load the base without quantization."
+        )
+    _check_order(host, key, path, adapter, site)
+
+
+def _check_order(host: Host, key: str, path: str, adapter: Adapter, site: Site) -> None:
+    """Adapters merge from the inside out; only additive ones commute."""
+    for other, inner in adapters_of(site.module).items():
+        if other == key:
+            return
+        live = other in host.state.active and not inner.is_merged and inner.place == "call"
+        if live and not (inner.additive and adapter.additive):
+            raise MergeError(
+                f"At {path} the adapter {other!r} stands inside {key!r} and is live: merge {other!r} first, or switch "
+                "it off."
+            )
