@@ -1,0 +1,47 @@
+"""Data: from the user's rows to token batches, and from generated answers to scores.
+
+    splits = load_data(DataConfig(path="rows.jsonl"))
+    encoded = encode(splits.train, tokenizer, cfg, window=2048)
+    batch = Collator(tokenizer.pad_token_id)(encoded.rows[:8])
+
+Names are imported on first use: `DataConfig` alone loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# public name -> module that defines it
+_PUBLIC = {
+    "DataConfig": "config",
+    "Example": "formats",
+    "FORMATS": "formats",
+    "Splits": "splits",
+    "load_data": "splits",
+    "fingerprint": "splits",
+    "Encoded": "encoding",
+    "Report": "encoding",
+    "encode": "encoding",
+    "prompt_of": "encoding",
+    "Collator": "batching",
+    "render_sample": "batching",
+    "Scorer": "scoring",
+    "scorer_for": "scoring",
+    "number_in": "scoring",
+    "wilson": "scoring",
+}
+
+__all__ = [*_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'adapterlab.data' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"adapterlab.data.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,94 @@
+"""Batches of token rows, and a look at what in them is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from rich.text import Text
+from torch import Tensor
+
+from adapterlab.data.encoding import IGNORED
+
+_STYLES = {"trained": "bold green", "not trained": "dim", "special": "magenta"}
+
+
+class Collator:
+    """Pads token rows on the right to the longest of the batch."""
+
+    def __init__(self, pad_token_id: int, *, seq2seq: bool = False, pad_to_multiple_of: int | None = None) -> None:
+        """Set how to pad.
+
+        Args:
+            pad_token_id: fills `input_ids`; any id will do, as those positions are neither attended to nor trained.
+            seq2seq: whether labels have a length of their own.
+            pad_to_multiple_of: round lengths up to a multiple of this.
+        """
+        self.pad_token_id, self.seq2seq, self.multiple = pad_token_id, seq2seq, pad_to_multiple_of or 1
+
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+        """Make one batch.
+
+        Args:
+            rows: rows of `encode`.
+
+        Returns:
+            `input_ids`, `attention_mask` and `labels`, int64 of [batch, time]; for seq2seq labels have their own time.
+        """
+        width = max(len(row["input_ids"]) for row in rows)
+        label_width = max(len(row["labels"]) for row in rows) if self.seq2seq else width
+        return {
+            "input_ids": self._padded([row["input_ids"] for row in rows], width, self.pad_token_id),
+            "attention_mask": self._padded([[1] * len(row["input_ids"]) for row in rows], width, 0),
+            "labels": self._padded([row["labels"] for row in rows], label_width, IGNORED),
+        }
+
+    def _padded(self, rows: Sequence[Sequence[int]], width: int, filler: int) -> Tensor:
+        width = -(-width // self.multiple) * self.multiple
+        return torch.tensor([[*row, *[filler] * (width - len(row))] for row in rows], dtype=torch.int64)
+
+
+def render_sample(row: Mapping[str, Sequence[int]], tokenizer: Any, *, seq2seq: bool = False) -> Text:
+    """Show a token row as text, with the trained tokens in bold and a legend in the first line.
+
+    The part below the legend is exactly what the tokenizer decodes; a character split over tokens is shown once, with
+    the look of its last token.
+
+    Args:
+        row: a row of `encode`.
+        tokenizer: the tokenizer it came from.
+        seq2seq: whether the labels are a text of their own, shown after the input.
+
+    Returns:
+        Text to print with rich.
+    """
+    shown = Text().append("trained", _STYLES["trained"])
+    shown.append(" | ").append("not trained", _STYLES["not trained"])
+    shown.append(" | ").append("special token", _STYLES["special"]).append("\n")
+    ids, labels = list(row["input_ids"]), list(row["labels"])
+    if seq2seq:
+        _append(shown, ids, [False] * len(ids), tokenizer)
+        shown.append("\n")
+        ids, trained = [i for i in labels if i != IGNORED], [i != IGNORED for i in labels if i != IGNORED]
+    else:
+        trained = [label != IGNORED for label in labels]
+    _append(shown, ids, trained, tokenizer)
+    return shown
+
+
+def _append(shown: Text, ids: list[int], trained: list[bool], tokenizer: Any) -> None:
+    special = set(tokenizer.all_special_ids)
+    whole, done, end = _decoded(ids, tokenizer), 0, 0
+    for (learnt, marker), run in groupby((flag, i in special) for flag, i in zip(trained, ids, strict=True)):
+        end += len(list(run))
+        # An incomplete character at the end of a run belongs to the next one.
+        upto = len(whole) if end == len(ids) else len(_decoded(ids[:end], tokenizer).rstrip("\ufffd"))
+        style = _STYLES["trained" if learnt else "not trained"] + (f" {_STYLES['special']}" if marker else "")
+        shown.append(whole[done:upto], style)
+        done = max(done, upto)
+
+
+def _decoded(ids: list[int], tokenizer: Any) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,0 +1,106 @@
+"""`DataConfig`: where rows come from, how they are read, cut and scored."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from adapterlab.errors import nearest
+
+# The columns that the known formats read; `formats.py` holds the formats themselves.
+COLUMNS = (
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "question",
+    "answer",
+    "text",
+    "system",
+)
+FormatName = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"]
+ScorerName = Literal["auto", "exact", "number", "verifier", "none"]
+TASK_ROWS = 2000
+
+
+class DataConfig(BaseModel):
+    """Where the rows come from, how they become token rows, and how answers are scored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str | None = Field(
+        None,
+        description="Local .jsonl, .json, .csv, .tsv or .parquet file, a folder of such files, or a hub data set id.",
+    )
+    name: str | None = Field(None, description="Configuration name of a hub data set, such as 'main' for openai/gsm8k.")
+    task: str | None = Field(
+        None, description="A reasoning-gym task that generates rows, such as 'chain_sum'. Exactly one of path and task."
+    )
+    task_args: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of the task, such as {min_terms: 2, max_terms: 2}."
+    )
+    split: str = Field("train", min_length=1, description="Split to train on (hub data sets and folders).")
+    eval_path: str | None = Field(None, description="File, folder or hub id of the evaluation rows.")
+    eval_split: str | None = Field(None, description="Split of the same hub data set or folder to evaluate on.")
+    eval_size: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="Evaluation rows when there is no evaluation source: a number of rows, or a share of the training "
+        "rows. Held out from the rows of a path, generated for a task. Default: 10 %, at most 200.",
+    )
+    limit: int | None = Field(
+        None, ge=1, description=f"Use the first n rows only; for a task, how many to generate (default {TASK_ROWS})."
+    )
+    eval_limit: int | None = Field(None, ge=1, description="Use the first n evaluation rows only.")
+    format: FormatName = Field("auto", description="How rows are laid out; 'auto' tells from the column names.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Your names of the format's columns, such as {prompt: q, completion: a}.",
+    )
+    system: str | None = Field(
+        None, min_length=1, description="System message put before every row that brings none of its own."
+    )
+    max_length: int = Field(1024, ge=2, description="Longest row in tokens; the model's window is never exceeded.")
+    too_long: Literal["error", "drop"] = Field(
+        "error", description="What to do with rows whose prompt leaves no room for any trained token."
+    )
+    train_on: Literal["completion", "all"] = Field(
+        "completion", description="Which tokens are learnt: those of the assistant's turns, or all."
+    )
+    scorer: ScorerName = Field(
+        "auto",
+        description="How generated answers are compared with the reference: the same text, the same final number, or "
+        "the task's own verifier.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of the held-out choice and of generated rows.")
+
+    @field_validator("columns")
+    @classmethod
+    def _known_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        for ours in columns:
+            if ours not in COLUMNS:
+                raise ValueError(
+                    f"{ours!r} is no column of any known format; write {{format column: your column}}. "
+                    f"{nearest(ours, COLUMNS, n=5)}"
+                )
+        return columns
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.task is None):
+            got = "neither" if self.path is None else f"path={self.path!r} and task={self.task!r}"
+            raise ValueError(f"set exactly one of path (rows of yours) and task (generated rows); received {got}")
+        if self.task is None and self.task_args:
+            raise ValueError(f"task_args={self.task_args} needs a task; received path={self.path!r}")
+        if self.task is not None:
+            idle = [k for k in ("name", "eval_path", "eval_split", "columns") if getattr(self, k)]
+            if idle:
+                raise ValueError(f"{', '.join(idle)} cannot be used with task={self.task!r}: its rows are generated")
+        if self.eval_path and self.eval_split and self.eval_path == self.path:
+            raise ValueError("set eval_split alone to evaluate on another split of the same data")
+        if self.eval_size is not None and (self.eval_path or self.eval_split):
+            raise ValueError("eval_size is for rows without an evaluation source; use eval_limit to cut that source")
+        return self
