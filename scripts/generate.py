@@ -1,0 +1,82 @@
+"""Write what is generated from the registry: the table in the README, a page for each method, the CLI reference.
+
+`python scripts/generate.py` writes; `--check` fails when a file is not what would be written.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+import typer.main
+
+from adapterlab.cli import build
+from adapterlab.registry import ids, method
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- methods: begin (generated) -->", "<!-- methods: end -->"
+
+
+def table() -> str:
+    rows = ["| id | what | family | trainable parameters | paper |", "|---|---|---|---|---|"]
+    for id in ids():
+        cls = method(id)
+        what = (cls.__doc__ or "").strip().splitlines()[0]
+        paper = f"[{cls.year}](https://arxiv.org/abs/{cls.arxiv})" if cls.arxiv else "–"
+        rows.append(f"| [`{id}`](docs/methods/{id}.md) | {what} | {cls.family} | {cls.formula} | {paper} |")
+    return "\n".join(rows)
+
+
+def page(id: str) -> str:
+    from adapterlab.cli._pages import method_page
+
+    return method_page(method(id))
+
+
+def cli_reference() -> str:
+    root = typer.main.get_command(build())
+    lines = ["# Command line", "", "Generated from the verbs' own help texts.", ""]
+    context = click.Context(root, info_name="adapterlab")
+    for name in root.list_commands(context):
+        command = root.get_command(context, name)
+        child = click.Context(command, info_name=name, parent=context)
+        usage = command.get_usage(child).removeprefix("Usage: ")
+        lines += [f"## adapterlab {name}", "", f"`{usage}`", "", (command.help or "").strip(), ""]
+        for parameter in command.params:
+            help = getattr(parameter, "help", None)
+            if help:
+                shown = ", ".join(parameter.opts) if parameter.param_type_name == "option" else parameter.name.upper()
+                lines.append(f"- `{shown}`: {help}")
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def files() -> dict[Path, str]:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, rest = readme.split(BEGIN)
+    after = rest.split(END)[1]
+    out = {ROOT / "README.md": f"{before}{BEGIN}\n{table()}\n{END}{after}"}
+    out |= {ROOT / "docs" / "methods" / f"{id}.md": page(id) for id in ids()}
+    out[ROOT / "docs" / "cli.md"] = cli_reference()
+    return out
+
+
+def main() -> None:
+    check = "--check" in sys.argv[1:]
+    wanted = files()
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    stale += [p for p in (ROOT / "docs" / "methods").glob("*.md") if p not in wanted]
+    if check and stale:
+        raise SystemExit("not up to date, run `make docs`:\n  " + "\n  ".join(str(p.relative_to(ROOT)) for p in stale))
+    for path in stale:
+        if path in wanted:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(wanted[path], encoding="utf-8")
+        else:
+            path.unlink()
+    print(f"{len(wanted)} generated files, {len(stale)} written")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What several verbs have in common: options, progress, `key=value` settings. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from adapterlab.errors import ConfigError
+
+Target = Annotated[str, typer.Argument(help="A run folder, an adapter folder, or a base model.", show_default=False)]
+BaseModel = Annotated[
+    str | None, typer.Option("--model", help="Another base model than the one the run or adapter names.")
+]
+Checkpoint = Annotated[str, typer.Option(help="Which adapter of a run: best or last.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; default: the fastest there is.")]
+Precision = Annotated[str | None, typer.Option(help="Of the base weights: fp32, bf16 or fp16; default: the run's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher values sample.")]
+Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+System = Annotated[str | None, typer.Option(help="System message; default: the one of the run.")]
+
+
+def settings(pairs: Sequence[str], option: str) -> dict[str, Any]:
+    """Read `key=value` pairs; values are YAML, and dots lead into nested settings.
+
+    Args:
+        pairs: as typed.
+        option: name of the option, for messages.
+
+    Raises:
+        ConfigError: a pair is malformed.
+    """
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    for pair in pairs:
+        if not pair.partition("=")[0].strip() or "=" not in pair:
+            raise ConfigError(f"{option} takes key=value, for example {option} eval_size=50; received {pair!r}.")
+    try:
+        found: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(pairs)))
+    except YAMLError as error:
+        raise ConfigError(f"{option}: a value of {' '.join(pairs)!r} is not valid YAML: {error}.") from None
+    return dict(found)
+
+
+def read_lines(file: str) -> list[str]:
+    """Read a text file, or standard input for `-`, without blank lines.
+
+    Raises:
+        ConfigError: it cannot be read, or is empty.
+    """
+    import sys
+
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}. Give a UTF-8 text file with one prompt a line.") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ConfigError(f"{file} holds no prompt. Write one on each line.")
+    return lines
+
+
+@contextlib.contextmanager
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Show progress on stderr.
+
+    Yields:
+        A function of the phase's name, how much of it is done, and how much there is.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=Console(stderr=True), transient=True) as display:
+
+        def update(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = display.add_task(phase, total=total)
+            display.update(tasks[phase], completed=done)
+
+        yield update
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON on stdout, for programs."""
+    import json
+
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,115 @@
+"""`adapterlab evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from adapterlab.cli._shared import AsJson, BaseModel, Checkpoint, Device, Precision, Target, bars, print_json, settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from adapterlab.evaluate.result import Evaluation, Figures
+
+_SHOWN = 300  # characters of a sample answer
+
+
+def evaluate(
+    target: Target,
+    checkpoint: Checkpoint = "best",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A data setting, key=value; repeat for more. For a run it replaces the run's own. "
+            "eval_path=FILE evaluates on all rows of a file."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Use the first n evaluation examples only.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Evaluate the base model too, on the same examples.")] = False,
+    model: BaseModel = None,
+    batch_size: Annotated[int, typer.Option(help="Examples computed at once.")] = 16,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer; default: twice the longest reference, at least 64.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="How many answers to show.")] = 3,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for answers and figures; default: evaluation/ in the run folder.")
+    ] = None,
+    device: Device = None,
+    precision: Precision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure loss and share of right answers on held-out examples, with 95 % intervals."""
+    from adapterlab.evaluate.scoring import score
+
+    with bars() as progress:
+        found = score(
+            target,
+            data=settings(data, "--data") if data else None,
+            checkpoint=checkpoint,
+            model=model,
+            limit=limit,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            samples=samples,
+            base=base,
+            output=output,
+            device=device,
+            precision=precision,
+            progress=progress,
+        )
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        _show(found)
+
+
+def _show(found: Evaluation) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table("", "loss", "perplexity", "right", "score", "95 % interval", title=f"{found.n} examples")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, figures in {"base": found.base, "evaluated": found}.items():
+        if figures is not None:
+            table.add_row(name, *_cells(figures))
+    console.print(table)
+    if found.fixed is not None:
+        console.print(f"Against the base: {found.fixed} answers fixed, {found.broken} broken.")
+    if found.why_no_score:
+        console.print(f"There is no score: {found.why_no_score}.")
+    _show_samples(console, found)
+    scorer = f", scored by {found.scorer}" if found.scorer else ""
+    console.print(f"{found.target} on {found.source}{scorer}; {found.tokens:,} tokens, {found.seconds:.1f} s.")
+    if found.answers:
+        console.print(f"All answers: {found.answers}", soft_wrap=True)
+
+
+def _cells(figures: Figures) -> list[str]:
+    cells = [f"{figures.loss:.4f}", f"{figures.perplexity:,.4g}"]
+    if figures.score is None or figures.interval is None:
+        return [*cells, "-", "-", "-"]
+    low, high = figures.interval
+    return [*cells, f"{figures.correct}/{figures.n}", f"{figures.score:.1%}", f"{low:.1%} - {high:.1%}"]
+
+
+def _show_samples(console: Console, found: Evaluation) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not found.samples:
+        return
+    base = found.base is not None
+    table = Table("prompt", "reference", "answer", *["base"] * base, show_lines=True)
+    for row in found.samples:
+        cells = [escape(str(row[key])[:_SHOWN]) for key in ("prompt", "reference")]
+        for key in ["answer", *["base_answer"] * base]:
+            right = row[key.replace("answer", "score")]
+            cells.append(f"[{'green' if right else 'red'}]{'✓' if right else '✗'}[/] {escape(row[key][:_SHOWN])}")
+        table.add_row(*cells)
+    console.print(table)

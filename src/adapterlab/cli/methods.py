@@ -1,0 +1,149 @@
+"""`adapterlab methods`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adapterlab.cli._shared import AsJson, print_json
+from adapterlab.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from adapterlab.core.method import Method
+
+
+def methods(
+    pattern: Annotated[str, typer.Argument(help="An id, for its page, or a wildcard pattern such as 'lora*'.")] = "*",
+    as_json: AsJson = False,
+) -> None:
+    """List the methods, or show the page of one."""
+    from adapterlab import registry
+
+    ids = registry.ids(pattern)
+    if not ids:
+        raise ConfigError(f"No method matches {pattern!r}. {nearest(pattern, registry.ids())}")
+    if pattern in ids:
+        cls = registry.method(pattern)
+        print_json({**_facts(cls), "page": _page(cls), "fields": _fields(cls)}) if as_json else _show_page(cls)
+        return
+    rows = [_facts(registry.method(id)) for id in ids]
+    print_json(rows) if as_json else _show_list(rows)
+
+
+def _facts(cls: type[Method]) -> dict[str, Any]:
+    names = ("id", "family", "year", "paper", "arxiv", "status", "formula")
+    return {**{name: getattr(cls, name) for name in names}, "capabilities": cls.capabilities()}
+
+
+def _page(cls: type[Method]) -> str:
+    import inspect
+
+    return inspect.cleandoc(cls.__doc__ or "")
+
+
+def _fields(cls: type[Method]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "type": _type(field.annotation),
+            "default": _default(field),
+            "constraints": ", ".join(_constraint(rule) for rule in field.metadata),
+            "description": field.description or "",
+        }
+        for name, field in cls.model_fields.items()
+    ]
+
+
+def _type(annotation: Any) -> str:
+    """An annotation as it would be typed: without module names, literals as their values."""
+    import re
+    from typing import Literal, get_args, get_origin
+
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(repr, get_args(annotation)))
+    if isinstance(annotation, type) and not get_args(annotation):
+        return "None" if annotation is type(None) else annotation.__name__
+    return re.sub(r"(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", str(annotation)).replace("NoneType", "None")
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    include = getattr(value, "include", None)  # of `Targets`: shown as a user would write it
+    return repr(include[0] if include and len(include) == 1 else value)
+
+
+def _constraint(rule: Any) -> str:
+    """A rule of annotated-types, such as `Ge(ge=1)`, as `>= 1`."""
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "length >=", "max_length": "length <="}
+    for name, sign in signs.items():
+        if getattr(rule, name, None) is not None:
+            return f"{sign} {getattr(rule, name)}"
+    return str(rule)
+
+
+def _show_list(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("id", "family", "paper", "parameters", "capabilities", "status")
+    for row in rows:
+        source = ", ".join(filter(None, [f"arXiv {row['arxiv']}" if row["arxiv"] else "", str(row["year"] or "")]))
+        can = ", ".join(name.replace("_", " ") for name, there in row["capabilities"].items() if there)
+        table.add_row(
+            f"[bold]{row['id']}[/]",
+            row["family"],
+            f"{escape(row['paper'])} [dim]{source}[/]",
+            escape(row["formula"]),
+            can,
+            row["status"],
+        )
+    console = Console()
+    console.print(table)
+    console.print("The page of one: adapterlab methods ID", highlight=False)
+
+
+def _show_page(cls: type[Method]) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+    from rich.markup import escape
+    from rich.table import Table
+
+    facts, console = _facts(cls), Console()
+    console.print(Markdown(f"# {facts['id']}: {cls.__name__}\n\n{_markdown(_page(cls))}"))
+    can = [name.replace("_", " ") for name, there in facts["capabilities"].items() if there]
+    lines = {
+        "family": facts["family"],
+        "paper": f"{facts['paper']} ({facts['year']})" if facts["paper"] else "",
+        "arXiv": facts["arxiv"],
+        "parameters": facts["formula"],
+        "capabilities": ", ".join(can),
+        "status": facts["status"],
+    }
+    console.print()
+    for name, value in lines.items():
+        if value:
+            console.print(f"[bold]{name}[/]: {escape(value)}", highlight=False)
+    table = Table("setting", "type", "default", "description", show_lines=True)
+    for field in _fields(cls):
+        kind = ", ".join(filter(None, [field["type"], field["constraints"]]))
+        table.add_row(f"[bold]{field['name']}[/]", *map(escape, (kind, field["default"], field["description"])))
+    console.print(table)
+
+
+def _markdown(page: str) -> str:
+    """A docstring as Markdown: its examples become code blocks, and so does indented text by itself."""
+    lines: list[str] = []
+    inside = False
+    for line in page.splitlines():
+        code = line.lstrip().startswith((">>>", "...")) or (inside and bool(line.strip()))
+        if code != inside:
+            lines.append("```python" if code else "```")
+        inside = code
+        lines.append(line.strip() if code else line)
+    return "\n".join(lines + ["```"] * inside)

@@ -1,0 +1,41 @@
+"""`adapterlab train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run; see examples/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace those of the file.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint, exactly.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load, check and show everything; train nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+) -> None:
+    """Train an adapter as a YAML file says, with KEY=VALUE overrides such as training.lr=1e-4.
+
+    The output folder gets adapters (best/, last/), metrics.jsonl, run.json, config.yaml and a checkpoint.
+    Ctrl-C finishes the step and saves a checkpoint.
+    """
+    import shlex
+
+    from adapterlab.train import Interrupted, fit, load_config
+
+    settings, provenance = load_config(config, overrides or [])
+    try:
+        result = fit(settings, resume=resume, overwrite=overwrite, dry_run=dry_run, quiet=quiet, provenance=provenance)
+    except Interrupted as stop:
+        again = shlex.join(["adapterlab", "train", str(config), *(overrides or []), "--resume"])
+        typer.echo(f"{stop}\nContinue with: {again}", err=True)
+        raise typer.Exit(130) from None
+    if result is not None and not quiet:
+        folder = shlex.quote(str(result.folder))
+        adapter = shlex.quote(str(result.adapter))
+        typer.echo(f"Next:  adapterlab evaluate {folder if result.best else adapter}")
+        typer.echo(f"       adapterlab chat {adapter}")

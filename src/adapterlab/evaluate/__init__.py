@@ -1,0 +1,43 @@
+"""Use and judge trained adapters: generation, exact loss, scores with intervals.
+
+    result = score("runs/sums", base=True)
+    print(result.score, result.interval, result.fixed, result.broken)
+
+Names are imported on first use: importing this package loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# public name -> module that defines it
+_PUBLIC = {
+    "Evaluation": "result",
+    "Figures": "result",
+    "Opened": "opening",
+    "Place": "opening",
+    "chat_ids": "generation",
+    "evaluate_loss": "loss",
+    "generate": "generation",
+    "locate": "opening",
+    "open_target": "opening",
+    "score": "scoring",
+    "stop_ids": "generation",
+    "stream": "generation",
+    "window_of": "generation",
+}
+
+__all__ = [*_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'adapterlab.evaluate' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"adapterlab.evaluate.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,58 @@
+"""The mean token loss of a set of rows, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from adapterlab.errors import DataError
+from adapterlab.evaluate.generation import evaluating
+from adapterlab.ops.loss import Loss
+
+Row = Mapping[str, Sequence[int]]
+
+
+def evaluate_loss(
+    model: Any,
+    rows: Sequence[Row],
+    collator: Callable[[Sequence[Row]], Mapping[str, Tensor]],
+    batch_size: int = 16,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[float, int]:
+    """Compute the mean cross-entropy over all tokens that bear a label, whatever rows and batches they are in.
+
+    Args:
+        model: a language model of transformers, with or without adapters.
+        rows: rows of `adapterlab.data.encode`.
+        collator: makes a batch of rows.
+        batch_size: rows computed at once; the result does not depend on it beyond rounding.
+        progress: called with the number of rows that each batch adds.
+
+    Returns:
+        The loss in nats per token, and the number of tokens.
+
+    Raises:
+        DataError: no token bears a label.
+    """
+    device = model.get_input_embeddings().weight.device
+    order = sorted(rows, key=lambda row: -len(row["input_ids"]))  # rows of like length share a batch: little padding
+    total, tokens = 0.0, 0
+    with evaluating(model):
+        loss = Loss(model)
+        for start in range(0, len(order), batch_size):
+            batch = {key: value.to(device) for key, value in collator(order[start : start + batch_size]).items()}
+            count = loss.tokens(batch)
+            if count:
+                total += float(loss(batch, total=1))
+                tokens += count
+            if progress:
+                progress(min(batch_size, len(order) - start))
+    if not tokens:
+        raise DataError(
+            f"None of the {len(rows)} evaluation rows has a token with a label, so there is no loss. "
+            "Check data.train_on and data.max_length."
+        )
+    return total / tokens, tokens
