@@ -19,6 +19,7 @@ class Adapter(nn.Module):
         linear: the adapted module is still affine in its input, so it can be merged.
         not_linear: why it is not, for the message of a refused merge.
         rowwise: row i of the output depends on row i of the input only, so adapters can be mixed in a batch.
+        resident: its values are in the base's own parameters already, so merging has nothing to write.
         additive: the output is run(x) plus something, so a mixed batch needs the base's product once.
         site: where it is attached.
         is_merged: its effect is in the base's weights now.
@@ -28,6 +29,7 @@ class Adapter(nn.Module):
     linear: ClassVar[bool] = True
     not_linear: ClassVar[str] = "its output is not a linear function of its input"
     rowwise: ClassVar[bool] = True
+    resident: ClassVar[bool] = False
     additive: ClassVar[bool] = False
 
     def __init__(self, site: Site):

@@ -110,15 +110,20 @@ def prepend(
     if mask is not None:
         visible = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
         mask = torch.cat([visible((*mask.shape[:-1], count)), mask[..., : k.shape[2]]], -1)
-    if mask is not None and mask.dtype == torch.bool and _implementation(module) == "eager":
-        # The eager functions add their mask.
-        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
+    mask = mask if mask is None else understood(module, mask, q.dtype)
     bias = kwargs.get("position_bias")
     if bias is not None:
         kwargs = {**kwargs, "position_bias": torch.cat([bias.new_zeros(*bias.shape[:-1], count), bias], -1)}
     k = torch.cat([prefix_k.expand(len(k), -1, -1, -1).to(k.dtype), k], 2)
     v = torch.cat([prefix_v.expand(len(v), -1, -1, -1).to(v.dtype), v], 2)
     return k, v, mask, kwargs
+
+
+def understood(module: nn.Module, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask in the form that the module's attention function takes: the eager ones add their mask."""
+    if mask.dtype != torch.bool or _implementation(module) != "eager":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from adapterlab.core.adapter import Adapter, Copy
 from adapterlab.core.attention import attention_modules, bridge
+from adapterlab.core.entries import Entries
 from adapterlab.core.merge import Merged, merge
 from adapterlab.core.method import Method
+from adapterlab.core.quantized import keep_layout
 from adapterlab.core.resident import Patch
 from adapterlab.core.roles import layer_of, role_of
-from adapterlab.core.site import Site, plain_class
+from adapterlab.core.site import Site
 from adapterlab.core.state import State
 from adapterlab.core.targets import Targets, select
 from adapterlab.core.wrapping import ADAPTERS, adapters_of, plain_copy, put, take
@@ -91,7 +93,7 @@ class Host:
         self._parts: dict[str, dict[str, Method]] = {}
         self._merged: dict[str, list[Merged]] = {}
         self._tied_before = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
-        self._trained_before = {path: p.requires_grad for path, p in model.named_parameters()}
+        self._trained_before: dict[str, bool] = {}
 
     # ------------------------------------------------------------------ looking at the model
 
@@ -116,14 +118,14 @@ class Host:
     @property
     def layers(self) -> list[nn.Module]:
         """The repeated blocks: the longest `ModuleList`s of the backbone (two for an encoder-decoder), in order."""
-        lists = [m for m in self.backbone.modules() if isinstance(m, nn.ModuleList) and len(m)]
+        lists = _outer_lists(self.backbone)
         if not lists:
             raise AttachError(
                 f"{type(self.model).__name__} has no list of layers; name the modules by pattern instead."
             )
-        longest = max(lists, key=len)
-        kind = plain_class(longest[0])
-        return [block for blocks in lists if plain_class(blocks[0]) is kind for block in blocks]
+        longest = max(lists, key=lambda path: len(lists[path]))
+        last = longest.rpartition(".")[2]  # encoder and decoder call theirs alike
+        return [block for path, blocks in lists.items() if path.rpartition(".")[2] == last for block in blocks]
 
     def path_of(self, module: nn.Module) -> str:
         """Return the dotted name of a module of the model.
@@ -165,8 +167,22 @@ class Host:
 
     # ------------------------------------------------------------------ attaching and detaching
 
-    def attach(self, method: Method, name: str = "default", *, active: bool = True) -> None:
-        """Put a method on the model; see `attach`. With `active=False` it waits for `activate` or `using`."""
+    def attach(
+        self,
+        method: Method,
+        name: str = "default",
+        *,
+        active: bool = True,
+        saved: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Put a method on the model; see `attach`.
+
+        Args:
+            method: what to attach.
+            name: of the adapter.
+            active: make it live beside the active ones, or let it wait for `activate` or `using`.
+            saved: tensors by the keys of `tensors`; the adapter gets the structure and the values they have.
+        """
         if not isinstance(method, Method):
             raise AttachError(f"attach needs a method such as al.LoRA(r=16), and received {method!r}.")
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
@@ -176,14 +192,21 @@ class Host:
                 f"The model has an adapter {name!r} already ({self.methods[name].id}). Choose another name, or "
                 f"host.detach({name!r}) first. Attached: {', '.join(self.methods)}."
             )
-        before = self.state.active
+        before = self.active
         if not self.methods:
+            self._trained_before = {path: p.requires_grad for path, p in self.model.named_parameters()}
             self.model.requires_grad_(False)
+            keep_layout(self.model)
         self.methods[name], self.patches[name] = method, {}
         self.model.__dict__[HOST] = self
         try:
-            method.attach(self, name)
+            if saved is None:
+                method.attach(self, name)
+            else:
+                method.attach_saved(self, name, saved)
             self._save_modules(method, name)
+            if saved is not None:
+                self.load_state_dict(name, saved)
             self.activate(*before, *((name,) if active else ()))
         except BaseException:
             self.detach(name)
@@ -194,11 +217,13 @@ class Host:
         self._check(name)
         if name in self._merged:
             self.restore(name)
-        self.activate(*(n for n in self.state.active if n != name))
+        self.activate(*(n for n in self.active if n != name))
         for key in self.parts(name):
             for patch in self.patches.pop(key, {}).values():
                 patch.undo(self.model, keep=False)
-                self.model.get_parameter(patch.path).requires_grad_(False)
+                others = [p for patches in self.patches.values() for p in patches.values() if p.live]
+                if patch.index is None and not any(patch.clashes(other) for other in others):
+                    self.model.get_parameter(patch.path).requires_grad_(False)
             for path in self.adapters(key):
                 take(self.model.get_submodule(path), key)
             held = self.model._modules.get(SHARED)
@@ -281,20 +306,24 @@ class Host:
         """Say whether a parameter's name belongs to an adapter and not to the base."""
         return not {ADAPTERS, SHARED}.isdisjoint(path.split("."))
 
-    def own(self, name: str, path: str, *, keep: bool = True) -> nn.Parameter:
-        """Train a base parameter in place.
+    def own(self, name: str, path: str, *, index: Tensor | None = None, keep: bool = True) -> nn.Parameter:
+        """Train a base parameter in place, or some of its entries.
 
         Args:
             name: of the adapter.
             path: the parameter's name in the model.
+            index: flat row-major positions `[k]` of the entries to train; None for all. Only these change, whatever the
+                optimizer does, and only they cost gradient and optimizer memory.
             keep: store the original, so that the change can be undone and switched off; without it, detaching raises.
+
+        Returns:
+            The tensor that trains: the parameter itself, or the float32 vector `[k]` of its entries.
 
         Raises:
             AttachError: there is no such parameter, it is packed, or another live adapter owns it.
         """
-        parameters: dict[str, nn.Parameter] = {
-            p: t for p, t in self.model.named_parameters() if not self.is_adapter_path(p)
-        }
+        every: dict[str, nn.Parameter] = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = {p: t for p, t in every.items() if not self.is_adapter_path(p)}
         if path not in parameters:
             raise AttachError(f"{type(self.model).__name__} has no parameter {path!r}. {nearest(path, parameters)}")
         parameter = parameters[path]
@@ -303,11 +332,30 @@ class Host:
                 f"{path} is stored packed ({type(parameter).__name__}, {parameter.dtype}) and cannot be trained in "
                 "place. Load the model without quantization, or choose a method that adds tensors beside the weight."
             )
-        self._check_conflict(name, path)
-        if path not in self.patches[name]:
-            self.patches[name][path] = Patch(path, parameter.detach().clone() if keep else None)
-        parameter.requires_grad_(True)
-        return parameter
+        original = parameter.detach() if index is None else parameter.detach().view(-1)[index]
+        patch = Patch(path, original.clone() if keep else None, index)
+        self._check_conflict(name, patch)
+        self.patches[name].setdefault(path, patch)
+        if index is None:
+            parameter.requires_grad_(True)
+            return parameter
+        # Every module that holds the tensor must see the entries: a tied weight has two.
+        holders = [p for p, t in parameters.items() if t is parameter]
+        trained = self._entries(name, holders[0]).add(holders[0].rpartition(".")[2], index)
+        for other in holders[1:]:
+            self._entries(name, other).alias(other.rpartition(".")[2], index, trained)
+        return trained
+
+    def _entries(self, name: str, path: str) -> Entries:
+        """The adapter that places chosen entries at the module of a parameter; made on first use."""
+        module = self.model.get_submodule(path.rpartition(".")[0])
+        found = adapters_of(module).get(name)
+        if found is None:
+            found = Entries(self.site(module))
+            self.wrap(name, module, found)
+        if not isinstance(found, Entries):
+            raise AttachError(f"{name!r} already wraps {path.rpartition('.')[0]}: own its entries under a part's name.")
+        return found
 
     def share(self, name: str, key: str, module: nn.Module) -> nn.Module:
         """Keep tensors of an adapter that belong to no single module; they live at the root of the model.
@@ -355,7 +403,8 @@ class Host:
             found.update({f"adapter.{path}.{k}": value for k, value in adapter.state_dict(keep_vars=True).items()})
         for shared, module in self.shared(key).items():
             found.update({f"shared.{shared}.{k}": value for k, value in module.state_dict(keep_vars=True).items()})
-        found.update({f"base.{path}": patch.value(self.model) for path, patch in self.patches[key].items()})
+        whole = {path: patch for path, patch in self.patches[key].items() if patch.index is None}
+        found.update({f"base.{path}": patch.value(self.model) for path, patch in whole.items()})
         return found
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
@@ -401,11 +450,13 @@ class Host:
         """Count what an adapter trains; without a name, the one that is attached alone."""
         name = self._only(name)
         own = {id(t): t for t in self.tensors(name).values()}
-        every = {**{id(p): p for p in self.model.parameters()}, **own}
+        away = [p for key in self.parts(name) for p in self.patches[key].values() if not p.live and p.index is None]
+        replaced = {id(self.model.get_parameter(p.path)) for p in away}
+        every = {**{id(p): p for p in self.model.parameters() if id(p) not in replaced}, **own}
         others = {id(t) for n in self.methods if n != name for t in self.tensors(n).values()} - own.keys()
         base = [p for key, p in every.items() if key not in others]
         dtypes: dict[str, Counter[str]] = {"trainable": Counter(), "frozen": Counter()}
-        trained = {id(p) for p in self.parameters(name)}
+        trained = {id(p) for p in self.parameters(name)} | {id(p.trained) for p in away}
         for p in base:
             dtypes["trainable" if id(p) in trained else "frozen"][str(p.dtype).removeprefix("torch.")] += _numel(p)
         keys = self.parts(name)
@@ -444,11 +495,13 @@ class Host:
         self.state.active = tuple(staying)
 
     def _check_switch(self, leaving: list[str], staying: list[str]) -> None:
-        owner: dict[str, str] = {}
+        owners: dict[str, list[tuple[str, Patch]]] = {}
         for key in staying:
-            for path in self.patches[key]:
-                if owner.setdefault(path, key) != key:
-                    raise AttachError(f"{owner[path]!r} and {key!r} both own {path}: make only one of them active.")
+            for path, patch in self.patches[key].items():
+                for other, theirs in owners.get(path, []):
+                    if patch.clashes(theirs):
+                        raise AttachError(f"{other!r} and {key!r} both own {path}: make only one of them active.")
+                owners.setdefault(path, []).append((key, patch))
         for key in leaving:
             if key in self._merged:
                 raise AttachError(f"{key!r} is merged into the weights: call host.restore({key!r}) first.")
@@ -462,7 +515,7 @@ class Host:
     @contextlib.contextmanager
     def using(self, *names: str) -> Iterator[Host]:
         """Make exactly these adapters live inside the context; `using()` is the plain base model."""
-        before = self.state.active
+        before = self.active
         self.activate(*names)
         try:
             yield self
@@ -563,13 +616,18 @@ class Host:
             return
         kwargs: dict[str, Any] = {"use_reentrant": False}
         if not compiled:
-            kwargs["context_fn"] = self._checkpoint_contexts
+            kwargs["context_fn"] = self.recomputation
+        self._release_inputs()
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-        # Non-reentrant checkpointing needs no gradient at the input, and the hook that makes one breaks full graphs.
+        self._release_inputs()  # enabling may set the hook anew, and would then forget an earlier one
+
+    def _release_inputs(self) -> None:
+        """Without reentry no gradient is needed at the input, and the hook that makes one breaks full graphs."""
         if getattr(self.model, "_require_grads_hook", None) is not None:
             self.model.disable_input_require_grads()
 
-    def _checkpoint_contexts(self) -> tuple[Any, Any]:
+    def recomputation(self) -> tuple[Any, Any]:
+        """Contexts for `torch.utils.checkpoint`: the recomputation sees the state of the first pass."""
         return contextlib.nullcontext(), self.state.replay(self.state.snapshot())
 
     def verify(self, batch: Mapping[str, Tensor]) -> None:
@@ -579,15 +637,21 @@ class Host:
             batch: arguments of the model, with labels.
 
         Raises:
-            NotTrainingError: an adapted module was never called, or a trainable tensor got no gradient.
+            NotTrainingError: nothing is trainable, an adapted module was never called, or a trainable tensor got no
+                gradient.
         """
+        parameters = {key: p for name in self.active for key, p in self.named_parameters(name).items()}
+        if not parameters:
+            raise NotTrainingError(
+                f"Nothing is trainable. Live adapters: {', '.join(self.active) or 'none'}. Activate one that trains; a "
+                "method that chooses from data what to train needs method.prepare(host, name, batches) first."
+            )
         called: set[str] = set()
         handles = [
             self.model.get_submodule(path).register_forward_hook(lambda *_, path=path: called.add(path))
             for key in self.state.active
             for path in self.adapters(key)
         ]
-        parameters = {key: p for name in self.active for key, p in self.named_parameters(name).items()}
         before = {key: p.grad for key, p in parameters.items()}
         for p in parameters.values():
             p.grad = None
@@ -620,9 +684,10 @@ class Host:
             base = {k: v for k, v in self.model.state_dict().items() if not self.is_adapter_path(k)}
             self.model.save_pretrained(folder, state_dict=base)
 
-    def _check_conflict(self, name: str, path: str) -> None:
+    def _check_conflict(self, name: str, patch: Patch) -> None:
+        path = patch.path
         for other in self.state.active:
-            if other != name and path in self.patches[other]:
+            if other != name and path in self.patches[other] and patch.clashes(self.patches[other][path]):
                 raise AttachError(
                     f"{path} is owned by adapter {other!r} already: two adapters cannot train one base parameter "
                     f"at the same time. Deactivate {other!r} first, or exclude the parameter."
@@ -655,6 +720,15 @@ def _base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.
                 yield from walk(child, f"{path}.{name}" if path else name)
 
     return walk(model, prefix)
+
+
+def _outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return the non-empty lists of modules by path, without lists inside lists: parts of a block, experts."""
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in _base_modules(model):
+        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{p}.") for p in found):
+            found[path] = module
+    return found
 
 
 def _numel(tensor: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.adapter import Adapter, Copy
 from adapterlab.core.quantized import compute_dtype
-from adapterlab.core.site import Site
+from adapterlab.core.site import UNMERGED, Site
 from adapterlab.core.wrapping import adapters_of, wrapped
 from adapterlab.errors import MergeError
 
@@ -23,18 +24,22 @@ class Merged:
     """What a merge changed in one module: the parameters it replaced, and the class if it was a packed one.
 
     The originals are kept as objects, not copied: replacing them unties a shared weight, and putting them back
-    restores the tie and every bit.
+    restores the tie and every bit. The first of several merges leaves a stand-in with the original parameters at the
+    module, for `Site.unmerged`.
     """
 
     module: nn.Module
     originals: dict[str, nn.Parameter | None]
     cls: type[nn.Module] | None = None
+    first: bool = True
 
     def undo(self) -> None:
         """Put the originals back."""
         if self.cls is not None:
             self.module.__class__ = self.cls
         self.module._parameters.update(self.originals)
+        if self.first:
+            del self.module.__dict__[UNMERGED]
 
 
 @torch.no_grad()
@@ -52,17 +57,18 @@ def merge(
     for _, _, adapter in parts:
         mode = adapter.training
         adapter.eval()
-        done.append(_merge_one(adapter))
+        if not adapter.resident:
+            done += _merge_one(adapter)
         adapter.train(mode)
         adapter.is_merged = True
     return done
 
 
-def _merge_one(adapter: Adapter) -> Merged:
+def _merge_one(adapter: Adapter) -> list[Merged]:
     site = adapter.site
     if isinstance(adapter, Copy):
-        new = {key: p.detach() for key, p in adapter.copy.named_parameters(recurse=False)}
-        return _replace(site.module, new)
+        pairs = [(site.module.get_submodule(path), copied) for path, copied in adapter.copy.named_modules()]
+        return [_replace(m, {k: p.detach() for k, p in c.named_parameters(recurse=False)}) for m, c in pairs]
     dtype = torch.promote_types(site.dtype, torch.float32)
     bias = site.bias
     weight, shift = adapter.merged(site.weight().to(dtype), None if bias is None else bias.detach().to(dtype))
@@ -71,11 +77,17 @@ def _merge_one(adapter: Adapter) -> Merged:
     new = {"weight": stored.to(outside).contiguous()}
     if shift is not None:
         new["bias"] = shift.to(outside)
-    return _replace(site.module, new, plain=site.quantized)
+    return [_replace(site.module, new, plain=site.quantized)]
 
 
 def _replace(module: nn.Module, new: dict[str, Tensor], plain: bool = False) -> Merged:
-    record = Merged(module, {key: module._parameters.get(key) for key in new}, type(module) if plain else None)
+    first = UNMERGED not in module.__dict__
+    if first:
+        before = copy.copy(module)
+        before.__dict__ = {**module.__dict__, "_parameters": dict(module._parameters), "_modules": {}}
+        module.__dict__[UNMERGED] = before
+    originals = {key: module._parameters.get(key) for key in new}
+    record = Merged(module, originals, type(module) if plain else None, first)
     for key, value in new.items():
         module._parameters[key] = nn.Parameter(value, requires_grad=False)
     if plain:
@@ -89,6 +101,8 @@ def _check(host: Host, name: str, key: str, path: str, adapter: Adapter, tied: s
     site, method = adapter.site, host.methods[name].id
     if adapter.is_merged:
         raise MergeError(f"{name!r} is merged already; call host.restore({name!r}) first.")
+    if adapter.resident:
+        return
     if not adapter.linear or adapter.place != "call" or (site.kind == "block" and not isinstance(adapter, Copy)):
         reason = adapter.not_linear if adapter.place == "call" else "it works inside the attention core"
         raise MergeError(

@@ -34,6 +34,8 @@ class Method(Settings):
         formula: the number of trainable parameters, in the letters of the page.
         status: `stable` or `experimental`.
         hf: how HF PEFT stores it, or None.
+        starts_at_base: the model computes what the base does until a step is made.
+        trains: it has tensors that train.
     """
 
     id: ClassVar[str]
@@ -44,6 +46,8 @@ class Method(Settings):
     formula: ClassVar[str] = ""
     status: ClassVar[Literal["stable", "experimental"]] = "stable"
     hf: ClassVar[HFCodec | None] = None
+    starts_at_base: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
 
     modules_to_save: tuple[str, ...] = Field(
         (), description="modules trained in full beside the adapter, such as a new classifier head"
@@ -52,6 +56,14 @@ class Method(Settings):
     def attach(self, host: Host, name: str) -> None:
         """Put the method on the model with the four verbs of `host`."""
         raise NotImplementedError
+
+    def attach_saved(self, host: Host, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Put the method on the model as it was when it was saved; the values are copied in afterwards.
+
+        Methods whose structure is decided after `attach` (from data, or during training) read it from the names and
+        shapes of `tensors`, which has the keys of `Host.tensors`.
+        """
+        self.attach(host, name)
 
     def prepare(self, host: Host, name: str, batches: Batches) -> None:
         """Use data before training starts (Fisher masks, data-driven initialisation)."""
@@ -93,6 +105,14 @@ class Method(Settings):
         """Called once after training."""
         for key, part in host.part_methods(name).items():
             part.finish(host, key)
+
+    @classmethod
+    def example(cls, model: nn.Module) -> dict[str, Any]:
+        """Return settings that suit a model of a few thousand parameters; the conformance suite attaches them.
+
+        Override it when the defaults are made for large models, or when a setting has no default.
+        """
+        return {}
 
     @classmethod
     def overrides(cls, hook: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ def dense(module: nn.Module) -> Tensor:
     Raises:
         TypeError: the storage is of an unknown kind.
     """
-    weight = module._parameters["weight"]
+    weight: Any = module._parameters["weight"]
     if not is_quantized(module):
         return weight.detach()
     kind = type(weight).__name__
@@ -34,7 +36,8 @@ def dense(module: nn.Module) -> Tensor:
     if kind == "Int8Params":
         import bitsandbytes.functional as bnb
 
-        scale = weight.SCB if weight.SCB is not None else module.state.SCB
+        state: Any = module.state
+        scale = weight.SCB if weight.SCB is not None else state.SCB
         return bnb.int8_vectorwise_dequant(weight.data, scale)
     if hasattr(weight, "dequantize"):
         return weight.dequantize().detach()
@@ -42,11 +45,34 @@ def dense(module: nn.Module) -> Tensor:
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype:
-    """Return the dtype of the numbers the module computes with (for packed weights: what they unpack to)."""
+    """Return the dtype of the numbers the module computes with (for packed weights: what they unpack to).
+
+    For a block without a weight of its own it is that of the first plain parameter inside.
+    """
     weight = module._parameters.get("weight")
     if weight is None:
-        return torch.get_default_dtype()
+        inside = (p.dtype for p in module.parameters() if p.is_floating_point())
+        return next(inside, torch.get_default_dtype())
     if not is_quantized(module):
         return weight.dtype
     state = getattr(weight, "quant_state", None)
     return state.dtype if state is not None else torch.float16
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes from laying 4-bit weights out anew for inference, and undo it where it has happened.
+
+    On CPUs with bfloat16 instructions the first forward pass in eval mode does so. The new layout has no gradient with
+    respect to the input, is not what dequantization expects, and rounds the scales.
+    """
+    for module in model.modules():
+        state = getattr(module._parameters.get("weight"), "quant_state", None)
+        if "support_avx512bf16_for_cpu" in module.__dict__:
+            module.__dict__["support_avx512bf16_for_cpu"] = False
+        if getattr(state, "packing_format_for_cpu", False):
+            import bitsandbytes.functional as bnb
+
+            weight: Any = module._parameters["weight"]
+            weight.data, state = bnb._convert_weight_packed_for_cpu_inverse(weight.data, state)
+            if not state.nested:
+                state.absmax = state.absmax.T.reshape(-1).float()  # the inverse forgets the scales

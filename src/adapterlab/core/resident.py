@@ -10,24 +10,37 @@ from torch import Tensor, nn
 
 @dataclass
 class Patch:
-    """A base parameter that one adapter trains or replaces in place.
+    """A base parameter that one adapter trains in place, or some of its entries.
 
     Attributes:
         path: the parameter's name in the model.
-        original: the base value, or None when the user gave up undo to save memory.
+        original: the base value (of the entries), or None when the user gave up undo to save memory.
+        index: flat row-major positions `[k]` of the entries, or None for the whole tensor.
         trained: the adapter's value while it is not written into the model.
         live: whether the adapter's value is in the model now.
+        trains: whether a whole tensor takes gradients while it is live.
     """
 
     path: str
     original: Tensor | None
+    index: Tensor | None = None
     trained: Tensor | None = None
     live: bool = True
+    trains: bool = True
+
+    def clashes(self, other: Patch) -> bool:
+        """Say whether two patches touch the same entries."""
+        if self.path != other.path:
+            return False
+        if self.index is None or other.index is None:
+            return True
+        return bool(torch.isin(self.index, other.index).any())
 
     def value(self, model: nn.Module) -> Tensor:
-        """The adapter's value, wherever it is now."""
+        """The adapter's value, wherever it is now: the parameter itself while it is live and whole."""
         if self.live:
-            return model.get_parameter(self.path)
+            parameter = model.get_parameter(self.path)
+            return parameter if self.index is None else parameter.detach().view(-1)[self.index]
         assert self.trained is not None
         return self.trained
 
@@ -36,14 +49,26 @@ class Patch:
         """Put the adapter's value into the model."""
         if not self.live:
             assert self.trained is not None
-            model.get_parameter(self.path).copy_(self.trained)
+            self._put(model, self.trained)
             self.trained, self.live = None, True
+            if self.index is None:
+                model.get_parameter(self.path).requires_grad_(self.trains)
 
     @torch.no_grad()
     def undo(self, model: nn.Module, keep: bool = True) -> None:
         """Put the original bits back; with `keep`, remember the adapter's value for the next `write`."""
         if self.live and self.original is not None:
-            parameter = model.get_parameter(self.path)
-            self.trained = parameter.detach().clone() if keep else None
-            parameter.copy_(self.original)
+            self.trained = self.value(model).detach().clone() if keep else None
+            self._put(model, self.original)
             self.live = False
+            if self.index is None:
+                parameter = model.get_parameter(self.path)
+                self.trains = parameter.requires_grad
+                parameter.requires_grad_(False)
+
+    def _put(self, model: nn.Module, value: Tensor) -> None:
+        parameter = model.get_parameter(self.path)
+        if self.index is None:
+            parameter.copy_(value)
+        else:
+            parameter.view(-1)[self.index] = value

@@ -30,6 +30,8 @@ ROLES: dict[str, tuple[str, ...]] = {
         "output/dense",
     ),
     "embed": ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings"),
+    "attn": ("self_attn", "attention", "attn", "SelfAttention", "self_attention"),
+    "mlp": ("mlp", "ffn", "feed_forward", "DenseReluDense", "block_sparse_moe"),
     "position": ("wpe", "position_embeddings", "embed_positions"),
     "head": ("lm_head", "embed_out", "score", "classifier", "qa_outputs", "classification_head"),
 }  # fmt: skip

@@ -33,7 +33,10 @@ def mixed(adapters: Mapping[str, Adapter], rows: Rows, run: Callable[..., Any], 
     here = [tuple(name for name in adapters if name in row) for row in rows]
     if not any(here):
         return run(*args, **kwargs)
-    size = next(a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+    additive = all(adapters[name].additive for row in here for name in row)
+    size = max(a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim())
+    if size == 1 and not additive:
+        size = len(rows)  # what all rows share, such as position ids
     if size % len(rows):
         raise AttachError(
             f"host.rows names {len(rows)} rows and the batch has {size}: give one entry for each row of the batch."
@@ -41,7 +44,7 @@ def mixed(adapters: Mapping[str, Adapter], rows: Rows, run: Callable[..., Any], 
     # Beam search repeats each row, and experts see rows as runs of tokens: both keep the order of the rows.
     owner = torch.arange(len(rows)).repeat_interleave(size // len(rows))
     groups = {names: owner_of(here, names)[owner].nonzero()[:, 0] for names in dict.fromkeys(here)}
-    if all(adapters[name].additive for names in groups for name in names):
+    if additive:
         return _added(adapters, groups, run, *args, **kwargs)
     return _gathered(adapters, groups, size, run, args, kwargs)
 
@@ -52,7 +55,7 @@ def owner_of(here: Sequence[tuple[str, ...]], names: tuple[str, ...]) -> Tensor:
 
 
 def _added(
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Any],
     groups: Mapping[tuple[str, ...], Tensor],
     run: Callable[..., Any],
     x: Tensor,
@@ -83,7 +86,7 @@ def _gathered(
             _check(name, adapters[name])
             call = functools.partial(adapters[name].around, call)
         part_args, part_kwargs = (_take(value, index, size) for value in (args, kwargs))
-        results.append(call(*part_args, **part_kwargs))
+        results.append(_spread(call(*part_args, **part_kwargs), len(index)))
         order.append(index)
     back = torch.cat(order).argsort()
     return _join(results, back)
@@ -112,12 +115,25 @@ def _take(value: Any, index: Tensor, size: int) -> Any:
     return value
 
 
-def _join(results: list[Any], back: Tensor) -> Any:
+def _spread(result: Any, count: int) -> Any:
+    """Repeat a result that all rows of a group share."""
+    if isinstance(result, Tensor):
+        return result.expand(count, *result.shape[1:]) if result.dim() and result.shape[0] == 1 else result
+    if isinstance(result, tuple) and not hasattr(result, "_fields"):
+        return tuple(_spread(part, count) for part in result)
+    return result
+
+
+def _join(results: list[Any], back: Tensor, inside: bool = False) -> Any:
     first = results[0]
+    if type(first).__name__.endswith("Cache"):
+        return None  # that of one group would be wrong for the others
+    if inside and isinstance(first, Tensor) and len({r.shape[1:] for r in results}) > 1:
+        return None  # attention weights over different numbers of keys
     if isinstance(first, Tensor):
         return torch.cat(results)[back.to(first.device)]
     if isinstance(first, tuple) and not hasattr(first, "_fields"):
-        return tuple(_join([r[i] for r in results], back) for i in range(len(first)))
+        return tuple(_join([r[i] for r in results], back, True) for i in range(len(first)))
     if isinstance(first, dict):
-        return type(first)(**{k: _join([r[k] for r in results], back) for k in first})
+        return type(first)(**{k: _join([r[k] for r in results], back, True) for k in first})
     return first

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from adapterlab.core.quantized import compute_dtype, dense, is_quantized
 
 PLAIN = "_adapterlab_plain"  # attribute of a wrapped class that holds the class it was made from
+UNMERGED = "_adapterlab_unmerged"  # attribute of a merged module: a stand-in with the parameters it had before
 
 
 class Kind:
@@ -164,6 +165,12 @@ class Site:
         return is_quantized(self.module)
 
     @property
+    def unmerged(self) -> Site:
+        """The same place with the weight and bias it had before any adapter was merged into them."""
+        before = self.module.__dict__.get(UNMERGED)
+        return self if before is None else replace(self, module=before)
+
+    @property
     def plain(self) -> bool:
         """Whether the module is exactly a linear layer with its weight at hand, so that its product may be fused."""
         return plain_class(self.module) in (nn.Linear, Conv1D) and not self.quantized
@@ -175,8 +182,10 @@ class Site:
 
     @property
     def device(self) -> torch.device:
-        """Where the module's parameters are."""
-        return next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        """Where the module computes: where its parameters are, or where accelerate brings them for a call."""
+        found = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        hook = self.module.__dict__.get("_hf_hook")
+        return torch.device(hook.execution_device) if found.type == "meta" and hook is not None else found
 
     @property
     def dtype(self) -> torch.dtype:

@@ -50,7 +50,8 @@ class Targets(Settings):
     @field_validator("include", "exclude", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else tuple(value)
+        many = isinstance(value, (list, tuple, set, frozenset))
+        return (value,) if isinstance(value, str) else tuple(value) if many else value
 
     @field_validator("include")
     @classmethod

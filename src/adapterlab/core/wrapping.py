@@ -47,8 +47,27 @@ def through(place: str, module: nn.Module, run: Callable[..., Any], *args: Any, 
         return mixed(here, state.rows, run, *args, **kwargs) if here else run(*args, **kwargs)
     for name, adapter in held.items():
         if name in state.active and adapter.place == place and not adapter.is_merged:
-            run = functools.partial(adapter.around, run)
+            run = functools.partial(_around(adapter), run)
     return run(*args, **kwargs)
+
+
+def _around(adapter: Any) -> Callable[..., Any]:
+    """Return the adapter's `around`, with its tensors fetched first when accelerate keeps them elsewhere.
+
+    accelerate's hook stands around `forward`, which `around` does not go through.
+    """
+    hook = adapter.__dict__.get("_hf_hook")
+    if hook is None:
+        return adapter.around  # type: ignore[no-any-return]
+
+    def fetched(*args: Any, **kwargs: Any) -> Any:
+        hook.pre_forward(adapter)
+        try:
+            return adapter.around(*args, **kwargs)
+        finally:
+            hook.post_forward(adapter, None)
+
+    return fetched
 
 
 @functools.cache
@@ -62,6 +81,8 @@ def wrapped(cls: Any) -> type[nn.Module]:
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if ADAPTERS not in self._modules:  # a hook set in between still holds this method after a detach
+            return plain(self, *args, **kwargs)
         return dispatch(self, Base(plain, self), *args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
@@ -78,7 +99,7 @@ def wrapped(cls: Any) -> type[nn.Module]:
         PLAIN: cls,
     }
     made: Any = type(cls.__name__, (cls,), namespace)
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:

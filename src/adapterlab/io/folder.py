@@ -83,13 +83,14 @@ def save(
     """
     name = host._only(name)
     method = host.methods[name]
-    base_model = base_model or getattr(host.model.config, "_name_or_path", None) or None
-    revision = getattr(host.model.config, "_commit_hash", None)
-    config: dict[str, Any] | None = None
-    if method.hf is not None:
-        config, tensors = hf_peft.write(host, name, base_model, revision)
-    else:
-        tensors = {key: value.detach() for key, value in host.tensors(name).items()}
+    about = getattr(host.model, "config", None)
+    base_model = base_model or getattr(about, "_name_or_path", None) or None
+    revision = getattr(about, "_commit_hash", None)
+    own = {key: value.detach() for key, value in host.tensors(name).items()}
+    config, tensors = (hf_peft.write(host, name, base_model, revision) if method.hf is not None else None) or (
+        None,
+        own,
+    )
     folder = Path(folder)
     with new_folder(folder, overwrite=overwrite) as work:
         file = work / TENSORS
@@ -127,13 +128,12 @@ def read_info(folder: str | Path) -> AdapterInfo:
             )
         try:
             return AdapterInfo(
-                folder, info["method"], info["fields"], info["base_model"], info["base_revision"], info["name"],
+                folder, info["method"], dict(info["fields"]), info["base_model"], info["base_revision"], info["name"],
                 "adapterlab", tuple(info["modules"]), info["sha256"],
             )  # fmt: skip
-        except KeyError as error:
-            raise FormatError(
-                f"{folder / METHOD} lacks {error}: the file is damaged. Save the adapter again."
-            ) from None
+        except (KeyError, TypeError, ValueError) as error:
+            fault = f"lacks {error}" if isinstance(error, KeyError) else f"has fields of a wrong type ({error})"
+            raise FormatError(f"{folder / METHOD} {fault}: the file is damaged. Save the adapter again.") from None
     if (folder / CONFIG).is_file():
         config = _json(folder / CONFIG)
         cls = hf_peft.find_method(config)
@@ -171,8 +171,13 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, activ
     active = not target.methods if active is None else active
     method = _method(info, tensors)
     try:
-        target.attach(method, name, active=active)
+        # Tensors in our own names tell a method its structure; PEFT's are renamed once the method stands.
+        target.attach(method, name, active=active, saved=tensors if method.hf is None else None)
     except (TargetError, ConfigError) as error:
+        raise FormatError(_foreign(info, model, str(error))) from None
+    except AttachError as error:
+        if name in target.methods:
+            raise
         raise FormatError(_foreign(info, model, str(error))) from None
     try:
         _fill(target, name, info, method, tensors)
@@ -186,8 +191,9 @@ def _fill(target: Host, name: str, info: AdapterInfo, method: Method, tensors: d
     if info.modules and set(info.modules) != set(target.adapters(name)):
         gone = sorted({*info.modules} ^ {*target.adapters(name)})
         raise FormatError(_foreign(info, target.model, f"adapted modules differ, for example {', '.join(gone[:4])}"))
-    if method.hf is not None:
-        tensors = hf_peft.read(method, target, name, tensors)
+    if method.hf is None:
+        return
+    tensors = hf_peft.read(method, target, name, tensors)
     try:
         target.load_state_dict(name, tensors)
     except AttachError as error:
@@ -196,11 +202,17 @@ def _fill(target: Host, name: str, info: AdapterInfo, method: Method, tensors: d
 
 def _method(info: AdapterInfo, tensors: dict[str, Tensor]) -> Method:
     """The method with its settings; for a PEFT folder the targets are what its tensors are called."""
-    cls = method_by_id(info.method)
+    try:
+        cls = method_by_id(info.method)
+    except ConfigError as error:
+        raise FormatError(f"{info.folder}: {error}") from None
     fields = dict(info.fields)
     if info.written_by == "peft":
-        paths = hf_peft.modules(cls, tensors)
-        fields["targets"] = tuple(paths) or ("no module",)
+        assert cls.hf is not None
+        if cls.hf.pack is None:
+            paths = hf_peft.modules(cls, tensors)
+            fields["targets"] = tuple(paths) or ("no module",)
+            fields |= hf_peft.used_patterns(fields, paths)
         fields["modules_to_save"] = _saved_modules(info.folder, tensors)
     try:
         return cls(**fields)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,13 @@ class HFCodec:
         tensors: our tensor -> suffix of PEFT's key, or {kind of module: suffix}.
         when: options that select this method among those that share the type.
         accepts: other options -> values that mean nothing here and may be present.
+        subsets: options that list some of the adapted modules -> attribute of our adapters that says which.
+        ignores: options that may have any value.
+        implies: fields of ours that every adapter of PEFT's has at this value.
+        prefix: what PEFT's keys of modules begin with.
+        pack: for methods that PEFT stores as a whole instead of by module: (host, name) -> (further options, tensors by
+            PEFT's keys), or None for what PEFT does not have.
+        unpack: its inverse: (host, name, PEFT's tensors) -> tensors by the keys of `Host.tensors`.
     """
 
     peft_type: str
@@ -44,6 +51,12 @@ class HFCodec:
     tensors: Mapping[str, str | Mapping[str, str]]
     when: Mapping[str, Any] = field(default_factory=dict)
     accepts: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    subsets: Mapping[str, str] = field(default_factory=dict)
+    ignores: Collection[str] = ()
+    implies: Mapping[str, Any] = field(default_factory=dict)
+    prefix: str = PREFIX
+    pack: Callable[[Host, str], tuple[dict[str, Any], dict[str, Tensor]] | None] | None = None
+    unpack: Callable[[Host, str, Mapping[str, Tensor]], dict[str, Tensor]] | None = None
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Say whether a PEFT configuration is of this method."""
@@ -69,8 +82,8 @@ class HFCodec:
         Raises:
             FormatError: options that this method does not have, all of them at once.
         """
-        settings: dict[str, Any] = {}
-        known = {*_PLACEMENT, *self.when}
+        settings: dict[str, Any] = dict(self.implies)
+        known = {*_PLACEMENT, *self.when, *self.ignores}
         refused = []
         for ours, theirs in self.fields.items():
             name, table = theirs if isinstance(theirs, tuple) else (theirs, None)
@@ -97,8 +110,8 @@ class HFCodec:
 
 def write(
     host: Host, name: str, base_model: str | None, revision: str | None
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return an adapter as PEFT's configuration and tensors.
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Return an adapter as PEFT's configuration and tensors, or None when PEFT has no such adapter.
 
     Args:
         host: of the model.
@@ -110,18 +123,32 @@ def write(
     codec = method.hf
     assert codec is not None
     parts = host.adapters(name)
-    adapted = {path: part for path, part in parts.items() if not isinstance(part, Copy)}
+    copies = {path: part for path, part in parts.items() if isinstance(part, Copy)}
     config = {
         "peft_type": codec.peft_type,
         "task_type": _task(host, parts),
         "base_model_name_or_path": base_model,
         "revision": revision,
         "inference_mode": True,
-        "target_modules": short_names(adapted, [s.path for s in host.all_sites()]),
-        "modules_to_save": [path for path, part in parts.items() if isinstance(part, Copy)] or None,
-        "fan_in_fan_out": any(part.site.transposed for part in adapted.values()),
+        "modules_to_save": list(copies) or None,
         **codec.options(method),
     }
+    if codec.pack is not None:
+        packed = codec.pack(host, name)
+        if packed is None:
+            return None
+        of_copies = {
+            f"{codec.prefix}{p}.{k}": v.detach() for p, c in copies.items() for k, v in c.copy.state_dict().items()
+        }
+        return {**config, **packed[0]}, {**packed[1], **of_copies}
+    adapted = {path: part for path, part in parts.items() if path not in copies}
+    config["target_modules"] = short_names(adapted, [s.path for s in host.all_sites()])
+    config["fan_in_fan_out"] = any(part.site.transposed for part in adapted.values())
+    for option, attribute in codec.subsets.items():
+        chosen = [path for path, part in adapted.items() if getattr(part, attribute)]
+        config[option] = [n for n in config["target_modules"] if any(_named(n, path) for path in chosen)]
+        if any(_named(n, path) for n in config[option] for path in adapted if path not in chosen):
+            config |= {"target_modules": sorted(adapted), option: sorted(chosen)}
     tensors = {}
     for key, value in host.tensors(name).items():
         tensors[_peft_key(key, parts, codec)] = value.detach()
@@ -137,8 +164,13 @@ def read(method: Method, host: Host, name: str, tensors: Mapping[str, Tensor]) -
         FormatError: a base tensor differs, for example because the vocabulary was resized.
     """
     assert method.hf is not None
+    own = host.tensors(name)
+    if own.keys() <= tensors.keys():
+        return {key: tensors[key] for key in own}  # saved under our own names
     parts = host.adapters(name)
-    ours = {_peft_key(key, parts, method.hf): key for key in host.tensors(name)}
+    if method.hf.unpack is not None:
+        return method.hf.unpack(host, name, tensors) | _copies(parts, method.hf.prefix, tensors)
+    ours = {_peft_key(key, parts, method.hf): key for key in own}
     found = {}
     for key, value in tensors.items():
         if key in ours:
@@ -148,6 +180,17 @@ def read(method: Method, host: Host, name: str, tensors: Mapping[str, Tensor]) -
         elif not _is_base_copy(host, key, value):
             found[key] = value  # reported as not in this adapter, with everything else that does not fit
     return found
+
+
+def _copies(parts: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The trained copies of whole modules, by our keys."""
+    names = {
+        f"adapter.{path}.copy.{leaf}": f"{prefix}{path}.{leaf}"
+        for path, part in parts.items()
+        if isinstance(part, Copy)
+        for leaf in part.copy.state_dict()
+    }
+    return {ours: tensors[theirs] for ours, theirs in names.items() if theirs in tensors}
 
 
 def modules(method: type[Method], tensors: Iterable[str]) -> dict[str, str]:
@@ -162,6 +205,15 @@ def modules(method: type[Method], tensors: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def used_patterns(fields: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """Return the tables of patterns (`rank_pattern`, ...) without keys that match no module: PEFT ignores those."""
+    return {
+        name: {k: v for k, v in table.items() if any(re.match(rf"(.*\.)?({k})$", path) for path in paths)}
+        for name, table in fields.items()
+        if name.endswith("_pattern") and isinstance(table, Mapping)
+    }
+
+
 def short_names(paths: Iterable[str], all_paths: Sequence[str]) -> list[str]:
     """Return the shortest list of names from which suffix matching finds exactly these modules.
 
@@ -173,6 +225,11 @@ def short_names(paths: Iterable[str], all_paths: Sequence[str]) -> list[str]:
     names = sorted({path.rpartition(".")[2] for path in wanted})
     matched = {path for path in all_paths if path.rpartition(".")[2] in names}
     return names if matched == wanted else sorted(wanted)
+
+
+def _named(name: str, path: str) -> bool:
+    """Say whether PEFT's suffix matching finds a module by a name."""
+    return path == name or path.endswith("." + name)
 
 
 def _peft_key(key: str, parts: Mapping[str, Any], codec: HFCodec) -> str:

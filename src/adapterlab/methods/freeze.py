@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import nn
@@ -44,6 +44,11 @@ class Freeze(Method):
         True, description="store the original values, so that the adapter can be switched off and removed"
     )
 
+    @classmethod
+    def example(cls, model: nn.Module) -> dict[str, Any]:
+        """Train one block and freeze another."""
+        return {"layers": 1}
+
     def attach(self, host: Host, name: str) -> None:
         """Own the parameters of the chosen modules."""
         chosen = [self._inside(block) for block in self.blocks(host.layers)]
@@ -84,10 +89,14 @@ class Freeze(Method):
         return [children[entry] for entry in self.modules]
 
     def _outside(self, host: Host) -> list[nn.Module]:
-        outside = {s.path.rpartition(".")[2]: s for s in host.all_sites() if s.layer is None and s.path}
+        outside = [s for s in host.all_sites() if s.layer is None and s.path]
+        chosen: list[nn.Module] = []
         for entry in self.extra_modules:
-            if entry not in outside:
+            found = [s.module for s in outside if f".{s.path}".endswith(f".{entry}")]
+            if not found:
+                names = {s.path.rpartition(".")[2] for s in outside}
                 raise TargetError(
-                    f"freeze: extra_modules names {entry!r}, which is not outside the blocks. {nearest(entry, outside)}"
+                    f"freeze: extra_modules names {entry!r}, which is not outside the blocks. {nearest(entry, names)}"
                 )
-        return [outside[entry].module for entry in self.extra_modules]
+            chosen += found
+        return chosen

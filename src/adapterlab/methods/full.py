@@ -28,7 +28,8 @@ class Full(Method):
 
     Trainable parameters: all of them.
 
-    With `layer_decay` γ < 1 the rate of layer l of L is lr · γ^(L − 1 − l), and γ^L for what comes before the layers.
+    With `layer_decay` γ < 1 the rate of layer l of L is lr · γ^(L − 1 − l), what comes before the layers has lr · γ^L,
+    and what comes after them lr; an embedding that is tied to the head counts as the head.
     With `anchor` λ the penalty λ · mean((θ − θ₀)²) pulls towards the base (L2-SP). When the base is in half
     precision, the optimizer keeps float32 masters: plain bf16 updates lose most small steps.
 
@@ -63,11 +64,13 @@ class Full(Method):
             return make(host.parameters(name))
         named = {path.removeprefix("base."): p for path, p in host.named_parameters(name).items()}
         last = max((layer_of(path) or 0 for path in named), default=0)
-        above = {id(p) for site in host.all_sites() if site.is_head for p in site.module.parameters()}
+        above = {id(p) for site in host.all_sites() if site.is_head for p in site.module._parameters.values()}
         groups: dict[float, list[Tensor]] = {}
+        started = False
         for path, p in named.items():
             layer = layer_of(path)
-            depth = last - layer if layer is not None else 0 if id(p) in above else last + 1
+            started = started or layer is not None
+            depth = last - layer if layer is not None else 0 if started or id(p) in above else last + 1
             groups.setdefault(self.layer_decay**depth, []).append(p)
         return make([{"params": members, "lr_factor": factor} for factor, members in groups.items()])
 

@@ -135,7 +135,9 @@ class LoRA(LayerMethod):
             for key in getattr(self, field):
                 if not any(matches(key, path) for path in adapted):
                     names = {path.rpartition(".")[2] for path in adapted}
-                    raise TargetError(f"lora: {field} names {key!r}, which no adapted module has. {nearest(key, names)}")
+                    raise TargetError(
+                        f"lora: {field} names {key!r}, which no adapted module has. {nearest(key, names)}"
+                    )
 
     class Layer(Delta):
         """The two factors at one module."""
@@ -162,8 +164,12 @@ class LoRA(LayerMethod):
 
         def forward(self, x: Tensor) -> Tensor:
             """S · (B A drop(x) + bias) in the dtype of x (of the factors for token ids)."""
+            return self.product(F.dropout(x, self.p) if self.training and self.p else x)
+
+        def product(self, x: Tensor) -> Tensor:
+            """S · (B A x + bias), without dropout."""
             dtype = x.dtype if x.is_floating_point() else self.dtype
-            h = self.site.op(F.dropout(x, self.p) if self.training and self.p else x, self.A.to(dtype))
+            h = self.site.op(x, self.A.to(dtype))
             y = self.site.mix(h, self.B.to(dtype))
             return self.scale * (y if self.bias is None else y + self.bias.to(dtype))
 
@@ -175,6 +181,14 @@ class LoRA(LayerMethod):
                     x, weight.T if self.site.transposed else weight, self.site.bias, self.A, self.B, self.scale
                 )
             return super().around(run, x, *args, **kwargs)
+
+        def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            """W + ΔW; the bias of B joins the base's."""
+            weight, bias = super().merged(weight, bias)
+            if self.bias is None:
+                return weight, bias
+            shift = self.scale * self.bias.to(weight.dtype)
+            return weight, shift if bias is None else bias + shift
 
         def added(self, x: Tensor) -> Tensor:
             """The factors follow the dtype of x, which is therefore not copied."""

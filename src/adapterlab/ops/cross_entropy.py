@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 CHUNK_ELEMENTS = 2**23  # logits alive at a time; in float32 that is 32 MB, and larger chunks are no faster
 
@@ -32,7 +32,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, la
     return loss
 
 
-def module_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], labels: Tensor, vocabulary: int) -> Tensor:
+def module_cross_entropy(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    vocabulary: int,
+    context_fn: Callable[[], tuple[Any, Any]] = noop_context_fn,
+) -> Tensor:
     """The same sum through any head, adapted or trainable: chunks are recomputed in the backward pass.
 
     Args:
@@ -40,6 +46,7 @@ def module_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], label
         head: maps hidden states to logits `[..., vocabulary]`.
         labels: `[positions]`.
         vocabulary: number of logits, for the size of a chunk.
+        context_fn: contexts for the first computation and the second, for a head that consults changing state.
     """
 
     def part(h: Tensor, y: Tensor) -> Tensor:
@@ -48,7 +55,10 @@ def module_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], label
     total = hidden.new_zeros((), dtype=torch.float32)
     for rows in _chunks(len(hidden), vocabulary):
         h, y = hidden[rows], labels[rows]
-        total = total + (checkpoint(part, h, y, use_reentrant=False) if torch.is_grad_enabled() else part(h, y))
+        if torch.is_grad_enabled():
+            total = total + checkpoint(part, h, y, use_reentrant=False, context_fn=context_fn)
+        else:
+            total = total + part(h, y)
     return total
 
 

@@ -7,7 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import noop_context_fn
 
+from adapterlab.core.host import host
 from adapterlab.core.wrapping import adapters_of
 from adapterlab.ops.cross_entropy import linear_cross_entropy, module_cross_entropy
 
@@ -16,8 +19,8 @@ class Loss:
     """Token cross-entropy of a language model, normalised by a number of tokens that the caller gives.
 
     For a decoder whose logits are `head(backbone(x))` only the positions that bear a label reach the head, chunk by
-    chunk. Whether that holds (some models scale or cap their logits, some adapters change the whole model) is not
-    guessed from the class: both ways are computed once on a few tokens and compared.
+    chunk. Whether that holds (some models scale or cap their logits or add other losses, some adapters change the whole
+    model) is not guessed from the class: it is tried once on a few tokens.
 
     Attributes:
         path: `chunked`, or `model` when the model's own forward computes the loss.
@@ -62,7 +65,9 @@ class Loss:
         frozen = not any(p.requires_grad for p in head.parameters())
         if frozen and type(head) is nn.Linear and "forward" not in head.__dict__:
             return linear_cross_entropy(hidden.to(head.weight.dtype), head.weight, head.bias, labels)
-        return module_cross_entropy(hidden, head, labels, head.out_features)
+        carrier = host(self.model)
+        contexts = carrier.recomputation if carrier else noop_context_fn
+        return module_cross_entropy(hidden, head, labels, head.out_features, contexts)
 
     def _obstacle(self) -> str:
         """Return why the chunked way cannot be used, or ""."""
@@ -78,13 +83,31 @@ class Loss:
 
     @torch.no_grad()
     def _agrees(self, head: nn.Module) -> bool:
+        """Put known logits in the head's place: the model must return them as they are, and their plain loss."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        ids = torch.arange(1, 7, device=next(self.model.parameters()).device)[None] % vocabulary
+        seen: list[Tensor] = []
+        probes: list[Tensor] = []
+
+        def replace(_: nn.Module, args: Any, logits: Tensor) -> Tensor:
+            steps = torch.arange(logits.numel(), device=logits.device).view(logits.shape)
+            seen.append(args[0])
+            probes.append((30 * steps.sin()).to(logits.dtype))  # large enough for a cap to show
+            return probes[-1]
+
         mode = self.model.training
         self.model.eval()
+        handle = head.register_forward_hook(replace)
         try:
-            device = next(self.model.parameters()).device
-            ids = torch.arange(1, 7, device=device)[None] % self.model.config.get_text_config().vocab_size
-            expected = self.model(input_ids=ids, use_cache=False).logits
+            found = self.model(input_ids=ids, labels=ids, use_cache=False)
+            handle.remove()
             hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
-            return hidden.shape[:2] == ids.shape and torch.allclose(expected, head(hidden), rtol=1e-3, atol=1e-4)
         finally:
+            handle.remove()
             self.model.train(mode)
+        if len(seen) != 1 or seen[0].shape != hidden.shape or probes[0].shape[:2] != ids.shape:
+            return False
+        plain = F.cross_entropy(probes[0][0, :-1].float(), ids[0, 1:])
+        same_loss = torch.allclose(found.loss.float(), plain, rtol=1e-5)  # auxiliary losses can be small
+        pairs = ((found.logits, probes[0]), (seen[0], hidden))
+        return same_loss and all(torch.allclose(a, b.to(a.dtype), rtol=1e-3, atol=1e-4) for a, b in pairs)

@@ -1,0 +1,124 @@
+"""Weight-decomposed low-rank adaptation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from adapterlab.core.site import Site
+from adapterlab.core.wrapping import Base
+from adapterlab.io.hf_peft import HFCodec
+from adapterlab.methods.lora import LoRA
+from adapterlab.ops.magnitude import magnitude_linear, row_norms
+from adapterlab.registry import register
+
+
+@register
+class DoRA(LoRA):
+    """Split the weight into the norms of its rows and their directions; learn the norms, and the directions with LoRA.
+
+    y = m/c ⊙ (W + s B A) x + b, where c holds the norms of the rows of W + s B A. c follows A and B, but no gradient
+    flows through it. With dropout, x̃ = drop(x) and g = m/c: y = W x + b + (g − 1) ⊙ W x̃ + g ⊙ s B A x̃.
+    A `[r, in]`, B `[out, r]`, m `[out]`, s as in LoRA. For an embedding table the norms run over the vocabulary.
+
+    Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too) and embeddings. The paper adapts the
+    query, key, value, up and down projections, often at half of LoRA's rank.
+
+    Start: B = 0 (for embeddings A = 0) and m = the norms of the rows of W, unpacked if it is quantized, so the first
+    output equals the base's.
+
+    Trainable parameters: r (in + out) + out for each module.
+
+    Inference: diag(m/c) (W + s B A) can be merged, at no cost. Unmerged, c is computed once and kept until A, B or W
+    change (writes through `.data` go unseen until the next `train()`).
+
+    Several DoRA adapters on one module do not add up: each rescales what the ones attached before it computed, and
+    takes c from the base's own weight.
+
+    Reference: "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353.
+
+    Example:
+        >>> from adapterlab.methods.dora import DoRA
+        >>> DoRA(r=4, targets=["q", "v"]).scaling("model.layers.0.self_attn.q_proj")
+        4.0
+    """
+
+    paper: ClassVar[str] = "DoRA: Weight-Decomposed Low-Rank Adaptation"
+    year: ClassVar[int] = 2024
+    arxiv: ClassVar[str] = "2402.09353"
+    formula: ClassVar[str] = "r (in + out) + out"
+
+    lora_bias: Literal[False] = Field(False, description="not available: a bias of B has no place in the row norms")
+
+    _lora: ClassVar[HFCodec] = cast(HFCodec, LoRA.hf)
+    hf: ClassVar[HFCodec | None] = replace(
+        _lora, tensors={**_lora.tensors, "m": "lora_magnitude_vector"}, when={"use_dora": True}
+    )
+
+    class Layer(LoRA.Layer):
+        """The two factors and the row norms at one module."""
+
+        additive: ClassVar[bool] = False
+
+        def __init__(self, method: LoRA, site: Site):
+            super().__init__(method, site)
+            self._kept: tuple[Any, Tensor] | None = None
+            self.m = site.parameter(site.shape[0])
+            with torch.no_grad():
+                self.m.copy_(self.norms())
+
+        def norms(self) -> Tensor:
+            """C: the norms of the rows of W + s B A `[out]`; kept between calls outside of training."""
+            # The weight before any merge: a norm that took in another adapter would change what this one computes.
+            site = self.site.unmerged
+            if self.training or torch.compiler.is_compiling():
+                return row_norms(site.weight(), self.A, self.B, self.scale)
+            key = self._state(site)
+            if key is None or self._kept is None or self._kept[0] != key:
+                self._kept = (key, row_norms(site.weight(), self.A, self.B, self.scale))
+            return self._kept[1]
+
+        def _state(self, site: Site) -> Any:
+            """What changes whenever the norms may have changed; None when that cannot be seen."""
+            tensors = (self.A, self.B, cast(Tensor, site.module._parameters["weight"]))
+            if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors):
+                return None  # tensors made there do not count their changes, and cannot be used outside
+            return [self.scale, *((t.data_ptr(), t._version, t.dtype) for t in tensors)]
+
+        def train(self, mode: bool = True) -> Self:
+            """Switch between training and evaluation; forget the norms."""
+            self._kept = None
+            return super().train(mode)
+
+        def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """Rescale the base's product and the update's, the bias left out."""
+            gain = self.m / self.norms()
+            if isinstance(run, Base) and self.fuses(x) and self.site.unmerged is self.site:
+                weight: Any = self.site.module.weight
+                weight = weight.T if self.site.transposed else weight
+                return magnitude_linear(x, weight, self.site.bias, self.A, self.B, self.scale, gain)
+            y: Tensor = run(x, *args, **kwargs)
+            inner = y
+            if self.training and self.p:
+                x = F.dropout(x, self.p)
+                inner = run(x, *args, **kwargs)
+            bias = self.site.unmerged.bias
+            inner = inner if bias is None else inner - bias.to(y.dtype)
+            # The gain enters as its difference from one: a small change survives in a half-precision dtype.
+            change = (gain - 1).to(y.dtype)
+            return y + change * inner + gain.to(y.dtype) * self.product(x).to(y.dtype)
+
+        def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            """Diag(m/c) (W + s B A); the base's own bias is not rescaled."""
+            gain = (self.m / self.norms()).to(weight.dtype)
+            own = self.site.unmerged.bias
+            if bias is not None:
+                fixed = bias.new_zeros(()) if own is None else own.to(bias.dtype)
+                bias = fixed + gain * (bias - fixed)
+            return gain[:, None] * (weight + self.delta().to(weight.dtype)), bias

@@ -1,0 +1,116 @@
+"""Rotating and scaling pairs of a layer's outputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from adapterlab.core.adapter import Adapter
+from adapterlab.core.method import LayerMethod
+from adapterlab.core.site import Site
+from adapterlab.errors import AttachError
+from adapterlab.io.hf_peft import HFCodec
+from adapterlab.registry import register
+
+
+@register
+class RoAd(LayerMethod):
+    """Rotate and scale pairs of a layer's outputs by learned angles and factors.
+
+    y = c ⊙ h + t ⊙ ĥ, with h = W x + b `[out]`, ĥ: (h_i, h_j) → (−h_j, h_i) for each pair, c = α cos θ, t = α sin θ.
+    Pairs are i and i + g/2 inside groups of g outputs.
+
+    Variants: `road_1` has one θ and α for each pair, `road_2` for each output, `road_4` for each output one for c and
+    another for t.
+
+    Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too).
+
+    Start: θ = 0 and α = 1, so the first output equals the base's.
+
+    Trainable parameters: out, 2 out or 4 out for each module, by variant.
+
+    Inference: can be merged, at no cost. Adapters in one batch cost elementwise products only.
+
+    Weight decay pulls α to 0 and with it the layer's output: train without.
+
+    Reference: "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability", arXiv
+    2409.00119.
+
+    Example:
+        >>> from adapterlab.methods.road import RoAd
+        >>> RoAd(variant="road_2", targets=["q", "v"]).group(96)
+        32
+    """
+
+    family: ClassVar[str] = "multiplicative"
+    paper: ClassVar[str] = "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability"
+    year: ClassVar[int] = 2024
+    arxiv: ClassVar[str] = "2409.00119"
+    formula: ClassVar[str] = "out (road_1), 2 out (road_2), 4 out (road_4)"
+
+    variant: Literal["road_1", "road_2", "road_4"] = Field(
+        "road_1", description="angles and factors for each pair, each output, or twice for each output"
+    )
+    group_size: int = Field(
+        64,
+        ge=2,
+        description="outputs a group; its largest factor that divides a layer's outputs is used there",
+    )
+
+    hf: ClassVar[HFCodec | None] = HFCodec(
+        "ROAD",
+        fields={"variant": "variant", "group_size": "group_size"},
+        tensors={"theta": "road_theta", "alpha": "road_alpha"},
+        accepts={"init_weights": (True, False)},
+    )
+
+    @field_validator("group_size")
+    @classmethod
+    def _even(cls, value: int) -> int:
+        if value % 2:
+            raise ValueError(f"a group is made of pairs; use {value + 1}")
+        return value
+
+    def group(self, out: int) -> int:
+        """Outputs in a group of a layer with `out` outputs.
+
+        Raises:
+            AttachError: the outputs do not form pairs.
+        """
+        size = math.gcd(self.group_size, out)
+        if size % 2:
+            raise AttachError(f"RoAd rotates pairs, and a target has {out} outputs. Exclude it from targets.")
+        return size
+
+    class Layer(Adapter):
+        """Angles and factors of one module."""
+
+        def __init__(self, method: RoAd, site: Site):
+            super().__init__(site)
+            out, _ = site.shape
+            self.variant, self.size = method.variant, method.group(out)
+            count = {"road_1": out // 2, "road_2": out, "road_4": 2 * out}[method.variant]
+            self.theta, self.alpha = site.parameter(count), site.parameter(count)
+            nn.init.ones_(self.alpha)
+
+        def factors(self) -> tuple[Tensor, Tensor]:
+            """The factors c and t, each `[groups, 2, size / 2]`."""
+            # The stored order is group after group: (1 or) 2 halves of c, then for `road_4` those of t.
+            shape = (-1, {"road_1": 1, "road_2": 2, "road_4": 4}[self.variant], self.size // 2)
+            theta, alpha = self.theta.view(shape), self.alpha.view(shape)
+            c, t = alpha * theta.cos(), alpha * theta.sin()
+            return (c[:, :2], t[:, 2:]) if self.variant == "road_4" else (c, t)
+
+        def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """Rotate and scale what `run` returns."""
+            y: Tensor = run(x, *args, **kwargs)
+            h = y.to(self.dtype).unflatten(-1, (-1, 2, self.size // 2))
+            first, second = h.unbind(-2)
+            c, t = self.factors()
+            turned = c * h + t * torch.stack([-second, first], -2)
+            return turned.flatten(-3).to(y.dtype)

@@ -1,0 +1,6 @@
+"""Optimizers and learning-rate schedules."""
+
+from adapterlab.optim.adamw import AdamW, adamw, master
+from adapterlab.optim.schedule import factor, schedule
+
+__all__ = ["AdamW", "adamw", "factor", "master", "schedule"]

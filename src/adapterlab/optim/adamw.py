@@ -1,0 +1,96 @@
+"""AdamW that loses no update: parameters in half precision have float32 masters."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+_HALF = (torch.bfloat16, torch.float16)
+_FUSED = ("cpu", "cuda")
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW; a half-precision parameter is updated through a float32 master and rounded from it.
+
+    With lr 1e-5 most steps are smaller than half the distance between neighbouring bfloat16 numbers, and would be
+    lost. Masters and moments are float32 and part of `state[p]` and of `state_dict()`, so a resumed run is bit-exact.
+    Memory: 12 bytes a half-precision parameter, 8 bytes a float32 one.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with self._widened(with_gradients=True) as narrow:
+            super().step()
+            for p in narrow:
+                self.state[p]["master"] = p.data
+        for p in narrow:
+            p.data.copy_(self.state[p]["master"])
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; masters and moments keep their float32 bits."""
+        with self._widened(with_gradients=False):  # torch casts the state to the dtype of its parameter
+            super().load_state_dict(state_dict)
+
+    @contextlib.contextmanager
+    def _widened(self, *, with_gradients: bool) -> Iterator[list[nn.Parameter]]:
+        """Let half-precision parameters hold their masters, and yield them."""
+        held = [p for g in self.param_groups for p in g["params"] if p.dtype in _HALF]
+        narrow = [p for p in held if p.grad is not None] if with_gradients else held
+        data, grads = [p.data for p in narrow], [p.grad for p in narrow]
+        for p in narrow:
+            gradient, p.grad = p.grad, None
+            p.data = master(self, p).float()
+            p.grad = None if gradient is None else gradient.float()
+        try:
+            yield narrow
+        finally:
+            for p, value, gradient in zip(narrow, data, grads, strict=True):
+                p.grad = None
+                p.data = value
+                p.grad = gradient
+
+
+def adamw(
+    params: Parameters,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> AdamW:
+    """Make an AdamW, with the fused kernel where all parameters can use it.
+
+    Args:
+        params: parameters, or groups. A group may set any of the arguments below; its `lr_factor` multiplies `lr`.
+        lr: learning rate.
+        weight_decay: decoupled, times the learning rate.
+        betas: decay of the two moments.
+        eps: added to the denominator.
+    """
+    given: list[Any] = list(params)
+    grouped = bool(given) and isinstance(given[0], dict)
+    groups: list[dict[str, Any]] = [dict(group) for group in given] if grouped else [{"params": given}]
+    for group in groups:
+        group["params"] = list(group["params"])
+        group["lr"] = group.get("lr", lr) * group.pop("lr_factor", 1.0)
+    kinds = {p.device.type for group in groups for p in group["params"]}
+    fused = bool(kinds) and kinds <= set(_FUSED)
+    return AdamW(groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=fused or None)
+
+
+def master(optimizer: Optimizer, p: nn.Parameter) -> Tensor:
+    """Return the values that the optimizer really holds for a parameter: its master, or the parameter itself."""
+    held: Tensor = optimizer.state.get(p, {}).get("master", p.data)
+    return held

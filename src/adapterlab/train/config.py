@@ -1,0 +1,274 @@
+"""`TrainConfig`: everything a training run depends on, from a YAML file and the command line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from yaml import YAMLError
+
+from adapterlab.data.config import DataConfig
+from adapterlab.errors import ConfigError, nearest
+from adapterlab.settings import Settings
+
+if TYPE_CHECKING:
+    from adapterlab.core.method import Method
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+Provenance = dict[str, str]
+DEFAULT, COMMAND_LINE = "default", "command line"
+EPOCHS = 3.0
+# An override of the key drops these settings of the same group in the file.
+_REPLACES = {
+    ("training", "steps"): ("epochs",),
+    ("training", "epochs"): ("steps",),
+    ("data", "path"): ("name", "task", "task_args"),
+    ("data", "task"): ("path", "name", "columns", "eval_path", "eval_split", "task_args"),
+}
+
+
+class Training(BaseModel):
+    """How to train. A step is one update of the optimizer: batch_size × accumulation × processes rows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps; set this or epochs")
+    epochs: float | None = Field(
+        None, gt=0, description=f"passes over the training rows; set this or steps (neither: {EPOCHS:g})"
+    )
+    batch_size: int = Field(16, ge=1, description="rows computed at once on each process")
+    accumulation: int = Field(1, ge=1, description="batches whose gradients are summed for one step")
+    lr: float = Field(2e-4, ge=0, allow_inf_nan=False, description="highest learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after the warm-up")
+    warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.03, description="warm-up from lr / warm-up steps: a number of steps (integer), or a share of all (below 1)"
+    )
+    min_lr: float = Field(0.0, ge=0, allow_inf_nan=False, description="learning rate that the decay ends in")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="decoupled weight decay of AdamW")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="decay of AdamW's moments"
+    )
+    eps: float = Field(1e-8, gt=0, description="denominator term of AdamW")
+    clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null clips nothing")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null: ten in the run")
+    eval_batch_size: int | None = Field(None, ge=1, description="rows of an evaluation batch; null: batch_size")
+    save_every: int = Field(100, ge=1, description="steps between checkpoints; there is one at the end too")
+    patience: int | None = Field(
+        None, ge=1, description="stop after this many evaluations in a row without a new lowest loss; null: never"
+    )
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    proof_steps: int = Field(
+        3, ge=0, description="steps within which every trainable tensor must have got a gradient and moved; 0: no check"
+    )
+    seed: int = Field(0, ge=0, description="seed of the start values, the order of rows and dropout")
+    trackers: tuple[TrackerName, ...] = Field((), description="experiment trackers that also receive the metrics")
+    log_every: int = Field(10, ge=1, description="steps between printed lines and tracker entries")
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(f"set one of steps and epochs; received steps={self.steps} and epochs={self.epochs}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
+        return self
+
+    def total_steps(self, rows: int, per_step: int) -> int:
+        """Number of optimizer steps for a number of rows, `per_step` of them each."""
+        return self.steps or math.ceil(self.row_limit(rows) / per_step)
+
+    def row_limit(self, rows: int) -> int:
+        """Number of rows after which training by epochs ends; a last step may be smaller than the others."""
+        return math.ceil((self.epochs or EPOCHS) * rows)
+
+    def warmup_steps(self, total: int) -> int:
+        """Number of warm-up steps in a run of `total`."""
+        return math.ceil(self.warmup * total) if isinstance(self.warmup, float) else self.warmup
+
+
+class TrainConfig(Settings):
+    """A training run: model, method, data, training, output."""
+
+    model: str = Field("smollm2-135m", min_length=1, description="catalogue alias, hub id or local folder")
+    precision: Literal["bf16", "fp32", "fp16"] = Field(
+        "bf16", description="dtype of the frozen weights; adapters are float32"
+    )
+    quantize: Literal["nf4", "int8"] | None = Field(None, description="keep the frozen weights in 4 or 8 bits")
+    device: str | None = Field(None, description="cpu, cuda, cuda:1, mps; null: the fastest there is")
+    method: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "lora"},
+        description="the method's name and its settings, such as {name: lora, r: 8}",
+    )
+    data: DataConfig = Field(description="where the rows come from")
+    training: Training = Field(default_factory=Training, description="how to train")
+    output: Path = Field(Path("runs/default"), description="folder of the run; nothing in it is overwritten unasked")
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
+        self.make_method()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        value = {"name": value} if isinstance(value, str) else value
+        if isinstance(value, Mapping) and not isinstance(value.get("name"), str):
+            raise ValueError("method needs a name, such as {name: lora, r: 8}; list them with: adapterlab methods")
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.precision == "fp16" and self.device == "cpu":
+            raise ValueError(
+                "precision=fp16 trains on a GPU only: half precision overflows without loss scaling, and CPUs have no "
+                "kernels for it. Set precision to bf16 or fp32"
+            )
+        return self
+
+    def make_method(self) -> Method:
+        """Make the method.
+
+        Raises:
+            ConfigError: the method or one of its settings is unknown or out of range.
+        """
+        from adapterlab.registry import method
+
+        return method(self.method["name"])(**{key: value for key, value in self.method.items() if key != "name"})
+
+    def plain(self) -> dict[str, Any]:
+        """Return everything as JSON values, the method's defaults included."""
+        method = {"name": self.method["name"], **self.make_method().model_dump(mode="json")}
+        return {**self.model_dump(mode="json"), "method": method}
+
+    def flat(self) -> dict[str, Any]:
+        """Return the values of `plain` by dotted key."""
+        return dict(flatten(self.plain()))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested mappings with their dotted keys; empty mappings are leaves."""
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            yield from flatten(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainConfig, Provenance]:
+    """Read a YAML file, with `a.b=c` overrides on top.
+
+    An override also removes what it makes meaningless in the file: `method=NAME` the whole method there,
+    training.steps the epochs (and the other way round), data.path and data.task what describes the source there.
+
+    Args:
+        path: of the file.
+        overrides: such as `training.lr=1e-4`; values are read as YAML.
+
+    Returns:
+        The configuration, and for every dotted key where its value came from.
+
+    Raises:
+        ConfigError: the file is missing or malformed, or a setting is unknown or out of range.
+    """
+    path = Path(path)
+    from_file, from_line = _read(path), _parse(overrides)
+    for tree in (from_file, from_line):
+        _check_known(tree)
+    _make_room(from_file, from_line)
+    merged = OmegaConf.to_container(OmegaConf.merge(from_file, from_line))
+    config = TrainConfig(**{str(key): value for key, value in dict(merged).items()})  # type: ignore[arg-type]
+    return config, provenance(config, {path.name: from_file, COMMAND_LINE: from_line})
+
+
+def provenance(config: TrainConfig, given: Mapping[str, Mapping[str, Any]]) -> Provenance:
+    """Say for every dotted key of a configuration where its value came from.
+
+    Args:
+        config: the configuration.
+        given: nested settings by the name of their source; later ones win.
+    """
+    sources = dict.fromkeys(config.flat(), DEFAULT)
+    for source, tree in given.items():
+        for key, _ in flatten(tree):
+            sources.update({known: source for known in sources if f"{known}.".startswith(f"{key}.")})
+    return sources
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"There is no configuration file {str(path)!r}. Examples are in examples/*.yaml.")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "an unknown line"
+        reason = getattr(error, "problem", None) or error
+        raise ConfigError(
+            f"{path} is not valid YAML: {reason} ({where}). Check brackets and indentation there."
+        ) from None
+    except (OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {str(error).strip()}.") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(
+            f"{path} should hold settings such as 'model: smollm2-135m', and holds a {type(tree).__name__}."
+        )
+    return _normal(tree)
+
+
+def _parse(overrides: Sequence[str]) -> dict[str, Any]:
+    for text in overrides:
+        if "=" not in text or text.startswith(("=", "-")):
+            raise ConfigError(f"{text!r} is no override. Write key=value, such as training.lr=1e-4.")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"The overrides {' '.join(overrides)} cannot be read: {str(error).strip()}.") from None
+    return _normal(dict(tree))  # type: ignore[arg-type]
+
+
+def _normal(tree: dict[Any, Any]) -> dict[str, Any]:
+    normal = {str(key): value for key, value in tree.items()}
+    if isinstance(normal.get("method"), str):
+        normal["method"] = {"name": normal["method"]}
+        normal["_replaces_method"] = True
+    return normal
+
+
+def _make_room(file: dict[str, Any], line: dict[str, Any]) -> None:
+    """Drop from the file what an override replaces."""
+    file.pop("_replaces_method", None)
+    if line.pop("_replaces_method", False):
+        file.pop("method", None)
+    for (group, key), others in _REPLACES.items():
+        if (line.get(group) or {}).get(key) is not None and isinstance(file.get(group), dict):
+            for other in others:
+                file[group].pop(other, None)
+
+
+def _check_known(tree: dict[str, Any]) -> None:
+    """Check keys before values: the message gives the whole dotted path of the nearest setting."""
+    known = _known_keys()
+    faults = []
+    for key, value in flatten({k: v for k, v in tree.items() if k not in ("method", "_replaces_method")}):
+        if key in known or any(key.startswith(f"{free}.") for free in ("data.task_args", "data.columns")):
+            continue
+        by_name = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+        hint = f"Nearest: {', '.join(by_name[:3])}." if by_name else nearest(key, known)
+        faults.append(f"There is no setting {key!r} (received {value!r}). {hint}")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+def _known_keys() -> list[str]:
+    groups: dict[str, type[BaseModel]] = {"data": DataConfig, "training": Training}
+    inner = [f"{group}.{field}" for group, cls in groups.items() for field in cls.model_fields]
+    return [*TrainConfig.model_fields, *inner]

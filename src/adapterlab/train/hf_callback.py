@@ -1,0 +1,74 @@
+"""The events of a method for `transformers.Trainer` and the trainers of TRL.
+
+    with hf_trainable(model):
+        trainer = Trainer(model, ..., callbacks=[AdapterlabCallback(host, "default")])
+    trainer.train()
+
+What a callback cannot give: a method's own `optimizer` (pass `optimizers=` yourself), `gradient` and `penalty`, and
+losses that adapters emit. A method that has any of the last three is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from adapterlab.core.host import Host
+from adapterlab.errors import ConfigError
+
+
+class AdapterlabCallback(TrainerCallback):
+    """Calls the events of an adapter's method at the right moments of a foreign training loop."""
+
+    def __init__(self, host: Host, name: str):
+        """Set which adapter.
+
+        Raises:
+            ConfigError: the method computes loss or gradient in its own way, which no callback can do.
+        """
+        self.host, self.name, self.method = host, name, host.methods[name]
+        own = [hook for hook in ("gradient", "penalty") if type(self.method).overrides(hook)]
+        if own:
+            raise ConfigError(
+                f"{self.method.id} has its own {' and '.join(own)}, which a callback cannot give to a foreign trainer. "
+                "Train it with adapterlab.train."
+            )
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Before the forward passes of a step."""
+        self.method.before_step(self.host, self.name, state.global_step, more["optimizer"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Gradients are complete (and clipped already)."""
+        self.method.after_backward(self.host, self.name, state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """The optimizer has stepped; gradients are still there."""
+        self.method.after_step(self.host, self.name, state.global_step, more["optimizer"])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Training is over."""
+        self.method.finish(self.host, self.name)
+
+
+@contextlib.contextmanager
+def hf_trainable(model: nn.Module) -> Iterator[nn.Module]:
+    """Let `Trainer` be constructed on a quantized base: it wants a flag that says adapters are attached.
+
+    The flag is removed afterwards, because it also changes what `save_pretrained` writes.
+    """
+    flag = "_hf_peft_config_loaded"
+    before = getattr(model, flag, False)
+    setattr(model, flag, True)
+    try:
+        yield model
+    finally:
+        setattr(model, flag, before)

@@ -1,0 +1,387 @@
+"""The training loop. It knows no method and no file: methods act through their events, files through listeners."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast, gather_object, set_seed
+from torch import Tensor, nn
+
+from adapterlab.core.host import Host
+from adapterlab.data import Collator
+from adapterlab.errors import ConfigError, DataError, TrainingError
+from adapterlab.evaluate.loss import evaluate_loss
+from adapterlab.ops.loss import Loss
+from adapterlab.optim import adamw, schedule
+from adapterlab.train import rng
+from adapterlab.train.config import Training
+from adapterlab.train.memory import Meter
+from adapterlab.train.order import Sampler
+from adapterlab.train.proof import Proof
+from adapterlab.train.signals import Interrupted, stop_on_signals
+
+Row = Mapping[str, Sequence[int]]
+Record = dict[str, Any]
+_SIMPLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+@dataclass
+class Status:
+    """How far a run is; part of every checkpoint.
+
+    Attributes:
+        step: steps done.
+        tokens: input tokens seen, padding not counted.
+        seconds: time spent in training steps.
+        train_loss: of the last step, in nats a token.
+        eval_loss: of the last evaluation.
+        evaluated: step of the last evaluation.
+        best_loss: lowest evaluation loss.
+        best_step: where it was.
+        stale: evaluations in a row without a new lowest loss.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    train_loss: float = math.nan
+    eval_loss: float | None = None
+    evaluated: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+
+
+class Listener:
+    """Is told what happens in a loop; override what you need. Called on every process."""
+
+    def started(self, loop: Loop) -> None:
+        """Called before the first step of this process."""
+
+    def stepped(self, loop: Loop, record: Record) -> None:
+        """Called after each step with its metrics."""
+
+    def evaluated(self, loop: Loop, record: Record, improved: bool) -> None:
+        """Called after each evaluation; `improved` says that the loss is the lowest so far."""
+
+    def settled(self, loop: Loop) -> None:
+        """Called when a step and what belongs to it are over: the moment to save a checkpoint."""
+
+    def interrupted(self, loop: Loop) -> None:
+        """Called when training stops early because it was asked to."""
+
+    def trained(self, loop: Loop) -> None:
+        """Called after the last step, before the method's `finish`."""
+
+    def finished(self, loop: Loop) -> None:
+        """Called at the very end, after the method's `finish`."""
+
+    def closed(self, loop: Loop) -> None:
+        """Called last, also after an error."""
+
+
+class Loop:
+    """One run: construct it, load a state if there is one, `run` it.
+
+    Attributes:
+        status: how far it is.
+        total: steps of the whole run.
+        loss: how the loss is computed.
+        proof: that everything trains.
+        meter: of memory.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        name: str,
+        rows: Sequence[Row],
+        training: Training | None = None,
+        *,
+        eval_rows: Sequence[Row] = (),
+        collate: Callable[[Sequence[Row]], Mapping[str, Tensor]] | None = None,
+        listeners: Sequence[Listener] = (),
+        accelerator: Accelerator | None = None,
+    ):
+        if not rows:
+            raise DataError("There are no rows to train on.")
+        if name not in host.active:
+            raise ConfigError(
+                f"The adapter {name!r} is not active, so it would not train. host.activate({name!r}) first."
+            )
+        self.host, self.name, self.method = host, name, host.methods[name]
+        self.rows, self.eval_rows, self.listeners = rows, eval_rows, listeners
+        self.training = training = training or Training()
+        self.accelerator = accelerator or Accelerator(cpu=_device(host.model).type == "cpu")
+        if self.accelerator.distributed_type not in _SIMPLE:
+            raise ConfigError(
+                f"Training on {self.accelerator.distributed_type} is not supported: use one process or plain data "
+                "parallelism (accelerate launch --multi_gpu, or --cpu --num_processes N)."
+            )
+        self.collate = collate or Collator(getattr(host.model.config, "pad_token_id", None) or 0)
+        self.device = _device(host.model)
+        self.meter = Meter(self.device)
+        self.sampler = Sampler(
+            [len(row["input_ids"]) for row in rows],
+            training.seed,
+            training.batch_size,
+            training.accumulation * self.accelerator.num_processes,
+            None if training.steps else training.row_limit(len(rows)),
+        )
+        self.total = training.total_steps(len(rows), self.sampler.per_step)
+        self.eval_every = training.eval_every or math.ceil(self.total / 10)
+        self.status = Status()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        training, host, model = self.training, self.host, self.host.model
+        set_seed(training.seed)
+        if training.checkpointing:
+            host.checkpointing(True)
+        model.train()
+        self.method.prepare(host, self.name, Batches(self))
+        if self.accelerator.num_processes > 1:
+            for tensor in host.tensors(self.name).values():
+                tensor.data.copy_(broadcast(tensor.data))
+        self.loss = Loss(model)
+        make = functools.partial(
+            adamw, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps
+        )
+        self._raw = self.method.optimizer(host, self.name, make)
+        if self.accelerator.scaler is not None and any(p.dtype is torch.float16 for p in self.parameters()):
+            raise ConfigError("float16 parameters cannot be trained with loss scaling. Set precision to bf16 or fp32.")
+        self.optimizer = self.accelerator.prepare_optimizer(self._raw, device_placement=False)
+        self.schedule = schedule(
+            self._raw,
+            self.total,
+            kind=training.schedule,
+            warmup=training.warmup_steps(self.total),
+            floor=training.min_lr / training.lr if training.lr else 0.0,
+        )
+        self.proof = Proof(host, self.name, training.proof_steps)
+        set_seed(training.seed, device_specific=True)  # whatever came before: dropout depends on the seed alone
+
+    # ------------------------------------------------------------------ running
+
+    def run(self) -> Status:
+        """Train to the end.
+
+        Raises:
+            TrainingError: loss or gradient are not finite.
+            NotTrainingError: something that should train does not.
+            Interrupted: SIGINT or SIGTERM arrived; the step was finished first.
+        """
+        status = self.status
+        try:
+            self._tell("started")
+            with stop_on_signals() as asked:
+                while status.step < self.total and not self.out_of_patience:
+                    record = self.step()
+                    self._tell("stepped", record)
+                    if self.eval_rows and (status.step % self.eval_every == 0 or status.step == self.total):
+                        self.evaluate()
+                    self._tell("settled")
+                    if self._sum(float(asked())) and status.step < self.total:
+                        self._tell("interrupted")
+                        raise Interrupted(status.step)
+            self.proof.close(self._raw)
+            self._tell("trained")
+            self.method.finish(self.host, self.name)
+            self.host.model.eval()
+            self._tell("finished")
+        finally:
+            self._tell("closed")
+        return status
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether evaluation has stopped improving."""
+        return self.training.patience is not None and self.status.stale >= self.training.patience
+
+    def step(self) -> Record:
+        """Do one optimizer step and return its metrics."""
+        began, index, status = time.perf_counter(), self.status.step, self.status
+        batches = self._batches(index)
+        labels = int(self._sum(sum(self.loss.tokens(batch) for batch in batches)))
+        if not labels:
+            raise DataError(f"Step {index + 1} has no token with a label. Check the labels of the rows.")
+        self.method.before_step(self.host, self.name, index, self._raw)
+        self.proof.begin(self._raw)
+        value = self._sum(sum(self._backward(batch, labels, i == 0) for i, batch in enumerate(batches)))
+        self._check_finite("loss", value, index)
+        self._share_gradients()
+        self.method.after_backward(self.host, self.name, index)
+        self.proof.gradients()
+        norm = float(self.accelerator.clip_grad_norm_(self.parameters(), self.training.clip or math.inf))
+        if self.accelerator.scaler is None:  # with loss scaling an overflow is part of finding the scale
+            self._check_finite("gradient norm", norm, index)
+        rate = self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        if not self.optimizer.step_was_skipped:
+            self.proof.end(self._raw)
+            self.schedule.step()
+        self.method.after_step(self.host, self.name, index, self._raw)
+        self.optimizer.zero_grad()
+        status.step, status.train_loss = index + 1, value
+        status.tokens += int(self._sum(sum(_tokens(batch) for batch in batches)))
+        status.seconds += time.perf_counter() - began
+        return {
+            "step": status.step, "epoch": round(self.sampler.epoch(status.step), 4), "loss": value, "lr": rate,
+            "grad_norm": norm, "tokens": status.tokens, "seconds": round(status.seconds, 3),
+            "memory": self.meter.sample(),
+        }  # fmt: skip
+
+    def evaluate(self) -> float:
+        """Compute the exact mean token loss of the evaluation rows, note it and return it."""
+        status, world = self.status, self.accelerator.num_processes
+        alone = len(self.eval_rows) < world  # fewer rows than processes: each evaluates all
+        mine = self.eval_rows if alone else self.eval_rows[self.accelerator.process_index :: world]
+        size = self.training.eval_batch_size or self.training.batch_size
+        loss, tokens = evaluate_loss(self.host.model, mine, self.collate, size)
+        loss, tokens = self._sum(loss * tokens), int(self._sum(tokens))
+        loss /= tokens
+        self._check_finite("evaluation loss", loss, status.step - 1)
+        improved = status.best_loss is None or loss < status.best_loss
+        status.eval_loss, status.evaluated = loss, status.step
+        status.stale = 0 if improved else status.stale + 1
+        if improved:
+            status.best_loss, status.best_step = loss, status.step
+        self._tell("evaluated", {"step": status.step, "eval_loss": loss, "eval_tokens": tokens}, improved)
+        return loss
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what an exact continuation needs. Call it on every process."""
+        scaler = self.accelerator.scaler
+        tensors = self.host.tensors(self.name)
+        return {
+            "status": dict(vars(self.status)),
+            "adapter": self.host.state_dict(self.name),
+            "trainable": {key: t.requires_grad for key, t in tensors.items() if isinstance(t, nn.Parameter)},
+            "optimizer": self._raw.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "rng": gather_object([rng.state()]),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+        self.host.load_state_dict(self.name, state["adapter"])
+        for key, tensor in self.host.tensors(self.name).items():
+            if key in state["trainable"]:
+                tensor.requires_grad_(state["trainable"][key])
+        self._raw.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        rng.restore(state["rng"][self.accelerator.process_index])
+        vars(self.status).update(state["status"])
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return what the optimizer trains."""
+        return [p for group in self._raw.param_groups for p in group["params"]]
+
+    # ------------------------------------------------------------------ parts of a step
+
+    def _batches(self, step: int) -> list[Mapping[str, Tensor]]:
+        """This process's batches of a step."""
+        every = self.sampler.step(step)
+        mine = every[self.accelerator.process_index :: self.accelerator.num_processes]
+        return [batch for part in mine if self.loss.tokens(batch := self.batch(part))]
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Collate training rows and put them where the model is."""
+        return {key: value.to(self.device) for key, value in self.collate([self.rows[i] for i in indices]).items()}
+
+    def _backward(self, batch: Mapping[str, Tensor], labels: int, first: bool) -> float:
+        share = self.loss.tokens(batch) / labels
+
+        def loss() -> Tensor:
+            with self.accelerator.autocast(), self.host.state.collect() as extra:
+                value = self.loss(batch, labels)
+                value = value + sum(extra) * share  # each is a mean over its batch
+                penalty = self.method.penalty(self.host, self.name) if first else None
+                return value if penalty is None else value + penalty / self.accelerator.num_processes
+
+        return float(self.method.gradient(self.host, self.name, loss, self.accelerator.backward))
+
+    def _share_gradients(self) -> None:
+        """Sum gradients over processes; the loss is divided by all their labels already.
+
+        Done here instead of by DistributedDataParallel: adapters are small, and methods may compute gradients in
+        their own way or leave some out.
+        """
+        if self.accelerator.num_processes > 1:
+            for p in self.parameters():
+                if p.requires_grad:
+                    local = torch.zeros_like(p) if p.grad is None else p.grad
+                    p.grad = self.accelerator.reduce(local, "sum")
+
+    def _sum(self, value: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        return float(self.accelerator.reduce(total, "sum"))
+
+    def _check_finite(self, what: str, value: float, index: int) -> None:
+        if not math.isfinite(value):
+            rate = max(group["lr"] for group in self._raw.param_groups)
+            raise TrainingError(
+                f"The {what} is {value} at step {index + 1} (learning rate {rate:g}). Likely causes: the learning rate "
+                "is too high (lower training.lr or lengthen training.warmup), fp16 overflowed (use bf16 or fp32), or "
+                "the base weights hold numbers that are not finite. An earlier checkpoint is kept."
+            )
+
+    def _tell(self, event: str, *details: Any) -> None:
+        for listener in self.listeners:
+            getattr(listener, event)(self, *details)
+
+
+class Batches:
+    """The training batches of the first epoch, as often as wanted: what `Method.prepare` receives."""
+
+    def __init__(self, loop: Loop):
+        self.loop = loop
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        sampler = self.loop.sampler
+        for step in range(math.ceil(len(self.loop.rows) / sampler.per_step)):
+            for part in sampler.step(step):
+                yield self.loop.batch(part)
+
+
+def train(host: Host, name: str, rows: Sequence[Row], training: Training | None = None, **options: Any) -> Status:
+    """Train an adapter in memory: no files are written unless a listener does.
+
+    Args:
+        host: of the model.
+        name: of an active adapter.
+        rows: each with `input_ids` and `labels` (-100 bears no label).
+        training: how to train.
+        options: `eval_rows`, `collate`, `listeners`, `accelerator`, as for `Loop`.
+
+    Returns:
+        How it went.
+
+    Raises:
+        TrainingError: training cannot go on, or something does not train.
+        DataError: there is nothing to train on.
+    """
+    return Loop(host, name, rows, training, **options).run()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _tokens(batch: Mapping[str, Tensor]) -> int:
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()

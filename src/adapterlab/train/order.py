@@ -1,0 +1,64 @@
+"""Which rows come when: a pure function of seed and position, so that a resumed run needs no more than its step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+def order(lengths: Sequence[int], seed: int, epoch: int) -> list[int]:
+    """Return the row indices of one epoch in the order of training.
+
+    Args:
+        lengths: tokens of each row.
+        seed: of the run.
+        epoch: counted from 0.
+    """
+    permutation: list[int] = np.random.default_rng([seed, epoch]).permutation(len(lengths)).tolist()
+    return permutation
+
+
+@dataclass
+class Sampler:
+    """The stream of rows, epoch after epoch, cut into steps and batches.
+
+    Attributes:
+        lengths: tokens of each row.
+        seed: of the order.
+        batch_size: rows of a batch.
+        batches: batches of a step, over all processes.
+        limit: rows after which the stream ends, or None.
+    """
+
+    lengths: Sequence[int]
+    seed: int
+    batch_size: int
+    batches: int
+    limit: int | None = None
+    _epochs: dict[int, list[int]] = field(default_factory=dict, repr=False)
+
+    @property
+    def per_step(self) -> int:
+        """Rows of a whole step."""
+        return self.batch_size * self.batches
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data when `step` steps are done."""
+        rows = step * self.per_step
+        return (rows if self.limit is None else min(rows, self.limit)) / len(self.lengths)
+
+    def step(self, step: int) -> list[list[int]]:
+        """Return the row indices of each batch of a step (counted from 0); the last step may be smaller."""
+        start = step * self.per_step
+        end = start + self.per_step if self.limit is None else min(start + self.per_step, self.limit)
+        rows = [self._row(position) for position in range(start, end)]
+        return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+
+    def _row(self, position: int) -> int:
+        epoch, index = divmod(position, len(self.lengths))
+        if epoch not in self._epochs:
+            self._epochs = {k: v for k, v in self._epochs.items() if k == epoch - 1}
+            self._epochs[epoch] = order(self.lengths, self.seed, epoch)
+        return self._epochs[epoch][index]

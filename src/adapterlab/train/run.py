@@ -1,0 +1,351 @@
+"""A whole training run: from a configuration to adapters in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.text import Text
+
+import adapterlab
+from adapterlab.core.host import Host, attach
+from adapterlab.data import Collator, Report, encode, fingerprint, load_data, render_sample
+from adapterlab.errors import ConfigError
+from adapterlab.evaluate.generation import window_of
+from adapterlab.io.atomic import write_text
+from adapterlab.models import load_model
+from adapterlab.train import folder as files
+from adapterlab.train.config import Provenance, TrainConfig, flatten
+from adapterlab.train.config import provenance as provenance_of
+from adapterlab.train.display import Display, config_table, proof_table, result_table
+from adapterlab.train.folder import RunFolder
+from adapterlab.train.loop import Listener, Loop, Row
+from adapterlab.train.signals import Interrupted
+from adapterlab.train.trackers import Trackers, check_trackers
+
+NAME = "default"
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "bitsandbytes", "reasoning-gym")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        folder: of the run.
+        best: folder of the adapter with the lowest evaluation loss; None without evaluation.
+        last: folder of the final adapter.
+        steps: optimizer steps done, before an interruption included.
+        epochs: passes over the training rows.
+        train_loss: of the last step, in nats a token.
+        eval_loss: at the end; None without evaluation.
+        best_loss: lowest evaluation loss.
+        best_step: where it was.
+        stopped_early: whether patience ended it.
+        tokens: input tokens trained on, padding not counted.
+        seconds: spent in training steps; evaluation and saving not counted.
+        tokens_per_second: the ratio of the two.
+        memory: bytes: `loaded`, `peak`, `peak_beyond_loaded`, `mean` of resident memory; `gpu_peak`.
+        proven: number of tensors seen to train in the first steps of the last process.
+        trainable: number of trainable scalars.
+        total: number of scalars of model and adapter.
+    """
+
+    folder: Path
+    best: Path | None
+    last: Path
+    steps: int
+    epochs: float
+    train_loss: float
+    eval_loss: float | None
+    best_loss: float | None
+    best_step: int | None
+    stopped_early: bool
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    memory: dict[str, Any]
+    proven: int
+    trainable: int
+    total: int
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the adapter to use: the best, or the last where nothing was evaluated."""
+        return self.best or self.last
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a run trains with, loaded.
+
+    Attributes:
+        host: with the adapter attached.
+        tokenizer: of the model.
+        rows: to train on.
+        eval_rows: to evaluate on; may be empty.
+        data: what run.json says about the rows.
+        report: of encoding the training rows.
+        seq2seq: whether the model has an encoder and a decoder.
+    """
+
+    host: Host
+    tokenizer: Any
+    rows: Sequence[Row]
+    eval_rows: Sequence[Row]
+    data: Mapping[str, Any]
+    report: Report
+    seq2seq: bool = False
+
+
+def fit(
+    config: TrainConfig | Mapping[str, Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+    dry_run: bool = False,
+    provenance: Provenance | None = None,
+    callbacks: Sequence[Listener] = (),
+) -> RunResult | None:
+    """Train an adapter as a configuration says, and leave adapters, metrics and a checkpoint in its output folder.
+
+    Args:
+        config: a `TrainConfig`, or its fields.
+        resume: continue from the checkpoint in the output folder, exactly; start anew if there is none yet.
+        overwrite: replace an earlier run in the output folder.
+        quiet: print nothing.
+        dry_run: load everything, show what would train, run one batch forward and backward, and write nothing.
+        provenance: for every dotted key where its value came from, as `load_config` returns it.
+        callbacks: told what happens; see `Listener`.
+
+    Returns:
+        The result; None after a dry run.
+
+    Raises:
+        ConfigError: a setting is wrong, or does not agree with the checkpoint.
+        OutputError: the output folder cannot be used.
+        DataError: there are no usable rows.
+        TrainingError: training cannot go on, or something does not train.
+        Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved.
+    """
+    config = config if isinstance(config, TrainConfig) else TrainConfig(**config)
+    check_trackers(config.training.trackers)
+    accelerator = make_accelerator(config)
+    main = accelerator.is_main_process
+    console = Console(quiet=quiet or not main)
+    sources = dict(provenance or provenance_of(config, {"Python": config.model_dump(exclude_unset=True)}))
+    console.print(config_table(config.flat(), sources))
+    if main and not dry_run:
+        files.claim(config.output, resume=resume, overwrite=overwrite)
+    accelerator.wait_for_everyone()
+    if resume and not dry_run and (done := _finished(config)):
+        console.print(f"The run in {config.output} is finished already; nothing is left to do.", highlight=False)
+        console.print(result_table(done))
+        return done
+    job = load(config, accelerator)
+    loop = _loop(config, job, accelerator)
+    console.print(proof_table(job.host.summary(NAME), _story(job, loop), _sample(job)))
+    if dry_run:
+        job.host.verify(loop.batch(loop.sampler.step(0)[0][:2]))
+        console.print("[green]Every adapted module is reached, and every trainable tensor gets a gradient.[/]")
+        return None
+    run_folder = RunFolder(config.output, _identity(config, job), _facts(config, job, sources))
+    trackers = [Trackers(config.flat())] if config.training.trackers else []
+    loop.listeners = [*([] if console.quiet else [Display(console)]), *callbacks, *trackers, run_folder]
+    _open(config, loop, run_folder, resume=resume)
+    return _train(config, loop, run_folder, console)
+
+
+def _open(config: TrainConfig, loop: Loop, run_folder: RunFolder, *, resume: bool) -> None:
+    """Continue from the checkpoint, or make the folder ready for a new run."""
+    if resume and (config.output / files.CHECKPOINT).is_file():
+        run_folder.resume(loop)
+    elif loop.accelerator.is_main_process:
+        files.clear(config.output)
+    loop.accelerator.wait_for_everyone()
+    if loop.accelerator.is_main_process:
+        write_text(config.output / files.CONFIG, OmegaConf.to_yaml(OmegaConf.create(config.plain())))
+
+
+def _train(config: TrainConfig, loop: Loop, run_folder: RunFolder, console: Console) -> RunResult:
+    main = loop.accelerator.is_main_process
+    try:
+        loop.run()
+    except Interrupted:
+        raise
+    except BaseException as error:
+        if main:
+            run_folder.note("failed", error=f"{type(error).__name__}: {error}")
+        raise
+    result = _result(config, loop)
+    if main:
+        run_folder.note("finished", finished=_now(), result=dataclasses.asdict(result))
+    console.print(result_table(result))
+    return result
+
+
+def load(config: TrainConfig, accelerator: Accelerator) -> Job:
+    """Load model and data, and attach the method.
+
+    Raises:
+        ConfigError: the precision cannot be trained on the device.
+        ModelError: the model is unknown or damaged.
+        DataError: there are no usable rows.
+        AttachError: the method cannot work on this model.
+    """
+    device = config.device or (str(accelerator.device) if accelerator.num_processes > 1 else None)
+    model, tokenizer = load_model(config.model, precision=config.precision, device=device, quantize=config.quantize)
+    if config.precision == "fp16" and next(model.parameters()).device.type == "cpu":
+        raise ConfigError("precision=fp16 trains on a GPU only, and there is none. Set precision to bf16 or fp32.")
+    seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
+    splits = load_data(config.data)
+    tokens = functools.partial(
+        encode, tokenizer=tokenizer, cfg=config.data, window=window_of(model, tokenizer), seq2seq=seq2seq
+    )
+    trained = tokens(splits.train)
+    held = tokens(splits.eval).rows if splits.eval else []
+    set_seed(config.training.seed)  # the start values of the adapter depend on the seed alone
+    host = attach(model, config.make_method(), NAME)
+    data = {
+        "fingerprint": fingerprint([*splits.train, *splits.eval]),
+        "format": splits.format,
+        "source": splits.source,
+        "eval_source": splits.eval_source,
+        "train_rows": len(trained.rows),
+        "eval_rows": len(held),
+        "encoding": dataclasses.asdict(trained.report),
+    }
+    return Job(host, tokenizer, trained.rows, held, data, trained.report, seq2seq)
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Make the accelerate object of a run; the one of an earlier run in this process is given up."""
+    if AcceleratorState._shared_state and AcceleratorState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    trackers = list(config.training.trackers)
+    return Accelerator(
+        mixed_precision="fp16" if config.precision == "fp16" and torch.cuda.is_available() else "no",
+        cpu=config.device == "cpu",
+        log_with=trackers or None,
+        project_dir=str(config.output / files.TRACKERS) if trackers else None,
+    )
+
+
+def _loop(config: TrainConfig, job: Job, accelerator: Accelerator) -> Loop:
+    pad = job.tokenizer.pad_token_id
+    collate = Collator(pad if pad is not None else 0, seq2seq=job.seq2seq)
+    return Loop(
+        job.host, NAME, job.rows, config.training, eval_rows=job.eval_rows, collate=collate, accelerator=accelerator
+    )
+
+
+def _sample(job: Job) -> Text:
+    shown: Text = render_sample(job.rows[0], job.tokenizer, seq2seq=job.seq2seq)
+    return shown
+
+
+def _story(job: Job, loop: Loop) -> dict[str, str]:
+    """The lines of the table that is shown before training."""
+    report, rows = job.report, len(job.rows)
+    length = f"{report.mean_length:.0f} tokens on average, {report.max_length} at most"
+    cut = f"; {report.truncated} cut, {report.dropped} dropped" if report.truncated or report.dropped else ""
+    return {
+        "rows": f"{rows:,} to train on ({length}{cut}), {len(job.eval_rows):,} to evaluate on",
+        "trained tokens": f"{report.trained_tokens:,} of {report.tokens:,} ({100 * report.trained_share:.1f} %), "
+        f"found by {report.mask_by}; {report.template}",
+        "loss": f"{loop.loss.path}: {loop.loss.why}",
+        "steps": f"{loop.total:,} of {loop.sampler.per_step} rows: {loop.sampler.epoch(loop.total):.2f} epochs",
+        "device": f"{loop.device}, {loop.accelerator.num_processes} process(es)",
+    }
+
+
+def _identity(config: TrainConfig, job: Job) -> dict[str, Any]:
+    """What a resumed run must have in common with the checkpoint."""
+    return {**config.flat(), "data fingerprint": job.data["fingerprint"]}
+
+
+def _facts(config: TrainConfig, job: Job, sources: Provenance) -> dict[str, Any]:
+    """What run.json says from the start."""
+    return {
+        "status": "running",
+        "started": _now(),
+        "config": config.plain(),
+        "provenance": sources,
+        "seed": config.training.seed,
+        "data": job.data,
+        "model": dataclasses.asdict(job.host.summary(NAME)),
+        "versions": _versions(),
+        "platform": platform.platform(),
+        "git": _git(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "adapterlab": adapterlab.__version__}
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _git() -> str | None:
+    """Revision of the working directory, marked when files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _result(config: TrainConfig, loop: Loop) -> RunResult:
+    status, summary = loop.status, loop.host.summary(NAME)
+    return RunResult(
+        folder=config.output,
+        best=config.output / files.BEST if status.best_step is not None else None,
+        last=config.output / files.LAST,
+        steps=status.step,
+        epochs=loop.sampler.epoch(status.step),
+        train_loss=status.train_loss,
+        eval_loss=status.eval_loss,
+        best_loss=status.best_loss,
+        best_step=status.best_step,
+        stopped_early=status.step < loop.total,
+        tokens=status.tokens,
+        seconds=status.seconds,
+        tokens_per_second=status.tokens / max(1e-9, status.seconds),
+        memory=loop.meter.report(),
+        proven=len(loop.proof.proven),
+        trainable=summary.trainable,
+        total=summary.total,
+    )
+
+
+def _finished(config: TrainConfig) -> RunResult | None:
+    """The result of a run with this configuration that has ended already."""
+    facts = files.read_run(config.output)
+    if facts.get("status") != "finished" or files.differences(dict(flatten(facts["config"])), config.flat()):
+        return None
+    result = dict(facts["result"])
+    paths = {key: Path(result[key]) if result[key] else None for key in ("folder", "best", "last")}
+    return RunResult(**{**result, **paths})

@@ -1,0 +1,54 @@
+"""Stop between two steps when the user presses Ctrl-C or the system asks the process to end."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+_ASKED = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop, and did so after a whole step.
+
+    Attributes:
+        step: the last step that was done.
+        folder: of the run, where its checkpoint is, or None when nothing was written.
+    """
+
+    def __init__(self, step: int, folder: Path | None = None):
+        self.step, self.folder = step, folder
+        saved = f"; its checkpoint is in {folder}" if folder else ""
+        super().__init__(f"Training was interrupted after step {step}{saved}.")
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Turn the first SIGINT or SIGTERM into an answer "yes" of the function that is given; a second one acts at once.
+
+    Outside the main thread, where signals cannot be caught, the answer is always "no".
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = threading.Event()
+    before: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        restore()
+
+    before.update({number: signal.signal(number, note) for number in _ASKED})
+    try:
+        yield asked.is_set
+    finally:
+        restore()

@@ -1,0 +1,173 @@
+"""Houlsby adapters: few parameters in every layer recover what tuning the top layer alone does not."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from adapterlab.core.host import Host, attach
+from adapterlab.core.method import Method
+from adapterlab.errors import AttachError, ConfigError, MergeError
+from adapterlab.methods import _bottleneck
+from adapterlab.methods.adapter_houlsby import AdapterHoulsby
+from adapterlab.methods.full import Full
+
+SYMBOLS, TASKS = 16, 4
+FAMILIES = ("llama", "gpt2", "bert-classes", "t5", "mixtral", "vit")
+
+
+def batch(shift: int, seed: int, rows: int = 32) -> Tensor:
+    """Rows `task, a, f(a), f(f(a)), ...`: the task token says by how much each symbol is rotated."""
+    draw = torch.Generator().manual_seed(seed)
+    task = torch.randint(0, TASKS, (rows, 1), generator=draw)
+    first = torch.randint(0, SYMBOLS, (rows, 1), generator=draw)
+    step = 3 * ((task + shift) % TASKS) + 1
+    return torch.cat([SYMBOLS + task, (first + step * torch.arange(8)) % SYMBOLS], 1)
+
+
+def loss(model: Any, ids: Tensor) -> Tensor:
+    """Cross-entropy of all symbols behind the first, which is drawn at random."""
+    return F.cross_entropy(model(ids).logits[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten())
+
+
+def train(model: Any, parameters: Any, shift: int, steps: int, lr: float) -> float:
+    """Held-out loss after some steps of Adam."""
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(model, batch(shift, step)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float(loss(model, batch(shift, 10_000, 256)))
+
+
+@functools.cache
+def pretrained() -> Any:
+    """A tiny model that has learned the tasks."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=SYMBOLS + TASKS, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=16,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    train(model, model.parameters(), 0, 150, 3e-3)
+    return model
+
+
+class Top(Method):
+    """Train the output projection of the last attention, in place: more parameters than the adapters have."""
+
+    id: ClassVar[str] = "top"
+
+    def attach(self, host: Host, name: str) -> None:
+        host.own(name, "model.layers.2.self_attn.o_proj.weight")
+
+
+def tuned(method: Method, lr: float, steps: int = 100) -> tuple[float, int]:
+    """(held-out loss on the tasks with their tokens exchanged, number of trainable parameters)."""
+    model = copy.deepcopy(pretrained())
+    torch.manual_seed(0)
+    host = attach(model, method)
+    return train(model, host.parameters("default"), 1, steps, lr), host.summary().trainable
+
+
+def measure() -> dict[str, float]:
+    """Share of full tuning's gain that adapters and the top layer recover, and their shares of the parameters."""
+    start = float(loss(pretrained(), batch(1, 10_000, 256)).detach())
+    best, every = tuned(Full(), 1e-3)
+    adapters, few = tuned(AdapterHoulsby(m=2), 2e-2)
+    top, many = tuned(Top(), 3e-3)
+    gain = start - best
+    return {
+        "adapters": (start - adapters) / gain,
+        "top": (start - top) / gain,
+        "adapter size": few / every,
+        "top size": many / every,
+    }
+
+
+def holds(m: dict[str, float]) -> bool:
+    """The claim: with at most 5 % of the parameters, at least 90 % of the gain, and more than the top layer gives."""
+    return (
+        m["adapter size"] <= 0.05
+        and m["adapters"] >= 0.9
+        and m["top"] < m["adapters"]
+        and m["top size"] > m["adapter size"]
+    )
+
+
+def test_claim() -> None:
+    assert holds(measure())
+
+
+def lost(self: Any, run: Callable[..., Any], *args: Any) -> Tensor:
+    y = run(*args)
+    return y + self.share(torch.zeros_like(y))
+
+
+def test_claim_fails_when_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_bottleneck.After, "around", lost)
+    assert not holds(measure())
+
+
+@pytest.mark.parametrize("norms", [True, False])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_start_is_near_the_base_and_the_count_is_the_formula(
+    kind: str, norms: bool, tiny: Any, batch_for: Any, logits: Any
+) -> None:
+    model = tiny(kind)
+    batch = batch_for(model)
+    before = logits(model, batch)
+    own = sum(p.numel() for m in model.modules() if "Norm" in type(m).__name__ for p in m.parameters())
+    host = attach(model, AdapterHoulsby(m=4, norms=norms))
+    change = (logits(model, batch) - before).abs().max()
+    assert 0 < change < 1e-4 * max(1.0, float(before.abs().max()))
+    sublayers = 10 if kind == "t5" else 4
+    assert host.summary().trainable == sublayers * (2 * 4 * 32 + 4 + 32) + own * norms
+    host.verify(batch)
+
+
+def test_formula(tiny: Any, randomise: Any) -> None:
+    """BERT: y = LN(x + A(sublayer(x))) with the adapter's own norm, in float64; the base's norm stays as it was."""
+    model = tiny("bert-classes").double()
+    host = attach(model, AdapterHoulsby(m=4, scale=0.5))
+    layer: Any = model.bert.encoder.layer[0]
+    x = torch.randn(2, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    with host.using():
+        plain = layer.feed_forward_chunk(x)
+    randomise(host)
+    held: Any = host.adapters("default")
+    adapter, norm = held["bert.encoder.layer.0.output.dense"], held["bert.encoder.layer.0.output.LayerNorm"].copy
+    got = layer.feed_forward_chunk(x)
+    with host.using():
+        assert torch.equal(layer.feed_forward_chunk(x), plain)
+        h = layer.output.dense(layer.intermediate(x))
+    share = 0.5 * (F.gelu(h @ adapter.down.T + adapter.down_bias) @ adapter.up.T + adapter.up_bias)
+    z = x + h + share
+    z = (z - z.mean(-1, keepdim=True)) / (z.var(-1, unbiased=False, keepdim=True) + 1e-12).sqrt()
+    assert torch.allclose(got, z * norm.weight + norm.bias, atol=1e-9)
+
+
+def test_start_is_cut_at_two_deviations(tiny: Any) -> None:
+    host = attach(tiny("llama"), AdapterHoulsby(m=64, init_std=0.01))
+    adapter: Any = host.adapters("default")["model.layers.0.mlp"]
+    for weight in (adapter.down, adapter.up):
+        assert 0.019 < float(weight.abs().max()) <= 0.02
+
+
+def test_refusals(tiny: Any) -> None:
+    host = attach(tiny("llama"), AdapterHoulsby(m=4))
+    with pytest.raises(MergeError, match=r"nonlinear function.*host\.save"):
+        host.merge()
+    with pytest.raises(ConfigError, match="m = 0"):
+        AdapterHoulsby(m=0)
+    with pytest.raises(AttachError, match=r"no attention output projections.*adapterlab targets"):
+        attach(nn.Sequential(nn.Linear(4, 4)), AdapterHoulsby(m=4))

@@ -1,0 +1,180 @@
+"""Parallel adapters: reading the feed-forward's input fits better than reading its output, at equal size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from adapterlab.core.host import attach
+from adapterlab.errors import AttachError, ConfigError, MergeError
+from adapterlab.methods import _bottleneck
+from adapterlab.methods.adapter_parallel import AdapterParallel
+from adapterlab.methods.adapter_pfeiffer import AdapterPfeiffer
+
+FAMILIES = ("llama", "gpt2", "bert-classes", "t5", "mixtral", "vit")
+
+
+def fitted(method: Any, make: Callable[[str], Any], seed: int, steps: int = 60) -> float:
+    """Held-out error after fitting a frozen tiny model to one whose feed-forward weights were changed."""
+    draw = torch.Generator().manual_seed(seed)
+    student, teacher = make("llama"), make("llama")
+    with torch.no_grad():
+        for path, p in teacher.named_parameters():
+            if ".mlp." in path:
+                p.add_(torch.randn(p.shape, generator=draw) * 0.2)
+    ids = torch.randint(3, 128, (48, 12), generator=draw)
+    with torch.no_grad():
+        wanted = teacher.model(ids).last_hidden_state
+    torch.manual_seed(seed)
+    host = attach(student, method)
+    optimizer = torch.optim.Adam(host.parameters("default"), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (student.model(ids[:32]).last_hidden_state - wanted[:32]).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float((student.model(ids[32:]).last_hidden_state - wanted[32:]).square().mean())
+
+
+def measure(make: Callable[[str], Any]) -> list[tuple[float, float]]:
+    """(parallel, sequential) errors for three seeds."""
+    return [(fitted(AdapterParallel(m=16), make, seed), fitted(AdapterPfeiffer(m=16), make, seed)) for seed in range(3)]
+
+
+def holds(errors: list[tuple[float, float]]) -> bool:
+    """The claim: parallel is at least as good in two of three seeds."""
+    return sum(parallel <= sequential for parallel, sequential in errors) >= 2
+
+
+def test_claim(tiny: Any) -> None:
+    assert holds(measure(tiny))
+
+
+def blind(self: Any, run: Callable[..., Any], x: Tensor) -> Tensor:
+    return run(x) + self.share(torch.zeros_like(x))
+
+
+def shifted(self: Any, run: Callable[..., Any], x: Tensor) -> Tensor:
+    return run(x) + self.share(x.roll(1, dims=1))
+
+
+@pytest.mark.parametrize("wrong", [blind, shifted])
+def test_claim_fails_when_broken(wrong: Callable[..., Any], tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_bottleneck.Beside, "around", wrong)
+    assert not holds(measure(tiny))
+
+
+def reference(adapter: Any, x: Tensor) -> Tensor:
+    """The formula in float64."""
+    h = torch.relu(x @ adapter.down.T + adapter.down_bias)
+    return 4.0 * (h @ adapter.up.T + adapter.up_bias)
+
+
+def test_formula_beside_a_block(tiny: Any, randomise: Any) -> None:
+    model = tiny("mixtral")
+    block = model.model.layers[0].mlp
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(3))
+    base = block(x)
+    host = attach(model, AdapterParallel(m=4))
+    assert torch.equal(block(x), base)
+    randomise(host)
+    wanted = base + reference(host.adapters("default")["model.layers.0.mlp"].double(), x.double())
+    host.adapters("default")["model.layers.0.mlp"].float()
+    assert torch.allclose(block(x).double(), wanted, atol=1e-5)
+
+
+def test_formula_between_two_modules(tiny: Any, randomise: Any) -> None:
+    """BERT has no feed-forward block: y = LN(x + FFN(x) + share(x)) by hand."""
+    model = tiny("bert-classes").double()
+    host = attach(model, AdapterParallel(m=4))
+    randomise(host)
+    layer: Any = model.bert.encoder.layer[0]
+    x = torch.randn(2, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    got = layer.feed_forward_chunk(x)
+    assert host.state.taps == {}
+    extra = reference(host.adapters("default")["bert.encoder.layer.0.output.dense"], x)
+    with host.using():
+        wanted = layer.output.LayerNorm(x + layer.output.dense(layer.intermediate(x)) + extra)
+    assert torch.allclose(got, wanted, atol=1e-12)
+
+
+def test_checkpointing_with_two_passes_in_flight(tiny: Any, batch_for: Any, randomise: Any) -> None:
+    """What is tapped belongs to its own pass: gradients equal those without checkpointing."""
+
+    def gradients(checkpointing: bool) -> list[Tensor]:
+        model = tiny("bert-tokens").train()
+        torch.manual_seed(0)
+        host = attach(model, AdapterParallel(m=4))
+        randomise(host)
+        host.checkpointing(checkpointing)
+        one, two = model(**batch_for(model, seed=1)).loss, model(**batch_for(model, length=7, seed=2)).loss
+        (one + 2 * two).backward()
+        return [p.grad for p in host.parameters("default") if p.grad is not None]
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert len(plain) == len(recomputed) == 8
+    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_start_is_the_base_and_the_count_is_the_formula(kind: str, tiny: Any, batch_for: Any, logits: Any) -> None:
+    model = tiny(kind)
+    batch = batch_for(model)
+    before = logits(model, batch)
+    host = attach(model, AdapterParallel(m=4))
+    assert torch.equal(logits(model, batch), before)
+    blocks = 4 if kind == "t5" else 2
+    assert host.summary().trainable == blocks * (2 * 4 * 32 + 4 + 32)
+    host.verify(batch)
+
+
+def test_learned_scale(tiny: Any, batch_for: Any) -> None:
+    model = tiny("llama")
+    host = attach(model, AdapterParallel(m=4, learn_scale=True))
+    assert host.summary().trainable == 2 * (2 * 4 * 32 + 4 + 32 + 1)
+    assert host.state_dict("default")["adapter.model.layers.0.mlp.scale"].tolist() == [4.0]
+    host.verify(batch_for(model))
+
+
+def test_attention_block_and_linear_as_targets(tiny: Any, batch_for: Any, randomise: Any, logits: Any) -> None:
+    model = tiny("llama")
+    batch = batch_for(model)
+    before = logits(model, batch)
+    host = attach(model, AdapterParallel(m=4, targets=["attn", "down"]))
+    assert torch.equal(logits(model, batch), before)
+    assert host.summary().trainable == 2 * (2 * 4 * 32 + 4 + 32) + 2 * (4 * 48 + 4 + 32 * 4 + 32)
+    randomise(host)
+    assert not torch.allclose(logits(model, batch), before, atol=1e-2)
+
+
+def test_mixed_rows(tiny: Any, randomise: Any, logits: Any) -> None:
+    model = tiny("llama")
+    ids = {"input_ids": torch.arange(3, 21).view(3, 6)}
+    host = attach(model, AdapterParallel(m=4), "a")
+    host.attach(AdapterParallel(m=6, scale=2), "b")
+    randomise(host)
+    with host.rows(["b", None, "a"]):
+        got = logits(model, ids)
+    for row, names in enumerate([("b",), (), ("a",)]):
+        with host.using(*names):
+            assert torch.allclose(got[row], logits(model, ids)[row], atol=1e-5)
+
+
+def test_refusals(tiny: Any, batch_for: Any) -> None:
+    host = attach(tiny("llama"), AdapterParallel(m=4))
+    with pytest.raises(MergeError, match=r"nonlinear function.*host\.save"):
+        host.merge()
+    with pytest.raises(ConfigError, match="m = 0"):
+        AdapterParallel(m=0)
+    with pytest.raises(AttachError, match=r"no feed-forward blocks.*adapterlab targets"):
+        attach(nn.Sequential(nn.Linear(4, 4)), AdapterParallel(m=4))
+    # On BERT the tapped input may be grouped otherwise than the output: refused, not computed wrongly.
+    bert = tiny("bert-classes")
+    host = attach(bert, AdapterParallel(m=4), "a")
+    host.attach(AdapterParallel(m=4), "b")
+    with host.rows(["a", "b"]), pytest.raises(AttachError, match="batch of their own"):
+        bert(**batch_for(bert))

@@ -1,0 +1,126 @@
+"""MoLoRA: experts that are mixed by output, token by token, fit what one low-rank update cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adapterlab as al
+from adapterlab.core.host import Host, attach
+from adapterlab.core.method import Method
+from adapterlab.errors import AttachError, ConfigError, MergeError, TargetError
+from adapterlab.methods.lora import LoRA
+from adapterlab.methods.molora import MoLoRA
+
+CLUSTERS, WIDTH, RANK = 4, 16, 2
+
+
+def data(seed: int) -> tuple[Tensor, Tensor, nn.Sequential]:
+    """Four clusters of inputs; within each the target is W x plus a rank-2 update of its own."""
+    draw = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(WIDTH, WIDTH, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(WIDTH, WIDTH, generator=draw) / 4)
+    centres = 2 * torch.randn(CLUSTERS, WIDTH, generator=draw)
+    deltas = torch.randn(CLUSTERS, WIDTH, RANK, generator=draw) @ torch.randn(CLUSTERS, RANK, WIDTH, generator=draw) / 4
+    which = torch.arange(1024) % CLUSTERS
+    x = centres[which] + torch.randn(1024, WIDTH, generator=draw)
+    y = x @ linear.weight.detach().T + torch.einsum("ni,noi->no", x, deltas[which])
+    return x, y, nn.Sequential(linear)
+
+
+def fitted(method: Method, seed: int = 0, steps: int = 400) -> float:
+    """Held-out mean squared error after training on three quarters."""
+    x, y, model = data(seed)
+    torch.manual_seed(seed)
+    host = attach(model, method)
+    optimizer = torch.optim.Adam(host.parameters("default"), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x[:768]) - y[:768]).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float((model(x[768:]) - y[768:]).square().mean())
+
+
+def measure() -> dict[str, float]:
+    """Errors, summed over two seeds, of the mixture and of one update of the same size."""
+    return {
+        "lora": sum(fitted(LoRA(r=CLUSTERS * RANK, alpha=16.0), seed) for seed in range(2)),
+        "mixture": sum(fitted(MoLoRA(experts=CLUSTERS, r=RANK, alpha=4.0), seed) for seed in range(2)),
+    }
+
+
+def holds(errors: dict[str, float]) -> bool:
+    """The claim: at most half the error of plain LoRA."""
+    return errors["mixture"] <= 0.5 * errors["lora"]
+
+
+def test_claim() -> None:
+    assert holds(measure())
+
+
+def uniform(self: Any, x: Tensor) -> Tensor:
+    return x.new_full((*x.shape[:-1], self.A.shape[0]), 1 / self.A.shape[0])
+
+
+def over_tokens(self: Any, x: Tensor) -> Tensor:
+    return (x @ self.router.T).softmax(0)
+
+
+@pytest.mark.parametrize("wrong", [uniform, over_tokens])
+def test_claim_fails_for_a_wrong_router(wrong: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MoLoRA.Layer, "weights", wrong)
+    assert not holds(measure())
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_formula(kind: str, top_k: int | None, tiny: Any, randomise: Any) -> None:
+    """Against a loop over the experts in float64, also on a transposed weight."""
+    model = tiny(kind).double()
+    path = {"llama": "model.layers.0.mlp.down_proj", "gpt2": "transformer.h.0.mlp.c_proj"}[kind]
+    module = model.get_submodule(path)
+    x = torch.randn(2, 3, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    base = module(x)
+    host: Host = attach(model, MoLoRA(experts=3, r=2, alpha=6.0, top_k=top_k, targets=["down"]))
+    assert torch.equal(module(x), base)
+    randomise(host)
+    part: Any = host.adapters("default")[path]
+    p = torch.softmax(x @ part.router.T, -1)
+    if top_k:
+        p = torch.where(p >= p.sort(-1, descending=True).values[..., top_k - 1 : top_k], p, 0)
+    wanted = base + 3.0 * sum(p[..., e, None] * (x @ part.A[e].T @ part.B[e].T) for e in range(3))
+    assert torch.allclose(module(x), wanted, atol=1e-12)
+
+
+def test_count(tiny: Any) -> None:
+    host = attach(tiny("llama"), MoLoRA(experts=3, r=2, targets=["v", "down"]))
+    sizes = [(32, 16), (48, 32)] * 2
+    assert host.summary().trainable == sum(3 * 2 * (i + o) + 3 * i for i, o in sizes)
+
+
+def test_router_stays_in_float32(tiny: Any) -> None:
+    model = tiny("llama").bfloat16()
+    part: Any = attach(model, MoLoRA(targets=["q"])).adapters("default")["model.layers.0.self_attn.q_proj"]
+    x = torch.randn(4, 32, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        p = part.weights(x)
+    assert p.dtype == torch.float32
+    assert torch.equal(p, torch.softmax(x.float() @ part.router.T, -1))
+
+
+def test_refusals(tiny: Any) -> None:
+    host = attach(tiny("llama"), MoLoRA())
+    with pytest.raises(MergeError, match=r"router.*host\.save"):
+        host.merge()
+    with pytest.raises(AttachError, match=r"lm_head: its weight is tied.*all-linear"):
+        attach(tiny("llama-tied"), MoLoRA(targets=["head"]))
+    with pytest.raises(TargetError, match="embed"):
+        attach(tiny("llama"), MoLoRA(targets=["embed"]))
+    with pytest.raises(ConfigError, match="top_k=4 is more than experts=3"):
+        al.method("molora")(experts=3, top_k=4)

@@ -1,0 +1,166 @@
+"""Prefix tuning: a prefix of real keys and values is the same as reading the words, and steers more than a prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import adapterlab as al
+from adapterlab.errors import AttachError, ConfigError
+from adapterlab.methods import prefix_tuning
+from adapterlab.methods.prefix_tuning import PrefixTuning
+from adapterlab.methods.prompt_tuning import PromptTuning
+
+WORDS = (17, 4, 99, 31, 8)
+QUIET: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def ids(rows: int = 2, length: int = 7, seed: int = 5) -> Tensor:
+    return torch.randint(3, 128, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def same_as_reading(model: Any) -> float:
+    """Largest difference between a prefix started from words and the plain model that reads the words first."""
+    x, words = ids(), torch.tensor([WORDS, WORDS])
+    with torch.no_grad():
+        read = model(torch.cat([words, x], 1)).logits[:, len(WORDS) :]
+        al.attach(model, PrefixTuning(length=len(WORDS), words=WORDS))
+        return float((model(x).logits - read).abs().max())
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "mixtral"])
+def test_a_prefix_of_words_equals_reading_them(family: str, implementation: str, tiny: Any) -> None:
+    model = tiny(family)
+    model.set_attn_implementation(implementation)
+    assert same_as_reading(model) < 1e-5
+
+
+@pytest.mark.parametrize("mutation", ["positions kept", "keys and values swapped"])
+def test_a_broken_prefix_is_noticed(mutation: str, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    if mutation == "positions kept":
+        monkeypatch.setattr(PrefixTuning, "first_position", 0)
+    else:
+        pairs = PrefixTuning.Layer.pairs
+        monkeypatch.setattr(PrefixTuning.Layer, "pairs", lambda self: pairs(self).flip(0))
+    assert same_as_reading(tiny("llama")) > 1e-3
+
+
+def measure(tiny: Any, method: Any, steps: int = 40) -> float:
+    """Kullback-Leibler divergence to a teacher that is the same model with a random prefix, after training."""
+    model, x = tiny("llama"), ids(8, 6)
+    torch.manual_seed(1)
+    host = al.attach(model, PrefixTuning(length=4, init="normal"), "teacher")
+    with torch.no_grad():
+        target = model(x).logits.log_softmax(-1)
+    host.detach("teacher")
+    host.attach(method)
+    optimizer = torch.optim.Adam(host.parameters("default"), lr=0.05)
+    for _ in range(steps):
+        loss = F.kl_div(model(x).logits.log_softmax(-1), target, log_target=True, reduction="batchmean")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+def test_it_steers_every_layer_where_a_prompt_cannot(tiny: Any) -> None:
+    prompt = measure(tiny, PromptTuning(length=4))
+    assert measure(tiny, PrefixTuning(length=4)) <= 0.5 * prompt
+
+
+def test_the_comparison_notices_a_prefix_that_reaches_one_layer(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs = PrefixTuning.Layer.pairs
+
+    def first_layer(self: Any) -> Tensor:
+        return pairs(self) if self.site.layer == 0 else pairs(self).detach()
+
+    monkeypatch.setattr(PrefixTuning.Layer, "pairs", first_layer)
+    assert measure(tiny, PrefixTuning(length=4)) > 0.5 * measure(tiny, PromptTuning(length=4))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classes", "bert-tokens", "t5", "vit"])
+@pytest.mark.parametrize("hidden", [None, 6])
+def test_every_family_trains_the_documented_number(family: str, hidden: int | None, tiny: Any, batch_for: Any) -> None:
+    model = tiny(family)
+    host = al.attach(model, PrefixTuning(length=3, hidden=hidden))
+    host.verify(batch_for(model))
+    kinds, layers = (3, 6) if family == "t5" else (1, 2)
+    width = 16 if family == "llama" else 32
+    each = (2 if hidden is None else 2 * (hidden + 1)) * width * layers
+    expected = 3 * each if hidden is None else each + kinds * (3 * 32 + 32 * hidden + hidden)
+    assert host.summary().trainable == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+def test_generation_agrees_with_and_without_cache(family: str, tiny: Any) -> None:
+    model, x = tiny(family), ids()
+    al.attach(model, PrefixTuning(length=3, init="normal"))
+    plain = model.generate(x, use_cache=False, **QUIET)
+    assert torch.equal(model.generate(x, **QUIET), plain)
+    assert torch.equal(
+        model.generate(x, num_beams=3, **QUIET), model.generate(x, num_beams=3, use_cache=False, **QUIET)
+    )
+    if family != "t5":
+        padded = torch.cat([torch.zeros(2, 3, dtype=torch.long), x], 1)
+        answer = model.generate(padded, attention_mask=(padded != 0).long(), **QUIET)
+        assert torch.equal(answer[:, 3:], plain)
+
+
+def test_rows_have_their_own_prefixes_of_different_lengths(tiny: Any) -> None:
+    for family in ("llama", "gpt2"):
+        model, x = tiny(family), ids(3)
+        host = al.attach(model, PrefixTuning(length=5), "a")
+        host.attach(PrefixTuning(length=2), "b")
+        with torch.no_grad():
+            apart = []
+            for row, names in enumerate((("a",), ("b",), ())):
+                with host.using(*names):
+                    apart.append((model(x).logits[row], model.generate(x, **QUIET)[row]))
+            with host.rows(["a", "b", None]):
+                together, answers = model(x).logits, model.generate(x, **QUIET)
+        for row, (logits, answer) in enumerate(apart):
+            assert (together[row] - logits).abs().max() < 1e-5
+            assert torch.equal(answers[row], answer)
+
+
+@pytest.mark.parametrize("hidden", [None, 6])
+@pytest.mark.parametrize("family", ["llama", "t5", "vit"])
+def test_it_is_saved_whole(
+    family: str, hidden: int | None, tiny: Any, batch_for: Any, logits: Any, tmp_path: Any
+) -> None:
+    model = tiny(family)
+    batch = batch_for(model)
+    al.attach(model, PrefixTuning(length=3, hidden=hidden)).save(tmp_path / "a")
+    again = al.load(tiny(family), tmp_path / "a")
+    assert torch.equal(logits(again.model, batch), logits(model, batch))
+    assert al.host(model).state_dict("default").keys() == again.state_dict("default").keys()
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(tiny: Any, batch_for: Any) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = tiny("llama").train()
+        host = al.attach(model, PrefixTuning(length=3, words=WORDS))
+        host.checkpointing(checkpointing)
+        model(**batch_for(model)).loss.backward()
+        found.append([p.grad for p in host.parameters("default")])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
+def test_bad_settings_say_what_to_do(tiny: Any) -> None:
+    with pytest.raises(ConfigError, match="999 is not in the vocabulary of 128"):
+        al.attach(tiny("llama"), PrefixTuning(words=(5, 999)))
+    with pytest.raises(ConfigError, match="network starts"):
+        PrefixTuning(words=(1,), hidden=4)
+    with pytest.raises(AttachError, match=r"'mlp'.*self_attn"):
+        al.attach(tiny("llama"), PrefixTuning(targets=["mlp"]))
+    model = tiny("gpt2")
+    al.attach(model, PrefixTuning(length=60))
+    with pytest.raises(AttachError, match=r"64 learned.*4 tokens"):
+        model(ids())
+    assert prefix_tuning.kv_shape(tiny("llama").model.layers[0].self_attn) == (2, 8)

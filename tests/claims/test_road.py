@@ -1,0 +1,118 @@
+"""RoAd: adapters of one batch cost O(out) a token and give what separate runs give; the rotation merges."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import adapterlab as al
+from adapterlab.errors import AttachError, ConfigError
+from adapterlab.methods.road import RoAd
+
+VARIANTS = ["road_1", "road_2", "road_4"]
+
+
+def measure(tiny, randomise) -> tuple[float, int]:
+    """(largest difference between a batch of eight adapters and eight runs, matrix products added to one run)."""
+    model = tiny("llama")
+    names = [f"a{i}" for i in range(8)]
+    ids = torch.randint(3, 128, (8, 6), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), FlopCounterMode(display=False) as base:
+        model(ids)
+    host = al.attach(model, RoAd(variant=VARIANTS[0]), names[0])
+    for i, name in enumerate(names[1:], 1):
+        host.attach(RoAd(variant=VARIANTS[i % 3]), name)
+    for i, name in enumerate(names):
+        randomise(host, name, seed=i)
+    with torch.no_grad():
+        with host.rows(names):
+            together = model(ids).logits
+        apart = []
+        for i, name in enumerate(names):
+            with host.using(name):
+                apart.append(model(ids[i : i + 1]).logits)
+        with host.using(names[0]), FlopCounterMode(display=False) as one:
+            model(ids)
+    return float((together - torch.cat(apart)).abs().max()), one.get_total_flops() - base.get_total_flops()
+
+
+def test_claim_mixed_batches_are_exact_and_free_of_matrix_products(tiny, randomise):
+    difference, added = measure(tiny, randomise)
+    assert difference < 1e-4
+    assert added == 0
+
+
+def test_claim_fails_when_rows_get_the_wrong_factors(tiny, randomise, monkeypatch):
+    plain, calls = RoAd.Layer.factors, iter(range(10**6))
+    monkeypatch.setattr(RoAd.Layer, "factors", lambda self: tuple((1 + next(calls) % 3) * f for f in plain(self)))
+    assert measure(tiny, randomise)[0] > 1e-4
+
+
+def test_claim_fails_when_the_rotation_is_a_dense_product(tiny, randomise, monkeypatch):
+    plain = RoAd.Layer.around
+    monkeypatch.setattr(RoAd.Layer, "around", lambda self, run, x: plain(self, run, x) @ torch.eye(self.site.shape[0]))
+    assert measure(tiny, randomise)[1] > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_output_is_the_product_with_the_block_matrix(variant):
+    """R is built entry by entry in float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 24)).double()
+    host = al.attach(model, RoAd(variant=variant, group_size=8, targets=["0"]))
+    layer = host.adapters("default")["0"]
+    with torch.no_grad():
+        layer.theta.normal_()
+        layer.alpha.normal_()
+    R = torch.zeros(24, 24, dtype=torch.float64)
+    for g in range(3):
+        for k in range(4):
+            i, j = 8 * g + k, 8 * g + k + 4
+            place = {
+                "road_1": (4 * g + k,) * 4,
+                "road_2": (i, i, j, j),
+                "road_4": (16 * g + k, 16 * g + 8 + k, 16 * g + 4 + k, 16 * g + 12 + k),
+            }[variant]
+            (c1, t1, c2, t2) = [(layer.alpha[p].item(), layer.theta[p].item()) for p in place]
+            R[i, i], R[i, j] = c1[0] * math.cos(c1[1]), -t1[0] * math.sin(t1[1])
+            R[j, i], R[j, j] = t2[0] * math.sin(t2[1]), c2[0] * math.cos(c2[1])
+    x = torch.randn(3, 5, dtype=torch.float64)
+    expected = (x @ model[0].weight.T + model[0].bias) @ R.T
+    assert torch.allclose(model(x), expected, atol=1e-12)
+    host.merge()
+    assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert-classes", "t5"])
+def test_starts_at_the_base_trains_and_merges(tiny, batch_for, logits, randomise, kind):
+    model = tiny(kind)
+    batch = batch_for(model)
+    before = logits(model, batch)
+    host = al.attach(model, RoAd())
+    assert torch.equal(logits(model, batch), before)
+    host.verify(batch)
+    randomise(host)
+    live = logits(model, batch)
+    assert not torch.allclose(live, before, atol=1e-2)
+    host.merge()
+    assert torch.allclose(logits(model, batch), live, atol=1e-3)
+    host.detach("default")
+    assert torch.equal(logits(model, batch), before)
+
+
+@pytest.mark.parametrize(("variant", "factor"), [("road_1", 1), ("road_2", 2), ("road_4", 4)])
+def test_trainable_count_is_the_formula(tiny, variant, factor):
+    host = al.attach(tiny("llama"), RoAd(variant=variant))
+    outputs = sum(a.site.shape[0] for a in host.adapters("default").values())
+    assert host.summary().trainable == factor * outputs
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ConfigError, match=r"group_size = 7 .*pairs; use 8"):
+        RoAd(group_size=7)
+    with pytest.raises(AttachError, match=r"a target has 5 outputs.*Exclude"):
+        al.attach(nn.Sequential(nn.Linear(4, 5)), RoAd(targets=["0"]))
