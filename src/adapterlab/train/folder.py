@@ -80,6 +80,21 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def check_same(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Check that a run continues with what it began with.
+
+    Raises:
+        ConfigError: configuration or data are others than those of the checkpoint.
+    """
+    differing = differences(saved, now)
+    if differing:
+        raise ConfigError(
+            f"The run in {folder} cannot be resumed, because it would not be the same run:\n"
+            + "\n".join(differing)
+            + f"\nUse its own settings (adapterlab train {folder / CONFIG} --resume), or another output."
+        )
+
+
 def read_run(folder: Path) -> dict[str, Any]:
     """Return the content of run.json, or nothing when there is none.
 
@@ -145,29 +160,23 @@ class RunFolder(Listener):
 
     # ------------------------------------------------------------------ continuing
 
-    def resume(self, loop: Loop) -> None:
+    def resume(self, loop: Loop, state: Mapping[str, Any]) -> None:
         """Put a loop into the state of the checkpoint and forget the metrics of later steps.
+
+        Args:
+            loop: a new one, with the structure of the checkpoint's adapter.
+            state: what `read_state` found.
 
         Raises:
             ConfigError: configuration or data are others than those of the checkpoint.
         """
-        state = read_state(self.folder / CHECKPOINT)
-        self._check_same(state["identity"])
+        check_same(self.folder, state["identity"], self.identity)
         loop.load_state_dict(state)
         self._saved = loop.status.step
         if loop.accelerator.is_main_process:
             metrics = self.folder / METRICS
             with explained(metrics):
                 os.truncate(metrics, min(state["metrics"], metrics.stat().st_size))
-
-    def _check_same(self, saved: Mapping[str, Any]) -> None:
-        differing = differences(saved, self.identity)
-        if differing:
-            raise ConfigError(
-                f"The run in {self.folder} cannot be resumed, because it would not be the same run:\n"
-                + "\n".join(differing)
-                + f"\nUse its own settings (adapterlab train {self.folder / CONFIG} --resume), or another output."
-            )
 
     def _tidy(self) -> None:
         """Undo what a kill in the middle of replacing an adapter leaves behind."""

@@ -90,6 +90,8 @@ class Listener:
 class Loop:
     """One run: construct it, load a state if there is one, `run` it.
 
+    With `prepare=False` the method does not look at data again before the first step.
+
     Attributes:
         status: how far it is.
         total: steps of the whole run.
@@ -109,6 +111,7 @@ class Loop:
         collate: Callable[[Sequence[Row]], Mapping[str, Tensor]] | None = None,
         listeners: Sequence[Listener] = (),
         accelerator: Accelerator | None = None,
+        prepare: bool = True,
     ):
         if not rows:
             raise DataError("There are no rows to train on.")
@@ -138,15 +141,16 @@ class Loop:
         self.total = training.total_steps(len(rows), self.sampler.per_step)
         self.eval_every = training.eval_every or math.ceil(self.total / 10)
         self.status = Status()
-        self._prepare()
+        self._prepare(prepare)
 
-    def _prepare(self) -> None:
+    def _prepare(self, from_data: bool) -> None:
         training, host, model = self.training, self.host, self.host.model
         set_seed(training.seed)
         if training.checkpointing:
             host.checkpointing(True)
         model.train()
-        self.method.prepare(host, self.name, Batches(self))
+        if from_data:  # a checkpoint's adapter has the structure that data once decided
+            self.method.prepare(host, self.name, Batches(self))
         if self.accelerator.num_processes > 1:
             for tensor in host.tensors(self.name).values():
                 tensor.data.copy_(broadcast(tensor.data))
@@ -366,7 +370,7 @@ def train(host: Host, name: str, rows: Sequence[Row], training: Training | None 
         name: of an active adapter.
         rows: each with `input_ids` and `labels` (-100 bears no label).
         training: how to train.
-        options: `eval_rows`, `collate`, `listeners`, `accelerator`, as for `Loop`.
+        options: `eval_rows`, `collate`, `listeners`, `accelerator`, `prepare`, as for `Loop`.
 
     Returns:
         How it went.

@@ -21,9 +21,10 @@ from accelerate.utils import set_seed
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.text import Text
+from torch import Tensor
 
 import adapterlab
-from adapterlab.core.host import Host, attach
+from adapterlab.core.host import Host
 from adapterlab.data import Collator, Report, encode, fingerprint, load_data, render_sample
 from adapterlab.errors import ConfigError
 from adapterlab.evaluate.generation import window_of
@@ -158,8 +159,12 @@ def fit(
         console.print(f"The run in {config.output} is finished already; nothing is left to do.", highlight=False)
         console.print(result_table(done))
         return done
-    job = load(config, accelerator)
-    loop = _loop(config, job, accelerator)
+    checkpoint = config.output / files.CHECKPOINT
+    state = files.read_state(checkpoint) if resume and not dry_run and checkpoint.is_file() else None
+    if state is not None:  # before anything is loaded; the data follow when they are read
+        files.check_same(config.output, state["identity"], {**state["identity"], **config.flat()})
+    job = load(config, accelerator, saved=state["adapter"] if state else None)
+    loop = _loop(config, job, accelerator, prepare=state is None)
     console.print(proof_table(job.host.summary(NAME), _story(job, loop), _sample(job)))
     if dry_run:
         job.host.verify(loop.batch(loop.sampler.step(0)[0][:2]))
@@ -168,14 +173,14 @@ def fit(
     run_folder = RunFolder(config.output, _identity(config, job), _facts(config, job, sources))
     trackers = [Trackers(config.flat())] if config.training.trackers else []
     loop.listeners = [*([] if console.quiet else [Display(console)]), *callbacks, *trackers, run_folder]
-    _open(config, loop, run_folder, resume=resume)
+    _open(config, loop, run_folder, state)
     return _train(config, loop, run_folder, console)
 
 
-def _open(config: TrainConfig, loop: Loop, run_folder: RunFolder, *, resume: bool) -> None:
-    """Continue from the checkpoint, or make the folder ready for a new run."""
-    if resume and (config.output / files.CHECKPOINT).is_file():
-        run_folder.resume(loop)
+def _open(config: TrainConfig, loop: Loop, run_folder: RunFolder, state: Mapping[str, Any] | None) -> None:
+    """Continue from the state of a checkpoint, or make the folder ready for a new run."""
+    if state is not None:
+        run_folder.resume(loop, state)
     elif loop.accelerator.is_main_process:
         files.clear(config.output)
     loop.accelerator.wait_for_everyone()
@@ -200,8 +205,13 @@ def _train(config: TrainConfig, loop: Loop, run_folder: RunFolder, console: Cons
     return result
 
 
-def load(config: TrainConfig, accelerator: Accelerator) -> Job:
+def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tensor] | None = None) -> Job:
     """Load model and data, and attach the method.
+
+    Args:
+        config: of the run.
+        accelerator: of the run.
+        saved: the adapter's tensors in a checkpoint: it gets their structure, which data may have decided.
 
     Raises:
         ConfigError: the precision cannot be trained on the device.
@@ -221,7 +231,8 @@ def load(config: TrainConfig, accelerator: Accelerator) -> Job:
     trained = tokens(splits.train)
     held = tokens(splits.eval).rows if splits.eval else []
     set_seed(config.training.seed)  # the start values of the adapter depend on the seed alone
-    host = attach(model, config.make_method(), NAME)
+    host = Host(model)
+    host.attach(config.make_method(), NAME, saved=saved)
     data = {
         "fingerprint": fingerprint([*splits.train, *splits.eval]),
         "format": splits.format,
@@ -247,11 +258,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
 
 
-def _loop(config: TrainConfig, job: Job, accelerator: Accelerator) -> Loop:
+def _loop(config: TrainConfig, job: Job, accelerator: Accelerator, *, prepare: bool) -> Loop:
     pad = job.tokenizer.pad_token_id
     collate = Collator(pad if pad is not None else 0, seq2seq=job.seq2seq)
     return Loop(
-        job.host, NAME, job.rows, config.training, eval_rows=job.eval_rows, collate=collate, accelerator=accelerator
+        job.host,
+        NAME,
+        job.rows,
+        config.training,
+        eval_rows=job.eval_rows,
+        collate=collate,
+        accelerator=accelerator,
+        prepare=prepare,
     )
 
 

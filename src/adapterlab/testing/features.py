@@ -1,0 +1,264 @@
+"""What users do with an adapted model beyond training it; a method that cannot refuses with a typed error."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapterlab.core.host import Host
+from adapterlab.errors import AttachError, ConfigError, MergeError
+from adapterlab.io import load
+from adapterlab.testing import models
+from adapterlab.testing.case import (
+    Case,
+    NotApplicable,
+    base_tensors,
+    close,
+    gradients,
+    logits,
+    optimizer,
+    perturb,
+    require,
+    same,
+)  # fmt: skip
+from adapterlab.testing.checks import _UNFIT, check_smoke
+from adapterlab.testing.suite import check
+
+_MERGE_ERROR = {"bf16": 0.05, "fp16": 0.01, "nf4": 1e-4, "int8": 0.05}  # of the largest logit; the weights are rounded
+
+
+def _merge(case: Case) -> None:
+    model = case.model()
+    batch = models.batch(model)
+    base = logits(model, batch)
+    found = case.attach(model=model)
+    live, before = logits(model, batch), base_tensors(found)
+    tolerance = _MERGE_ERROR.get(case.precision, 1e-4)
+    packed = case.precision in models.PACKED
+    try:
+        found.merge(quantized="dequantize" if packed else "error")
+    except MergeError:
+        same(base_tensors(found), before, "base tensors after a refused merge")
+        same({"logits": logits(model, batch)}, {"logits": live}, "answers after a refused merge")
+        raise
+    apart, scale = float((live - base).abs().max()), max(1.0, float(live.abs().max()))
+    require(apart > 2 * tolerance * scale, f"the adapter changes logits by {apart:.3g} only, too little to compare")
+    close(logits(model, batch), live, "merged and live", tolerance)
+    found.restore()
+    same(base_tensors(found), before, "base tensors after restore")
+    same({"logits": logits(model, batch)}, {"logits": live}, "answers after restore")
+
+
+@check(refuses=(MergeError,))
+def check_merge(case: Case) -> None:
+    """Merged into the weights the adapter answers as it did live, and restoring brings back every bit."""
+    _merge(case)
+
+
+@check(refuses=(*_UNFIT, MergeError))
+def check_merge_bf16(case: Case) -> None:
+    """Merging and restoring hold in bfloat16."""
+    _merge(Case(case.method, case.family, "bf16"))
+
+
+@check(refuses=(*_UNFIT, MergeError))
+def check_merge_fp16(case: Case) -> None:
+    """Merging and restoring hold in float16."""
+    _merge(Case(case.method, case.family, "fp16"))
+
+
+@check(refuses=_UNFIT)
+def check_bf16(case: Case) -> None:
+    """The method works on a bfloat16 base."""
+    check_smoke(Case(case.method, case.family, "bf16"))
+
+
+@check(refuses=_UNFIT)
+def check_nf4(case: Case) -> None:
+    """The method works on a base in 4 bits."""
+    _packed(case, "nf4")
+
+
+@check(refuses=_UNFIT)
+def check_int8(case: Case) -> None:
+    """The method works on a base in 8 bits."""
+    _packed(case, "int8")
+
+
+def _packed(case: Case, precision: str) -> None:
+    _needs_package("bitsandbytes")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*MatMul8bitLt.*")
+        check_smoke(Case(case.method, case.family, precision))
+
+
+@check(refuses=(AttachError,))
+def check_together(case: Case) -> None:
+    """Two adapters that are live at once both have a share in the answer."""
+    found = case.attach("one", "two")
+    perturb(found, "two", seed=5)
+    batch = models.batch(found.model)
+    answers = []
+    for names in (("one",), ("two",), ("one", "two")):
+        with found.using(*names):
+            answers.append(logits(found.model, batch))
+    close(answers[2], answers[2], "answers of both")
+    for name, alone in zip(("two", "one"), answers, strict=False):
+        require(not torch.equal(alone, answers[2]), f"with both live, {name!r} has no effect")
+
+
+@check(refuses=(AttachError,))
+def check_rows(case: Case) -> None:
+    """In a batch whose rows have different adapters each row is answered as in a batch of its own."""
+    found = case.attach("one", "two")
+    perturb(found, "two", seed=5)
+    batch = models.batch(found.model, rows=3)
+    names = ["two", None, "one"]
+    with found.rows(names):
+        mixed = logits(found.model, batch)
+    for i, name in enumerate(names):
+        with found.using(*([name] if name else [])):
+            close(mixed[i], logits(found.model, batch)[i], f"row of {name!r} in a mixed batch", case.tolerance / 10)
+
+
+def _generate(found: Host, batch: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    given = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    chosen = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, **options}
+    found.model.eval()
+    return [found.model.generate(**given, use_cache=cache, **chosen) for cache in (True, False)]
+
+
+@check(refuses=(AttachError,))
+def check_generate(case: Case) -> None:
+    """Greedy generation with a key-value cache gives the tokens that it gives without."""
+    found = case.attach()
+    cached, plain = _generate(found, models.batch(found.model, padding=False))
+    require(torch.equal(cached, plain), f"with cache {cached.tolist()}, without {plain.tolist()}")
+
+
+@check(refuses=(AttachError,))
+def check_beam_search(case: Case) -> None:
+    """Beam search with a key-value cache gives the tokens that it gives without."""
+    found = case.attach()
+    cached, plain = _generate(found, models.batch(found.model, padding=False), num_beams=3)
+    require(torch.equal(cached, plain), f"with cache {cached.tolist()}, without {plain.tolist()}")
+
+
+@check(refuses=(AttachError,))
+def check_padding(case: Case) -> None:
+    """A row is answered alike without padding, with padding on the right and on the left, and so is it continued."""
+    found = case.attach()
+    row = models.batch(found.model, rows=2, length=6, padding=False)["input_ids"][:1]
+    other = models.batch(found.model, rows=1, length=9, padding=False, seed=4)["input_ids"]
+    alone = logits(found.model, {"input_ids": row})
+    blank, real = torch.zeros(1, 3, dtype=row.dtype), torch.ones_like(row)
+    for side in ("right", "left"):
+        left = side == "left"
+        ids = torch.cat([other, torch.cat([blank, row] if left else [row, blank], 1)])
+        mask = torch.cat([torch.ones_like(other), torch.cat([blank, real] if left else [real, blank], 1)])
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        found_here = logits(found.model, {"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+        part = found_here[1:, 3:] if left else found_here[1:, :6]
+        close(part, alone, f"padding on the {side} and none", case.tolerance / 10)
+    plain = _generate(found, {"input_ids": row, "attention_mask": real})[0][0, 6:]
+    padded = _generate(found, {"input_ids": ids, "attention_mask": mask})[0][1, 9:]
+    require(torch.equal(plain, padded), f"continued by {plain.tolist()}, with padding by {padded.tolist()}")
+
+
+@check("trains", "!own_gradient")
+def check_checkpointing(case: Case) -> None:
+    """Recomputing activations changes no gradient, also with two forward passes before one backward pass."""
+    found = case.attach()
+    batches = [models.batch(found.model), models.batch(found.model, rows=3, length=7, seed=3)]
+    for given in (batches[:1], batches):
+        wanted = gradients(found, "one", given)
+        found.checkpointing(True)
+        got = gradients(found, "one", given)
+        found.checkpointing(False)
+        for key, grad in wanted.items():
+            other = got[key]
+            require((grad is None) == (other is None), f"{key} has a gradient only one way")
+            if grad is not None and other is not None:
+                close(other, grad, f"{key}, {len(given)} forward passes: gradient with checkpointing and without")
+
+
+@check()
+def check_compile(case: Case) -> None:
+    """`torch.compile` makes one graph of the model that answers as the model does."""
+    found = case.attach(model=models.tiny(f"{case.family}-1", case.precision))  # one layer: tracing is slow
+    batch = models.batch(found.model)
+    found.model.eval()
+    torch.compiler.reset()
+    try:
+        compiled = torch.compile(found.model, fullgraph=True, backend="eager")
+        close(compiled(**batch).logits.detach(), logits(found.model, batch), "compiled and eager")
+    finally:
+        torch.compiler.reset()
+
+
+@check("trains", refuses=(ConfigError,))
+def check_trainer(case: Case) -> None:
+    """`transformers.Trainer` trains the adapter and nothing else."""
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    from adapterlab.train import AdapterlabCallback
+
+    found = case.attach()
+    shared = base_tensors(found)
+    owned = any(found.patches[key] for key in found.parts("one"))
+    began = found.state_dict("one")
+    events = case.method.capabilities()["has_events"] or bool(found.part_methods("one"))
+    callbacks = [AdapterlabCallback(found, "one")] if events else []
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True,
+            logging_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        made = optimizer(found, "one")
+        rows = [{key: torch.tensor(v) for key, v in row.items()} for row in models.token_rows()]
+        trainer = Trainer(
+            found.model, arguments, train_dataset=rows, callbacks=callbacks, optimizers=(made, None)  # type: ignore
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    after = found.state_dict("one")
+    require(any(not torch.equal(after[key], began[key]) for key in began), "Trainer changed no tensor of the adapter")
+    require(all(bool(v.isfinite().all()) for v in after.values()), "Trainer left numbers that are not finite")
+    if not owned:  # what may change of an owned base is checked with our own loop
+        same(base_tensors(found), shared, "base tensors after Trainer")
+
+
+@check("peft_format")
+def check_peft(case: Case) -> None:
+    """HF PEFT loads what we save and answers the same, and we load what PEFT saves."""
+    _needs_package("peft")
+    from peft import PeftModel
+
+    found = case.attach()
+    batch = models.batch(found.model)
+    real = batch["attention_mask"].bool()  # what is computed at padding is nobody's answer
+    wanted = logits(found.model, batch)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, theirs = Path(folder) / "ours", Path(folder) / "theirs"
+        found.save(ours)
+        if not (ours / "adapter_config.json").is_file():
+            raise NotApplicable("PEFT has no form for the example settings")
+        require("peft_type" in json.loads((ours / "adapter_config.json").read_text()), "the PEFT config has no type")
+        peft: Any = PeftModel.from_pretrained(case.model(), ours)
+        close(logits(peft, batch)[:, -real.shape[1] :][real], wanted[real], "PEFT and ours", case.tolerance)
+        peft.save_pretrained(theirs)
+        again = logits(load(case.model(), theirs).model, batch)
+        close(again[real], wanted[real], "loaded from PEFT and ours", case.tolerance)
+
+
+def _needs_package(name: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise NotApplicable(f"the package {name!r} is not installed")
