@@ -54,7 +54,7 @@ def quickstart(
     console.print(f"Right answers after:  [bold green]{_share(after)}[/]")
     console.print(
         f"Trained {result.trainable:,} of {result.total:,} parameters in {result.seconds:.0f} s; peak memory "
-        f"{memory['peak'] / 2**30:.2f} GiB, {memory['peak_beyond_loaded'] / 2**30:.2f} GiB of it beyond the loaded model."
+        f"{memory['peak'] / 2**30:.2f} GiB, of which the loaded model took {memory['loaded'] / 2**30:.2f} GiB."
     )
     console.print(f"The adapter is in {result.adapter} (HF PEFT and vLLM read it too).", soft_wrap=True)
     console.print("\nTry next:")
@@ -90,9 +90,9 @@ def _ask(target: Any, tokenizer: Any = None, **options: Any) -> Evaluation:
 
 
 def _share(found: Evaluation) -> str:
-    assert found.interval is not None and found.score is not None
-    low, high = found.interval
-    return f"{found.correct} of {found.n} ({found.score:.0%}; 95 % interval {low:.0%} to {high:.0%})"
+    low, high = found.interval or (0.0, 1.0)
+    share = (found.correct or 0) / found.n
+    return f"{found.correct} of {found.n} ({share:.0%}; 95 % interval {low:.0%} to {high:.0%})"
 
 
 def _answers(console: Console, found: Evaluation) -> None:

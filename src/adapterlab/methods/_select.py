@@ -176,7 +176,8 @@ def noise(parameters: Mapping[str, nn.Parameter], seed: int) -> Score:
     """Score entries at random, the same at every call."""
 
     def score(path: str) -> Tensor:
-        draw = torch.Generator().manual_seed(seed * (1 << 32) + zlib.crc32(path.encode()))
+        # The generator uses 32 bits of its seed, so both numbers must go into those.
+        draw = torch.Generator().manual_seed(zlib.crc32(path.encode(), seed))
         return torch.rand(parameters[path].numel(), generator=draw)
 
     return score

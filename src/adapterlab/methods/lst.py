@@ -18,6 +18,7 @@ from adapterlab.core.host import Host
 from adapterlab.core.method import Batches, Method
 from adapterlab.core.site import Site
 from adapterlab.core.state import State
+from adapterlab.core.wrapping import adapters_of
 from adapterlab.errors import AttachError, ConfigError, DataError
 from adapterlab.ops.narrow import cut_layer, narrow_stack, residual_dims
 from adapterlab.registry import register
@@ -250,6 +251,7 @@ class Ladder(Adapter):
 
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the base without gradients, then the side network on what the taps noted."""
+        self._check_alone()
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         as_tuple = kwargs.pop("return_dict", None) is False
         given = {k: v for k, v in kwargs.items() if k not in _OWN and not k.startswith("output_")}
@@ -266,6 +268,15 @@ class Ladder(Adapter):
             accompany(lead, self.key, found.past_key_values)
         self._answer(out, found.last_hidden_state)
         return out.to_tuple() if as_tuple else out
+
+    def _check_alone(self) -> None:
+        """Refuse to replace the answer of another live side network."""
+        live = [n for n, a in adapters_of(self.site.module).items() if isinstance(a, Ladder) and n in self.state.active]
+        if len(live) > 1 and not self.residual and self.state.rows is None and live[0] != self.name:
+            raise AttachError(
+                f"LST: the side network {self.name!r} would replace the answer of {live[0]!r}, which is live too. Make "
+                "one of them active with host.activate or host.using, or attach the later one with residual=True."
+            )
 
     def _climb(self, given: dict[str, Any]) -> Any:
         """Run the side network; the taps are let go of afterwards."""

@@ -43,8 +43,8 @@ class RoAd(LayerMethod):
 
     Example:
         >>> from adapterlab.methods.road import RoAd
-        >>> RoAd(variant="road_2", targets=["q", "v"]).group(96)
-        32
+        >>> RoAd(variant="road_2", targets=["q", "v"]).group(192)
+        64
     """
 
     family: ClassVar[str] = "multiplicative"
@@ -59,7 +59,7 @@ class RoAd(LayerMethod):
     group_size: int = Field(
         64,
         ge=2,
-        description="outputs a group; its largest factor that divides a layer's outputs is used there",
+        description="outputs a group; it divides the outputs of every target",
     )
 
     hf: ClassVar[HFCodec | None] = HFCodec(
@@ -80,12 +80,18 @@ class RoAd(LayerMethod):
         """Outputs in a group of a layer with `out` outputs.
 
         Raises:
-            AttachError: the outputs do not form pairs.
+            AttachError: they do not divide into groups.
         """
-        size = math.gcd(self.group_size, out)
-        if size % 2:
-            raise AttachError(f"RoAd rotates pairs, and a target has {out} outputs. Exclude it from targets.")
-        return size
+        fitting = math.gcd(self.group_size, out)
+        if fitting != self.group_size:
+            advice = f"group_size={fitting} fits it" if fitting % 2 == 0 else "pairs need an even number: exclude it"
+            raise AttachError(f"RoAd: group_size={self.group_size} does not divide a target's {out} outputs; {advice}.")
+        return fitting
+
+    @classmethod
+    def example(cls, model: nn.Module) -> dict[str, Any]:
+        """Groups that fit narrow layers."""
+        return {"group_size": 8}
 
     class Layer(Adapter):
         """Angles and factors of one module."""
