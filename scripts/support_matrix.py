@@ -1,8 +1,8 @@
 """What every method can do: run the conformance suite over families and precisions and write the tables.
 
-`python scripts/support_matrix.py` runs everything (minutes) and writes docs/support.json and docs/support.md;
-`--only ID ...` runs these methods and keeps the other rows; `--check` runs nothing: it fails when the page is not what
-the data gives, or when a method or check is missing from the data.
+`python scripts/support_matrix.py` runs everything (minutes) and writes docs/support.json and docs/support.md.
+`--only ID ...` runs these methods and keeps the other rows; `--failed` runs what is missing or failed.
+`--check` runs nothing: it fails when the page is not what the data gives, or when a method or check is missing.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ def plan(method: type[Method]) -> Iterator[tuple[tuple[str, ...], str, Case]]:
                 yield (name, family, precision), name, Case(method, family, precision)
 
 
-def measure(method: type[Method], label: str) -> dict[str, Any]:
-    """Run everything for one method."""
-    data: dict[str, Any] = {}
-    for path, name, case in track(list(plan(method)), label.ljust(24)):
+def measure(method: type[Method], label: str, known: dict[str, Any]) -> dict[str, Any]:
+    """Run everything for one method, or again what failed in the known data."""
+    data: dict[str, Any] = known
+    steps = [step for step in plan(method) if _status(known, step[0]) in ("", "failed")]
+    for path, name, case in track(steps, label.ljust(24)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = outcome(CHECKS[name], case)
@@ -60,6 +61,12 @@ def measure(method: type[Method], label: str) -> dict[str, Any]:
             data["features"][check.name] = {"status": "not applicable", "detail": reason}
     data["features"]["merge"] = data["merge"]["llama"]["fp32"]
     return data
+
+
+def _status(data: dict[str, Any], path: tuple[str, ...]) -> str:
+    for part in path:
+        data = data.get(part, {})
+    return str(data.get("status", ""))
 
 
 class Notes:
@@ -133,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="run nothing, compare what is stored")
     parser.add_argument("--only", nargs="+", metavar="ID", help="methods to run; the others keep their rows")
+    parser.add_argument("--failed", action="store_true", help="run only what is missing or failed")
     options = parser.parse_args()
     stored = DOCS / "support.json"
     data = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {"methods": {}, "checks": {}}
@@ -145,7 +153,9 @@ def main() -> None:
     ids = registry.ids()
     chosen = options.only or ids
     for i, id in enumerate(chosen, 1):
-        data["methods"][id] = measure(registry.method(id), f"{id} ({i} of {len(chosen)})")
+        data["methods"][id] = measure(
+            registry.method(id), f"{id} ({i} of {len(chosen)})", data["methods"].get(id, {}) if options.failed else {}
+        )
         data["checks"] = {name: check.what for name, check in CHECKS.items()}
         data["methods"] = {id: data["methods"][id] for id in ids if id in data["methods"]}
         write_json(stored, data)

@@ -58,24 +58,18 @@ def test_claim(seed: int, tiny: Any, batch_for: Any) -> None:
     assert claim(*measure(tiny, batch_for, seed))
 
 
-@pytest.mark.parametrize("broken", ["lowest", "positions shuffled"])
-def test_a_wrong_choice_fails_the_claim(
-    broken: str, tiny: Any, batch_for: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_lowest_scores_fail_the_claim(tiny: Any, batch_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right tensors with other entries in them still pass the claim at this size; brute force below rejects those."""
     plain = _select.top
 
     def top(paths: Any, score: Any, k: int) -> Any:
-        if broken == "lowest":
-            return plain(paths, lambda path: 1 / (1e-12 + score(path).flatten()), k)
-        draw = torch.Generator().manual_seed(0)  # the right tensors, other entries of them
-        sizes = {path: score(path).numel() for path in paths}
-        return {p: torch.randperm(sizes[p], generator=draw)[: len(i)] for p, i in plain(paths, score, k).items()}
+        return plain(paths, lambda path: 1 / (1e-12 + score(path).flatten()), k)
 
-    fair = measure(tiny, batch_for, 1)
+    random = measure(tiny, batch_for, 1)[1]
     monkeypatch.setattr(_select, "top", top)
-    host = _prepared(model := tiny("llama"), batch := batch_for(model, rows=8, seed=1), density=DENSITY)
-    assert not claim(_train(host, batch, 25), fair[1]) or broken == "positions shuffled"
-    assert not claim(_train(host, batch, 0 + 1), fair[0])
+    model = tiny("llama")
+    batch = batch_for(model, rows=8, seed=1)
+    assert not claim(_train(_prepared(model, batch, density=DENSITY), batch, 25), random)
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "bert-classes"])

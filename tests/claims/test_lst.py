@@ -335,5 +335,8 @@ def test_mistakes_are_named(tiny):
         al.attach(nn.Linear(2, 2), LST())
     model = tiny("llama")
     host = al.attach(model, LST(r=4))
+    host.attach(LST(r=4), "second")
+    with pytest.raises(AttachError, match=r"'second' would replace the answer of 'default'.*host.using"):
+        model(torch.arange(3, 9)[None])
     with host.rows(["default", None]), pytest.raises(AttachError, match="batch of their own"):
         model(torch.arange(3, 9).view(2, 3))

@@ -23,9 +23,9 @@ def measure(tiny, randomise) -> tuple[float, int]:
     ids = torch.randint(3, 128, (8, 6), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), FlopCounterMode(display=False) as base:
         model(ids)
-    host = al.attach(model, RoAd(variant=VARIANTS[0]), names[0])
+    host = al.attach(model, RoAd(group_size=8, variant=VARIANTS[0]), names[0])
     for i, name in enumerate(names[1:], 1):
-        host.attach(RoAd(variant=VARIANTS[i % 3]), name)
+        host.attach(RoAd(group_size=8, variant=VARIANTS[i % 3]), name)
     for i, name in enumerate(names):
         randomise(host, name, seed=i)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_starts_at_the_base_trains_and_merges(tiny, batch_for, logits, randomise
     model = tiny(kind)
     batch = batch_for(model)
     before = logits(model, batch)
-    host = al.attach(model, RoAd())
+    host = al.attach(model, RoAd(group_size=8))
     assert torch.equal(logits(model, batch), before)
     host.verify(batch)
     randomise(host)
@@ -106,7 +106,7 @@ def test_starts_at_the_base_trains_and_merges(tiny, batch_for, logits, randomise
 
 @pytest.mark.parametrize(("variant", "factor"), [("road_1", 1), ("road_2", 2), ("road_4", 4)])
 def test_trainable_count_is_the_formula(tiny, variant, factor):
-    host = al.attach(tiny("llama"), RoAd(variant=variant))
+    host = al.attach(tiny("llama"), RoAd(group_size=8, variant=variant))
     outputs = sum(a.site.shape[0] for a in host.adapters("default").values())
     assert host.summary().trainable == factor * outputs
 
@@ -114,5 +114,7 @@ def test_trainable_count_is_the_formula(tiny, variant, factor):
 def test_mistakes_are_named():
     with pytest.raises(ConfigError, match=r"group_size = 7 .*pairs; use 8"):
         RoAd(group_size=7)
-    with pytest.raises(AttachError, match=r"a target has 5 outputs.*Exclude"):
+    with pytest.raises(AttachError, match=r"64 does not divide a target's 48 outputs; group_size=16 fits"):
+        al.attach(nn.Sequential(nn.Linear(4, 48)), RoAd(targets=["0"]))
+    with pytest.raises(AttachError, match=r"5 outputs; .*exclude it"):
         al.attach(nn.Sequential(nn.Linear(4, 5)), RoAd(targets=["0"]))

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from adapterlab.core.method import Method
 from adapterlab.core.quantized import keep_layout
 from adapterlab.core.resident import Patch
 from adapterlab.core.roles import layer_of, role_of
-from adapterlab.core.site import Site
+from adapterlab.core.site import UNMERGED, Site
 from adapterlab.core.state import State
 from adapterlab.core.targets import Targets, select
 from adapterlab.core.wrapping import ADAPTERS, adapters_of, plain_copy, put, take
@@ -174,6 +174,7 @@ class Host:
         *,
         active: bool = True,
         saved: Mapping[str, Tensor] | None = None,
+        like: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Put a method on the model; see `attach`.
 
@@ -182,6 +183,7 @@ class Host:
             name: of the adapter.
             active: make it live beside the active ones, or let it wait for `activate` or `using`.
             saved: tensors by the keys of `tensors`; the adapter gets the structure and the values they have.
+            like: likewise, for the structure alone; the values are loaded afterwards.
         """
         if not isinstance(method, Method):
             raise AttachError(f"attach needs a method such as al.LoRA(r=16), and received {method!r}.")
@@ -200,10 +202,11 @@ class Host:
         self.methods[name], self.patches[name] = method, {}
         self.model.__dict__[HOST] = self
         try:
-            if saved is None:
+            structure = saved if saved is not None else like
+            if structure is None:
                 method.attach(self, name)
             else:
-                method.attach_saved(self, name, saved)
+                method.attach_saved(self, name, structure)
             self._save_modules(method, name)
             if saved is not None:
                 self.load_state_dict(name, saved)
@@ -322,16 +325,7 @@ class Host:
         Raises:
             AttachError: there is no such parameter, it is packed, or another live adapter owns it.
         """
-        every: dict[str, nn.Parameter] = dict(self.model.named_parameters(remove_duplicate=False))
-        parameters = {p: t for p, t in every.items() if not self.is_adapter_path(p)}
-        if path not in parameters:
-            raise AttachError(f"{type(self.model).__name__} has no parameter {path!r}. {nearest(path, parameters)}")
-        parameter = parameters[path]
-        if not parameter.dtype.is_floating_point or type(parameter.data) is not Tensor:
-            raise AttachError(
-                f"{path} is stored packed ({type(parameter).__name__}, {parameter.dtype}) and cannot be trained in "
-                "place. Load the model without quantization, or choose a method that adds tensors beside the weight."
-            )
+        parameter, holders = self._base_parameter(path)
         original = parameter.detach() if index is None else parameter.detach().view(-1)[index]
         patch = Patch(path, original.clone() if keep else None, index)
         self._check_conflict(name, patch)
@@ -340,11 +334,62 @@ class Host:
             parameter.requires_grad_(True)
             return parameter
         # Every module that holds the tensor must see the entries: a tied weight has two.
-        holders = [p for p, t in parameters.items() if t is parameter]
         trained = self._entries(name, holders[0]).add(holders[0].rpartition(".")[2], index)
         for other in holders[1:]:
             self._entries(name, other).alias(other.rpartition(".")[2], index, trained)
         return trained
+
+    def replace(self, name: str, path: str, derive: Callable[[Tensor], Tensor]) -> None:
+        """Put another, frozen value in place of a base parameter while the adapter is live.
+
+        The original is kept beside it and comes back to the bit when the adapter is switched off or detached.
+
+        Args:
+            name: of the adapter.
+            path: the parameter's name in the model.
+            derive: makes the value from the original; called again whenever the value is needed anew, so it must depend
+                on nothing but its argument and saved tensors of the adapter. Must be picklable (a bound method is).
+
+        Raises:
+            AttachError: there is no such parameter, it is packed or tied, something is merged into it, or another live
+                adapter owns it.
+        """
+        parameter, holders = self._base_parameter(path)
+        if len(holders) > 1:
+            raise AttachError(
+                f"{path} is tied to {', '.join(p for p in holders if p != path)}, which would change with it. Exclude "
+                "the module, or give it a weight of its own first."
+            )
+        if UNMERGED in self.model.get_submodule(path.rpartition(".")[0]).__dict__:
+            raise AttachError(f"{path} has an adapter merged into it, so its original value is not there: restore it.")
+        patch = Patch(path, parameter.detach().clone(), live=False, trains=False, derive=derive)
+        self._check_conflict(name, patch)
+        self.patches[name][path] = patch
+        patch.write(self.model)
+
+    def refresh(self, name: str) -> None:
+        """Derive replaced base values anew, after tensors of the adapter were changed from outside."""
+        for key in self.parts(name):
+            for patch in self.patches[key].values():
+                patch.refresh(self.model)
+
+    def unwrap(self, name: str, where: Site | nn.Module) -> None:
+        """Take the adapter away from one module again, for methods that drop modules they have no use for."""
+        take(where.module if isinstance(where, Site) else where, name)
+
+    def _base_parameter(self, path: str) -> tuple[nn.Parameter, list[str]]:
+        """A base parameter whose value may be changed, and every name it has in the model."""
+        every: dict[str, nn.Parameter] = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = {p: t for p, t in every.items() if not self.is_adapter_path(p)}
+        if path not in parameters:
+            raise AttachError(f"{type(self.model).__name__} has no parameter {path!r}. {nearest(path, parameters)}")
+        parameter = parameters[path]
+        if not parameter.dtype.is_floating_point or type(parameter.data) is not Tensor:
+            raise AttachError(
+                f"{path} is stored packed ({type(parameter).__name__}, {parameter.dtype}) and cannot be changed in "
+                "place. Load the model without quantization, or choose a method that adds tensors beside the weight."
+            )
+        return parameter, [p for p, t in parameters.items() if t is parameter]
 
     def _entries(self, name: str, path: str) -> Entries:
         """The adapter that places chosen entries at the module of a parameter; made on first use."""
@@ -403,7 +448,7 @@ class Host:
             found.update({f"adapter.{path}.{k}": value for k, value in adapter.state_dict(keep_vars=True).items()})
         for shared, module in self.shared(key).items():
             found.update({f"shared.{shared}.{k}": value for k, value in module.state_dict(keep_vars=True).items()})
-        whole = {path: patch for path, patch in self.patches[key].items() if patch.index is None}
+        whole = {path: p for path, p in self.patches[key].items() if p.index is None and p.derive is None}
         found.update({f"base.{path}": patch.value(self.model) for path, patch in whole.items()})
         return found
 
@@ -431,6 +476,7 @@ class Host:
             raise AttachError(f"The tensors do not fit adapter {name!r}:\n  " + "\n  ".join(faults[:8]) + more)
         for key, value in tensors.items():
             own[key].copy_(value)
+        self.refresh(name)
 
     def named_parameters(self, name: str) -> dict[str, nn.Parameter]:
         """Return the adapter's trainable tensors by the keys of `tensors`, each once."""
@@ -450,7 +496,8 @@ class Host:
         """Count what an adapter trains; without a name, the one that is attached alone."""
         name = self._only(name)
         own = {id(t): t for t in self.tensors(name).values()}
-        away = [p for key in self.parts(name) for p in self.patches[key].values() if not p.live and p.index is None]
+        owned = [p for key in self.parts(name) for p in self.patches[key].values() if p.derive is None]
+        away = [p for p in owned if not p.live and p.index is None]
         replaced = {id(self.model.get_parameter(p.path)) for p in away}
         every = {**{id(p): p for p in self.model.parameters() if id(p) not in replaced}, **own}
         others = {id(t) for n in self.methods if n != name for t in self.tensors(n).values()} - own.keys()
@@ -461,7 +508,7 @@ class Host:
             dtypes["trainable" if id(p) in trained else "frozen"][str(p.dtype).removeprefix("torch.")] += _numel(p)
         keys = self.parts(name)
         roles = Counter(role_of(p) or p.rpartition(".")[2] or "model" for key in keys for p in self.adapters(key))
-        roles.update("base " + (role_of(p.rpartition(".")[0]) or "tensors") for key in keys for p in self.patches[key])
+        roles.update("base " + (role_of(p.path.rpartition(".")[0]) or "tensors") for p in owned)
         return Summary(
             name, self.methods[name].id, dict(roles), sum(dtypes["trainable"].values()), sum(map(_numel, base)),
             {key: dict(count) for key, count in dtypes.items()},
@@ -505,6 +552,11 @@ class Host:
         for key in leaving:
             if key in self._merged:
                 raise AttachError(f"{key!r} is merged into the weights: call host.restore({key!r}) first.")
+            for patch in self.patches[key].values():
+                module = self.model.get_submodule(patch.path.rpartition(".")[0])
+                if patch.live and UNMERGED in module.__dict__:
+                    merged = ", ".join(self._merged)
+                    raise AttachError(f"{patch.path} has {merged} merged into what {key!r} put there: restore it first.")
             stuck = [p.path for p in self.patches[key].values() if p.original is None]
             if stuck and key in self.state.active:
                 raise AttachError(

@@ -58,13 +58,14 @@ def merge(
         mode = adapter.training
         adapter.eval()
         if not adapter.resident:
-            done += _merge_one(adapter)
+            done += _merge_one(adapter, getattr(host.model, "dtype", torch.float32))
         adapter.train(mode)
         adapter.is_merged = True
     return done
 
 
-def _merge_one(adapter: Adapter) -> list[Merged]:
+def _merge_one(adapter: Adapter, model_dtype: torch.dtype) -> list[Merged]:
+    """Merge one adapter; a packed weight becomes a plain one in the model's dtype, for it casts its input no longer."""
     site = adapter.site
     if isinstance(adapter, Copy):
         pairs = [(site.module.get_submodule(path), copied) for path, copied in adapter.copy.named_modules()]
@@ -72,9 +73,8 @@ def _merge_one(adapter: Adapter) -> list[Merged]:
     dtype = torch.promote_types(site.dtype, torch.float32)
     bias = site.bias
     weight, shift = adapter.merged(site.weight().to(dtype), None if bias is None else bias.detach().to(dtype))
-    stored = weight if site.kind == "linear" and not site.transposed else weight.T
-    outside = compute_dtype(site.module)
-    new = {"weight": stored.to(outside).contiguous()}
+    outside = model_dtype if site.quantized else compute_dtype(site.module)
+    new = {"weight": site.stored(weight).to(outside).contiguous()}
     if shift is not None:
         new["bias"] = shift.to(outside)
     return [_replace(site.module, new, plain=site.quantized)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Patch:
-    """A base parameter that one adapter trains in place, or some of its entries.
+    """A base parameter that one adapter trains in place, or some of its entries, or replaces by a frozen value.
 
     Attributes:
         path: the parameter's name in the model.
@@ -19,6 +20,7 @@ class Patch:
         trained: the adapter's value while it is not written into the model.
         live: whether the adapter's value is in the model now.
         trains: whether a whole tensor takes gradients while it is live.
+        derive: for a frozen value: makes it from the original. It is made anew whenever it is needed, and not saved.
     """
 
     path: str
@@ -27,6 +29,7 @@ class Patch:
     trained: Tensor | None = None
     live: bool = True
     trains: bool = True
+    derive: Callable[[Tensor], Tensor] | None = None
 
     def clashes(self, other: Patch) -> bool:
         """Say whether two patches touch the same entries."""
@@ -41,15 +44,27 @@ class Patch:
         if self.live:
             parameter = model.get_parameter(self.path)
             return parameter if self.index is None else parameter.detach().view(-1)[self.index]
+        return self._away()
+
+    def _away(self) -> Tensor:
+        """The adapter's value while it is not in the model."""
+        if self.derive is not None:
+            assert self.original is not None
+            return self.derive(self.original)
         assert self.trained is not None
         return self.trained
+
+    @torch.no_grad()
+    def refresh(self, model: nn.Module) -> None:
+        """Derive a frozen value anew, after the tensors it is made of have changed."""
+        if self.derive is not None and self.live:
+            self._put(model, self._away())
 
     @torch.no_grad()
     def write(self, model: nn.Module) -> None:
         """Put the adapter's value into the model."""
         if not self.live:
-            assert self.trained is not None
-            self._put(model, self.trained)
+            self._put(model, self._away())
             self.trained, self.live = None, True
             if self.index is None:
                 model.get_parameter(self.path).requires_grad_(self.trains)
@@ -58,7 +73,7 @@ class Patch:
     def undo(self, model: nn.Module, keep: bool = True) -> None:
         """Put the original bits back; with `keep`, remember the adapter's value for the next `write`."""
         if self.live and self.original is not None:
-            self.trained = self.value(model).detach().clone() if keep else None
+            self.trained = self.value(model).detach().clone() if keep and self.derive is None else None
             self._put(model, self.original)
             self.live = False
             if self.index is None:

@@ -1,13 +1,15 @@
 """A place in a model that an adapter can attach to. The only file that asks what class a module has.
 
-Every weight is seen as `[out, in]`, whatever its storage: a GPT-2 `Conv1D` is transposed, and an embedding table
-`[vocabulary, width]` is a linear map on one-hot rows, so `out = width` and `in = vocabulary`. A method written for
+Every weight is seen as `[out, in]`, whatever its storage: a GPT-2 `Conv1D` is transposed, the kernels of a convolution
+are flattened, and an embedding table `[vocabulary, width]` is a linear map on one-hot rows, so `out = width` and
+`in = vocabulary`. A method written for
 `[out, in]` therefore works on all of them through `weight`, `op` and `mix`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,13 +38,21 @@ class Kind:
         """`(out, in)` of the weight, or None when the module has no single weight."""
         return None
 
-    def weight(self, module: nn.Module) -> Tensor:
-        """The weight as `[out, in]` plain numbers."""
+    def matrix(self, module: nn.Module, stored: Tensor) -> Tensor:
+        """See a tensor laid out as the module stores its weight as `[out, in]`."""
         raise TypeError(f"{type(module).__name__} has no single weight")
+
+    def stored(self, module: nn.Module, matrix: Tensor) -> Tensor:
+        """Lay `[out, in]` out as the module stores its weight; most layouts are their own inverse."""
+        return self.matrix(module, matrix)
 
     def op(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """The module's own operation with another weight `[any, in]` and no bias."""
         raise TypeError(f"{type(module).__name__} is not an operation with one weight")
+
+    def mix(self, module: nn.Module, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Mix the channels of an output of `op` by `[out, any]`."""
+        return F.linear(h, weight, bias)
 
 
 class Linear(Kind):
@@ -56,8 +66,8 @@ class Linear(Kind):
     def shape(self, module: nn.Module) -> tuple[int, int]:
         return module.out_features, module.in_features  # type: ignore[return-value]
 
-    def weight(self, module: nn.Module) -> Tensor:
-        return dense(module)
+    def matrix(self, module: nn.Module, stored: Tensor) -> Tensor:
+        return stored
 
     def op(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
@@ -72,8 +82,8 @@ class Transposed(Linear):
     def shape(self, module: nn.Module) -> tuple[int, int]:
         return module.nf, module.nx  # type: ignore[return-value]
 
-    def weight(self, module: nn.Module) -> Tensor:
-        return dense(module).T
+    def matrix(self, module: nn.Module, stored: Tensor) -> Tensor:
+        return stored.T
 
 
 class Embedding(Kind):
@@ -87,12 +97,43 @@ class Embedding(Kind):
     def shape(self, module: nn.Module) -> tuple[int, int]:
         return module.embedding_dim, module.num_embeddings  # type: ignore[return-value]
 
-    def weight(self, module: nn.Module) -> Tensor:
-        return dense(module).T
+    def matrix(self, module: nn.Module, stored: Tensor) -> Tensor:
+        return stored.T
 
     def op(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         # The base's max_norm is left out on purpose: it would renormalise the adapter's own tensor in place.
         return F.embedding(x, weight.T, padding_idx=module.padding_idx)  # type: ignore[arg-type]
+
+
+class Conv(Kind):
+    """`nn.Conv1d`, `Conv2d` and `Conv3d`: kernels `[out, in / groups, *k]` seen as `[out, in / groups · prod(k)]`.
+
+    With groups, the rows of a weight are shared out among the groups as those of the module's own are.
+    """
+
+    name = "conv"
+
+    def matches(self, module: nn.Module) -> bool:
+        return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+    def shape(self, module: Any) -> tuple[int, int]:
+        return module.out_channels, module.in_channels // module.groups * math.prod(module.kernel_size)
+
+    def matrix(self, module: nn.Module, stored: Tensor) -> Tensor:
+        return stored.flatten(1)
+
+    def stored(self, module: Any, matrix: Tensor) -> Tensor:
+        return matrix.reshape(len(matrix), module.in_channels // module.groups, *module.kernel_size)
+
+    def op(self, module: Any, x: Tensor, weight: Tensor) -> Tensor:
+        # The module's own method knows its stride, dilation and ways of padding.
+        y: Tensor = module._conv_forward(x, self.stored(module, weight), None)
+        return y
+
+    def mix(self, module: Any, h: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rank = len(module.kernel_size)
+        y: Tensor = getattr(F, f"conv{rank}d")(h, weight.reshape(*weight.shape, *[1] * rank), bias)
+        return y
 
 
 class Norm(Kind):
@@ -104,7 +145,7 @@ class Norm(Kind):
         return "norm" in type(module).__name__.lower() and "weight" in module._parameters
 
 
-KINDS: tuple[Kind, ...] = (Transposed(), Linear(), Embedding(), Norm(), Kind())
+KINDS: tuple[Kind, ...] = (Transposed(), Linear(), Embedding(), Conv(), Norm(), Kind())
 
 
 def plain_class(module: nn.Module) -> Any:
@@ -139,7 +180,7 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """`linear`, `embedding`, `norm` or `block`."""
+        """`linear`, `embedding`, `conv`, `norm` or `block`."""
         return kind_of(self.module).name
 
     @property
@@ -194,16 +235,29 @@ class Site:
         return torch.float32 if base.itemsize < 4 or self.quantized else base
 
     def weight(self) -> Tensor:
-        """The weight as `[out, in]` plain numbers: dequantized, `Conv1D` and tables transposed."""
-        return kind_of(self.module).weight(self.module)
+        """The weight as `[out, in]` plain numbers: dequantized, `Conv1D` and tables transposed, kernels flattened."""
+        return self.matrix(dense(self.module))
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """See a tensor laid out as the module stores its weight as `[out, in]`."""
+        return kind_of(self.module).matrix(self.module, stored)
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """Lay `[out, in]` out as the module stores its weight."""
+        return kind_of(self.module).stored(self.module, matrix)
 
     def op(self, x: Tensor, weight: Tensor) -> Tensor:
         """This module's own operation with another weight `[any, in]`, without bias: `[..., any]`."""
         return kind_of(self.module).op(self.module, x, weight)
 
-    def mix(self, h: Tensor, weight: Tensor) -> Tensor:
-        """Mix the channels of an output of `op`: `[..., r]` and `[out, r]` give `[..., out]`."""
-        return F.linear(h, weight)
+    def mix(self, h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Mix the channels of an output of `op`: `[..., r]` and `[out, r]` give `[..., out]`, plus a bias `[out]`."""
+        return kind_of(self.module).mix(self.module, h, weight, bias)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether `op` shares the rows of a weight out among groups, so that it does not split into two factors."""
+        return int(getattr(self.module, "groups", 1)) > 1
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """A new zero parameter on this module's device, in the adapter's dtype."""

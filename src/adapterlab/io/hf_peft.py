@@ -35,6 +35,7 @@ class HFCodec:
         peft_type: PEFT's name of the method.
         fields: our field -> PEFT's option, or (option, {our value: PEFT's value}).
         tensors: our tensor -> suffix of PEFT's key, or {kind of module: suffix}.
+        shared: our `<key>.<tensor>` of `Host.share` -> PEFT's key; PEFT may repeat such a tensor at every module.
         when: options that select this method among those that share the type.
         accepts: other options -> values that mean nothing here and may be present.
         subsets: options that list some of the adapted modules -> attribute of our adapters that says which.
@@ -49,6 +50,7 @@ class HFCodec:
     peft_type: str
     fields: Mapping[str, Rename]
     tensors: Mapping[str, str | Mapping[str, str]]
+    shared: Mapping[str, str] = field(default_factory=dict)
     when: Mapping[str, Any] = field(default_factory=dict)
     accepts: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     subsets: Mapping[str, str] = field(default_factory=dict)
@@ -175,7 +177,7 @@ def read(method: Method, host: Host, name: str, tensors: Mapping[str, Tensor]) -
     for key, value in tensors.items():
         if key in ours:
             found[ours[key]] = value
-        elif _is_second_copy(key, tensors):
+        elif _is_second_copy(key, tensors) or _is_repeated(key, tensors, method.hf):
             continue
         elif not _is_base_copy(host, key, value):
             found[key] = value  # reported as not in this adapter, with everything else that does not fit
@@ -238,6 +240,8 @@ def _peft_key(key: str, parts: Mapping[str, Any], codec: HFCodec) -> str:
         module, _, leaf = rest.rpartition(".")
         # PEFT keeps the module it replaced under `base_layer`.
         return f"{PREFIX}{module}.base_layer.{leaf}" if module in parts else PREFIX + rest
+    if group == "shared":
+        return codec.shared[rest]
     path = max((p for p in parts if rest.startswith(p + ".")), key=len)
     tensor = rest[len(path) + 1 :]
     if isinstance(parts[path], Copy):
@@ -249,6 +253,12 @@ def _is_second_copy(key: str, tensors: Mapping[str, Tensor]) -> bool:
     """With `bias="all"` PEFT also stores the two biases inside the wrapper of a saved module; one is not used."""
     plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
     return plain != key and plain in tensors
+
+
+def _is_repeated(key: str, tensors: Mapping[str, Tensor], codec: HFCodec) -> bool:
+    """Say whether a module's tensor is one that all modules share and that the file has at the root too."""
+    leaf = key.rpartition(".")[2]
+    return any(root != key and root.rpartition(".")[2] == leaf and root in tensors for root in codec.shared.values())
 
 
 def _is_base_copy(host: Host, key: str, value: Tensor) -> bool:

@@ -158,9 +158,14 @@ class LoRA(LayerMethod):
             else:
                 nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
+        def factors(self) -> tuple[Tensor, Tensor]:
+            """The A and B that every product uses; variants make others of their tensors."""
+            return self.A, self.B
+
         def delta(self) -> Tensor:
             """ΔW = s · B A `[out, in]`."""
-            return self.scale * (self.B @ self.A)
+            a, b = self.factors()
+            return self.scale * (b @ a)
 
         def forward(self, x: Tensor) -> Tensor:
             """S · (B A drop(x) + bias) in the dtype of x (of the factors for token ids)."""
@@ -169,17 +174,17 @@ class LoRA(LayerMethod):
         def product(self, x: Tensor) -> Tensor:
             """S · (B A x + bias), without dropout."""
             dtype = x.dtype if x.is_floating_point() else self.dtype
-            h = self.site.op(x, self.A.to(dtype))
-            y = self.site.mix(h, self.B.to(dtype))
+            a, b = self.factors()
+            h = self.site.op(x, a.to(dtype))
+            y = self.site.mix(h, b.to(dtype))
             return self.scale * (y if self.bias is None else y + self.bias.to(dtype))
 
         def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Fuse with the base product when nothing stands between, else add to what `run` returns."""
             if isinstance(run, Base) and self.fuses(x):
                 weight: Any = self.site.module.weight
-                return low_rank_linear(
-                    x, weight.T if self.site.transposed else weight, self.site.bias, self.A, self.B, self.scale
-                )
+                weight = weight.T if self.site.transposed else weight
+                return low_rank_linear(x, weight, self.site.bias, *self.factors(), self.scale)
             return super().around(run, x, *args, **kwargs)
 
         def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Compute y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ with a frozen W.
 
-    The node keeps only x and x Aᵀ for the backward pass, adds in place, and never copies x to another dtype: the
-    factors are cast to x's dtype instead, and their gradients come back in their own.
+    The node keeps only x Aᵀ (and x, if A trains) for the backward pass, adds in place, and never copies x to another
+    dtype: the factors are cast to x's dtype instead, and their gradients come back in their own.
 
     Args:
         x: `[..., in]`.
@@ -42,7 +42,8 @@ class _LowRankLinear(torch.autograd.Function):
         h = flat @ a.to(x.dtype).T
         y = F.linear(flat, weight, bias)
         y.addmm_(h, b.to(x.dtype).T, alpha=scale)
-        ctx.save_for_backward(flat, h, weight, a, b)
+        need_a, need_b = ctx.needs_input_grad[3:5]
+        ctx.save_for_backward(flat if need_a else None, h if need_b else None, weight, a, b)
         ctx.scale = scale
         return y.view(*x.shape[:-1], weight.shape[0])
 

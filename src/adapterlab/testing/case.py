@@ -42,7 +42,7 @@ class Case:
     @property
     def tolerance(self) -> float:
         """Largest difference of logits, relative to the largest, that is rounding; int8 rounds activations too."""
-        return {"bf16": 0.05, "fp16": 0.01, "int8": 0.05}.get(self.precision, 1e-4)
+        return {"bf16": 0.05, "fp16": 0.01, "int8": 0.05}.get(self.precision, 1e-5)
 
     def model(self) -> Any:
         """Return a fresh base model."""

@@ -44,7 +44,7 @@ def check_start(case: Case) -> None:
     model = case.model()
     batch = models.batch(model)
     before = logits(model, batch)
-    close(logits(case.attach(model=model, fresh=True).model, batch), before, "start and base", case.tolerance / 10)
+    close(logits(case.attach(model=model, fresh=True).model, batch), before, "start and base", case.tolerance)
 
 
 @check()

@@ -26,6 +26,7 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.pytorch_utils import Conv1D
 
 from adapterlab.core.site import plain_class
 from adapterlab.errors import ConfigError, nearest
@@ -102,18 +103,20 @@ def _template(family: str, precision: str, seed: int) -> Any:
 
 def _pack(model: Any, precision: str) -> Any:
     """Replace the linear layers of the backbone by packed ones of bitsandbytes."""
+    left_out = model._keep_in_fp32_modules or ()  # transformers does not pack these either
     for path, module in list(model.base_model.named_modules()):
-        if type(module) is nn.Linear:
-            parent, _, leaf = path.rpartition(".")
+        parent, _, leaf = path.rpartition(".")
+        if type(module) in (nn.Linear, Conv1D) and leaf not in left_out:
             setattr(model.base_model.get_submodule(parent), leaf, packed(module, precision))
     return model
 
 
-def packed(linear: nn.Linear, precision: str) -> nn.Module:
-    """Return a linear layer with its weight in 4 bits (`nf4`) or 8 bits (`int8`)."""
+def packed(linear: nn.Linear | Conv1D, precision: str) -> nn.Module:
+    """Return a linear layer with its weight in 4 bits (`nf4`) or 8 bits (`int8`); a `Conv1D` becomes a `Linear`."""
     import bitsandbytes as bnb
 
-    sizes, weight = (linear.in_features, linear.out_features), linear.weight.data
+    weight = linear.weight.data.T.contiguous() if isinstance(linear, Conv1D) else linear.weight.data
+    sizes = tuple(reversed(weight.shape))
     made: Any
     if precision == "nf4":
         made = bnb.nn.Linear4bit(*sizes, bias=linear.bias is not None, compute_dtype=torch.float32, quant_type="nf4")

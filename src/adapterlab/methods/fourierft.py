@@ -1,0 +1,159 @@
+"""Fourier transform fine-tuning."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from adapterlab.core.host import Host
+from adapterlab.core.method import LayerMethod
+from adapterlab.core.site import Site
+from adapterlab.errors import AttachError, TargetError, nearest
+from adapterlab.io.hf_peft import HFCodec
+from adapterlab.methods._rebuilt import Rebuilt
+from adapterlab.methods.lora import matches
+from adapterlab.registry import register
+
+
+@register
+class FourierFT(LayerMethod):
+    """Learn a few Fourier coefficients of the weight's update, at random frequencies.
+
+    y = W x + b + ΔW x, ΔW = alpha · Re(ifft2(F)), F `[out, in]` zero but for n trained real values at fixed random
+    places; ifft2 divides by out · in. ΔW has full rank. It is built by a real transform of half the spectrum, for each
+    call and again for the backward pass.
+
+    Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too).
+
+    Start: values N(0, 1) as in the paper, which changes the model from the start; `start="zeros"` equals the base.
+
+    Trainable parameters: n for each module.
+
+    Inference: W + ΔW can be merged, at no cost. The places are not saved: `seed` gives them again.
+
+    The update's size is about alpha √(n / (2 out in)): small layers need a smaller alpha. It wants large rates.
+
+    Reference: "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", arXiv 2405.03003.
+
+    Example:
+        >>> from adapterlab.methods.fourierft import FourierFT
+        >>> FourierFT(n=500, n_pattern={"v_proj": 100}).count("model.layers.0.self_attn.v_proj")
+        100
+    """
+
+    family: ClassVar[str] = "weight delta"
+    paper: ClassVar[str] = "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform"
+    year: ClassVar[int] = 2024
+    arxiv: ClassVar[str] = "2405.03003"
+    formula: ClassVar[str] = "n"
+    starts_at_base: ClassVar[bool] = False
+
+    n: int = Field(1000, ge=1, description="trained values for each module")
+    alpha: float = Field(150.0, gt=0, description="factor on the update; 300 for layers of 4096")
+    seed: int = Field(777, ge=0, description="of the random places; the same in all layers of one shape")
+    start: Literal["normal", "zeros"] = Field("normal", description="values to start from: N(0, 1), or the base itself")
+    n_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="other n for modules whose path ends in a match of the key"
+    )
+
+    hf: ClassVar[HFCodec | None] = HFCodec(
+        "FOURIERFT",
+        fields={
+            "n": "n_frequency",
+            "alpha": "scaling",
+            "seed": "random_loc_seed",
+            "start": ("init_weights", {"normal": False, "zeros": True}),
+            "n_pattern": "n_frequency_pattern",
+        },
+        tensors={"spectrum": "fourierft_spectrum"},
+        accepts={"bias": ("none",)},
+    )
+
+    @field_validator("n_pattern")
+    @classmethod
+    def _readable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"{key!r} is not a valid regular expression ({error})") from None
+        return value
+
+    @classmethod
+    def example(cls, model: nn.Module) -> dict[str, Any]:
+        """Fewer values than a small layer has entries, and a factor to match."""
+        return {"n": 64, "alpha": 20.0}
+
+    def count(self, path: str) -> int:
+        """Number of trained values at one module."""
+        return next((n for key, n in self.n_pattern.items() if matches(key, path)), self.n)
+
+    def attach(self, host: Host, name: str) -> None:
+        """Wrap the targets.
+
+        Raises:
+            TargetError: a pattern matches none of them.
+        """
+        super().attach(host, name)
+        adapted = host.adapters(name)
+        for key in self.n_pattern:
+            if not any(matches(key, path) for path in adapted):
+                names = {path.rpartition(".")[2] for path in adapted}
+                raise TargetError(f"fourierft: n_pattern names {key!r}, which no module has. {nearest(key, names)}")
+
+    class Layer(Rebuilt):
+        """The coefficients `spectrum` `[n]` of one module."""
+
+        source: Tensor
+        target: Tensor
+
+        def __init__(self, method: FourierFT, site: Site):
+            super().__init__(site)
+            out, in_ = site.shape
+            n = method.count(site.path)
+            if n > out * in_:
+                raise AttachError(
+                    f"fourierft: {site.path} has {out} x {in_} = {out * in_} frequencies, fewer than n = {n}. Lower n, "
+                    f"or n_pattern={{{site.path.rpartition('.')[2]!r}: ...}} for this module, or exclude it."
+                )
+            self.alpha, self.shape = method.alpha, (out, in_)
+            self.spectrum = site.parameter(n)
+            if method.start == "normal":
+                nn.init.normal_(self.spectrum)
+            source, target = half_places(out, in_, n, method.seed)
+            self.register_buffer("source", source.to(site.device), persistent=False)
+            self.register_buffer("target", target.to(site.device), persistent=False)
+
+        def delta(self) -> Tensor:
+            """ΔW = alpha · Re(ifft2(F)) `[out, in]`."""
+            out, in_ = self.shape
+            values = (0.5 * self.alpha * self.spectrum)[self.source]
+            half = values.new_zeros(out * (in_ // 2 + 1)).index_add(0, self.target, values)
+            return torch.fft.irfft2(half.view(out, -1), s=self.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def places(out: int, in_: int, n: int, seed: int) -> Tensor:
+    """Draw n places in a spectrum `[out, in]`: flat row-major positions `[n]`."""
+    return torch.randperm(out * in_, generator=torch.Generator().manual_seed(seed))[:n].clone()
+
+
+def half_places(out: int, in_: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return where the values stand in the half `[out, in // 2 + 1]` of a spectrum that gives the real part.
+
+    Re(ifft2(F)) is the transform of the symmetric part, ½ F(r, c) + ½ F(−r, −c), of which half the columns say all.
+
+    Returns:
+        (numbers of values `[m]`, flat positions in the half spectrum `[m]`): half of each value is added there.
+    """
+    flat = places(out, in_, n, seed)
+    rows, columns = flat // in_, flat % in_
+    rows, columns = torch.cat([rows, -rows % out]), torch.cat([columns, -columns % in_])
+    width = in_ // 2 + 1
+    seen = columns < width
+    return torch.arange(n).repeat(2)[seen], (rows * width + columns)[seen]
