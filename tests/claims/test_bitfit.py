@@ -17,18 +17,23 @@ from adapterlab.errors import AttachError, TargetError
 from adapterlab.methods.bitfit import BitFit
 
 
-def measure(make: Any, method: Any, steps: int = 120) -> float:
-    """Share of the distance to a teacher with shifted biases that is left after training."""
-    teacher, student = make("gpt2"), make("gpt2")
+def measure(make: Any, method: Any, steps: int = 600) -> float:
+    """Share of the distance to a teacher with shifted biases that is left after training.
+
+    The mean of the distance over tokens is taken out first: any bias of the last layer fits that part by itself, and
+    it is most of the whole. A teacher with another last bias still has exactly this goal.
+    """
+    teacher, student = make("gpt2").eval(), make("gpt2").eval()
     draw = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, 128, (16, 8), generator=draw)
+    ids = torch.randint(3, 64, (24, 12), generator=draw)
     with torch.no_grad():
         for path, p in teacher.named_parameters():
             if path.endswith(".bias"):
                 p.add_(0.3 * torch.randn(p.shape, generator=draw))
         goal = teacher.transformer(ids)[0]
+        goal -= (goal - student.transformer(ids)[0]).mean((0, 1))
     host = al.attach(student, method)
-    optimizer = torch.optim.Adam(host.parameters("default"), lr=2e-2)
+    optimizer = torch.optim.Adam(host.parameters("default"), lr=3e-2)
     plan = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses = []
     for _ in range(steps):
@@ -54,7 +59,7 @@ def test_claim_and_as_many_random_scalars_do_not(tiny: Any) -> None:
     model = tiny("gpt2")
     count = sum(p.numel() for p in biases(model).values())
     density = (count + 0.5) / sum(p.numel() for p in model.parameters())
-    assert measure(tiny, al.FishMask(selection="random", density=density)) >= 0.2
+    assert measure(tiny, al.FishMask(selection="random", density=density)) >= 0.15
 
 
 @pytest.mark.parametrize("broken", ["norms only", "last layer only"])

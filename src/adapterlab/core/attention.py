@@ -33,11 +33,6 @@ def uses_interface(cls: Any) -> bool:
         return False
 
 
-def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the attention modules of a model that go through the interface, in order."""
-    return [m for m in model.modules() if uses_interface(plain_class(m))]
-
-
 def bridge(module: nn.Module) -> None:
     """Make the attention function that a module will look up consult its adapters.
 

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from adapterlab.core.adapter import Adapter, Copy
-from adapterlab.core.attention import attention_modules, bridge
+from adapterlab.core.attention import bridge, uses_interface
 from adapterlab.core.entries import Entries
 from adapterlab.core.merge import Merged, merge
 from adapterlab.core.method import Method
 from adapterlab.core.quantized import keep_layout
 from adapterlab.core.resident import Patch
 from adapterlab.core.roles import layer_of, role_of
-from adapterlab.core.site import UNMERGED, Site
+from adapterlab.core.site import UNMERGED, Site, plain_class
 from adapterlab.core.state import State
 from adapterlab.core.targets import Targets, select
 from adapterlab.core.wrapping import ADAPTERS, adapters_of, plain_copy, put, take
@@ -110,7 +110,7 @@ class Host:
         Raises:
             AttachError: there are none.
         """
-        found = attention_modules(self.model)
+        found = [module for _, module in _base_modules(self.model) if uses_interface(plain_class(module))]
         if not found:
             bridge(next((m for m in self.model.modules() if "attention" in type(m).__name__.lower()), self.model))
         return found
@@ -360,7 +360,7 @@ class Host:
                 f"{path} is tied to {', '.join(p for p in holders if p != path)}, which would change with it. Exclude "
                 "the module, or give it a weight of its own first."
             )
-        if UNMERGED in self.model.get_submodule(path.rpartition(".")[0]).__dict__:
+        if self._merged_into(path):
             raise AttachError(f"{path} has an adapter merged into it, so its original value is not there: restore it.")
         patch = Patch(path, parameter.detach().clone(), live=False, trains=False, derive=derive)
         self._check_conflict(name, patch)
@@ -376,6 +376,13 @@ class Host:
     def unwrap(self, name: str, where: Site | nn.Module) -> None:
         """Take the adapter away from one module again, for methods that drop modules they have no use for."""
         take(where.module if isinstance(where, Site) else where, name)
+
+    def _merged_into(self, path: str) -> bool:
+        """Say whether a merge has put another parameter in place of this one."""
+        module, _, leaf = path.rpartition(".")
+        found = self.model.get_submodule(module)
+        before = found.__dict__.get(UNMERGED)
+        return before is not None and before._parameters.get(leaf) is not found._parameters.get(leaf)
 
     def _base_parameter(self, path: str) -> tuple[nn.Parameter, list[str]]:
         """A base parameter whose value may be changed, and every name it has in the model."""
@@ -552,11 +559,10 @@ class Host:
         for key in leaving:
             if key in self._merged:
                 raise AttachError(f"{key!r} is merged into the weights: call host.restore({key!r}) first.")
-            for patch in self.patches[key].values():
-                module = self.model.get_submodule(patch.path.rpartition(".")[0])
-                if patch.live and UNMERGED in module.__dict__:
-                    merged = ", ".join(self._merged)
-                    raise AttachError(f"{patch.path} has {merged} merged into what {key!r} put there: restore it first.")
+            hidden = [p.path for p in self.patches[key].values() if p.live and self._merged_into(p.path)]
+            if hidden:
+                merged = ", ".join(self._merged)
+                raise AttachError(f"{hidden[0]} has {merged} merged into what {key!r} put there: restore it first.")
             stuck = [p.path for p in self.patches[key].values() if p.original is None]
             if stuck and key in self.state.active:
                 raise AttachError(
@@ -702,7 +708,8 @@ class Host:
         handles = [
             self.model.get_submodule(path).register_forward_hook(lambda *_, path=path: called.add(path))
             for key in self.state.active
-            for path in self.adapters(key)
+            for path, adapter in self.adapters(key).items()
+            if not adapter.resident
         ]
         before = {key: p.grad for key, p in parameters.items()}
         for p in parameters.values():
@@ -717,7 +724,9 @@ class Host:
                 handle.remove()
             for key, p in parameters.items():
                 p.grad = before[key]
-        missed = [path for key in self.state.active for path in self.adapters(key) if path not in called]
+        parts = [item for key in self.state.active for item in self.adapters(key).items()]
+        # One module of a tied weight may be the one that is used; there the gradient alone tells.
+        missed = [path for path, adapter in parts if path not in called and not adapter.resident]
         if missed or silent:
             raise NotTrainingError(_bypassed(missed, silent))
 

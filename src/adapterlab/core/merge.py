@@ -105,8 +105,9 @@ def _check(host: Host, name: str, key: str, path: str, adapter: Adapter, tied: s
         return
     if not adapter.linear or adapter.place != "call" or (site.kind == "block" and not isinstance(adapter, Copy)):
         reason = adapter.not_linear if adapter.place == "call" else "it works inside the attention core"
+        where = path or "the whole model"
         raise MergeError(
-            f"{method} cannot be merged into {path}: {reason}. Keep it as an adapter (host.save), or extract a "
+            f"{method} cannot be merged into {where}: {reason}. Keep it as an adapter (host.save), or extract a "
             "low-rank approximation of what it does."
         )
     if site.tied and tied == "error" and not isinstance(adapter, Copy):

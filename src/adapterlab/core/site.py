@@ -266,16 +266,18 @@ class Site:
     @contextlib.contextmanager
     def substituted(self, **tensors: Tensor) -> Iterator[None]:
         """Let the module compute with these tensors instead of its own parameters inside the context."""
-        owners = [(_owner(self.module, name), name.rpartition(".")[2], value) for name, value in tensors.items()]
-        saved = [(owner, leaf, owner._parameters.pop(leaf)) for owner, leaf, _ in owners]
+        slots: list[tuple[Any, str]] = [
+            (_owner(self.module, name)._parameters, name.rpartition(".")[2]) for name in tensors
+        ]
+        saved = [table[leaf] for table, leaf in slots]
         try:
-            for owner, leaf, value in owners:
-                owner.__dict__[leaf] = value
+            # Assigned in their places, not removed and added: the order of parameters must stay.
+            for (table, leaf), value in zip(slots, tensors.values(), strict=True):
+                table[leaf] = value
             yield
         finally:
-            for owner, leaf, parameter in saved:
-                owner.__dict__.pop(leaf, None)
-                owner._parameters[leaf] = parameter
+            for (table, leaf), parameter in zip(slots, saved, strict=True):
+                table[leaf] = parameter
 
 
 def _owner(module: nn.Module, name: str) -> nn.Module:

@@ -172,7 +172,8 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, activ
     method = _method(info, tensors)
     try:
         # Tensors in our own names tell a method its structure; PEFT's are renamed once the method stands.
-        target.attach(method, name, active=active, saved=tensors if method.hf is None else None)
+        saved, like = (tensors, None) if method.hf is None else (None, hf_peft.like(method, target, tensors))
+        target.attach(method, name, active=active, saved=saved, like=like)
     except (TargetError, ConfigError) as error:
         raise FormatError(_foreign(info, model, str(error))) from None
     except AttachError as error:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from adapterlab.core.host import Host
     from adapterlab.core.method import Method
+    from adapterlab.core.site import Site
 
 PREFIX = "base_model.model."
 Rename = str | tuple[str, Mapping[Any, Any]]
@@ -45,6 +46,9 @@ class HFCodec:
         pack: for methods that PEFT stores as a whole instead of by module: (host, name) -> (further options, tensors by
             PEFT's keys), or None for what PEFT does not have.
         unpack: its inverse: (host, name, PEFT's tensors) -> tensors by the keys of `Host.tensors`.
+        outward: for adapters whose tensors are not PEFT's: (method, adapters by path) -> (further options, tensors by path
+            and name), or None for what PEFT does not have.
+        inward: its inverse for one module: (method, site, tensors by name) -> ours by name.
     """
 
     peft_type: str
@@ -59,6 +63,10 @@ class HFCodec:
     prefix: str = PREFIX
     pack: Callable[[Host, str], tuple[dict[str, Any], dict[str, Tensor]] | None] | None = None
     unpack: Callable[[Host, str, Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    outward: Callable[[Any, Mapping[str, Any]], tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None] | None = (
+        None
+    )
+    inward: Callable[[Any, Site, dict[str, Tensor]], dict[str, Tensor]] | None = None
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Say whether a PEFT configuration is of this method."""
@@ -145,16 +153,48 @@ def write(
         return {**config, **packed[0]}, {**packed[1], **of_copies}
     adapted = {path: part for path, part in parts.items() if path not in copies}
     config["target_modules"] = short_names(adapted, [s.path for s in host.all_sites()])
-    config["fan_in_fan_out"] = any(part.site.transposed for part in adapted.values())
+    if any(part.site.transposed for part in adapted.values()):
+        config["fan_in_fan_out"] = True
     for option, attribute in codec.subsets.items():
         chosen = [path for path, part in adapted.items() if getattr(part, attribute)]
         config[option] = [n for n in config["target_modules"] if any(_named(n, path) for path in chosen)]
         if any(_named(n, path) for n in config[option] for path in adapted if path not in chosen):
             config |= {"target_modules": sorted(adapted), option: sorted(chosen)}
-    tensors = {}
-    for key, value in host.tensors(name).items():
-        tensors[_peft_key(key, parts, codec)] = value.detach()
-    return config, tensors
+    tensors = host.tensors(name)
+    if codec.outward is not None:
+        made = codec.outward(method, adapted)
+        if made is None:
+            return None
+        config |= made[0]
+        own = {f"adapter.{path}.{tensor}" for path, part in adapted.items() for tensor in part.state_dict()}
+        tensors = {key: value for key, value in tensors.items() if key not in own}
+        tensors |= {f"adapter.{path}.{k}": value for path, group in made[1].items() for k, value in group.items()}
+    return config, {_peft_key(key, parts, codec): value.detach() for key, value in tensors.items()}
+
+
+def like(method: Method, host: Host, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return the modules' tensors by the keys of `Host.tensors`, before anything is attached.
+
+    None when the structure of the method's adapters does not depend on them.
+    """
+    codec = method.hf
+    if codec is None or codec.inward is None:
+        return None
+    if any(key.startswith(("adapter.", "shared.", "base.")) for key in tensors):
+        return dict(tensors)  # saved under our own names
+    names = {s: ours for ours, t in codec.tensors.items() for s in ([t] if isinstance(t, str) else t.values())}
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        suffix = next((s for s in names if key.endswith("." + s)), None)
+        if suffix:
+            groups.setdefault(key.removeprefix(PREFIX).removesuffix("." + suffix), {})[names[suffix]] = value
+    sites = {site.path: site for site in host.all_sites()}
+    return {
+        f"adapter.{path}.{ours}": value
+        for path, group in groups.items()
+        if path in sites
+        for ours, value in codec.inward(method, sites[path], group).items()
+    }
 
 
 def read(method: Method, host: Host, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -172,9 +212,11 @@ def read(method: Method, host: Host, name: str, tensors: Mapping[str, Tensor]) -
     parts = host.adapters(name)
     if method.hf.unpack is not None:
         return method.hf.unpack(host, name, tensors) | _copies(parts, method.hf.prefix, tensors)
-    ours = {_peft_key(key, parts, method.hf): key for key in own}
-    found = {}
+    ours = {_peft_key(key, parts, method.hf): key for key in own if not _only_ours(key, parts, method.hf)}
+    found = (like(method, host, tensors) or {}) if method.hf.inward is not None else {}
     for key, value in tensors.items():
+        if ours.get(key) in found:
+            continue
         if key in ours:
             found[ours[key]] = value
         elif _is_second_copy(key, tensors) or _is_repeated(key, tensors, method.hf):
@@ -249,6 +291,12 @@ def _peft_key(key: str, parts: Mapping[str, Any], codec: HFCodec) -> str:
     return f"{PREFIX}{path}.{codec.suffix(tensor, parts[path].site.kind)}"
 
 
+def _only_ours(key: str, parts: Mapping[str, Any], codec: HFCodec) -> bool:
+    """Say whether a tensor of a module has no name of its own in PEFT's files: `inward` makes it of others."""
+    path = next((p for p in parts if key.startswith(f"adapter.{p}.") and not isinstance(parts[p], Copy)), None)
+    return path is not None and codec.inward is not None and key.removeprefix(f"adapter.{path}.") not in codec.tensors
+
+
 def _is_second_copy(key: str, tensors: Mapping[str, Tensor]) -> bool:
     """With `bias="all"` PEFT also stores the two biases inside the wrapper of a saved module; one is not used."""
     plain = key.replace(".modules_to_save.", ".").replace(".original_module.", ".")
@@ -292,13 +340,15 @@ def _task(host: Host, parts: Mapping[str, Any]) -> str | None:
 def find_method(config: Mapping[str, Any]) -> type[Method]:
     """Return the method that a PEFT configuration describes; the one with the most conditions wins.
 
+    A method that inherits its codec writes in that form, and the method it inherits from reads it.
+
     Raises:
         FormatError: no method of the registry stores itself under this type.
     """
     from adapterlab.registry import ids, method
 
     classes = [method(i) for i in ids()]
-    fitting = [cls for cls in classes if cls.hf is not None and cls.hf.claims(config)]
+    fitting = [cls for cls in classes if "hf" in vars(cls) and cls.hf is not None and cls.hf.claims(config)]
     if not fitting:
         types = {cls.hf.peft_type for cls in classes if cls.hf is not None}
         kind = str(config.get("peft_type"))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from adapterlab.core.adapter import Delta
 from adapterlab.core.host import Host
 from adapterlab.core.method import LayerMethod
 from adapterlab.core.site import Site
-from adapterlab.errors import TargetError, nearest
-from adapterlab.methods.lora import matches
+from adapterlab.methods._patterns import Pattern, check_patterns, look_up
 
 FIELDS = {
     "r": "r",
@@ -34,31 +32,20 @@ class Lycoris(LayerMethod):
     alpha: float = Field(8.0, gt=0, description="scale numerator: s = alpha / r")
     rank_dropout: float = Field(0.0, ge=0, lt=1, description="share of the update's output rows left out of a call")
     module_dropout: float = Field(0.0, ge=0, lt=1, description="probability that a module's update is left out")
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+    rank_pattern: dict[Pattern, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="other ranks for modules whose path ends in a match of the key"
     )
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="likewise for alpha"
     )
 
-    @field_validator("rank_pattern", "alpha_pattern")
-    @classmethod
-    def _readable(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key in value:
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ValueError(f"{key!r} is not a valid regular expression ({error})") from None
-        return value
-
     def rank(self, path: str) -> int:
         """Rank at one module."""
-        return next((rank for key, rank in self.rank_pattern.items() if matches(key, path)), self.r)
+        return look_up(self.rank_pattern, path, self.r)
 
     def scaling(self, path: str) -> float:
         """The factor s at one module."""
-        alpha = next((alpha for key, alpha in self.alpha_pattern.items() if matches(key, path)), self.alpha)
-        return alpha / self.rank(path)
+        return look_up(self.alpha_pattern, path, self.alpha) / self.rank(path)
 
     def attach(self, host: Host, name: str) -> None:
         """Wrap the targets.
@@ -67,14 +54,8 @@ class Lycoris(LayerMethod):
             TargetError: a pattern matches none of them.
         """
         super().attach(host, name)
-        adapted = host.adapters(name)
-        for field in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self, field):
-                if not any(matches(key, path) for path in adapted):
-                    names = {path.rpartition(".")[2] for path in adapted}
-                    raise TargetError(
-                        f"{self.id}: {field} names {key!r}, which no adapted module has. {nearest(key, names)}"
-                    )
+        tables = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        check_patterns(self.id, tables, host.adapters(name))
 
 
 class LycorisLayer(Delta):

@@ -105,6 +105,10 @@ class BitFit(Method):
             y: Tensor = run(*args, **kwargs)
             return y + self.b[0].to(y.dtype)
 
+        def added(self, x: Tensor) -> Tensor:
+            """B for each position of a linear layer's input."""
+            return self.b[0].expand(*x.shape[:-1], -1)
+
         def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             """The new bias joins the old one, or becomes it."""
             b = self.b[0].to(weight.dtype)

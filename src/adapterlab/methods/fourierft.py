@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-import re
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from adapterlab.core.host import Host
 from adapterlab.core.method import LayerMethod
 from adapterlab.core.site import Site
-from adapterlab.errors import AttachError, TargetError, nearest
+from adapterlab.errors import AttachError
 from adapterlab.io.hf_peft import HFCodec
+from adapterlab.methods._patterns import Pattern, check_patterns, look_up
 from adapterlab.methods._rebuilt import Rebuilt
-from adapterlab.methods.lora import matches
 from adapterlab.registry import register
 
 
@@ -57,7 +56,7 @@ class FourierFT(LayerMethod):
     alpha: float = Field(150.0, gt=0, description="factor on the update; 300 for layers of 4096")
     seed: int = Field(777, ge=0, description="of the random places; the same in all layers of one shape")
     start: Literal["normal", "zeros"] = Field("normal", description="values to start from: N(0, 1), or the base itself")
-    n_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+    n_pattern: dict[Pattern, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="other n for modules whose path ends in a match of the key"
     )
 
@@ -74,16 +73,6 @@ class FourierFT(LayerMethod):
         accepts={"bias": ("none",)},
     )
 
-    @field_validator("n_pattern")
-    @classmethod
-    def _readable(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key in value:
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ValueError(f"{key!r} is not a valid regular expression ({error})") from None
-        return value
-
     @classmethod
     def example(cls, model: nn.Module) -> dict[str, Any]:
         """Fewer values than a small layer has entries, and a factor to match."""
@@ -91,7 +80,7 @@ class FourierFT(LayerMethod):
 
     def count(self, path: str) -> int:
         """Number of trained values at one module."""
-        return next((n for key, n in self.n_pattern.items() if matches(key, path)), self.n)
+        return look_up(self.n_pattern, path, self.n)
 
     def attach(self, host: Host, name: str) -> None:
         """Wrap the targets.
@@ -100,11 +89,7 @@ class FourierFT(LayerMethod):
             TargetError: a pattern matches none of them.
         """
         super().attach(host, name)
-        adapted = host.adapters(name)
-        for key in self.n_pattern:
-            if not any(matches(key, path) for path in adapted):
-                names = {path.rpartition(".")[2] for path in adapted}
-                raise TargetError(f"fourierft: n_pattern names {key!r}, which no module has. {nearest(key, names)}")
+        check_patterns(self.id, {"n_pattern": self.n_pattern}, host.adapters(name))
 
     class Layer(Rebuilt):
         """The coefficients `spectrum` `[n]` of one module."""

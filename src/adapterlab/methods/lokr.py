@@ -50,7 +50,9 @@ class LoKr(Lycoris):
     factor: int = Field(-1, ge=-1, description="size of w1 where it divides, else its limit; -1: near the square root")
     decompose_both: bool = Field(False, description="make w1 a product of thin matrices too")
     rescale: bool = Field(False, description="divide by the share of rows that rank_dropout keeps")
-    start: Literal["peft", "lycoris"] = Field("peft", description="which factor begins at zero: the first or the second")
+    start: Literal["peft", "lycoris"] = Field(
+        "peft", description="which factor begins at zero: the first or the second"
+    )
 
     hf: ClassVar[HFCodec | None] = HFCodec(
         "LOKR",

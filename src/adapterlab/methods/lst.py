@@ -198,7 +198,7 @@ class Rung(nn.Module):
         super().__init__()
         self.block, self.tau = block, tau
         self.down = nn.Linear(wide, narrow)
-        self.alpha = nn.Parameter(torch.zeros(()))
+        self.alpha = nn.Parameter(torch.zeros(1))  # one element: FSDP shards no scalars
         self.start: Tensor | None = None  # of the first block: its input, in place of the side network's embeddings
         self.tap: Tensor | None = None
 

@@ -34,7 +34,7 @@ class MiSS(LayerMethod):
     Inference: W + ΔW can be merged, at no cost. Before, `bat` multiplies the whole weight by D at each call.
 
     Reference: "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure", arXiv 2409.15371
-    (first "Bone: Block-Affine Adaptation of Large Language Models").
+    (first "Bone: Block-Affine Adaptation").
 
     Example:
         >>> from adapterlab.methods.miss import MiSS
@@ -109,7 +109,7 @@ class MiSS(LayerMethod):
             r = self.block.shape[-1]
             # The weight before any merge: the update of another adapter is not multiplied.
             weight = self.site.unmerged.weight().detach().to(self.dtype)
-            blocks = weight.view(out // r, r, in_ // r, r).transpose(1, 2)  # [p, q, r, r]
+            blocks = weight.reshape(out // r, r, in_ // r, r).transpose(1, 2)  # [p, q, r, r]
             d = self.block.unsqueeze(1)
             return (blocks @ d + d).transpose(1, 2).reshape(out, in_)
 
