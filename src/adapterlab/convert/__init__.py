@@ -1,4 +1,4 @@
-"""What is made of trained adapters: one of several, a plain model, a LoRA of any linear change, and what they look like.
+"""What is made of trained adapters: one of several, a plain model, a LoRA, and figures of what they changed.
 
     combine(host, ["north", "south"], [0.7, 0.3], how="ties", into="both")
     merge_into_base(host, tokenizer, "merged")
@@ -17,17 +17,18 @@ from typing import Any
 # public name -> module that defines it
 _PUBLIC = {
     "AdapterChanges": "changes",
-    "Analysis": "analyze",
+    "Analysis": "analysis",
     "Change": "changes",
     "Conversion": "building",
     "Factors": "low_rank",
     "ModelChanges": "changes",
     "Verification": "verifying",
-    "analyze": "analyze",
-    "combine": "combine",
+    "analyze": "analysis",
+    "combine": "combining",
     "draw": "picture",
-    "export_lora": "extract",
-    "extract_lora": "extract",
+    "export_peft": "extracting",
+    "export_lora": "extracting",
+    "extract_lora": "extracting",
     "fit": "low_rank",
     "merge_into_base": "merging",
 }
@@ -39,7 +40,7 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'adapterlab.convert' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"adapterlab.convert.{_PUBLIC[name]}"), name)
-    globals()[name] = value  # also where a submodule of the same name has just been put here by the import
+    globals()[name] = value
     return value
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adapterlab.convert.changes import Change, oriented
-from adapterlab.convert.low_rank import Factors, Fit
+from adapterlab.convert.changes import MATRICES, Change, oriented
+from adapterlab.convert.low_rank import Factors, Fit, wide
 from adapterlab.core.host import Host
 from adapterlab.core.targets import Targets
 from adapterlab.errors import MergeError
@@ -98,21 +98,22 @@ class Draft:
             keep: also keep what factors cannot say; without it, that is dropped and reported.
             low_rank: the weight may become factors.
         """
-        path, others = change.site.path, change.others
-        factored = low_rank and not change.whole and (change.weight is not None or set(others) == {"bias"})
-        if not keep and (others or not factored):
-            lost = others if factored or change.weight is None else {"weight": change.weight, **others}
+        path, others, weight = change.site.path, change.others, change.weight
+        factored = low_rank and not change.whole and change.site.kind in MATRICES and set(others) <= {"bias"}
+        if not keep:
+            lost = others if factored or weight is None else {"weight": weight, **others}
             self.dropped |= {f"{path}.{leaf}": _square(value) for leaf, value in lost.items()}
-            others = {}
-        if factored and set(others) <= {"bias"} and (change.weight is not None or others):
-            self.fits[path] = _nothing(change) if change.weight is None else fitted(change)
-            self.biases |= {path: value for value in others.values()}
-            self.norms += sum(map(_square, others.values()))
-        elif keep:
+            others, weight = {}, weight if factored else None
+        self.norms += sum(map(_square, others.values()))
+        if factored and (weight is not None or others):
+            self.fits[path] = _nothing(change) if weight is None else fitted(change)
+            if others:
+                self.biases[path] = others["bias"]
+        elif weight is not None or others:
             self.copies[path] = dict(others)
-            if change.weight is not None:
-                self.copies[path]["weight"] = oriented(change.site, change.weight)
-            self.norms += change.norm() ** 2
+            if weight is not None:
+                self.copies[path]["weight"] = oriented(change.site, weight)
+                self.norms += _square(weight)
 
     def attach(self, host: Host, name: str) -> Conversion:
         """Put the adapter on the model, switched off.
@@ -164,17 +165,9 @@ def _write(tensors: Mapping[str, Tensor], draft: Draft) -> None:
 def _nothing(change: Change) -> Fit:
     """Factors of a weight that did not change, for a module of which only the bias did."""
     out, in_ = change.site.shape
-    bias = next(iter(change.others.values()))
+    bias = change.others["bias"]
     return Fit(Factors(bias.new_zeros(out, 1), bias.new_zeros(1, in_)), 0.0, 0.0)
 
 
 def _square(tensor: Tensor) -> float:
-    return float(tensor.double().square().sum())
-
-
-def draft_of(changes: Iterable[Change], fitted: Callable[[Change], Fit], **options: bool) -> Draft:
-    """Collect all changes; see `Draft.add`."""
-    draft = Draft()
-    for change in changes:
-        draft.add(change, fitted, **options)
-    return draft
+    return float(wide(tensor).square().sum())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterlab.convert.low_rank import Factors
+from adapterlab.convert.low_rank import Factors, wide
 from adapterlab.core.adapter import Adapter, Copy, Delta
 from adapterlab.core.host import Host
 from adapterlab.core.merge import _check as check_mergeable
@@ -54,7 +54,7 @@ class Change:
     def norm(self) -> float:
         """Frobenius norm of everything that changed."""
         tensors = [*self.others.values(), *([] if self.weight is None else [self.weight])]
-        return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
+        return math.sqrt(sum(float(wide(t).square().sum()) for t in tensors))
 
 
 class Changes:
@@ -81,7 +81,7 @@ class AdapterChanges(Changes):
     """What an adapter of any linear method would write into the weights. Use it inside `host.using()`.
 
     Raises:
-        MergeError: the adapter is not linear, or is merged.
+        MergeError: the adapter is not linear.
     """
 
     def __init__(self, host: Host, name: str):
@@ -138,7 +138,7 @@ class ModelChanges(Changes):
     """
 
     def __init__(self, base: nn.Module, tuned: nn.Module):
-        self.sites = {s.path: s for s in Host(base).all_sites() if any(p is not None for p in s.module._parameters.values())}
+        self.sites = {site.path: site for site in Host(base).all_sites() if site.module._parameters}
         self.tuned = dict(tuned.named_modules())
         for path, site in self.sites.items():
             _check_shapes(path, site.module, self.tuned.get(path))
@@ -215,7 +215,7 @@ def _factors(parts: list[Adapter], delta: Tensor) -> Factors | None:
     """The two tensors of which an update is the product up to a number, when its adapter has such tensors."""
     if len(parts) != 1 or not isinstance(parts[0], Delta):
         return None
-    matrices = [p.detach().to(delta.dtype) for p in parts[0].parameters() if p.ndim == 2]
+    matrices = [p.detach().to(delta.dtype) for p in (*_made(parts[0]), *parts[0].parameters()) if p.ndim == 2]
     for a in matrices:
         for b in matrices:
             if a is b or (b.shape[0], a.shape[1]) != tuple(delta.shape) or b.shape[1] != a.shape[0]:
@@ -227,17 +227,27 @@ def _factors(parts: list[Adapter], delta: Tensor) -> Factors | None:
     return None
 
 
+def _made(part: Any) -> tuple[Tensor, ...]:
+    """The two tensors that an adapter makes its update of, when these are not its parameters."""
+    if not hasattr(part, "factors"):
+        return ()
+    mode = part.training
+    made: tuple[Tensor, ...] = part.eval().factors()
+    part.train(mode)
+    return made
+
+
 def _stored_eps(weight: Tensor) -> float:
     """Relative spacing of the numbers a weight consists of, which may be coarser than what its dtype allows."""
     for dtype in (torch.bfloat16, torch.float16):
         if bool((weight.to(dtype).to(weight.dtype) == weight).all()):
-            return torch.finfo(dtype).eps / 5  # root mean square of rounding, relative to that of the numbers
+            return torch.finfo(dtype).eps / 3  # rounding errs by 0.19 eps (root mean square); the rest is for outliers
     return torch.finfo(torch.float32).eps
 
 
 def _rounding(weight: Tensor, eps: float) -> float:
     """Largest singular value that rounding noise of this relative size is expected to have in a matrix."""
-    rms = float(weight.double().square().mean().sqrt())
+    rms = float(wide(weight).square().mean().sqrt())
     return eps * rms * sum(math.sqrt(side) for side in weight.shape)
 
 
@@ -247,5 +257,5 @@ def _check_shapes(path: str, base: nn.Module, tuned: nn.Module | None) -> None:
     if ours != theirs:
         raise FormatError(
             f"The two models do not belong together: {path} has {ours} in the base and {theirs or 'is missing'} in the "
-            "tuned model. Give the base that was tuned; if its vocabulary was resized, resize the base's embeddings too."
+            "tuned model. Give the base that was tuned; if its vocabulary was resized, resize the base's too."
         )

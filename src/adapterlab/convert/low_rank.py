@@ -12,7 +12,7 @@ from adapterlab.errors import ConfigError
 
 _LARGE = 512  # smaller side from which the randomised decomposition is tried
 _SPARE = 8  # directions beyond those wanted that the randomised decomposition looks at
-_TRUSTED = 1e-4  # largest residual of randomised singular triplets, relative to the singular values
+_TRUSTED = 1e-2  # largest residual of randomised triplets, relative to their values; the energy errs by its square
 
 
 @dataclass(frozen=True)
@@ -90,22 +90,24 @@ def fit(change: Tensor | Factors, rank: int | None = None, energy: float | None 
     if isinstance(change, Factors):
         lost = float(s[kept:].norm())
     else:
-        lost = float(torch.linalg.norm(change.double() - factors.dense()))
+        lost = float(torch.linalg.norm(wide(change) - factors.dense()))
     return Fit(factors, norm, lost)
 
 
-def svd(change: Tensor | Factors, rank: int | None = None, energy: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def svd(
+    change: Tensor | Factors, rank: int | None = None, energy: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Decompose a change in float64: U `[out, k]`, singular values `[k]` in falling order, Vᵀ `[k, in]`.
 
     For a large matrix of which few directions are wanted, a randomised decomposition is tried first. Its triplets are
     checked, and the exact decomposition takes over where they have not converged or do not suffice.
     """
     if isinstance(change, Factors):
-        left, middle_left = torch.linalg.qr(change.B.double())
-        right, middle_right = torch.linalg.qr(change.A.double().T)
+        left, middle_left = torch.linalg.qr(wide(change.B))
+        right, middle_right = torch.linalg.qr(wide(change.A).T)
         u, s, vh = torch.linalg.svd(middle_left @ middle_right.T, full_matrices=False)
         return left @ u, s, vh @ right.T
-    matrix = change.double()
+    matrix = wide(change)
     small = min(matrix.shape)
     guess = (small // 16 if energy is not None else None) if rank is None else rank
     if small >= _LARGE and guess is not None and guess + _SPARE <= small // 4:
@@ -117,6 +119,11 @@ def svd(change: Tensor | Factors, rank: int | None = None, energy: float | None 
             return found
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return u, s, vh
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64, on the CPU where its device has no such numbers."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def _randomised(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -132,7 +139,7 @@ def _randomised(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | No
 
 
 def _norm(change: Tensor | Factors, s: Tensor) -> float:
-    return float(s.norm()) if isinstance(change, Factors) else float(torch.linalg.norm(change.double()))
+    return float(s.norm()) if isinstance(change, Factors) else float(torch.linalg.norm(wide(change)))
 
 
 def _rank(s: Tensor, norm: float, rank: int | None, energy: float | None, floor: float) -> int:

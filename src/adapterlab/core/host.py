@@ -670,13 +670,13 @@ class Host:
         during its recomputation; under `torch.compile` (`compiled=True`) the plain form is used, which needs no record.
         """
         if not enabled:
-            self.model.gradient_checkpointing_disable()
+            _checkpointing(self.model, "disable")()
             return
         kwargs: dict[str, Any] = {"use_reentrant": False}
         if not compiled:
             kwargs["context_fn"] = self.recomputation
         self._release_inputs()
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        _checkpointing(self.model, "enable")(kwargs)
         self._release_inputs()  # enabling may set the hook anew, and would then forget an earlier one
 
     def _release_inputs(self) -> None:
@@ -790,6 +790,12 @@ def _outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{p}.") for p in found):
             found[path] = module
     return found
+
+
+def _checkpointing(model: Any, what: str) -> Any:
+    """The model's switch, whose name changed from `gradient_` to `activation_checkpointing` in transformers 5.2x."""
+    new, old = f"activation_checkpointing_{what}", f"gradient_checkpointing_{what}"
+    return getattr(model, new) if hasattr(model, new) else getattr(model, old)
 
 
 def _numel(tensor: Tensor) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapterlab.errors import FormatError, nearest
+from adapterlab.models import check
 
 if TYPE_CHECKING:
     from adapterlab.core.host import Host
@@ -77,6 +78,7 @@ def locate(target: str | Path, *, model: str | None = None, checkpoint: str = "b
 
     Raises:
         FormatError: a run or adapter folder is damaged, lacks the checkpoint, or does not name its base model.
+        ModelError: it is neither a folder nor the name of a model.
     """
     folder = Path(target).expanduser()
     if (folder / RUN_FILE).is_file():
@@ -90,6 +92,7 @@ def locate(target: str | Path, *, model: str | None = None, checkpoint: str = "b
             f"{folder} holds {' and '.join(parts)}, but no {RUN_FILE}, so what was trained on is not known. Name the "
             f"adapter folder itself: {folder / parts[0]}."
         )
+    check(model or target)
     return Place("model", model or str(target))
 
 

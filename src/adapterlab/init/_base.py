@@ -78,13 +78,13 @@ class Initialiser(Settings):
         site = place.site
         if site.kind not in self.kinds:
             raise AttachError(
-                f"init={self.name!r} starts {' and '.join(self.kinds)} modules, and {site.path} is of kind {site.kind}. "
+                f"init={self.name!r} starts {' and '.join(self.kinds)} modules; {site.path} is of kind {site.kind}. "
                 "Exclude it from the targets, or choose init='kaiming'."
             )
         if self.moves_base and site.quantized:
             raise AttachError(
                 f"init={self.name!r} changes the base weight, and that of {site.path} is stored packed "
-                f"({type(site.module).__name__}). Load the base without quantization, or choose init='kaiming' or 'eva'."
+                f"({type(site.module).__name__}). Load the base without quantization, or choose 'kaiming' or 'eva'."
             )
         if self.moves_base and site.tied:
             raise AttachError(

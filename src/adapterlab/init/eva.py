@@ -38,23 +38,34 @@ class EVA(Initialiser):
         wanted = {path: min(round(self.rho * p.r), p.site.shape[1]) for path, p in places.items()}
         seen: dict[str, Components] = {}
         for batch in shown(batches, self.batches, "principal components"):
-            fresh: dict[str, Components] = {}
-            last: tuple[Tensor, str] | None = None
-
-            def see(path: str, x: Tensor) -> None:
-                nonlocal last
-                # Query, key and value see the same input: one decomposition serves them all.
-                same = last is not None and wanted[last[1]] == wanted[path] and torch.equal(last[0], x)
-                fresh[path] = fresh[last[1]] if same and last else Components.of(seen.get(path), x, wanted[path])
-                last = (x, path)
-
-            inputs(host, places, batch, see)
+            fresh = self._updated(host, places, batch, wanted, seen)
             settled = all(path in seen and fresh[path].cosine(seen[path]) >= self.tau for path in fresh)
             seen.update(fresh)
             if settled:
                 break
         ranks = self._ranks(places, seen)
         return {path: self._start(place, seen.get(path), ranks.get(path, place.r)) for path, place in places.items()}
+
+    def _updated(
+        self,
+        host: Host,
+        places: Mapping[str, Place],
+        batch: Mapping[str, Tensor],
+        wanted: Mapping[str, int],
+        seen: Mapping[str, Components],
+    ) -> dict[str, Components]:
+        """The components of each module with the rows of one more batch."""
+        fresh: dict[str, Components] = {}
+        last: list[tuple[str, Tensor]] = []
+
+        def see(path: str, x: Tensor) -> None:
+            # Query, key and value see the same input: one decomposition serves them all.
+            same = [p for p, rows in last if wanted[p] == wanted[path] and torch.equal(rows, x)]
+            fresh[path] = fresh[same[0]] if same else Components.of(seen.get(path), x, wanted[path])
+            last[:] = [(path, x)]
+
+        inputs(host, places, batch, see)
+        return fresh
 
     def _ranks(self, places: Mapping[str, Place], seen: Mapping[str, Components]) -> dict[str, int]:
         budget = sum(places[path].r for path in seen)

@@ -46,8 +46,8 @@ class HFCodec:
         pack: for methods that PEFT stores as a whole instead of by module: (host, name) -> (further options, tensors by
             PEFT's keys), or None for what PEFT does not have.
         unpack: its inverse: (host, name, PEFT's tensors) -> tensors by the keys of `Host.tensors`.
-        outward: for adapters whose tensors are not PEFT's: (method, adapters by path) -> (further options, tensors by path
-            and name), or None for what PEFT does not have.
+        outward: for adapters whose tensors are not PEFT's: (method, adapters by path) -> (further options, tensors by
+            path and name), or None for what PEFT does not have.
         inward: its inverse for one module: (method, site, tensors by name) -> ours by name.
     """
 
@@ -214,16 +214,24 @@ def read(method: Method, host: Host, name: str, tensors: Mapping[str, Tensor]) -
         return method.hf.unpack(host, name, tensors) | _copies(parts, method.hf.prefix, tensors)
     ours = {_peft_key(key, parts, method.hf): key for key in own if not _only_ours(key, parts, method.hf)}
     found = (like(method, host, tensors) or {}) if method.hf.inward is not None else {}
+    inward = _read_inward(parts, method.hf)
     for key, value in tensors.items():
         if ours.get(key) in found:
             continue
         if key in ours:
             found[ours[key]] = value
-        elif _is_second_copy(key, tensors) or _is_repeated(key, tensors, method.hf):
+        elif key in inward or _is_second_copy(key, tensors) or _is_repeated(key, tensors, method.hf):
             continue
         elif not _is_base_copy(host, key, value):
             found[key] = value  # reported as not in this adapter, with everything else that does not fit
     return found
+
+
+def _read_inward(parts: Mapping[str, Any], codec: HFCodec) -> set[str]:
+    """PEFT's keys of tensors that `inward` has made others of."""
+    suffixes = {s for t in codec.tensors.values() for s in ([t] if isinstance(t, str) else t.values())}
+    adapted = [path for path, part in parts.items() if not isinstance(part, Copy)]
+    return {f"{PREFIX}{path}.{s}" for path in adapted for s in suffixes} if codec.inward is not None else set()
 
 
 def _copies(parts: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

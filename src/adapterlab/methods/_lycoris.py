@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated
 
 import torch
@@ -54,7 +55,7 @@ class Lycoris(LayerMethod):
             TargetError: a pattern matches none of them.
         """
         super().attach(host, name)
-        tables = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        tables: dict[str, Iterable[str]] = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
         check_patterns(self.id, tables, host.adapters(name))
 
 

@@ -69,22 +69,22 @@ class DeltaLoRA(LoRA):
     class Layer(LoRA.Layer):
         """The factors, those at the anchor, and `pushed`: 0 before the first change of the weight, then λ."""
 
-        A0: Tensor
-        B0: Tensor
+        A_kept: Tensor
+        B_kept: Tensor
         pushed: Tensor
 
         def __init__(self, method: LoRA, site: Site):
             super().__init__(method, site)
-            self.register_buffer("A0", torch.zeros_like(self.A))
-            self.register_buffer("B0", torch.zeros_like(self.B))
+            self.register_buffer("A_kept", torch.zeros_like(self.A))
+            self.register_buffer("B_kept", torch.zeros_like(self.B))
             self.register_buffer("pushed", self.A.new_zeros(()).detach())
 
         @torch.no_grad()
         def anchor(self, push: float) -> None:
             """Let the weight follow from the factors as they are now, unless it does already."""
             if not self.pushed:
-                self.A0.copy_(self.A)
-                self.B0.copy_(self.B)
+                self.A_kept.copy_(self.A)
+                self.B_kept.copy_(self.B)
                 self.pushed.fill_(push)
 
         def factors(self) -> tuple[Tensor, Tensor]:
@@ -93,4 +93,4 @@ class DeltaLoRA(LoRA):
             still = self.A.detach()
             a = still + (self.A - still) / (1 + self.pushed)
             b = self.B + self.pushed * self.B.detach()
-            return torch.cat([a, self.A0]), torch.cat([b, -self.pushed * self.B0], 1)
+            return torch.cat([a, self.A_kept]), torch.cat([b, -self.pushed * self.B_kept], 1)

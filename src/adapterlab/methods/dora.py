@@ -53,6 +53,7 @@ class DoRA(LoRA):
     year: ClassVar[int] = 2024
     arxiv: ClassVar[str] = "2402.09353"
     formula: ClassVar[str] = "r (in + out) + out"
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
 
     lora_bias: Literal[False] = Field(False, description="not available: a bias of B has no place in the row norms")
 

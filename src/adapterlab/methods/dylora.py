@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from adapterlab.core.host import Host
 from adapterlab.core.site import Site
 from adapterlab.errors import ConfigError
+from adapterlab.init import Initialiser
 from adapterlab.io.hf_peft import HFCodec
 from adapterlab.methods.lora import LoRA
 from adapterlab.registry import register
@@ -36,8 +37,8 @@ class DyLoRA(LoRA):
 
     Trainable parameters: r (in + out) for each module.
 
-    Inference: outside of training the rank is `inference_rank`; `method.truncate(host, name, b)` chooses another one. It can be
-    merged, at no cost.
+    Inference: outside of training the rank is `inference_rank`; `method.truncate(host, name, b)` chooses another one.
+    It can be merged, at no cost.
 
     Reference: "DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank Adaptation",
     arXiv 2210.07558.
@@ -61,6 +62,15 @@ class DyLoRA(LoRA):
     update: Literal["prefix", "row"] = Field("prefix", description="train ranks 1 to b, or rank b alone")
     strict: bool = Field(False, description="let momentum and weight decay move only what a step trains")
     seed: int = Field(0, ge=0, description="of the draws")
+
+    @field_validator("init")
+    @classmethod
+    def _at_base(cls, value: Initialiser) -> Initialiser:
+        if value.moves_base:
+            raise ValueError(
+                f"init={value.name!r} takes from the base what lower ranks then lack; choose kaiming, gaussian or eva"
+            )
+        return value
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -24,9 +24,9 @@ from adapterlab.registry import register
 class IntrinsicSAID(LayerMethod):
     """Train one vector of d numbers that fixed random projections expand to updates of all weights.
 
-    θ_i = θ_i⁰ + λ_i · P_i(v) for each weight and bias θ_i with D elements, P_i(v) = (H G Π H B v)[:D] / norm (Fastfood):
-    v is padded with zeros, or cropped, to L = the next power of two, B random signs, H the Walsh-Hadamard transform, Π a
-    permutation, G normal; norm = √(L ΣG²) √(D / L), so that ‖P_i(v)‖ ≈ ‖v‖. v is shared by all, λ_i is learned for
+    θ_i = θ_i⁰ + λ_i · P_i(v) for each weight and bias θ_i, of D elements; P_i(v) = (H G Π H B v)[:D] / norm (Fastfood),
+    v padded with zeros, or cropped, to L = the next power of two, B random signs, H the Walsh-Hadamard transform, Π a
+    permutation, G normal, norm = √(L ΣG²) √(D / L), so that ‖P_i(v)‖ ≈ ‖v‖. v is shared by all, λ_i is learned for
     each; without `structure_aware` (DID) it is 1. A weight that two modules share has one projection.
 
     Where it attaches: weights and biases of linear layers (GPT-2's `Conv1D` and quantized ones too) and embeddings. The
@@ -152,6 +152,10 @@ class Fastfood(nn.Module):
     Its signs, permutation and normal values are drawn on the CPU, so that a seed gives the same ones on every device.
     """
 
+    signs: Tensor
+    order: Tensor
+    gain: Tensor
+
     def __init__(self, size: int, seed: int, site: Site, keep: bool):
         """Choose the map.
 
@@ -164,10 +168,9 @@ class Fastfood(nn.Module):
         super().__init__()
         self.size, self.seed = size, seed
         self.length = 1 << (size - 1).bit_length()
-        self.like = site.device, site.dtype
         self.kept = keep
         if keep:
-            for key, value in zip(("signs", "order", "gain"), self.draw(*self.like), strict=True):
+            for key, value in zip(("signs", "order", "gain"), self.draw(site.device, site.dtype), strict=True):
                 self.register_buffer(key, value, persistent=False)
 
     def draw(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.host import Host
@@ -16,6 +16,7 @@ from adapterlab.core.site import Site
 from adapterlab.core.state import State
 from adapterlab.core.targets import Targets
 from adapterlab.errors import AttachError
+from adapterlab.io.hf_peft import HFCodec
 from adapterlab.methods._bottleneck import Tap, entrance, feed_forwards, first, plus, width_of
 from adapterlab.methods._kronecker import Factor, KroneckerLayer, kronecker_linear, split
 from adapterlab.registry import register
@@ -63,6 +64,13 @@ class KronA(LayerMethod):
         "weight", description="beside each target's weight, or beside the feed-forward sublayer, with a residual or not"
     )
 
+    hf: ClassVar[HFCodec | None] = HFCodec(
+        "LOKR",  # PEFT's LoKr with two whole matrices; what it writes is read as LoKr
+        fields={},
+        tensors={"A": "lokr_w1", "B": "lokr_w2"},
+        outward=lambda method, layers: _outward(method, layers),
+    )
+
     def sizes(self, out: int, in_: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of A and B for a weight `[out, in]`.
 
@@ -73,8 +81,8 @@ class KronA(LayerMethod):
         if a1 < 1 or a2 < 1 or out % a1 or in_ % a2:
             near = math.gcd(a1, out), math.gcd(a2, in_)
             raise AttachError(
-                f"krona: a = {(a1, a2)} does not divide a target of [{out}, {in_}]; a = {near} does. Choose other sizes, "
-                "leave a unset to choose them by module, or exclude the target."
+                f"krona: a = {(a1, a2)} does not divide a target of [{out}, {in_}]; a = {near} does. Choose other "
+                "sizes, leave a unset to choose them by module, or exclude the target."
             )
         return (a1, a2), (out // a1, in_ // a2)
 
@@ -133,3 +141,19 @@ class Beside(Adapter):
         if self.t is not None:
             share = share + self.t.to(x.dtype) * x
         return plus(y, share.to(first(y).dtype))
+
+
+def _outward(
+    method: KronA, layers: Mapping[str, Adapter]
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None:
+    """Options under which PEFT's rule gives our sizes, and the factors; None where there are none."""
+    sites = [layer.site for layer in layers.values()]
+    if method.place != "weight" or any(site.kind != "linear" for site in sites):
+        return None
+    shapes = {site.shape: method.sizes(*site.shape) for site in sites}
+    for factor in (-1, *(method.a or ())):
+        if all((split(out, factor)[0], split(in_, factor)[0]) == a for (out, in_), (a, _) in shapes.items()):
+            r = -(-max(side for _, b in shapes.values() for side in b) // 2)  # from here on both factors are whole
+            options = {"r": r, "alpha": method.scale * r, "decompose_factor": factor}
+            return options, {path: layer.state_dict() for path, layer in layers.items()}
+    return None

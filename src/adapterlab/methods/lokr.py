@@ -50,9 +50,7 @@ class LoKr(Lycoris):
     factor: int = Field(-1, ge=-1, description="size of w1 where it divides, else its limit; -1: near the square root")
     decompose_both: bool = Field(False, description="make w1 a product of thin matrices too")
     rescale: bool = Field(False, description="divide by the share of rows that rank_dropout keeps")
-    start: Literal["peft", "lycoris"] = Field(
-        "peft", description="which factor begins at zero: the first or the second"
-    )
+    start: Literal["peft", "lycoris"] = Field("peft", description="what begins at zero: w1 or w2")
 
     hf: ClassVar[HFCodec | None] = HFCodec(
         "LOKR",
@@ -69,8 +67,8 @@ class LoKr(Lycoris):
 
     def sizes(self, out: int, in_: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Shapes of w1 and w2 for a weight `[out, in]`."""
-        (l, k), (m, n) = split(out, self.factor), split(in_, self.factor)
-        return (l, m), (k, n)
+        (out_l, out_k), (in_m, in_n) = split(out, self.factor), split(in_, self.factor)
+        return (out_l, in_m), (out_k, in_n)
 
     class Layer(LycorisLayer, KroneckerLayer):
         """The factors of one module."""

@@ -5,36 +5,44 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator
-from torch import Tensor, nn
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
 from torch.nn import functional as F
 
-from adapterlab.core.adapter import Delta
+from adapterlab.core.adapter import Adapter
 from adapterlab.core.host import Host
-from adapterlab.core.method import LayerMethod
 from adapterlab.core.site import Site
 from adapterlab.core.targets import Targets
 from adapterlab.core.wrapping import Base
-from adapterlab.errors import TargetError, nearest
+from adapterlab.errors import AttachError, TargetError, nearest
+from adapterlab.init import Place, Start
 from adapterlab.io.hf_peft import HFCodec
+from adapterlab.methods import _lora_forms
+from adapterlab.methods._low_rank import Factors, LowRank
 from adapterlab.ops.low_rank import autocasts, low_rank_linear
 from adapterlab.registry import register
 
 
 @register
-class LoRA(LayerMethod):
+class LoRA(LowRank):
     """Freeze the weight and learn an additive update that is a product of two thin matrices.
 
     y = W x + b + s · B A drop(x), with s = alpha / r (`scale="linear"`) or alpha / √r (`scale="sqrt"`, rsLoRA).
     A `[r, in]`, B `[out, r]`. For an embedding table `[V, d]`, `in = V` and `out = d`: y = E[ids] + s · B A[:, ids].
 
-    Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too) and embeddings.
+    Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too), embeddings, and convolutions, whose
+    kernels count as `[out, in / groups · prod(k)]`.
 
-    Start: B = 0 (for embeddings A = 0), so the first output equals the base's.
+    Fused modules: with `blocks`, each block of rows (q, k, v) of a module with that many rows has factors of its own,
+    as in the original MergedLinear; the blocks need not be equal, and `enable` leaves some out.
 
-    Trainable parameters: r (in + out) for each module.
+    Start: B = 0 (for embeddings A = 0), so the first output equals the base's. Other values of `init` may put a part of
+    the base weight into the factors; the base then holds the rest while the adapter is live. The original weight is
+    kept beside it, and saving converts to an ordinary LoRA of rank 2r on the original base.
+
+    Trainable parameters: r (in + out) for each module; r (n in + out of the n enabled blocks) for fused ones.
 
     Inference: W + s B A can be merged, at no cost.
 
@@ -55,15 +63,10 @@ class LoRA(LayerMethod):
     year: ClassVar[int] = 2021
     arxiv: ClassVar[str] = "2106.09685"
     formula: ClassVar[str] = "r (in + out)"
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
-
     r: int = Field(8, ge=1, description="rank of the update")
     alpha: float = Field(16.0, gt=0, description="scale numerator; twice the rank is a common choice")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input; embeddings have none")
     scale: Literal["linear", "sqrt"] = Field("linear", description="alpha / r, or alpha / √r, which suits large ranks")
-    init: Literal["kaiming", "gaussian"] = Field(
-        "kaiming", description="start of A: uniform ±1/√in, or normal with standard deviation 1/r"
-    )
     bias: Literal["none", "all", "lora_only"] = Field(
         "none", description="base biases to train as well: none, all, or those of adapted modules"
     )
@@ -74,6 +77,10 @@ class LoRA(LayerMethod):
     alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="likewise for alpha"
     )
+    blocks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="rows of each block of a fused module, such as those of q, k and v"
+    )
+    enable: tuple[bool, ...] = Field((), description="which of the blocks are adapted; default: all")
 
     hf: ClassVar[HFCodec | None] = HFCodec(
         "LORA",
@@ -82,19 +89,20 @@ class LoRA(LayerMethod):
             "alpha": "lora_alpha",
             "dropout": "lora_dropout",
             "scale": ("use_rslora", {"linear": False, "sqrt": True}),
-            "init": ("init_lora_weights", {"kaiming": True, "gaussian": "gaussian"}),
             "bias": "bias",
             "lora_bias": "lora_bias",
             "rank_pattern": "rank_pattern",
             "alpha_pattern": "alpha_pattern",
         },
         tensors={
-            "A": {"linear": "lora_A.weight", "embedding": "lora_embedding_A"},
-            "B": {"linear": "lora_B.weight", "embedding": "lora_embedding_B"},
+            "A": {"linear": "lora_A.weight", "conv": "lora_A.weight", "embedding": "lora_embedding_A"},
+            "B": {"linear": "lora_B.weight", "conv": "lora_B.weight", "embedding": "lora_embedding_B"},
             "bias": "lora_B.bias",
         },
         # How the factors began does not matter once they are trained, unless the base was changed with them.
         accepts={"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")},
+        outward=_lora_forms.outward,
+        inward=_lora_forms.inward,
     )
 
     @field_validator("rank_pattern", "alpha_pattern")
@@ -106,6 +114,16 @@ class LoRA(LayerMethod):
             except re.error as error:
                 raise ValueError(f"{key!r} is not a valid regular expression ({error})") from None
         return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.enable and (len(self.enable) != len(self.blocks) or not any(self.enable)):
+            raise ValueError(f"enable={self.enable} should say yes or no for each of blocks={self.blocks}, one yes")
+        if self.blocks and (type(self).Layer is not LoRA.Layer or self.init.moves_base or self.init.needs_data):
+            raise ValueError("blocks work with plain LoRA and init='kaiming' or 'gaussian' only")
+        if self.init.moves_base and not type(self).Layer.additive:  # type: ignore[attr-defined]
+            raise ValueError(f"init={self.init.name!r} changes the base weight, which {self.id} computes from")
+        return self
 
     def rank(self, path: str) -> int:
         """Rank at one module."""
@@ -121,6 +139,9 @@ class LoRA(LayerMethod):
         super().attach(host, name)
         adapted = host.adapters(name)
         self._check_patterns(adapted)
+        if self.blocks and not any(isinstance(layer, Blocks) for layer in adapted.values()):
+            rows = sorted({layer.site.shape[0] for layer in adapted.values()})
+            raise TargetError(f"lora: blocks={self.blocks} make {sum(self.blocks)} rows; the targets have {rows}.")
         # Modules that are copied whole bring their own bias.
         copied = host.sites(Targets(include=self.modules_to_save)) if self.modules_to_save else []
         left_out = {id(p) for site in copied for p in site.module.parameters()}
@@ -129,6 +150,15 @@ class LoRA(LayerMethod):
             wanted = leaf == "bias" and (self.bias == "all" or module in adapted)
             if wanted and id(p) not in left_out and not host.is_adapter_path(path):
                 host.own(name, path)
+
+    def place(self, site: Site) -> Place:
+        """Rank and scale at one module."""
+        return Place(site, self.rank(site.path), self.scaling(site.path))
+
+    def build(self, site: Site, host: Host, name: str) -> Adapter:
+        """Make the factors for one site, block by block where it is a fused module."""
+        fused = self.blocks and site.kind == "linear" and site.shape[0] == sum(self.blocks)
+        return Blocks(self, site) if fused else super().build(site, host, name)
 
     def _check_patterns(self, adapted: Iterable[str]) -> None:
         for field in ("rank_pattern", "alpha_pattern"):
@@ -139,33 +169,18 @@ class LoRA(LayerMethod):
                         f"lora: {field} names {key!r}, which no adapted module has. {nearest(key, names)}"
                     )
 
-    class Layer(Delta):
+    class Layer(Factors):
         """The two factors at one module."""
 
         def __init__(self, method: LoRA, site: Site):
-            super().__init__(site)
-            out, in_ = site.shape
-            r = method.rank(site.path)
-            self.scale = method.scaling(site.path)
-            self.A, self.B = site.parameter(r, in_), site.parameter(out, r)
+            super().__init__(method, site)
             embedding = site.kind == "embedding"
             self.p = 0.0 if embedding else method.dropout
-            self.bias = site.parameter(out) if method.lora_bias and not embedding else None
-            if embedding:
-                nn.init.normal_(self.B)
-            elif method.init == "gaussian":
-                nn.init.normal_(self.A, std=1 / r)
-            else:
-                nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-
-        def factors(self) -> tuple[Tensor, Tensor]:
-            """The A and B that every product uses; variants make others of their tensors."""
-            return self.A, self.B
-
-        def delta(self) -> Tensor:
-            """ΔW = s · B A `[out, in]`."""
-            a, b = self.factors()
-            return self.scale * (b @ a)
+            self.bias = site.parameter(site.shape[0]) if method.lora_bias and not embedding else None
+            if self.bias is not None and site.grouped:
+                raise AttachError(
+                    f"lora_bias does not work with the groups of {site.path}: exclude it, or leave it off."
+                )
 
         def forward(self, x: Tensor) -> Tensor:
             """S · (B A drop(x) + bias) in the dtype of x (of the factors for token ids)."""
@@ -174,10 +189,11 @@ class LoRA(LayerMethod):
         def product(self, x: Tensor) -> Tensor:
             """S · (B A x + bias), without dropout."""
             dtype = x.dtype if x.is_floating_point() else self.dtype
-            a, b = self.factors()
-            h = self.site.op(x, a.to(dtype))
-            y = self.site.mix(h, b.to(dtype))
-            return self.scale * (y if self.bias is None else y + self.bias.to(dtype))
+            a, b = (factor.to(dtype) for factor in self.factors())
+            if self.site.grouped:
+                return self.scale * self.site.op(x, b @ a)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return self.scale * self.site.mix(self.site.op(x, a), b, bias)
 
         def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Fuse with the base product when nothing stands between, else add to what `run` returns."""
@@ -205,6 +221,25 @@ class LoRA(LayerMethod):
             trained = any(p.requires_grad for p in self.site.module._parameters.values() if p is not None)
             plain = self.site.plain and x.dtype == self.site.module.weight.dtype and not trained
             return plain and self.bias is None and not (self.training and self.p) and not autocasts(x)
+
+
+class Blocks(LoRA.Layer):
+    """A pair of factors for each enabled block of rows of a fused module.
+
+    A `[n r, in]` has those of the n blocks below each other, B `[rows of the n blocks, r]` likewise.
+    """
+
+    def __init__(self, method: LoRA, site: Site):
+        super().__init__(method, site)
+        self.blocks, self.enable = method.blocks, method.enable or (True,) * len(method.blocks)
+        r, n = method.rank(site.path), sum(self.enable)
+        start = method.init.start(Place(site, n * r, self.scale))
+        rows = sum(size for size, on in zip(self.blocks, self.enable, strict=True) if on)
+        self.begin(Start(start.A, start.B.new_zeros(rows, r)))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A, and the B `[out, n r]` that has the blocks' own where they belong and zeros elsewhere."""
+        return self.A, _lora_forms.spread(self.B, self.blocks, self.enable)
 
 
 def matches(key: str, path: str) -> bool:

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from adapterlab.core.host import Host
 from adapterlab.core.method import Batches
 from adapterlab.core.site import Site
 from adapterlab.errors import NotTrainingError
+from adapterlab.init import Initialiser
 from adapterlab.io.hf_peft import HFCodec
 from adapterlab.methods.lora import LoRA
 from adapterlab.registry import register
@@ -55,12 +56,22 @@ class LoRADrop(LoRA):
     year: ClassVar[int] = 2024
     arxiv: ClassVar[str] = "2402.07721"
     formula: ClassVar[str] = "(k + 1) r (in + out) for each kind of module, k of them kept"
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
     hf: ClassVar[HFCodec | None] = None
 
     threshold: float = Field(0.9, gt=0, le=1, description="share of the output that the kept modules have")
     share: float = Field(0.1, gt=0, le=1, description="part of the batches that is used to decide")
     steps: int = Field(50, ge=1, description="steps of training before the measurement")
     lr: float = Field(1e-3, gt=0, description="learning rate of these steps")
+
+    @field_validator("init")
+    @classmethod
+    def _without_data(cls, value: Initialiser) -> Initialiser:
+        if value.moves_base or value.needs_data:
+            raise ValueError(
+                f"init={value.name!r} does not suit factors that modules share; choose kaiming or gaussian"
+            )
+        return value
 
     @classmethod
     def example(cls, model: nn.Module) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from adapterlab.core.host import Host
 from adapterlab.core.site import Site
+from adapterlab.init import Initialiser
 from adapterlab.io.hf_peft import HFCodec
 from adapterlab.methods.lora import LoRA
 from adapterlab.registry import register
@@ -46,11 +47,21 @@ class LoRADropout(LoRA):
     paper: ClassVar[str] = "LoRA Dropout as a Sparsity Regularizer for Overfitting Control"
     year: ClassVar[int] = 2024
     arxiv: ClassVar[str] = "2404.09610"
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
     hf: ClassVar[HFCodec | None] = None
 
     p: float = Field(0.5, ge=0, lt=1, description="probability that a column of A or a row of B is deleted")
     draws: int = Field(1, ge=1, description="draws that a training step and an ensemble average over; about 4")
     rescale: bool = Field(False, description="divide what is left by its probability, so that the mean is s B A")
+
+    @field_validator("init")
+    @classmethod
+    def _at_base(cls, value: Initialiser) -> Initialiser:
+        if value.moves_base:
+            raise ValueError(
+                f"init={value.name!r} takes from the base what a draw then deletes; choose kaiming, gaussian or eva"
+            )
+        return value
 
     @property
     def kept(self) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.host import Host
 from adapterlab.core.method import MakeOptimizer
-from adapterlab.core.site import Site
+from adapterlab.init import Start
 from adapterlab.methods.lora import LoRA
 from adapterlab.optim.chain import Chain
 from adapterlab.optim.transforms import Back, State, Transform
@@ -68,10 +68,12 @@ class LoRAFA(LoRA):
     class Layer(LoRA.Layer):
         """The constant factor, a buffer, and the one that trains."""
 
-        def __init__(self, method: LoRA, site: Site):
-            super().__init__(method, site)
+        @torch.no_grad()
+        def begin(self, start: Start) -> None:
+            """Take over a start and freeze its A; an A that is zero could never be left again."""
+            super().begin(start)
             a = self.A.detach()
-            if site.kind == "embedding":
+            if not a.any():
                 nn.init.normal_(a)
                 nn.init.zeros_(self.B)
             del self.A

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from adapterlab.core.host import Host
 from adapterlab.core.site import Site
 from adapterlab.errors import AttachError
+from adapterlab.init import Initialiser
 from adapterlab.io.hf_peft import HFCodec
 from adapterlab.methods.lora import LoRA
 from adapterlab.registry import register
@@ -48,10 +49,16 @@ class LoRAXS(LoRA):
     hf: ClassVar[HFCodec | None] = None
     starts_at_base: ClassVar[bool] = False
 
-    init: Literal["kaiming"] = Field("kaiming", description="not used: the factors come from the weight")
     std: float = Field(1e-5, ge=0, description="standard deviation of M at the start")
     iterations: int = Field(10, ge=1, description="power iterations of the randomised decomposition")
     seed: int = Field(42, ge=0, lt=1 << 63, description="of the randomised decomposition")
+
+    @field_validator("init")
+    @classmethod
+    def _fixed(cls, value: Initialiser) -> Initialiser:
+        if value.name != "kaiming":
+            raise ValueError(f"init={value.name!r} would be lost: lora_xs starts with singular vectors; leave it out")
+        return value
 
     def attach(self, host: Host, name: str) -> None:
         """Attach with factors from the weights."""

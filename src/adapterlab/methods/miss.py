@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterlab.core.method import LayerMethod
@@ -66,7 +66,7 @@ class MiSS(LayerMethod):
     )
 
     @classmethod
-    def example(cls, model: object) -> dict[str, int]:
+    def example(cls, model: nn.Module) -> dict[str, Any]:
         """A shard that fits into small layers."""
         return {"r": 8}
 
@@ -85,7 +85,7 @@ class MiSS(LayerMethod):
             )
         if self.variant == "bat" and (out % self.r or in_ % self.r):
             raise AttachError(
-                f"miss: variant='bat' cuts a weight into blocks of {self.r} x {self.r}, and a target is [{out}, {in_}]. "
+                f"miss: variant='bat' cuts a weight into blocks of r = {self.r}, and a target is [{out}, {in_}]. "
                 "Choose an r that divides both, variant='standard', or exclude the target."
             )
         blocks = {"standard": (self.r, out), "mini": (self.r, self.mini_r), "bat": (out // self.r, self.r, self.r)}

@@ -129,8 +129,11 @@ class VBLoRA(LayerMethod):
                 "vblora: this adapter was saved with save_topk, so the logits of the vectors it does not use are lost "
                 "and training cannot go on. Start from a checkpoint saved with save_topk=False."
             )
-        rest = [p for key, p in named.items() if key not in logits]
-        return make([{"params": rest}, {"params": list(logits.values()), "lr_factor": self.logits_lr_factor}])
+        groups: list[dict[str, Any]] = [
+            {"params": [p for key, p in named.items() if key not in logits]},
+            {"params": list(logits.values()), "lr_factor": self.logits_lr_factor},
+        ]
+        return make(groups)
 
     class Layer(Delta):
         """The logits of one module: `logits_A` `[r, in / b, h]`, `logits_B` `[out / b, r, h]`."""

@@ -13,12 +13,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.models.entries import DEFAULT, Entry, catalogue, home
-from adapterlab.models.pulling import pull, resolve
+from adapterlab.models.pulling import check, pull, resolve
 
 if TYPE_CHECKING:
     from adapterlab.models.loading import load_model
 
-__all__ = ["DEFAULT", "Entry", "catalogue", "home", "load_model", "pull", "resolve"]
+__all__ = ["DEFAULT", "Entry", "catalogue", "check", "home", "load_model", "pull", "resolve"]
 
 
 def __getattr__(name: str) -> Any:

@@ -99,7 +99,12 @@ def _quantization(quantize: str | None, dtype: torch.dtype, place: torch.device)
         )
     require("bitsandbytes", "quantized", f"for quantize={quantize!r}")
     if quantize == "nf4":
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     else:
         config = BitsAndBytesConfig(load_in_8bit=True)
     return {"quantization_config": config, "device_map": {"": place}}  # quantized while they are put on the device

@@ -63,6 +63,15 @@ def resolve(name: str | Path, revision: str | None = None) -> Path:
     return pull(name, revision=revision)
 
 
+def check(name: str | Path) -> None:
+    """Check that a name has one of the three forms, without fetching anything.
+
+    Raises:
+        ModelError: it has none.
+    """
+    _find(str(name), None)
+
+
 def _find(name: str, revision: str | None) -> Path | tuple[Source, Path]:
     """Tell which of the three forms a name has."""
     entry = catalogue().get(name)

@@ -154,6 +154,7 @@ class Loop:
         if self.accelerator.num_processes > 1:
             for tensor in host.tensors(self.name).values():
                 tensor.data.copy_(broadcast(tensor.data))
+            host.refresh(self.name)
         self.loss = Loss(model)
         make = functools.partial(
             adamw, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps

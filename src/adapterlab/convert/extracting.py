@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import nn
 
-from adapterlab.convert.building import Conversion, draft_of
+from adapterlab.convert.building import Conversion, Draft
 from adapterlab.convert.changes import AdapterChanges, Change, Changes, ModelChanges
 from adapterlab.convert.low_rank import Fit, check_size, fit
 from adapterlab.core.host import Host
 from adapterlab.core.host import host as host_of
+from adapterlab.errors import ConfigError
+from adapterlab.io import hf_peft
+from adapterlab.io.atomic import new_folder, write_json
+from adapterlab.io.folder import CONFIG, TENSORS
 
 Progress = Callable[[str, int, int], None]
 _ENERGY = 0.9
@@ -50,16 +56,12 @@ def extract_lora(
     check_size(rank, energy)
     if rank is None and energy is None:
         energy = _ENERGY
-    changes = ModelChanges(base, tuned)
-    draft = draft_of(
-        (c for c in _reported(changes, progress) if c.site.kind != "embedding" and not c.site.tied),
-        lambda change: fit(_weight(change), rank, energy, change.floor),
-        keep=keep,
-    )
-    for change in changes:
-        if change.site.kind == "embedding" or change.site.tied:
-            draft.add(change, lambda change: fit(_weight(change)), keep=keep, low_rank=False)
-    return draft.attach(host_of(base) or Host(base), into)
+    host, draft = host_of(base) or Host(base), Draft()
+    with host.using():
+        for change in _reported(ModelChanges(base, tuned), progress):
+            matrix = change.site.kind == "linear" and not change.site.tied
+            draft.add(change, lambda c: fit(_weight(c), rank, energy, c.floor), keep=keep, low_rank=matrix)
+        return draft.attach(host, into)
 
 
 def export_lora(
@@ -86,7 +88,8 @@ def export_lora(
 
     Raises:
         ConfigError: rank or energy is not valid.
-        MergeError: the adapter is not linear, or is merged now.
+        MergeError: the adapter is not linear, or changed no weight matrix.
+        AttachError: the name `into` is taken, or an adapter is merged now.
     """
     check_size(rank, energy)
 
@@ -98,7 +101,10 @@ def export_lora(
         return found if found.factors.rank <= max(1, min(change.site.shape) // 2) else fit(source, energy=_ENERGY)
 
     with host.using():
-        return draft_of(_reported(AdapterChanges(host, name), progress), fitted).attach(host, into)
+        draft = Draft()
+        for change in _reported(AdapterChanges(host, name), progress):
+            draft.add(change, fitted)
+        return draft.attach(host, into)
 
 
 def _reported(changes: Changes, progress: Progress | None) -> Iterator[Change]:
@@ -113,3 +119,31 @@ def _reported(changes: Changes, progress: Progress | None) -> Iterator[Change]:
 def _weight(change: Change) -> Any:
     assert change.weight is not None
     return change.weight
+
+
+def export_peft(host: Host, name: str, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write an adapter as a folder with HF PEFT's two files and nothing else.
+
+    Args:
+        host: of the model.
+        name: of the adapter.
+        folder: where to.
+        overwrite: replace a folder that is not empty.
+
+    Raises:
+        ConfigError: PEFT has no such method.
+        OutputError: the folder is not empty or cannot be written.
+    """
+    method, about = host.methods[host._only(name)], getattr(host.model, "config", None)
+    base, revision = getattr(about, "_name_or_path", None) or None, getattr(about, "_commit_hash", None)
+    found = hf_peft.write(host, name, base, revision) if method.hf is not None else None
+    if found is None:
+        raise ConfigError(
+            f"HF PEFT cannot store this {method.id} adapter. Write it as a LoRA adapter instead, which PEFT reads: "
+            "export_lora, or --as lora on the command line."
+        )
+    config, tensors = found
+    with new_folder(Path(folder), overwrite=overwrite) as work:
+        save_file({k: v.cpu().contiguous().clone() for k, v in tensors.items()}, work / TENSORS, {"format": "pt"})
+        write_json(work / CONFIG, config)
+    return Path(folder)

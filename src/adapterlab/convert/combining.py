@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from adapterlab.convert.blending import HOWS, SUMS, How, blend
 from adapterlab.convert.building import Conversion, Draft
 from adapterlab.convert.changes import MATRICES, AdapterChanges, Change
-from adapterlab.convert.low_rank import Factors, Fit, check_size, fit
+from adapterlab.convert.low_rank import Factors, Fit, check_size, fit, wide
 from adapterlab.core.host import Host
 from adapterlab.errors import ConfigError, nearest
 
@@ -64,7 +65,8 @@ def combine(
 
     Raises:
         ConfigError: names, weights or options are not valid.
-        MergeError: an adapter is not linear, or is merged now.
+        MergeError: an adapter is not linear, or none of them changed a weight matrix.
+        AttachError: the name `into` is taken, or an adapter is merged now.
     """
     weights = _checked(host, names, weights, how, rank, density)
     generator = torch.Generator().manual_seed(seed)
@@ -76,15 +78,13 @@ def combine(
             found = [(w, c) for w, source in zip(weights, sources, strict=True) if (c := source.at(path)) is not None]
             if found:
                 mixed, limit = _mix(found, how, _DENSITY if density is None else density, generator)
-                draft.add(mixed, lambda change, limit=limit: _fitted(change, how, rank, limit))  # type: ignore[misc]
+                draft.add(mixed, functools.partial(_fitted, how=how, rank=rank, limit=limit))
             if progress:
                 progress("combining", done + 1, len(paths))
         return draft.attach(host, into)
 
 
-def _mix(
-    found: list[tuple[float, Change]], how: str, density: float, generator: torch.Generator
-) -> tuple[Change, int]:
+def _mix(found: list[tuple[float, Change]], how: str, density: float, generator: torch.Generator) -> tuple[Change, int]:
     """Combine the changes of one module; also the largest rank among them."""
     first = found[0][1]
 
@@ -116,14 +116,15 @@ def _side_by_side(found: list[tuple[float, Change]]) -> Factors | None:
 
 
 def _fitted(change: Change, how: str, rank: int | None, limit: int) -> Fit:
-    assert change.weight is not None
+    assert change.weight is not None  # only weights get factors
     if how == "cat" and change.factors is not None:
-        return Fit(change.factors, float(torch.linalg.norm(change.weight.double())), 0.0)
+        return Fit(change.factors, float(torch.linalg.norm(wide(change.weight))), 0.0)
     if how in ("linear", "cat"):
         limited = rank
     else:
         limited = limit if rank is None else rank
-    return fit(change.factors or change.weight, limited, floor=change.floor)
+    source = change.weight if change.factors is None else change.factors
+    return fit(source, limited, floor=change.floor)
 
 
 def _checked(

@@ -1,0 +1,127 @@
+"""What the verbs that convert adapters have in common: opening several on one base, and showing what was made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adapterlab.errors import ConfigError, FormatError
+
+if TYPE_CHECKING:
+    from adapterlab.convert.building import Conversion
+    from adapterlab.core.host import Host
+    from adapterlab.evaluate.opening import Opened, Place
+
+Adapter = Annotated[str, typer.Argument(help="A run folder or an adapter folder.", show_default=False)]
+Output = Annotated[Path, typer.Option(help="Folder to write.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")]
+Rank = Annotated[int | None, typer.Option(help="Largest rank of each module.")]
+Energy = Annotated[
+    float | None, typer.Option(help="Instead of a rank: the share of each module's squared norm to keep, such as 0.9.")
+]
+
+
+def adapter_place(target: str, model: str | None, checkpoint: str) -> Place:
+    """Locate an adapter.
+
+    Raises:
+        ConfigError: the name stands for a base model.
+    """
+    from adapterlab.evaluate.opening import locate
+
+    place = locate(target, model=model, checkpoint=checkpoint)
+    if place.adapter is None:
+        raise ConfigError(f"{target!r} is a base model, or is not there. Give a run folder or an adapter folder.")
+    return place
+
+
+def check_same_base(places: Sequence[Place]) -> None:
+    """Check that adapters belong to one base model.
+
+    Raises:
+        FormatError: they name different ones.
+    """
+    bases = [Path(p.base).expanduser() for p in places]
+    if len({str(base.resolve() if base.is_dir() else base) for base in bases}) > 1:
+        listed = "; ".join(f"{place.adapter} for {place.base!r}" for place in places)
+        raise FormatError(
+            f"The adapters were made for different base models: {listed}. A change of one means nothing in another. "
+            "If these are names of the same model, say so with --model NAME."
+        )
+
+
+def open_adapters(places: Sequence[Place], device: str | None, precision: str | None) -> tuple[Host, list[str]]:
+    """Load the base and put the adapters on it, switched off; return the host and their names."""
+    from adapterlab.evaluate.opening import open_target
+    from adapterlab.io import load
+
+    opened = open_target(dataclasses.replace(places[0], adapter=None), device=device, precision=precision)
+    names: list[str] = []
+    for place in places:
+        again = sum(name.partition("__")[0] == place.label for name in names)
+        names.append(f"{place.label}__{again + 1}" if again else place.label)
+        assert place.adapter is not None
+        host = load(opened.model, place.adapter, names[-1], active=False)
+    return host, names
+
+
+def open_adapter(
+    target: str, model: str | None, checkpoint: str, device: str | None, precision: str | None
+) -> tuple[Opened, Host, Place]:
+    """Load the base with one adapter, live."""
+    from adapterlab.evaluate.opening import open_target
+
+    place = adapter_place(target, model, checkpoint)
+    opened = open_target(place, device=device, precision=precision)
+    assert opened.host is not None
+    return opened, opened.host, place
+
+
+def save_made(host: Host, made: Conversion, output: Path, overwrite: bool, origin: str) -> None:
+    """Save a LoRA adapter that was made of others, with its errors in the card."""
+    notes = {
+        "Made from": origin,
+        "Relative error": f"{made.error:.3g} (worst: {made.worst.error:.3g} at {made.worst.path})",
+    }
+    host.save(output, made.name, overwrite=overwrite, notes=notes)
+
+
+def show_conversion(made: Conversion, output: Path, as_json: bool) -> None:
+    """Print rank and error of every module, and of the whole."""
+    from adapterlab.cli._shared import print_json
+
+    if as_json:
+        print_json({**made.to_dict(), "folder": str(output)})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table("module", "rank", "energy kept", "relative error")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for module in made.modules:
+        table.add_row(module.path, str(module.rank), f"{module.energy:.4%}", f"{module.error:.3g}")
+    table.add_row("all", str(sum(made.ranks.values())), f"{made.energy:.4%}", f"{made.error:.3g}", style="bold")
+    console.print(table)
+    console.print(f"Worst module: {made.worst.path}, relative error {made.worst.error:.3g}.", soft_wrap=True)
+    if made.saved:
+        console.print(f"Kept in full: {', '.join(made.saved)}.", soft_wrap=True)
+    _show_dropped(console, made)
+    console.print(f"Written: {output}", soft_wrap=True)
+
+
+def _show_dropped(console: Any, made: Conversion) -> None:
+    if made.dropped:
+        largest = sorted(made.dropped.items(), key=lambda item: -item[1])
+        named = ", ".join(f"{path} ({share:.2%})" for path, share in largest[:6])
+        more = f" and {len(largest) - 6} more" if len(largest) > 6 else ""
+        console.print(
+            f"Left out, as low-rank factors cannot say it (norm relative to the whole change): {named}{more}. "
+            "Keep it with --keep.",
+            soft_wrap=True,
+        )

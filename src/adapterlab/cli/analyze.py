@@ -1,0 +1,132 @@
+"""`adapterlab analyze`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adapterlab.cli._conversion import Overwrite, check_same_base
+from adapterlab.cli._shared import AsJson, Checkpoint, Device, bars, print_json
+from adapterlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from adapterlab.convert.analysis import Analysis
+    from adapterlab.convert.changes import Changes
+    from adapterlab.evaluate.opening import Place
+
+
+def analyze(
+    target: Annotated[str, typer.Argument(help="A run, an adapter, or a tuned model.", show_default=False)],
+    base: Annotated[str | None, typer.Option(help="The base model; needed for a tuned model.")] = None,
+    other: Annotated[
+        str | None, typer.Option(help="A second run, adapter or tuned model of the same base, to compare with.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for analysis.json and analysis.png.")] = None,
+    picture: Annotated[bool, typer.Option(help="Draw analysis.png too; needs matplotlib.")] = True,
+    checkpoint: Checkpoint = "best",
+    device: Device = None,
+    precision: Annotated[str, typer.Option(help="Of the base weights: fp32, bf16 or fp16.")] = "fp32",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what training changed: spectra, ranks, and magnitude against direction, for one or two adapters."""
+    from adapterlab.io.atomic import check_free, new_folder, write_json
+
+    if output is not None:
+        check_free(output, overwrite=overwrite)
+        if picture:
+            from adapterlab.convert.picture import check_drawing
+
+            check_drawing()
+    places = _places([target] if other is None else [target, other], base, checkpoint)
+    found, cosines = _analyses(places, device, precision)
+    report: dict[str, Any] = {name: analysis.to_dict() for name, analysis in found.items()}
+    if other is not None:
+        report = {**report, "cosine": cosines}
+    if output is not None:
+        with new_folder(output, overwrite=overwrite) as work:
+            write_json(work / "analysis.json", report)
+            if picture:
+                from adapterlab.convert.picture import draw
+
+                draw(found, work / "analysis.png")
+    print_json(report) if as_json else _show(found, cosines, output)
+
+
+def _places(targets: list[str], base: str | None, checkpoint: str) -> list[Place]:
+    from adapterlab.evaluate.opening import locate
+
+    places = []
+    for target in targets:
+        place = locate(target, checkpoint=checkpoint)
+        if place.adapter is not None and base is not None:
+            place = dataclasses.replace(place, base=base)
+        places.append(place)
+    base = base or next((p.base for p in places if p.adapter is not None), None)
+    if base is None:
+        raise ConfigError(f"{targets[0]!r} is a whole model: say with --base which model it was tuned from.")
+    check_same_base([p for p in places if p.adapter is not None])
+    return [p if p.adapter is not None else dataclasses.replace(p, run=Path(p.base), base=base) for p in places]
+
+
+def _analyses(places: list[Place], device: str | None, precision: str) -> tuple[dict[str, Analysis], dict[str, float]]:
+    from adapterlab.convert import analyze as describe
+    from adapterlab.convert.analysis import cosine
+    from adapterlab.core.host import Host, host
+    from adapterlab.evaluate.opening import open_target
+
+    first = dataclasses.replace(places[0], adapter=None)
+    model = open_target(first, device=device, precision=precision).model
+    names = _names(places)
+    changes = [_changes(model, place, name, device, precision) for place, name in zip(places, names, strict=True)]
+    attached = host(model) or Host(model)
+    with attached.using(), bars() as progress:
+        made = {name: describe(one, progress) for name, one in zip(names, changes, strict=True)}
+        return made, cosine(*changes) if len(changes) == 2 else {}
+
+
+def _changes(model: Any, place: Place, name: str, device: str | None, precision: str) -> Changes:
+    from adapterlab.convert import AdapterChanges, ModelChanges
+    from adapterlab.io import load
+    from adapterlab.models import load_model
+
+    if place.adapter is None:
+        assert place.run is not None  # the tuned model
+        return ModelChanges(model, load_model(place.run, precision=precision, device=device)[0])
+    host = load(model, place.adapter, name, active=False)
+    with host.using():
+        return AdapterChanges(host, name)
+
+
+def _names(places: list[Place]) -> list[str]:
+    names = [place.label for place in places]
+    return [f"{name}_{i + 1}" for i, name in enumerate(names)] if len(set(names)) < len(names) else names
+
+
+def _show(found: dict[str, Analysis], cosines: dict[str, float], output: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    for name, analysis in found.items():
+        table = Table(title=name)
+        columns = ("module", "‖ΔW‖/‖W‖", "effective rank", "stable rank", "in 1", "in 4", "in 16", "ΔM", "ΔD")
+        for column in columns + ("cosine",) * bool(cosines):
+            table.add_column(column, justify="left" if column == "module" else "right")
+        for s in analysis.spectra:
+            energies = [f"{s.energy[k]:.1%}" if k in s.energy else "-" for k in (1, 4, 16)]
+            ranks = [f"{s.effective_rank:.2f}", f"{s.stable_rank:.2f}"]
+            cells = [s.path, f"{s.relative:.3g}", *ranks, *energies, f"{s.magnitude:.3g}", f"{s.direction:.3g}"]
+            table.add_row(*cells, *[f"{cosines[s.path]:+.3f}" if s.path in cosines else "-"] * bool(cosines))
+        console.print(table)
+        if analysis.correlation is not None:
+            roles = ", ".join(f"{role} {r:+.2f}" for role, r in analysis.by_role.items() if r is not None)
+            more = f" ({roles})" if roles else ""
+            console.print(f"{name}: correlation of ΔM and ΔD {analysis.correlation:+.3f}{more}", soft_wrap=True)
+        if analysis.others:
+            console.print(f"{name}: {len(analysis.others)} other parameters changed too.", soft_wrap=True)
+    if output is not None:
+        console.print(f"Written: {output}", soft_wrap=True)

@@ -1,0 +1,61 @@
+"""`adapterlab export`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from adapterlab.cli._conversion import (
+    Adapter,
+    Energy,
+    Output,
+    Overwrite,
+    Rank,
+    open_adapter,
+    save_made,
+    show_conversion,
+)
+from adapterlab.cli._shared import AsJson, BaseModel, Checkpoint, Device, Precision, bars, print_json
+from adapterlab.errors import ConfigError, nearest
+
+FORMS = ("lora", "peft")
+
+
+def export(
+    adapter: Adapter,
+    output: Output,
+    form: Annotated[
+        str, typer.Option("--as", help="lora: a plain LoRA adapter. peft: HF PEFT's two files and nothing else.")
+    ] = "lora",
+    rank: Rank = None,
+    energy: Energy = None,
+    checkpoint: Checkpoint = "best",
+    model: BaseModel = None,
+    device: Device = None,
+    precision: Precision = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter of any linear method as a plain LoRA adapter, or in HF PEFT's format."""
+    if form not in FORMS:
+        raise ConfigError(f"--as {form} is unknown. {nearest(form, FORMS)}")
+    if form == "peft" and (rank is not None or energy is not None):
+        raise ConfigError("--rank and --energy go with --as lora; --as peft keeps the adapter as it is.")
+    from adapterlab.io.atomic import check_free
+
+    check_free(output, overwrite=overwrite)
+    _, host, place = open_adapter(adapter, model, checkpoint, device, precision)
+    if form == "peft":
+        from adapterlab.convert import export_peft
+
+        export_peft(host, place.label, output, overwrite=overwrite)
+        print_json({"folder": str(output)}) if as_json else typer.echo(f"Written: {output}")
+        return
+    from adapterlab.convert import export_lora
+
+    with bars() as progress:
+        into = f"{place.label}_lora"
+        made = export_lora(host, place.label, rank=rank, energy=energy, into=into, progress=progress)
+    save_made(host, made, output, overwrite, f"{place.label} ({host.methods[place.label].id})")
+    show_conversion(made, output, as_json)

@@ -1,0 +1,45 @@
+"""`adapterlab extract`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from adapterlab.cli._conversion import Energy, Output, Overwrite, Rank, save_made, show_conversion
+from adapterlab.cli._shared import AsJson, Device, bars
+
+
+def extract(
+    tuned: Annotated[str, typer.Argument(help="The fully tuned model: a folder or a name.", show_default=False)],
+    output: Output,
+    base: Annotated[str, typer.Option(help="The model it was tuned from.", show_default=False)],
+    rank: Rank = None,
+    energy: Energy = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep changed embeddings, norms and biases in full; else they are left out.")
+    ] = False,
+    device: Device = None,
+    precision: Annotated[str, typer.Option(help="To compute in: fp32, bf16 or fp16.")] = "fp32",
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a LoRA adapter of a fully tuned model, by truncated SVD of what changed; by default 0.9 of the energy."""
+    from adapterlab.convert.low_rank import check_size
+    from adapterlab.io.atomic import check_free
+
+    check_size(rank, energy)
+    check_free(output, overwrite=overwrite)
+
+    from adapterlab.convert import extract_lora
+    from adapterlab.core.host import host
+    from adapterlab.models import load_model
+
+    before, _ = load_model(base, precision=precision, device=device)
+    after, _ = load_model(tuned, precision=precision, device=device)
+    with bars() as progress:
+        made = extract_lora(before, after, rank=rank, energy=energy, keep=keep, into="extracted", progress=progress)
+    found = host(before)
+    assert found is not None
+    save_made(found, made, output, overwrite, f"{tuned} - {base}")
+    show_conversion(made, output, as_json)

@@ -1,0 +1,51 @@
+"""A picture of an analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from adapterlab.convert.analysis import Analysis
+from adapterlab.errors import require
+
+
+def check_drawing() -> None:
+    """Check that pictures can be drawn.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require("matplotlib", "reports", "to draw a picture")
+
+
+def draw(analyses: Mapping[str, Analysis], file: str | Path) -> Path:
+    """Draw spectra, and magnitude against direction, of one or more analyses side by side.
+
+    Args:
+        analyses: by the name to show.
+        file: PNG to write.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    check_drawing()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2 * len(analyses)), layout="constrained")
+    panels = figure.subplots(len(analyses), 2, squeeze=False)
+    for (name, found), (left, right) in zip(analyses.items(), panels, strict=True):
+        roles = list(dict.fromkeys(s.role or "other" for s in found.spectra))
+        for spectrum in found.spectra:
+            color = f"C{roles.index(spectrum.role or 'other') % 10}"
+            values = [value / spectrum.singular_values[0] for value in spectrum.singular_values]
+            left.plot(range(1, len(values) + 1), values, ".-", color=color, alpha=0.5)
+        for index, role in enumerate(roles):
+            chosen = [s for s in found.spectra if (s.role or "other") == role]
+            xs, ys = [s.direction for s in chosen], [s.magnitude for s in chosen]
+            right.scatter(xs, ys, color=f"C{index % 10}", label=role)
+        left.set(title=f"{name}: spectra", xlabel="index", ylabel="singular value / largest", yscale="log")
+        about = "" if found.correlation is None else f", correlation {found.correlation:+.2f}"
+        right.set(title=f"magnitude and direction{about}", xlabel="change of direction ΔD", ylabel="of magnitude ΔM")
+        right.legend()
+    figure.savefig(file, dpi=120, format="png")
+    return Path(file)

@@ -1,0 +1,47 @@
+"""LoRA that starts on the strongest directions of the base weight."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from adapterlab.init import Init
+from adapterlab.methods.lora import LoRA
+from adapterlab.registry import register
+
+
+@register
+class PiSSA(LoRA):
+    """Move the r largest singular triplets of W into the factors and freeze the rest.
+
+    W = U S Vᵀ; B = U_r √(S_r/s), A = √(S_r/s) V_rᵀ; y = (W − s · B0 A0) x + b + s · B A x, A0 and B0 the start.
+
+    Where it attaches: as LoRA; all linear layers by default. Weights must be neither packed nor tied.
+
+    Start: the first output equals the base's up to rounding. The base weight is replaced while the adapter is live, and
+    the original comes back to the bit when it is switched off; that costs a second copy of the adapted weights.
+
+    Trainable parameters: r (in + out) for each module.
+
+    Inference: merges as LoRA does. Saving converts to an ordinary LoRA of rank 2r on the original base,
+    s (B A − B0 A0) = s [B, −B0] [A; A0], which any reader of LoRA can use.
+
+    Keep alpha = r and no dropout (it would discard principal directions), and a learning rate of about 2e-5, a tenth of
+    LoRA's. `init={name: pissa, niter: 4}` takes a fast randomised decomposition.
+
+    Reference: "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
+    arXiv 2404.02948.
+
+    Example:
+        >>> from adapterlab.methods.pissa import PiSSA
+        >>> PiSSA(init={"name": "pissa", "niter": 4}).init.niter
+        4
+    """
+
+    paper: ClassVar[str] = "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models"
+    year: ClassVar[int] = 2024
+    arxiv: ClassVar[str] = "2404.02948"
+
+    alpha: float = Field(8.0, gt=0, description="scale numerator; the same as the rank is usual here")
+    init: Init = Field("pissa", validate_default=True, description="pissa, or with options {name: pissa, niter: 4}")

@@ -1,0 +1,122 @@
+"""Delta-LoRA: the run is that of the written algorithm, which changes W in every step; the total has rank 2r."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adapterlab as al
+from adapterlab.errors import ConfigError
+from adapterlab.methods.delta_lora import DeltaLoRA
+
+WIDTH, R, START, STEPS, PUSH = 16, 2, 5, 200, 2.0
+
+
+def task() -> tuple[Any, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False))
+    x = torch.randn(64, WIDTH)
+    return model, x, x @ torch.randn(WIDTH, WIDTH).T
+
+
+def ours() -> tuple[Tensor, Tensor, Any]:
+    """The weight as merged, the start of A, and the base weight."""
+    model, x, target = task()
+    method = al.DeltaLoRA(r=R, alpha=R, push=PUSH, start=START, targets=["0"])
+    host = al.attach(model, method)
+    layer: Any = host.adapters("default")["0"]
+    a = layer.A.detach().clone()
+    optimizer = torch.optim.SGD(host.parameters("default"), lr=0.02, momentum=0.5)
+    for step in range(STEPS):
+        method.before_step(host, "default", step, optimizer)
+        optimizer.zero_grad()
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+        method.after_step(host, "default", step, optimizer)
+    base = model[0].weight.detach().clone()
+    host.merge()
+    return model[0].weight.detach(), a, base
+
+
+def written(a: Tensor) -> Tensor:
+    """The algorithm as the paper writes it, with a weight that really changes."""
+    model, x, target = task()
+    w = model[0].weight.detach().clone()
+    a, b = a.clone().requires_grad_(), torch.zeros(WIDTH, R, requires_grad=True)
+    optimizer = torch.optim.SGD([a, b], lr=0.02, momentum=0.5)
+    for t in range(1, STEPS + 1):
+        optimizer.zero_grad()
+        (x @ (w + b @ a).T - target).square().mean().backward()
+        before = (b @ a).detach()
+        optimizer.step()
+        if t > START:
+            w += PUSH * ((b @ a).detach() - before)
+    return w + (b @ a).detach()
+
+
+def measure() -> tuple[float, int]:
+    """Largest difference to the written algorithm; numerical rank of the total change."""
+    merged, a, base = ours()
+    change = torch.linalg.svdvals((merged - base).double())
+    return float((merged - written(a)).abs().max()), int((change > 1e-5 * change[0]).sum())
+
+
+def holds() -> bool:
+    apart, rank = measure()
+    return apart < 1e-4 and rank <= 2 * R
+
+
+def test_it_is_the_written_algorithm() -> None:
+    assert holds()
+
+
+def test_the_claim_fails_when_the_push_gets_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attached(self: Any) -> tuple[Tensor, Tensor]:
+        b = (1 + self.pushed) * self.B
+        return torch.cat([self.A, self.A_kept]), torch.cat([b, -self.pushed * self.B_kept], 1)
+
+    monkeypatch.setattr(DeltaLoRA.Layer, "factors", attached)
+    assert not holds()
+
+
+def test_the_claim_fails_when_it_begins_a_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = DeltaLoRA.before_step
+    monkeypatch.setattr(
+        DeltaLoRA, "before_step", lambda self, host, name, step, optimizer: right(self, host, name, step - 1, optimizer)
+    )
+    assert not holds()
+
+
+def test_gradients_are_those_of_lora(randomise: Any) -> None:
+    model, x, target = task()
+    host = al.attach(model, al.DeltaLoRA(r=R, alpha=2 * R, push=PUSH, targets=["0"]))
+    layer: Any = host.adapters("default")["0"]
+    nn.init.normal_(layer.B)
+    layer.anchor(PUSH)
+    with torch.no_grad():
+        layer.A.add_(0.3)
+        layer.B.mul_(1.5)
+    s, fixed = layer.scale, PUSH * layer.scale * (layer.B @ layer.A - layer.B_kept @ layer.A_kept).detach()
+    expected = x @ (model[0].weight + fixed + s * layer.B @ layer.A).T
+    assert torch.allclose(model(x), expected, atol=1e-4)
+    wanted = torch.autograd.grad((expected - target).square().sum(), (layer.A, layer.B))
+    found = torch.autograd.grad((model(x) - target).square().sum(), (layer.A, layer.B))
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+def test_dropout_is_refused() -> None:
+    with pytest.raises(ConfigError, match="dropout"):
+        al.DeltaLoRA(dropout=0.1)
+
+
+def test_start_and_count(tiny: Any, batch_for: Any, logits: Any) -> None:
+    model = tiny("gpt2")
+    batch = batch_for(model)
+    base = logits(model, batch)
+    host = al.attach(model, al.DeltaLoRA(r=4))
+    assert torch.equal(logits(model, batch), base)
+    assert host.summary().trainable == sum(4 * sum(a.site.shape) for a in host.adapters("default").values())

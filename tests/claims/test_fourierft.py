@@ -1,0 +1,76 @@
+"""FourierFT: full rank from few numbers, where LoRA with as many has rank 2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import adapterlab as al
+from adapterlab.errors import AttachError
+from adapterlab.methods import fourierft
+from adapterlab.methods.fourierft import FourierFT
+
+
+def measure(randomise: Any) -> tuple[int, int]:
+    """(rank of FourierFT's update, of LoRA's) with 256 numbers on 64 x 64."""
+    ranks = []
+    for method in (FourierFT(n=256, targets=["0"]), al.LoRA(r=2, targets=["0"])):
+        model = nn.Sequential(nn.Linear(64, 64, bias=False)).double()
+        host = al.attach(model, method)
+        randomise(host)
+        assert host.summary().trainable == 256
+        with torch.no_grad():
+            update = model(torch.eye(64, dtype=torch.float64)).T - model[0].weight
+        ranks.append(int(torch.linalg.matrix_rank(update)))
+    return ranks[0], ranks[1]
+
+
+def test_claim(randomise: Any) -> None:
+    assert measure(randomise) == (64, 2)
+
+
+def test_claim_fails_when_the_places_are_not_spread(randomise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fourierft, "places", lambda out, in_, n, seed: torch.arange(n))  # the first four rows
+    assert measure(randomise)[0] < 64
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (5, 7), (8, 5), (1, 4), (9, 1)])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_the_update_is_the_real_part_of_the_full_transform(shape: tuple[int, int], share: float) -> None:
+    """At full share every place is taken, those that are their own mirror image too."""
+    out, in_ = shape
+    n = max(1, int(share * out * in_))
+    host = al.attach(nn.Sequential(nn.Linear(in_, out)).double(), FourierFT(n=n, alpha=3, seed=4, targets=["0"]))
+    layer = host.adapters("default")["0"]
+    places = torch.randperm(out * in_, generator=torch.Generator().manual_seed(4))[:n]
+    full = torch.zeros(out * in_, dtype=torch.float64).index_put((places,), layer.spectrum)
+    expected = 3 * torch.fft.ifft2(full.view(out, in_)).real
+    assert torch.allclose(layer.delta(), expected, atol=1e-12)
+    seed = torch.randn_like(expected)
+    (found,) = torch.autograd.grad(layer.delta(), layer.spectrum, seed)
+    (wanted,) = torch.autograd.grad(expected, layer.spectrum, seed)
+    assert torch.allclose(found, wanted, atol=1e-12)
+
+
+def test_starts(tiny: Any, batch_for: Any, logits: Any) -> None:
+    model = tiny("llama")
+    batch = batch_for(model)
+    before = logits(model, batch)
+    host = al.attach(model, FourierFT(n=50, start="zeros"))
+    assert torch.equal(logits(model, batch), before)
+    host.verify(batch)
+    host.detach("default")
+    host = al.attach(model, FourierFT(n=50))
+    values = torch.cat([p.detach() for p in host.parameters("default")])
+    assert abs(values.mean()) < 0.2
+    assert abs(values.std() - 1) < 0.2
+
+
+def test_too_many_values_for_a_layer_are_refused(tiny: Any) -> None:
+    with pytest.raises(AttachError, match=r"k_proj has 16 x 32 = 512 frequencies, fewer than n = 1000.*n_pattern"):
+        al.attach(tiny("llama"), FourierFT(targets=["q", "k"]))
+    host = al.attach(tiny("llama"), FourierFT(targets=["q", "k"], n_pattern={"k_proj": 512}))
+    assert host.summary().trainable == 2 * (1000 + 512)
