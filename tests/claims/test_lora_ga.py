@@ -29,7 +29,8 @@ class Net(nn.Module):
 def batches() -> list[dict[str, Tensor]]:
     draw = torch.Generator().manual_seed(2)
     return [
-        {"x": torch.randn(2, IN, generator=draw), "labels": torch.randn(2, OUT, generator=draw)} for _ in range(2 * R // 2)
+        {"x": torch.randn(2, IN, generator=draw), "labels": torch.randn(2, OUT, generator=draw)}
+        for _ in range(2 * R // 2)
     ]
 
 

@@ -98,7 +98,7 @@ def test_the_factors_are_the_singular_triplets() -> None:
 @pytest.mark.parametrize("target", ["head", "embed"])
 def test_a_tied_weight_is_refused(target: str, tiny: Any) -> None:
     model = tiny("llama-tied")
-    with pytest.raises(AttachError, match="tied.*Exclude"):
+    with pytest.raises(AttachError, match=r"tied.*Exclude"):
         al.attach(model, al.PiSSA(r=2, targets=[target]))
     assert al.host(model) is None
 

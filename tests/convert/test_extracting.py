@@ -15,6 +15,8 @@ import adapterlab as al
 from adapterlab.convert import export_lora, export_peft, extract_lora
 from adapterlab.convert.changes import AdapterChanges, ModelChanges
 from adapterlab.errors import ConfigError, FormatError, MergeError, OutputError
+from adapterlab.registry import ids
+from adapterlab.registry import method as method_class_of
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -136,6 +138,34 @@ def test_any_linear_method_becomes_a_lora(tiny, put, batch_for, logits, kind, me
     torch.testing.assert_close(logits(model, batch), wanted, atol=3e-5, rtol=1e-4)
     assert found.error < 1e-4
     assert host.methods["x"].id == "lora"
+
+
+@pytest.mark.parametrize("method_id", ids())
+def test_every_method_is_exported_exactly_or_refused(tiny, batch_for, logits, randomise, method_id) -> None:
+    model = tiny("llama")
+    cls = method_class_of(method_id)
+    host = al.attach(model, cls(**cls.example(model)), "a")
+    if not host.tensors("a"):
+        pytest.skip("it needs data before it has tensors")
+    randomise(host, "a", size=0.02)
+    host.refresh("a")
+    batch = batch_for(model)
+    wanted = logits(model, batch)
+    try:
+        host.merge("a", tied="untie")
+    except MergeError:
+        with pytest.raises(MergeError):
+            export_lora(host, "a", into="x")
+        assert "x" not in host.methods
+        return
+    host.restore("a")
+    try:
+        export_lora(host, "a", energy=1.0, into="x")
+    except MergeError as error:
+        assert "no weight matrix changed" in str(error)  # noqa: PT017
+        return
+    host.activate("x")
+    torch.testing.assert_close(logits(model, batch), wanted, atol=3e-5, rtol=1e-3)
 
 
 def test_without_a_rank_export_is_exact_where_the_rank_is_small(tiny, put) -> None:

@@ -109,6 +109,15 @@ class AdapterChanges(Changes):
                 return copy.get_submodule(path[len(outer) + 1 :])
         return None
 
+    def _patched(self, parameter: nn.Parameter, patch: Patch) -> Tensor:
+        """The value that an adapter which lives in the base's parameters has for one, while it is switched off."""
+        value = patch.value(self.host.model).detach()
+        if patch.index is None:
+            return value
+        whole = parameter.detach().clone()
+        whole.view(-1)[patch.index] = value.to(whole.dtype)
+        return whole
+
     @torch.no_grad()
     def at(self, path: str) -> Change | None:
         """The change at one module; adapters that stand around it act in order of attachment."""
@@ -120,7 +129,7 @@ class AdapterChanges(Changes):
         held = adapters_of(site.module)
         parts = [a for key, a in held.items() if key in self.keys and not a.resident]
         own = {k: p for k, p in site.module._parameters.items() if p is not None}
-        patched = {k: _patched(p, self.patches[id(p)]) for k, p in own.items() if id(p) in self.patches}
+        patched = {k: self._patched(p, self.patches[id(p)]) for k, p in own.items() if id(p) in self.patches}
         if not parts:
             return _difference(site, patched)
         return _adapted(site, parts, patched)
@@ -162,16 +171,6 @@ def oriented(site: Site, weight: Tensor) -> Tensor:
     return weight.T if site.transposed or site.kind == "embedding" else weight
 
 
-def _patched(parameter: nn.Parameter, patch: Patch) -> Tensor:
-    """The value that an adapter which trains in place has for a parameter, while it is switched off."""
-    assert patch.trained is not None
-    if patch.index is None:
-        return patch.trained.detach()
-    value = parameter.detach().clone()
-    value.view(-1)[patch.index] = patch.trained.to(value.dtype)
-    return value
-
-
 def _difference(site: Site, new: dict[str, Tensor], whole: bool = False) -> Change | None:
     """The change from a module's own parameters to others."""
     own = site.module._parameters
@@ -195,27 +194,30 @@ def _adapted(site: Site, parts: list[Adapter], patched: dict[str, Tensor]) -> Ch
     start = oriented(site, patched["weight"]).to(dtype) if "weight" in patched else base
     shift = patched["bias"].to(dtype) if "bias" in patched else bias
     # What adapters add does not depend on the weight, and from zero it comes without the rounding of a difference.
-    additive = all(part.additive for part in parts) and start is base
+    additive = all(part.additive for part in parts)
     weight = torch.zeros_like(base) if additive else start
     for part in parts:
         mode = part.training
         part.eval()
         weight, shift = part.merged(weight, shift)
         part.train(mode)
-    delta = weight if additive else weight - base
+    delta = weight + (start - base) if additive else weight - base
     others = {} if shift is None else {"bias": shift if bias is None else shift - bias}
     others = {leaf: value for leaf, value in others.items() if bool(value.any())}
     if not bool(delta.any()):
         return Change(site, None, others) if others else None
-    eps = torch.finfo(dtype).eps
-    return Change(site, delta, others, _factors(parts, delta), _rounding(delta if additive else weight, 4 * eps))
+    floor = _rounding(delta if additive else weight, 4 * torch.finfo(dtype).eps)
+    if "weight" in patched:
+        floor = max(floor, _rounding(patched["weight"], _stored_eps(patched["weight"])))
+    return Change(site, delta, others, _factors(parts, delta), floor)
 
 
 def _factors(parts: list[Adapter], delta: Tensor) -> Factors | None:
     """The two tensors of which an update is the product up to a number, when its adapter has such tensors."""
     if len(parts) != 1 or not isinstance(parts[0], Delta):
         return None
-    matrices = [p.detach().to(delta.dtype) for p in (*_made(parts[0]), *parts[0].parameters()) if p.ndim == 2]
+    tensors = (*_made(parts[0]), *parts[0].parameters())
+    matrices = [t.detach().to(delta.dtype) for t in tensors if isinstance(t, Tensor) and t.ndim == 2]
     for a in matrices:
         for b in matrices:
             if a is b or (b.shape[0], a.shape[1]) != tuple(delta.shape) or b.shape[1] != a.shape[0]:
@@ -227,12 +229,12 @@ def _factors(parts: list[Adapter], delta: Tensor) -> Factors | None:
     return None
 
 
-def _made(part: Any) -> tuple[Tensor, ...]:
-    """The two tensors that an adapter makes its update of, when these are not its parameters."""
+def _made(part: Any) -> tuple[Any, ...]:
+    """The tensors that an adapter says it makes its update of, when these are not its parameters."""
     if not hasattr(part, "factors"):
         return ()
     mode = part.training
-    made: tuple[Tensor, ...] = part.eval().factors()
+    made: tuple[Any, ...] = tuple(part.eval().factors())
     part.train(mode)
     return made
 

@@ -13,7 +13,7 @@ from adapterlab.core.adapter import Delta
 from adapterlab.core.host import Host
 from adapterlab.core.method import Batches, LayerMethod
 from adapterlab.core.site import Site
-from adapterlab.init import Init, Initialiser, Place, Start
+from adapterlab.init import Init, Initialiser, Place, Start, initialiser
 
 
 class LowRank(LayerMethod):
@@ -71,7 +71,7 @@ class LowRank(LayerMethod):
     def capabilities(cls) -> dict[str, bool]:
         """As of any method; whether data is needed depends on the usual start."""
         usual = cls.model_fields["init"].get_default()
-        usual = cls(init=usual).init if isinstance(usual, str) else usual
+        usual = initialiser(usual) if isinstance(usual, str) else usual
         return {**super().capabilities(), "needs_data": cls.prepare is not LowRank.prepare or usual.needs_data}
 
     def _factors(self, host: Host, name: str) -> dict[str, Factors]:

@@ -63,6 +63,7 @@ class LoRA(LowRank):
     year: ClassVar[int] = 2021
     arxiv: ClassVar[str] = "2106.09685"
     formula: ClassVar[str] = "r (in + out)"
+
     r: int = Field(8, ge=1, description="rank of the update")
     alpha: float = Field(16.0, gt=0, description="scale numerator; twice the rank is a common choice")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input; embeddings have none")

@@ -65,7 +65,7 @@ class QLoRA(LoRA):
 
     def build(self, site: Site, host: Host, name: str) -> Adapter:
         """Check how the weight is stored, then make the factors."""
-        state = getattr(site.module._parameters.get("weight"), "quant_state", None)
+        state: Any = getattr(site.module._parameters.get("weight"), "quant_state", None)
         kind = getattr(state, "quant_type", None)
         if self.base == "nf4" and site.kind == "linear" and (kind != "nf4" or not state.nested):
             stored = f"{kind} with scales in full precision" if kind else str(site.module.weight.dtype)
