@@ -39,6 +39,11 @@ _PUBLIC = {
     "fit": "adapterlab.train",
     "TrainConfig": "adapterlab.train",
     "score": "adapterlab.evaluate",
+    "combine": "adapterlab.convert",
+    "merge_into_base": "adapterlab.convert",
+    "extract_lora": "adapterlab.convert",
+    "export_lora": "adapterlab.convert",
+    "export_peft": "adapterlab.convert",
     "AdapterlabError": "adapterlab.errors",
 }
 

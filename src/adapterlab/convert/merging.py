@@ -148,7 +148,6 @@ def _plain_twin(host: Host) -> Any:
         elif weight is not None and hasattr(model.config, "quantization_config") and site.kind == "linear":
             state[f"{site.path}.weight"] = weight.detach().to(dtype)  # what a merge unpacked may be in another dtype
     twin.load_state_dict({key: state[key] for key in twin.state_dict()}, assign=True)
-    twin.tie_weights()
     if getattr(model, "generation_config", None) is not None:
         twin.generation_config = model.generation_config
     return twin

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,47 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from adapterlab.core.adapter import Adapter, Copy
-from adapterlab.core.attention import bridge, uses_interface
+from adapterlab.core.anatomy import Anatomy, base_modules
+from adapterlab.core.attention import bridge
 from adapterlab.core.entries import Entries
 from adapterlab.core.merge import Merged, merge
 from adapterlab.core.method import Method
 from adapterlab.core.quantized import keep_layout
 from adapterlab.core.resident import Patch
-from adapterlab.core.roles import layer_of, role_of
-from adapterlab.core.site import UNMERGED, Site, plain_class
+from adapterlab.core.site import UNMERGED, Site
 from adapterlab.core.state import State
-from adapterlab.core.targets import Targets, select
-from adapterlab.core.wrapping import ADAPTERS, adapters_of, plain_copy, put, take
-from adapterlab.errors import AttachError, MergeError, NotTrainingError, nearest
+from adapterlab.core.summary import Summary, summarise
+from adapterlab.core.targets import Targets
+from adapterlab.core.verify import verify
+from adapterlab.core.wrapping import SHARED, adapters_of, plain_copy, put, take
+from adapterlab.errors import AttachError, MergeError, nearest
 
 HOST = "_adapterlab_host"
-SHARED = "_adapterlab_shared"
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What one adapter trains.
-
-    Attributes:
-        name: of the adapter.
-        method: id of its method.
-        modules: number of adapted modules by role or last part of the path.
-        trainable: number of trainable scalars.
-        total: number of scalars of base and adapter together.
-        dtypes: number of scalars by dtype, "trainable" and "frozen" apart.
-    """
-
-    name: str
-    method: str
-    modules: dict[str, int]
-    trainable: int
-    total: int
-    dtypes: dict[str, dict[str, int]]
-
-    def __str__(self) -> str:
-        where = ", ".join(f"{role} {count}" for role, count in self.modules.items()) or "no module"
-        share = 100 * self.trainable / max(1, self.total)
-        return f"{self.name} ({self.method}): {self.trainable:,} of {self.total:,} train ({share:.3f} %); on {where}"
 
 
 def attach(model: nn.Module, method: Method, name: str = "default") -> Host:
@@ -82,11 +54,11 @@ def host(model: nn.Module) -> Host | None:
     return model.__dict__.get(HOST)
 
 
-class Host:
+class Host(Anatomy):
     """A model and the adapters on it. Made by `attach` and `load`; `host(model)` finds it again."""
 
     def __init__(self, model: nn.Module):
-        self.model: Any = model  # a model of transformers has methods that nn.Module does not declare
+        super().__init__(model)
         self.state = State()
         self.methods: dict[str, Method] = {}
         self.patches: dict[str, dict[str, Patch]] = {}  # by key: an adapter's name, or name/part of a composite
@@ -94,76 +66,6 @@ class Host:
         self._merged: dict[str, list[Merged]] = {}
         self._tied_before = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
         self._trained_before: dict[str, bool] = {}
-
-    # ------------------------------------------------------------------ looking at the model
-
-    @functools.cached_property
-    def backbone(self) -> nn.Module:
-        """The model without its output or task head."""
-        found: nn.Module = getattr(self.model, "base_model", self.model)
-        return found
-
-    @property
-    def attentions(self) -> list[nn.Module]:
-        """The attention modules that `attend` can reach, in order.
-
-        Raises:
-            AttachError: there are none.
-        """
-        found = [module for _, module in _base_modules(self.model) if uses_interface(plain_class(module))]
-        if not found:
-            bridge(next((m for m in self.model.modules() if "attention" in type(m).__name__.lower()), self.model))
-        return found
-
-    @property
-    def layers(self) -> list[nn.Module]:
-        """The repeated blocks: the longest `ModuleList`s of the backbone (two for an encoder-decoder), in order."""
-        lists = _outer_lists(self.backbone)
-        if not lists:
-            raise AttachError(
-                f"{type(self.model).__name__} has no list of layers; name the modules by pattern instead."
-            )
-        longest = max(lists, key=lambda path: len(lists[path]))
-        last = longest.rpartition(".")[2]  # encoder and decoder call theirs alike
-        return [block for path, blocks in lists.items() if path.rpartition(".")[2] == last for block in blocks]
-
-    def path_of(self, module: nn.Module) -> str:
-        """Return the dotted name of a module of the model.
-
-        Raises:
-            AttachError: it is not part of the model.
-        """
-        for path, found in self.model.named_modules():
-            if found is module:
-                return str(path)
-        raise AttachError(f"This {type(module).__name__} is not part of the {type(self.model).__name__} of this host.")
-
-    def all_sites(self) -> list[Site]:
-        """Return every base module as a site, adapters and shared tensors left out."""
-        backbone = {id(m) for m in self.backbone.modules()} if self.backbone is not self.model else None
-        output = getattr(self.model, "get_output_embeddings", lambda: None)()
-        shared = Counter(id(p) for m in _base_modules(self.model) for p in m[1]._parameters.values() if p is not None)
-        sites = []
-        for path, module in _base_modules(self.model):
-            is_head = module is output or (backbone is not None and id(module) not in backbone)
-            weight = module._parameters.get("weight")
-            tied = weight is not None and shared[id(weight)] > 1
-            role = "head" if module is output else role_of(path)
-            sites.append(Site(path, module, layer_of(path), role, is_head, tied))
-        return sites
-
-    def site(self, module: nn.Module) -> Site:
-        """Return the site of one module."""
-        path = self.path_of(module)
-        return next(s for s in self.all_sites() if s.path == path)
-
-    def sites(self, targets: Targets, kinds: Sequence[str] | None = None) -> list[Site]:
-        """Return the sites that targets mean, in model order; see `Targets`.
-
-        Raises:
-            TargetError: an entry matches nothing, or only kinds that the method cannot adapt.
-        """
-        return select(targets, self.all_sites(), kinds, type(self.model).__name__)
 
     # ------------------------------------------------------------------ attaching and detaching
 
@@ -269,7 +171,7 @@ class Host:
         targets = Targets(include=method.modules_to_save)
         for site in self.sites(targets):
             inner = [
-                path for path, _ in _base_modules(site.module) if path and adapters_of(site.module.get_submodule(path))
+                path for path, _ in base_modules(site.module) if path and adapters_of(site.module.get_submodule(path))
             ]
             if name in adapters_of(site.module) or inner:
                 where = f" inside, at {inner[0]}" if inner else ""
@@ -304,10 +206,6 @@ class Host:
         bridge(module)
         adapter.place = "attention"
         self.wrap(name, module, adapter)
-
-    def is_adapter_path(self, path: str) -> bool:
-        """Say whether a parameter's name belongs to an adapter and not to the base."""
-        return not {ADAPTERS, SHARED}.isdisjoint(path.split("."))
 
     def own(self, name: str, path: str, *, index: Tensor | None = None, keep: bool = True) -> nn.Parameter:
         """Train a base parameter in place, or some of its entries.
@@ -413,8 +311,13 @@ class Host:
         """Keep tensors of an adapter that belong to no single module; they live at the root of the model.
 
         Raises:
-            AttachError: the adapter has shared something under this key already.
+            AttachError: the adapter has shared something under this key already, or the root is a plain sequence.
         """
+        if isinstance(self.model, nn.Sequential):
+            raise AttachError(
+                f"{type(self.model).__name__} calls every module it holds, so shared tensors cannot live at its root. "
+                "Put it inside a module of your own and attach to that."
+            )
         if SHARED not in self.model._modules:
             self.model.add_module(SHARED, nn.ModuleDict())
         held = self.model._modules[SHARED]
@@ -428,7 +331,7 @@ class Host:
 
     def adapters(self, name: str) -> dict[str, Adapter]:
         """Return the adapter's parts by the path of their module, in model order."""
-        return {p: held[name] for p, m in _base_modules(self.model) if name in (held := adapters_of(m))}
+        return {p: held[name] for p, m in base_modules(self.model) if name in (held := adapters_of(m))}
 
     def shared(self, name: str) -> dict[str, nn.Module]:
         """Return what the adapter keeps at the root of the model, by key."""
@@ -501,25 +404,7 @@ class Host:
 
     def summary(self, name: str | None = None) -> Summary:
         """Count what an adapter trains; without a name, the one that is attached alone."""
-        name = self._only(name)
-        own = {id(t): t for t in self.tensors(name).values()}
-        owned = [p for key in self.parts(name) for p in self.patches[key].values() if p.derive is None]
-        away = [p for p in owned if not p.live and p.index is None]
-        replaced = {id(self.model.get_parameter(p.path)) for p in away}
-        every = {**{id(p): p for p in self.model.parameters() if id(p) not in replaced}, **own}
-        others = {id(t) for n in self.methods if n != name for t in self.tensors(n).values()} - own.keys()
-        base = [p for key, p in every.items() if key not in others]
-        dtypes: dict[str, Counter[str]] = {"trainable": Counter(), "frozen": Counter()}
-        trained = {id(p) for p in self.parameters(name)} | {id(p.trained) for p in away}
-        for p in base:
-            dtypes["trainable" if id(p) in trained else "frozen"][str(p.dtype).removeprefix("torch.")] += _numel(p)
-        keys = self.parts(name)
-        roles = Counter(role_of(p) or p.rpartition(".")[2] or "model" for key in keys for p in self.adapters(key))
-        roles.update("base " + (role_of(p.path.rpartition(".")[0]) or "tensors") for p in owned)
-        return Summary(
-            name, self.methods[name].id, dict(roles), sum(dtypes["trainable"].values()), sum(map(_numel, base)),
-            {key: dict(count) for key, count in dtypes.items()},
-        )  # fmt: skip
+        return summarise(self, self._only(name))
 
     # ------------------------------------------------------------------ switching
 
@@ -689,7 +574,7 @@ class Host:
         return contextlib.nullcontext(), self.state.replay(self.state.snapshot())
 
     def verify(self, batch: Mapping[str, Tensor]) -> None:
-        """Run one forward and backward pass and check that nothing attached is bypassed.
+        """Run one forward and backward pass and check that nothing attached is bypassed; see `core.verify`.
 
         Args:
             batch: arguments of the model, with labels.
@@ -698,37 +583,7 @@ class Host:
             NotTrainingError: nothing is trainable, an adapted module was never called, or a trainable tensor got no
                 gradient.
         """
-        parameters = {key: p for name in self.active for key, p in self.named_parameters(name).items()}
-        if not parameters:
-            raise NotTrainingError(
-                f"Nothing is trainable. Live adapters: {', '.join(self.active) or 'none'}. Activate one that trains; a "
-                "method that chooses from data what to train needs method.prepare(host, name, batches) first."
-            )
-        called: set[str] = set()
-        handles = [
-            self.model.get_submodule(path).register_forward_hook(lambda *_, path=path: called.add(path))
-            for key in self.state.active
-            for path, adapter in self.adapters(key).items()
-            if not adapter.resident
-        ]
-        before = {key: p.grad for key, p in parameters.items()}
-        for p in parameters.values():
-            p.grad = None
-        try:
-            with self.state.collect() as losses:
-                loss = self.model(**batch).loss
-                (loss + sum(losses)).backward()
-            silent = [key for key, p in parameters.items() if p.grad is None]
-        finally:
-            for handle in handles:
-                handle.remove()
-            for key, p in parameters.items():
-                p.grad = before[key]
-        parts = [item for key in self.state.active for item in self.adapters(key).items()]
-        # One module of a tied weight may be the one that is used; there the gradient alone tells.
-        missed = [path for path, adapter in parts if path not in called and not adapter.resident]
-        if missed or silent:
-            raise NotTrainingError(_bypassed(missed, silent))
+        verify(self, batch)
 
     def save(self, folder: str | Path, name: str | None = None, **options: Any) -> Path:
         """Write the adapter to a folder; see `adapterlab.io.save`."""
@@ -767,51 +622,7 @@ class Host:
         return name
 
 
-def _base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Walk over a model's own modules, adapters left out; a module that is reached twice is named once."""
-    seen: set[int] = set()
-
-    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        yield path, module
-        for name, child in module._modules.items():
-            if child is not None and name not in (ADAPTERS, SHARED):
-                yield from walk(child, f"{path}.{name}" if path else name)
-
-    return walk(model, prefix)
-
-
-def _outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the non-empty lists of modules by path, without lists inside lists: parts of a block, experts."""
-    found: dict[str, nn.ModuleList] = {}
-    for path, module in _base_modules(model):
-        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{p}.") for p in found):
-            found[path] = module
-    return found
-
-
 def _checkpointing(model: Any, what: str) -> Any:
     """The model's switch, whose name changed from `gradient_` to `activation_checkpointing` in transformers 5.2x."""
     new, old = f"activation_checkpointing_{what}", f"gradient_checkpointing_{what}"
     return getattr(model, new) if hasattr(model, new) else getattr(model, old)
-
-
-def _numel(tensor: Tensor) -> int:
-    """Number of logical scalars; a packed 4-bit weight holds two in a byte."""
-    state = getattr(tensor, "quant_state", None)
-    return int(state.shape.numel()) if state is not None else tensor.numel()
-
-
-def _bypassed(missed: list[str], silent: list[str]) -> str:
-    lines = []
-    if missed:
-        lines.append(f"{len(missed)} adapted modules were never called: {', '.join(missed[:5])}.")
-    if silent:
-        lines.append(f"{len(silent)} trainable tensors got no gradient: {', '.join(silent[:5])}.")
-    lines.append(
-        "The model computes past them (a fused kernel, an unused tower, code that reads weights directly), or an outer "
-        "no_grad hides them. Exclude these modules, or load the model with another implementation (eager attention)."
-    )
-    return " ".join(lines)

@@ -20,6 +20,7 @@ from adapterlab.core.state import State
 
 ADAPTERS = "_adapters"  # name of the submodule that holds them; it lives in the module so that FSDP shards it there
 STATE = "_adapterlab_state"
+SHARED = "_adapterlab_shared"  # name of the submodule of the root that holds what adapters share
 
 
 class Base:
