@@ -45,3 +45,16 @@ def test_the_last_block_saves_activations(full: int) -> None:
 
 def test_the_first_block_does_not(full: int) -> None:
     assert saved_bytes(al.Freeze(layers=-1)) >= 0.60 * full
+
+
+def test_the_claim_fails_when_the_blocks_in_front_stay_trainable(full: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    attach = al.Freeze.attach
+
+    def careless(method: Any, host: Any, name: str) -> None:
+        attach(method, host, name)
+        for path, parameter in host.model.named_parameters():
+            if "layers.0." in path:
+                parameter.requires_grad_(True)
+
+    monkeypatch.setattr(al.Freeze, "attach", careless)
+    assert saved_bytes(al.Freeze(layers=1)) > 0.40 * full

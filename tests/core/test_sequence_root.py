@@ -11,5 +11,5 @@ from adapterlab.errors import AttachError
 
 def test_shared_tensors_are_refused_on_a_plain_sequence() -> None:
     host = Host(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(AttachError, match="Sequential calls every module it holds.*inside a module of your own"):
+    with pytest.raises(AttachError, match=r"Sequential calls every module it holds.*inside a module of your own"):
         host.share("a", "key", nn.Linear(2, 2))

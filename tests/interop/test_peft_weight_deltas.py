@@ -139,3 +139,17 @@ def test_krona_sizes_that_peft_cannot_make_are_saved_in_our_own_form(
     batch = batch_for(model)
     again = al.load(tiny("llama"), tmp_path / "adapter")
     assert torch.equal(logits(again.model, batch), logits(model, batch))
+
+
+@pytest.mark.parametrize("method", [LoKr(r=2), LoHa(r=2), KronA(), MiSS(r=8)], ids=lambda method: method.id)
+def test_what_peft_cannot_load_is_saved_in_our_own_form(
+    method: Any, tiny: Any, batch_for: Any, randomise: Any, logits: Any, tmp_path: Path
+) -> None:
+    """PEFT has none of these for GPT-2's `Conv1D`."""
+    model = tiny("gpt2")
+    host = al.attach(model, method)
+    randomise(host, size=0.1)
+    host.save(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    batch = batch_for(model)
+    assert torch.equal(logits(al.load(tiny("gpt2"), tmp_path).model, batch), logits(model, batch))

@@ -20,6 +20,7 @@ from adapterlab.core.host import Host
 from adapterlab.core.merge import _check as check_mergeable
 from adapterlab.core.resident import Patch
 from adapterlab.core.site import Site
+from adapterlab.core.substitute import Substitute
 from adapterlab.core.wrapping import adapters_of
 from adapterlab.errors import FormatError
 
@@ -130,6 +131,9 @@ class AdapterChanges(Changes):
         parts = [a for key, a in held.items() if key in self.keys and not a.resident]
         own = {k: p for k, p in site.module._parameters.items() if p is not None}
         patched = {k: self._patched(p, self.patches[id(p)]) for k, p in own.items() if id(p) in self.patches}
+        for part in [part for part in parts if isinstance(part, Substitute)]:
+            parts.remove(part)
+            patched |= part.values({leaf: exact(patched.get(leaf, own[leaf])) for leaf in part.names})
         if not parts:
             return _difference(site, patched)
         return _adapted(site, parts, patched)

@@ -91,6 +91,11 @@ def merge_into_base(
     rows = _rows(samples, tokenizer, host.model)
     packing = getattr(host.model.config, "quantization_config", None)
     packed = any(site.quantized for site in host.all_sites())
+    if packed and quantized == "requantize" and packing is None:
+        raise MergeError(
+            f"quantized='requantize' packs as {type(host.model).__name__}.config.quantization_config says, which "
+            "is not there. Use quantized='dequantize' and pack what was written, or load the base with such a config."
+        )
     with quiet_transformers(), host.using(name), new_folder(Path(folder), overwrite=overwrite) as work:
         untied = _write_plain(host, name, work, tied, "error" if quantized == "error" else "dequantize")
         verification, dequantized = compare(host, _reload(host.model, work), rows), None

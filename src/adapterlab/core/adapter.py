@@ -53,6 +53,10 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """Return (A `[r, in]`, B `[out, r]`) if the adapter adds exactly x Aᵀ Bᵀ in evaluation, else None."""
+        return None
+
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight and bias of a plain module that computes what the adapted one does.
 
@@ -69,7 +73,7 @@ class Adapter(nn.Module):
         if self.site.kind == "embedding":
             ids = torch.arange(weight.shape[1], device=weight.device)
             table: Tensor = self.around(lambda x: self.site.op(x, weight), ids)
-            return table.T, bias
+            return (table / self.site.gain).T, bias
 
         def base(x: Tensor) -> Tensor:
             y = self.site.op(x.to(weight.dtype), weight)

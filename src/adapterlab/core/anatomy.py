@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from adapterlab.core.roles import layer_of, role_of
 from adapterlab.core.site import Site, plain_class
 from adapterlab.core.targets import Targets, select
 from adapterlab.core.wrapping import ADAPTERS, SHARED
-from adapterlab.errors import AttachError
+from adapterlab.errors import AttachError, TargetError, nearest
 
 
 class Anatomy:
@@ -91,6 +92,35 @@ class Anatomy:
         """
         return select(targets, self.all_sites(), kinds, type(self.model).__name__)
 
+    def holding(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Return the modules that hold the parameters that names mean, and what these call them, in their order.
+
+        Args:
+            names: paths of parameters, or the last parts of them such as `mlp.experts.down_proj`.
+
+        Raises:
+            TargetError: one of them matches nothing.
+        """
+        every = {
+            (path, leaf): f"{path}.{leaf}"
+            for path, m in base_modules(self.model)
+            for leaf, p in m._parameters.items()
+            if p is not None
+        }
+        for name in names:
+            if not any(ends_in(full, name) for full in every.values()):
+                short = {re.sub(r"^.*\.\d+\.", "", full) for full in every.values()}
+                bare = {found for found in short if found.rpartition(".")[2] not in ("weight", "bias")}
+                raise TargetError(
+                    f"parameters: {name!r} matches no parameter of {type(self.model).__name__}. "
+                    f"{nearest(name, bare or short)} Modules with a weight of their own go into targets."
+                )
+        found: dict[str, tuple[str, ...]] = {}
+        for (path, leaf), full in every.items():
+            if any(ends_in(full, name) for name in names):
+                found[path] = (*found.get(path, ()), leaf)
+        return found
+
     def is_adapter_path(self, path: str) -> bool:
         """Say whether a parameter's name belongs to an adapter and not to the base."""
         return not {ADAPTERS, SHARED}.isdisjoint(path.split("."))
@@ -110,6 +140,11 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield from walk(child, f"{path}.{name}" if path else name)
 
     return walk(model, "")
+
+
+def ends_in(path: str, name: str) -> bool:
+    """Say whether a path ends in a name, at a dot."""
+    return path == name or path.endswith("." + name)
 
 
 def outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:

@@ -17,9 +17,11 @@ from adapterlab.core.attention import bridge
 from adapterlab.core.entries import Entries
 from adapterlab.core.merge import Merged, merge
 from adapterlab.core.method import Method
-from adapterlab.core.quantized import keep_layout
+from adapterlab.core.quantized import is_quantized, keep_layout
 from adapterlab.core.resident import Patch
+from adapterlab.core.sharding import fill, is_sharded, whole
 from adapterlab.core.site import UNMERGED, Site
+from adapterlab.core.slots import Stack, stacked
 from adapterlab.core.state import State
 from adapterlab.core.summary import Summary, summarise
 from adapterlab.core.targets import Targets
@@ -95,6 +97,13 @@ class Host(Anatomy):
             raise AttachError(
                 f"The model has an adapter {name!r} already ({self.methods[name].id}). Choose another name, or "
                 f"host.detach({name!r}) first. Attached: {', '.join(self.methods)}."
+            )
+        if is_sharded(self.model):
+            # Sharding replaces the parameters: what is attached afterwards is split nowhere, and no optimizer knows it.
+            raise AttachError(
+                f"The model is split among processes already, so {name!r} ({method.id}) cannot join it. Attach, then "
+                "shard, then build the optimizer: load the model again and attach before fully_shard or "
+                "accelerator.prepare."
             )
         before = self.active
         if not self.methods:
@@ -178,6 +187,12 @@ class Host(Anatomy):
                 raise AttachError(
                     f"{site.path} is in modules_to_save and is also adapted{where}. Exclude it from targets, or leave "
                     "it out of modules_to_save."
+                )
+            packed = [path for path, module in base_modules(site.module) if is_quantized(module)]
+            if packed:
+                raise AttachError(
+                    f"{site.path} is in modules_to_save and has packed weights, of which no copy can be "
+                    "trained. Leave it out of modules_to_save and target it, or load the base without quantization."
                 )
             self.wrap(name, site, Copy(site, plain_copy(site.module)))
 
@@ -363,8 +378,12 @@ class Host(Anatomy):
         return found
 
     def state_dict(self, name: str) -> dict[str, Tensor]:
-        """Return detached copies of `tensors(name)`."""
-        return {key: value.detach().clone() for key, value in self.tensors(name).items()}
+        """Return detached copies of `tensors(name)`; on a sharded model every process must call it and gets them whole.
+
+        Raises:
+            OutputError: the model is sharded by FSDP1, see `core.sharding.whole`.
+        """
+        return {key: whole(value).clone() for key, value in self.tensors(name).items()}
 
     @torch.no_grad()
     def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -385,7 +404,7 @@ class Host(Anatomy):
             more = f"\n  ... and {len(faults) - 8} more" if len(faults) > 8 else ""
             raise AttachError(f"The tensors do not fit adapter {name!r}:\n  " + "\n  ".join(faults[:8]) + more)
         for key, value in tensors.items():
-            own[key].copy_(value)
+            fill(own[key], value)
         self.refresh(name)
 
     def named_parameters(self, name: str) -> dict[str, nn.Parameter]:
@@ -494,6 +513,19 @@ class Host(Anatomy):
         finally:
             self.state.rows = None
             self.activate(*before)
+
+    def stack(self, *names: str) -> contextlib.AbstractContextManager[Stack]:
+        """Serve many low-rank adapters from stacked slots inside the context; see `core.slots`.
+
+        `stack.rows(["a", None, "b"])` says who is in the next batch. It computes no loop over adapters, and under
+        `torch.compile` every mix runs the same graph. The factors are copied: it is for inference.
+
+        Raises:
+            AttachError: an adapter is not made of plain low-rank updates of linear layers.
+        """
+        for name in names:
+            self._check(name)
+        return stacked(self, names)
 
     # ------------------------------------------------------------------ merging
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from adapterlab.core.adapter import Adapter, Copy
-from adapterlab.core.quantized import compute_dtype
+from adapterlab.core.quantized import compute_dtype, packed_tensor
+from adapterlab.core.sharding import is_sharded
 from adapterlab.core.site import UNMERGED, Site
+from adapterlab.core.substitute import Substitute
 from adapterlab.core.wrapping import adapters_of, wrapped
 from adapterlab.errors import MergeError
 
@@ -50,6 +52,11 @@ def merge(
     quantized: Literal["error", "dequantize"] = "error",
 ) -> list[Merged]:
     """Write an adapter into the weights of its modules; see `Host.merge`."""
+    if is_sharded(host.model):
+        raise MergeError(
+            f"{name!r} cannot be merged here: the weights are split among processes, and a merge needs whole ones. "
+            "Gather first: host.save the adapter, load the base and the adapter in one process, and merge there."
+        )
     parts = [(site_key, path, a) for site_key in host.parts(name) for path, a in host.adapters(site_key).items()]
     for key, path, adapter in parts:
         _check(host, name, key, path, adapter, tied, quantized)
@@ -65,19 +72,24 @@ def merge(
 
 
 def _merge_one(adapter: Adapter, model_dtype: torch.dtype) -> list[Merged]:
-    """Merge one adapter; a packed weight becomes a plain one in the model's dtype, for it casts its input no longer."""
+    """Merge one adapter; a class that unpacks its weight casts its input too, so the model's dtype replaces its own."""
     site = adapter.site
     if isinstance(adapter, Copy):
         pairs = [(site.module.get_submodule(path), copied) for path, copied in adapter.copy.named_modules()]
         return [_replace(m, {k: p.detach() for k, p in c.named_parameters(recurse=False)}) for m, c in pairs]
     dtype = torch.promote_types(site.dtype, torch.float32)
+    if isinstance(adapter, Substitute):
+        present = {key: p.detach() for key, p in site.module._parameters.items() if p is not None}
+        values = adapter.values({key: present[key].to(dtype) for key in adapter.names})
+        return [_replace(site.module, {key: value.to(present[key].dtype) for key, value in values.items()})]
     bias = site.bias
     weight, shift = adapter.merged(site.weight().to(dtype), None if bias is None else bias.detach().to(dtype))
-    outside = model_dtype if site.quantized else compute_dtype(site.module)
+    unpacks = site.quantized and not packed_tensor(site.module)
+    outside = model_dtype if unpacks else compute_dtype(site.module)
     new = {"weight": site.stored(weight).to(outside).contiguous()}
     if shift is not None:
         new["bias"] = shift.to(outside)
-    return [_replace(site.module, new, plain=site.quantized)]
+    return [_replace(site.module, new, plain=unpacks)]
 
 
 def _replace(module: nn.Module, new: dict[str, Tensor], plain: bool = False) -> Merged:
@@ -103,7 +115,8 @@ def _check(host: Host, name: str, key: str, path: str, adapter: Adapter, tied: s
         raise MergeError(f"{name!r} is merged already; call host.restore({name!r}) first.")
     if adapter.resident:
         return
-    if not adapter.linear or adapter.place != "call" or (site.kind == "block" and not isinstance(adapter, Copy)):
+    has_weight = site.kind != "block" or isinstance(adapter, (Copy, Substitute))
+    if not adapter.linear or adapter.place != "call" or not has_weight:
         reason = adapter.not_linear if adapter.place == "call" else "it works inside the attention core"
         where = path or "the whole model"
         raise MergeError(

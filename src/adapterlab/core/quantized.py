@@ -13,7 +13,14 @@ def is_quantized(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     if weight is None:
         return False
-    return type(weight.data) is not Tensor or not weight.dtype.is_floating_point
+    plain = weight.dtype.is_floating_point and weight.dtype.itemsize > 1  # 8-bit floats need a scale kept elsewhere
+    return packed_tensor(module) or not plain
+
+
+def packed_tensor(module: nn.Module) -> bool:
+    """Say whether the weight unpacks itself (torchao), so that an ordinary module computes with it."""
+    weight = module._parameters.get("weight")
+    return weight is not None and type(weight.data) is not Tensor
 
 
 def dense(module: nn.Module) -> Tensor:
@@ -39,7 +46,7 @@ def dense(module: nn.Module) -> Tensor:
         state: Any = module.state
         scale = weight.SCB if weight.SCB is not None else state.SCB
         return bnb.int8_vectorwise_dequant(weight.data, scale)
-    if hasattr(weight, "dequantize"):
+    if packed_tensor(module):  # a plain tensor has `dequantize` too, which takes the packed codes for numbers
         return weight.dequantize().detach()
     raise TypeError(f"cannot read a weight stored as {kind} ({weight.dtype}) in {type(module).__name__}")
 
@@ -53,10 +60,20 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
     if weight is None:
         inside = (p.dtype for p in module.parameters() if p.is_floating_point())
         return next(inside, torch.get_default_dtype())
-    if not is_quantized(module):
+    if packed_tensor(module) or not is_quantized(module):
         return weight.dtype
     state = getattr(weight, "quant_state", None)
     return state.dtype if state is not None else torch.float16
+
+
+def stops_gradient(module: nn.Module) -> bool:
+    """Say whether the module gives its input no gradient: torchao's layers that round their input too do not."""
+    weight: Any = module._parameters.get("weight")
+    if not isinstance(module, nn.Linear) or not type(weight).__module__.startswith("torchao"):
+        return False
+    with torch.enable_grad():
+        x = torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
+        return not nn.functional.linear(x, weight).requires_grad
 
 
 def keep_layout(model: nn.Module) -> None:

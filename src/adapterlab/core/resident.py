@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from adapterlab.core.sharding import fill
+
 
 @dataclass
 class Patch:
@@ -84,6 +86,6 @@ class Patch:
     def _put(self, model: nn.Module, value: Tensor) -> None:
         parameter = model.get_parameter(self.path)
         if self.index is None:
-            parameter.copy_(value)
+            fill(parameter, value)
         else:
             parameter.view(-1)[self.index] = value

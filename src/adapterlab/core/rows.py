@@ -13,11 +13,12 @@ from adapterlab.errors import AttachError
 
 if TYPE_CHECKING:
     from adapterlab.core.adapter import Adapter
+    from adapterlab.core.state import State
 
 Rows = Sequence[tuple[str, ...]]
 
 
-def mixed(adapters: Mapping[str, Adapter], rows: Rows, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def mixed(adapters: Mapping[str, Adapter], state: State, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Compute a module whose adapters differ from row to row.
 
     When all of them only add to the output, the base runs once on the whole batch. Otherwise the rows are gathered by
@@ -25,11 +26,12 @@ def mixed(adapters: Mapping[str, Adapter], rows: Rows, run: Callable[..., Any], 
 
     Args:
         adapters: of the module, by key, in order of attachment.
-        rows: the keys for each row of the batch.
+        state: with the keys for each row of the batch.
         run: the module's own computation.
         args: tensors have the rows in their first dimension, or 1 there.
         kwargs: likewise.
     """
+    rows: Rows = state.rows or ()
     here = [tuple(name for name in adapters if name in row) for row in rows]
     if not any(here):
         return run(*args, **kwargs)
@@ -46,7 +48,8 @@ def mixed(adapters: Mapping[str, Adapter], rows: Rows, run: Callable[..., Any], 
     groups = {names: owner_of(here, names)[owner].nonzero()[:, 0] for names in dict.fromkeys(here)}
     if additive:
         return _added(adapters, groups, run, *args, **kwargs)
-    return _gathered(adapters, groups, size, run, args, kwargs)
+    given = [rows[i] for i in owner.tolist()]
+    return _gathered(adapters, groups, given, state, run, args, kwargs)
 
 
 def owner_of(here: Sequence[tuple[str, ...]], names: tuple[str, ...]) -> Tensor:
@@ -73,20 +76,21 @@ def _added(
 def _gathered(
     adapters: Mapping[str, Adapter],
     groups: Mapping[tuple[str, ...], Tensor],
-    size: int,
+    rows: Rows,
+    state: State,
     run: Callable[..., Any],
     args: Any,
     kwargs: Any,
 ) -> Any:
-
     results, order = [], []
     for names, index in groups.items():
         call = run
         for name in names:
             _check(name, adapters[name])
             call = functools.partial(adapters[name].around, call)
-        part_args, part_kwargs = (_take(value, index, size) for value in (args, kwargs))
-        results.append(_spread(call(*part_args, **part_kwargs), len(index)))
+        part_args, part_kwargs = (_take(value, index, len(rows)) for value in (args, kwargs))
+        with state.showing([rows[i] for i in index.tolist()]):  # modules inside see the rows of the group alone
+            results.append(_spread(call(*part_args, **part_kwargs), len(index)))
         order.append(index)
     back = torch.cat(order).argsort()
     return _join(results, back)

@@ -54,6 +54,10 @@ class Kind:
         """Mix the channels of an output of `op` by `[out, any]`."""
         return F.linear(h, weight, bias)
 
+    def gain(self, module: nn.Module) -> float | Tensor:
+        """What the operation multiplies its result by; `op` contains it."""
+        return 1.0
+
 
 class Linear(Kind):
     """`nn.Linear` and its quantized subclasses: y = x Wᵀ."""
@@ -87,7 +91,7 @@ class Transposed(Linear):
 
 
 class Embedding(Kind):
-    """`nn.Embedding`: a linear map on one-hot rows, W = tableᵀ."""
+    """`nn.Embedding`: a linear map on one-hot rows, W = tableᵀ; some models' multiply the rows they return."""
 
     name = "embedding"
 
@@ -102,7 +106,12 @@ class Embedding(Kind):
 
     def op(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         # The base's max_norm is left out on purpose: it would renormalise the adapter's own tensor in place.
-        return F.embedding(x, weight.T, padding_idx=module.padding_idx)  # type: ignore[arg-type]
+        y = F.embedding(x, weight.T, padding_idx=module.padding_idx)  # type: ignore[arg-type]
+        return y * self.gain(module) if hasattr(module, "embed_scale") else y
+
+    def gain(self, module: Any) -> float | Tensor:
+        scale: float | Tensor = getattr(module, "embed_scale", 1.0)
+        return scale.to(module.weight.dtype) if isinstance(scale, Tensor) else scale
 
 
 class Conv(Kind):
@@ -253,6 +262,11 @@ class Site:
     def mix(self, h: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Mix the channels of an output of `op`: `[..., r]` and `[out, r]` give `[..., out]`, plus a bias `[out]`."""
         return kind_of(self.module).mix(self.module, h, weight, bias)
+
+    @property
+    def gain(self) -> float | Tensor:
+        """What the module multiplies its rows by, and `op` as well: not 1 for scaled embeddings, such as Gemma's."""
+        return kind_of(self.module).gain(self.module)
 
     @property
     def grouped(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,15 @@ class State:
             yield self.losses
         finally:
             self.losses = before
+
+    @contextlib.contextmanager
+    def showing(self, rows: Sequence[tuple[str, ...]]) -> Iterator[None]:
+        """Take the batch to have other rows inside the context."""
+        before, self.rows = self.rows, tuple(rows)
+        try:
+            yield
+        finally:
+            self.rows = before
 
     def snapshot(self) -> dict[str, Any]:
         """Record what a later recomputation of the same forward pass must see."""

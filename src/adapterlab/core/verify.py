@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from adapterlab.core.anatomy import base_modules
+from adapterlab.core.quantized import stops_gradient
 from adapterlab.errors import NotTrainingError
 
 if TYPE_CHECKING:
@@ -21,8 +23,9 @@ def verify(host: Host, batch: Mapping[str, Tensor]) -> None:
         batch: arguments of the model, with labels.
 
     Raises:
-        NotTrainingError: something is bypassed, or nothing is trainable.
+        NotTrainingError: something is bypassed, nothing is trainable, or a packed layer stops the gradient.
     """
+    check_gradient_passes(host)
     parameters = {key: p for name in host.active for key, p in host.named_parameters(name).items()}
     if not parameters:
         raise NotTrainingError(
@@ -54,6 +57,20 @@ def verify(host: Host, batch: Mapping[str, Tensor]) -> None:
     missed = [path for path, adapter in parts if path not in called and not adapter.resident]
     if missed or silent:
         raise NotTrainingError(_bypassed(missed, silent))
+
+
+def check_gradient_passes(host: Host) -> None:
+    """Require that every packed layer gives its input a gradient; without it what lies before learns wrongly.
+
+    Raises:
+        NotTrainingError: one does not.
+    """
+    stuck = [path for path, module in base_modules(host.model) if stops_gradient(module)]
+    if stuck:
+        raise NotTrainingError(
+            f"{len(stuck)} packed layers give their input no gradient, for example {stuck[0]}: torchao rounds the "
+            "input there too. Pack the base for training with weights only, for example Int8WeightOnlyConfig."
+        )
 
 
 def _bypassed(missed: list[str], silent: list[str]) -> str:

@@ -45,7 +45,7 @@ def through(place: str, module: nn.Module, run: Callable[..., Any], *args: Any, 
     held: Any = module._modules[ADAPTERS]._modules  # type: ignore[union-attr]
     if state.rows is not None:
         here = {name: a for name, a in held.items() if a.place == place}
-        return mixed(here, state.rows, run, *args, **kwargs) if here else run(*args, **kwargs)
+        return mixed(here, state, run, *args, **kwargs) if here else run(*args, **kwargs)
     for name, adapter in held.items():
         if name in state.active and adapter.place == place and not adapter.is_merged:
             run = functools.partial(_around(adapter), run)

@@ -9,8 +9,7 @@ Names are imported on first use: `DataConfig` alone loads neither torch nor tran
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from adapterlab.lazy import lazy
 
 # public name -> module that defines it
 _PUBLIC = {
@@ -34,14 +33,4 @@ _PUBLIC = {
 
 __all__ = [*_PUBLIC]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'adapterlab.data' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"adapterlab.data.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(__name__, _PUBLIC)

@@ -8,8 +8,7 @@ Names are imported on first use: importing this package loads neither torch nor 
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from adapterlab.lazy import lazy
 
 # public name -> module that defines it
 _PUBLIC = {
@@ -30,14 +29,4 @@ _PUBLIC = {
 
 __all__ = [*_PUBLIC]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'adapterlab.evaluate' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"adapterlab.evaluate.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(__name__, _PUBLIC)

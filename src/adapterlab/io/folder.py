@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.host import Host, host
 from adapterlab.core.method import Method
+from adapterlab.core.sharding import gathered, leads, whole
 from adapterlab.errors import AttachError, ConfigError, FormatError, TargetError
 from adapterlab.io import hf_peft
 from adapterlab.io.atomic import new_folder, write_json, write_text
@@ -70,6 +71,8 @@ def save(
 ) -> Path:
     """Write one adapter to a folder, atomically.
 
+    On a sharded model every process must call it: together they gather the tensors, and the first one writes.
+
     Args:
         host: of the model.
         folder: where to; its parents are made.
@@ -79,19 +82,22 @@ def save(
         notes: facts for the model card, such as data and results.
 
     Raises:
-        OutputError: the folder is not empty or cannot be written; what was there stays as it was.
+        OutputError: the folder is not empty or cannot be written, or the model is sharded by FSDP1, whose slices cannot
+            be gathered; what was there stays as it was.
     """
     name = host._only(name)
     method = host.methods[name]
     about = getattr(host.model, "config", None)
     base_model = base_model or getattr(about, "_name_or_path", None) or None
     revision = getattr(about, "_commit_hash", None)
-    own = {key: value.detach() for key, value in host.tensors(name).items()}
-    config, tensors = (hf_peft.write(host, name, base_model, revision) if method.hf is not None else None) or (
-        None,
-        own,
-    )
+    held = list(host.tensors(name).values())
+    with gathered(host.model, held):
+        written = hf_peft.write(host, name, base_model, revision) if method.hf is not None else None
+        config, tensors = written or (None, host.tensors(name))
+        tensors = {key: whole(value) for key, value in tensors.items()}
     folder = Path(folder)
+    if not leads(held):
+        return folder
     with new_folder(folder, overwrite=overwrite) as work:
         file = work / TENSORS
         save_file({key: value.cpu().contiguous().clone() for key, value in tensors.items()}, file, {"format": "pt"})
@@ -169,8 +175,8 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, activ
     target = host(model) or Host(model)
     name = name or info.name
     active = not target.methods if active is None else active
-    method = _method(info, tensors)
     try:
+        method = _method(info, tensors, target)
         # Tensors in our own names tell a method its structure; PEFT's are renamed once the method stands.
         saved, like = (tensors, None) if method.hf is None else (None, hf_peft.like(method, target, tensors))
         target.attach(method, name, active=active, saved=saved, like=like)
@@ -201,7 +207,7 @@ def _fill(target: Host, name: str, info: AdapterInfo, method: Method, tensors: d
         raise FormatError(_foreign(info, target.model, str(error))) from None
 
 
-def _method(info: AdapterInfo, tensors: dict[str, Tensor]) -> Method:
+def _method(info: AdapterInfo, tensors: dict[str, Tensor], host: Host) -> Method:
     """The method with its settings; for a PEFT folder the targets are what its tensors are called."""
     try:
         cls = method_by_id(info.method)
@@ -212,8 +218,11 @@ def _method(info: AdapterInfo, tensors: dict[str, Tensor]) -> Method:
         assert cls.hf is not None
         if cls.hf.pack is None:
             paths = hf_peft.modules(cls, tensors)
-            fields["targets"] = tuple(paths) or ("no module",)
-            fields |= hf_peft.used_patterns(fields, paths)
+            bare = hf_peft.holding(cls, fields, host)
+            targets = tuple(path for path in paths if path not in bare)
+            fields["targets"] = targets or (("none",) if bare else ("no module",))
+            leaves = [f"{path}.{leaf}" for path, names in bare.items() for leaf in names]
+            fields |= hf_peft.used_patterns(fields, [*targets, *leaves])
         fields["modules_to_save"] = _saved_modules(info.folder, tensors)
     try:
         return cls(**fields)

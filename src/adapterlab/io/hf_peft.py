@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.core.adapter import Copy
+from adapterlab.core.substitute import Substitute
 from adapterlab.errors import FormatError, nearest
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class HFCodec:
         when: options that select this method among those that share the type.
         accepts: other options -> values that mean nothing here and may be present.
         subsets: options that list some of the adapted modules -> attribute of our adapters that says which.
+        parameters: (field of ours, PEFT's option) that lists bare parameters. PEFT does not name what holds them among
+            its modules, and wraps it once for each; what the inner wrappers hold is called `base_layer.<tensor>`.
         ignores: options that may have any value.
         implies: fields of ours that every adapter of PEFT's has at this value.
         prefix: what PEFT's keys of modules begin with.
@@ -58,6 +61,7 @@ class HFCodec:
     when: Mapping[str, Any] = field(default_factory=dict)
     accepts: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     subsets: Mapping[str, str] = field(default_factory=dict)
+    parameters: tuple[str, str] | None = None
     ignores: Collection[str] = ()
     implies: Mapping[str, Any] = field(default_factory=dict)
     prefix: str = PREFIX
@@ -74,8 +78,20 @@ class HFCodec:
 
     def suffix(self, tensor: str, kind: str) -> str:
         """PEFT's suffix for one of our tensors on one kind of module."""
-        found = self.tensors[tensor]
-        return found if isinstance(found, str) else found[kind]
+        outer, base, leaf = tensor.rpartition("base_layer.")
+        found = self.tensors[leaf]
+        return outer + base + (found if isinstance(found, str) else found[kind])
+
+    def locate(self, key: str) -> tuple[str, str, str] | None:
+        """Read PEFT's key of a module's tensor: (path of the module, our tensor, PEFT's suffix); None for others."""
+        names = {s: ours for ours, t in self.tensors.items() for s in ([t] if isinstance(t, str) else t.values())}
+        suffix = next((s for s in names if key.endswith("." + s)), None)
+        if suffix is None:
+            return None
+        path, tensor = key.removeprefix(PREFIX).removesuffix("." + suffix), names[suffix]
+        while path.endswith(".base_layer"):
+            path, tensor = path.removesuffix(".base_layer"), "base_layer." + tensor
+        return path, tensor, suffix
 
     def options(self, method: Method) -> dict[str, Any]:
         """Write the method's fields as PEFT options."""
@@ -84,6 +100,8 @@ class HFCodec:
             name, table = theirs if isinstance(theirs, tuple) else (theirs, None)
             value = getattr(method, ours)
             options[name] = table[value] if table else value
+        if self.parameters and (bare := getattr(method, self.parameters[0])):
+            options[self.parameters[1]] = list(bare)
         return options
 
     def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +113,9 @@ class HFCodec:
         settings: dict[str, Any] = dict(self.implies)
         known = {*_PLACEMENT, *self.when, *self.ignores}
         refused = []
+        if self.parameters:
+            known.add(self.parameters[1])
+            settings[self.parameters[0]] = tuple(config.get(self.parameters[1]) or ())
         for ours, theirs in self.fields.items():
             name, table = theirs if isinstance(theirs, tuple) else (theirs, None)
             known.add(name)
@@ -152,8 +173,9 @@ def write(
         }
         return {**config, **packed[0]}, {**packed[1], **of_copies}
     adapted = {path: part for path, part in parts.items() if path not in copies}
-    config["target_modules"] = short_names(adapted, [s.path for s in host.all_sites()])
-    if any(part.site.transposed for part in adapted.values()):
+    whole = {path: part for path, part in adapted.items() if not isinstance(part, Substitute)}
+    config["target_modules"] = short_names(whole, [s.path for s in host.all_sites()])
+    if any(part.site.transposed for part in whole.values()):
         config["fan_in_fan_out"] = True
     for option, attribute in codec.subsets.items():
         chosen = [path for path, part in adapted.items() if getattr(part, attribute)]
@@ -182,12 +204,10 @@ def like(method: Method, host: Host, tensors: Mapping[str, Tensor]) -> dict[str,
         return None
     if any(key.startswith(("adapter.", "shared.", "base.")) for key in tensors):
         return dict(tensors)  # saved under our own names
-    names = {s: ours for ours, t in codec.tensors.items() for s in ([t] if isinstance(t, str) else t.values())}
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        suffix = next((s for s in names if key.endswith("." + s)), None)
-        if suffix:
-            groups.setdefault(key.removeprefix(PREFIX).removesuffix("." + suffix), {})[names[suffix]] = value
+        if (found := codec.locate(key)) is not None:
+            groups.setdefault(found[0], {})[found[1]] = value
     sites = {site.path: site for site in host.all_sites()}
     return {
         f"adapter.{path}.{ours}": value
@@ -214,24 +234,26 @@ def read(method: Method, host: Host, name: str, tensors: Mapping[str, Tensor]) -
         return method.hf.unpack(host, name, tensors) | _copies(parts, method.hf.prefix, tensors)
     ours = {_peft_key(key, parts, method.hf): key for key in own if not _only_ours(key, parts, method.hf)}
     found = (like(method, host, tensors) or {}) if method.hf.inward is not None else {}
-    inward = _read_inward(parts, method.hf)
     for key, value in tensors.items():
         if ours.get(key) in found:
             continue
         if key in ours:
             found[ours[key]] = value
-        elif key in inward or _is_second_copy(key, tensors) or _is_repeated(key, tensors, method.hf):
+        elif (
+            _is_read_inward(key, parts, method.hf)
+            or _is_second_copy(key, tensors)
+            or _is_repeated(key, tensors, method.hf)
+        ):
             continue
         elif not _is_base_copy(host, key, value):
             found[key] = value  # reported as not in this adapter, with everything else that does not fit
     return found
 
 
-def _read_inward(parts: Mapping[str, Any], codec: HFCodec) -> set[str]:
-    """PEFT's keys of tensors that `inward` has made others of."""
-    suffixes = {s for t in codec.tensors.values() for s in ([t] if isinstance(t, str) else t.values())}
-    adapted = [path for path, part in parts.items() if not isinstance(part, Copy)]
-    return {f"{PREFIX}{path}.{s}" for path in adapted for s in suffixes} if codec.inward is not None else set()
+def _is_read_inward(key: str, parts: Mapping[str, Any], codec: HFCodec) -> bool:
+    """Say whether `inward` has made other tensors of one with this key."""
+    found = codec.locate(key) if codec.inward is not None else None
+    return found is not None and found[0] in parts and not isinstance(parts[found[0]], Copy)
 
 
 def _copies(parts: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -248,13 +270,14 @@ def _copies(parts: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]
 def modules(method: type[Method], tensors: Iterable[str]) -> dict[str, str]:
     """Return the modules that PEFT's keys adapt: path -> suffix of one of the keys."""
     assert method.hf is not None
-    suffixes = [s for t in method.hf.tensors.values() for s in ([t] if isinstance(t, str) else t.values())]
-    found = {}
-    for key in tensors:
-        suffix = next((s for s in suffixes if key.endswith("." + s)), None)
-        if suffix:
-            found[key.removeprefix(PREFIX).removesuffix("." + suffix)] = suffix
-    return found
+    located = [found for key in tensors if (found := method.hf.locate(key)) is not None]
+    return {path: suffix for path, _, suffix in located}
+
+
+def holding(method: type[Method], fields: Mapping[str, Any], host: Host) -> dict[str, tuple[str, ...]]:
+    """Return the modules that hold bare parameters among what a PEFT adapter adapts; see `Host.holding`."""
+    field = method.hf.parameters[0] if method.hf is not None and method.hf.parameters else None
+    return host.holding(fields[field]) if field is not None else {}
 
 
 def used_patterns(fields: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class KroneckerLayer(Delta):
     def forward(self, x: Tensor) -> Tensor:
         """The update's share of the output, in the dtype of x (of the factors for token ids)."""
         if not x.is_floating_point():
-            return self.scale * kronecker_columns(x, *self.factors())
+            return self.scale * kronecker_columns(x, *self.factors()) * self.site.gain
         left, right = ([matrix.to(x.dtype) for matrix in factor] for factor in self.factors())
         return self.scale * kronecker_linear(x, left, right)
 

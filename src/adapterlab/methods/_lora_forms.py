@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from adapterlab.core.site import Site
 from adapterlab.errors import FormatError
+from adapterlab.methods import _expert_factors
+from adapterlab.methods._expert_factors import ExpertFactors
 
 
 def spread(b: Tensor, blocks: Sequence[int], enable: Sequence[bool]) -> Tensor:
@@ -50,21 +52,38 @@ def outward(method: Any, layers: Mapping[str, Any]) -> tuple[dict[str, Any], dic
     """
     tensors: dict[str, dict[str, Tensor]] = {}
     settings: dict[str, tuple[int, float]] = {}
+    modules = {path: layer for path, layer in layers.items() if not isinstance(layer, ExpertFactors)}
     for path, layer in layers.items():
+        if not isinstance(layer, ExpertFactors):
+            continue
+        # PEFT has no parameters beside transposed layers, and tensors of embeddings have names of their own there.
+        if layer.site.kind in ("embedding", "conv") or any(other.site.transposed for other in modules.values()):
+            return None
+        tensors[path] = _expert_factors.outward(layer)
+        for leaf in layer.names:
+            r = layer.pair(leaf).A.shape[1]
+            settings[f"{path}.{leaf}"] = (r, _alpha(method, layer.pair(leaf).scale, r))
+    for path, layer in modules.items():
         taken = layer.A0 is not None
         if _differs(layer.site) or (taken and not layer.init.low_rank):
             return None
         a, b = layer.factors() if method.blocks else (layer.A, layer.B)
         if taken:
             a, b = torch.cat([a, layer.A0]), torch.cat([b, -layer.B0], 1)
-        settings[path] = (len(a), layer.scale * (len(a) if method.scale == "linear" else math.sqrt(len(a))))
+        settings[path] = (len(a), _alpha(method, layer.scale, len(a)))
         if layer.site.kind == "conv":
             kernel = [1] * len(layer.site.module.kernel_size)
             a, b = layer.site.stored(a), b.view(*b.shape, *kernel)
         rest = {k: v for k, v in layer.state_dict(keep_vars=True).items() if k not in ("A", "B", "A0", "B0")}
         tensors[path] = {"A": a, "B": b, **rest}
-    plain = all(r == method.rank(p) and layers[p].scale == method.scaling(p) for p, (r, _) in settings.items())
+    wanted = {path: (r := method.rank(path), _alpha(method, method.scaling(path), r)) for path in settings}
+    plain = settings == wanted
     return {"init_lora_weights": True} | ({} if plain else _patterns(settings)), tensors
+
+
+def _alpha(method: Any, scale: float, r: int) -> float:
+    """The alpha that gives a scale at a rank."""
+    return scale * (r if method.scale == "linear" else math.sqrt(r))
 
 
 def _patterns(settings: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
@@ -84,6 +103,9 @@ def inward(method: Any, site: Site, tensors: dict[str, Tensor]) -> dict[str, Ten
     Raises:
         FormatError: PEFT computes a convolution of this kind in another way.
     """
+    names = _expert_factors.adapted(method, site)
+    if names:
+        return _expert_factors.inward(names, site, tensors)
     if not {"A", "B"} <= tensors.keys():
         return tensors
     a, b = tensors["A"], tensors["B"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self, cast
 
@@ -14,9 +14,29 @@ from torch.nn import functional as F
 from adapterlab.core.site import Site
 from adapterlab.core.wrapping import Base
 from adapterlab.io.hf_peft import HFCodec
+from adapterlab.methods import _lora_forms
+from adapterlab.methods._convolutions import along_channels
 from adapterlab.methods.lora import LoRA
 from adapterlab.ops.magnitude import magnitude_linear, row_norms
 from adapterlab.registry import register
+
+
+def _outward(method: Any, layers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None:
+    """As LoRA's; PEFT keeps the m of a convolution in the shape of its output `[1, out, 1, 1]`."""
+    made = _lora_forms.outward(method, layers)
+    for path, tensors in made[1].items() if made is not None else ():
+        site = layers[path].site
+        if site.kind == "conv":
+            tensors["m"] = along_channels(site, tensors["m"])[None]
+    return made
+
+
+def _inward(method: Any, site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `_outward` for one module."""
+    tensors = _lora_forms.inward(method, site, tensors)
+    if site.kind == "conv" and "m" in tensors:
+        tensors["m"] = tensors["m"].flatten()
+    return tensors
 
 
 @register
@@ -27,8 +47,9 @@ class DoRA(LoRA):
     flows through it. With dropout, x̃ = drop(x) and g = m/c: y = W x + b + (g − 1) ⊙ W x̃ + g ⊙ s B A x̃.
     A `[r, in]`, B `[out, r]`, m `[out]`, s as in LoRA. For an embedding table the norms run over the vocabulary.
 
-    Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too) and embeddings. The paper adapts the
-    query, key, value, up and down projections, often at half of LoRA's rank.
+    Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too), embeddings, and convolutions, where a
+    row holds the whole kernel of an output channel. The paper adapts the query, key, value, up and down projections,
+    often at half of LoRA's rank.
 
     Start: B = 0 (for embeddings A = 0) and m = the norms of the rows of W, unpacked if it is quantized, so the first
     output equals the base's.
@@ -53,13 +74,17 @@ class DoRA(LoRA):
     year: ClassVar[int] = 2024
     arxiv: ClassVar[str] = "2402.09353"
     formula: ClassVar[str] = "r (in + out) + out"
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "conv")
 
     lora_bias: Literal[False] = Field(False, description="not available: a bias of B has no place in the row norms")
 
     _lora: ClassVar[HFCodec] = cast(HFCodec, LoRA.hf)
     hf: ClassVar[HFCodec | None] = replace(
-        _lora, tensors={**_lora.tensors, "m": "lora_magnitude_vector"}, when={"use_dora": True}
+        _lora,
+        tensors={**_lora.tensors, "m": "lora_magnitude_vector"},
+        when={"use_dora": True},
+        outward=_outward,
+        inward=_inward,
     )
 
     class Layer(LoRA.Layer):
@@ -110,7 +135,8 @@ class DoRA(LoRA):
                 x = F.dropout(x, self.p)
                 inner = run(x, *args, **kwargs)
             bias = self.site.unmerged.bias
-            inner = inner if bias is None else inner - bias.to(y.dtype)
+            inner = inner if bias is None else inner - along_channels(self.site, bias.to(y.dtype))
+            gain = along_channels(self.site, gain)
             # The gain enters as its difference from one: a small change survives in a half-precision dtype.
             change = (gain - 1).to(y.dtype)
             return y + change * inner + gain.to(y.dtype) * self.product(x).to(y.dtype)

@@ -148,7 +148,7 @@ def _outward(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None:
     """Options under which PEFT's rule gives our sizes, and the factors; None where there are none."""
     sites = [layer.site for layer in layers.values()]
-    if method.place != "weight" or any(site.kind != "linear" for site in sites):
+    if method.place != "weight" or any(site.kind != "linear" or site.transposed for site in sites):
         return None
     shapes = {site.shape: method.sizes(*site.shape) for site in sites}
     for factor in (-1, *(method.a or ())):

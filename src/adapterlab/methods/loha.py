@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from adapterlab.core.site import Site
 from adapterlab.io.hf_peft import HFCodec
-from adapterlab.methods._lycoris import CONVOLUTIONS, FIELDS, Lycoris, LycorisLayer
+from adapterlab.methods._convolutions import tucker
+from adapterlab.methods._lycoris import FIELDS, Lycoris, LycorisLayer, inward, outward
 from adapterlab.methods._rebuilt import Rebuilt
 from adapterlab.registry import register
 
@@ -22,11 +23,13 @@ class LoHa(Lycoris):
     y = W x + b + s · ((w1_a w1_b) ⊙ (w2_a w2_b)) x, s = alpha / r, w1_a and w2_a `[out, r]`, w1_b and w2_b `[r, in]`.
     The product has to be formed; it is built for each call and again for the backward pass, and not kept.
 
-    Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too).
+    Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too) and convolutions, whose kernels count as
+    `[out, in / groups · prod(k)]`. With `effective_conv` each product is that of a core t `[r, r, *k]` with `[r, out]`
+    and `[r, in / groups]`.
 
     Start: w2_b = 0, or with `start="lycoris"` w2_a = 0, so the first output equals the base's.
 
-    Trainable parameters: 2 r (in + out) for each module.
+    Trainable parameters: 2 r (in + out) for each module; 2 r (in / groups + out + r prod(k)) with cores.
 
     Inference: W + ΔW can be merged, at no cost.
 
@@ -53,27 +56,36 @@ class LoHa(Lycoris):
         "LOHA",
         # How the factors began does not matter once they are trained.
         fields=FIELDS,
-        tensors={key: f"hada_{key}" for key in ("w1_a", "w1_b", "w2_a", "w2_b")},
-        accepts={"init_weights": (True, False), CONVOLUTIONS: (True,)},
+        tensors={key: f"hada_{key}" for key in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
+        accepts={"init_weights": (True, False)},
+        outward=outward,
+        inward=inward,
     )
 
     class Layer(LycorisLayer, Rebuilt):
-        """The four factors of one module."""
+        """The four factors of one module, and perhaps the two cores."""
 
         def __init__(self, method: LoHa, site: Site):
             super().__init__(method, site, rescales=True)
             out, in_ = site.shape
-            r = method.rank(site.path)
-            self.w1_a, self.w1_b = site.parameter(out, r), site.parameter(r, in_)
-            self.w2_a, self.w2_b = site.parameter(out, r), site.parameter(r, in_)
+            r, core = method.rank(site.path), method.core(site)
+            rows, columns = ((out, r), (r, in_)) if core is None else ((r, out), (r, in_ // math.prod(core[2:])))
+            self.w1_a, self.w1_b = site.parameter(*rows), site.parameter(*columns)
+            self.w2_a, self.w2_b = site.parameter(*rows), site.parameter(*columns)
+            self.t1, self.t2 = (None if core is None else site.parameter(*core) for _ in range(2))
+            cores = [t for t in (self.t1, self.t2) if t is not None]
             if method.start == "lycoris":
-                nn.init.normal_(self.w1_a, std=0.1)
+                for factor in (self.w1_a, *cores):
+                    nn.init.normal_(factor, std=0.1)
                 nn.init.normal_(self.w1_b)
                 nn.init.normal_(self.w2_b)
             else:
-                for factor in (self.w1_a, self.w1_b, self.w2_a):
+                for factor in (self.w1_a, self.w1_b, self.w2_a, *cores):
                     nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
 
         def delta(self) -> Tensor:
-            """ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b) `[out, in]`."""
+            """ΔW = s · (w1_a w1_b) ⊙ (w2_a w2_b) `[out, in]`, each product with its core if there is one."""
+            if self.t1 is not None and self.t2 is not None:
+                first, second = tucker(self.t1, self.w1_a, self.w1_b), tucker(self.t2, self.w2_a, self.w2_b)
+                return self.scale * first * second
             return (self.scale * (self.w1_a @ self.w1_b)) * (self.w2_a @ self.w2_b)

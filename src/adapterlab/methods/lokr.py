@@ -6,12 +6,14 @@ import math
 from typing import ClassVar, Literal
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from adapterlab.core.site import Site
 from adapterlab.io.hf_peft import HFCodec
+from adapterlab.methods._convolutions import kernel, tucker
 from adapterlab.methods._kronecker import Factor, KroneckerLayer, split
-from adapterlab.methods._lycoris import CONVOLUTIONS, FIELDS, Lycoris, LycorisLayer
+from adapterlab.methods._lycoris import FIELDS, Lycoris, LycorisLayer, inward, outward
+from adapterlab.methods._rebuilt import Rebuilt
 from adapterlab.registry import register
 
 
@@ -21,9 +23,12 @@ class LoKr(Lycoris):
 
     y = W x + b + s · (w1 ⊗ w2) x, s = alpha / r, w1 `[out_l, in_m]`, w2 `[out_k, in_n]`, out = out_l out_k and
     in = in_m in_n. w2 is w2_a w2_b, `[out_k, r]` and `[r, in_n]`, while r is below half its larger side, else one
-    matrix; w1 likewise with `decompose_both`, else one matrix. The product is never formed.
+    matrix; w1 likewise with `decompose_both`, else one matrix. The product is never formed on linear layers.
 
-    Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too).
+    Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too) and convolutions, where `in` above is
+    the number of channels of a kernel, and w2 has the axes of the kernel as well: `[out_k, in_n, *k]`, w2_b
+    `[r, in_n · prod(k)]`. With `effective_conv` a w2 of low rank is that of a core t2 `[r, r, *k]` with `[r, out_k]`
+    and `[r, in_n]`.
 
     Start: w1 = 0 (or w1_a), or with `start="lycoris"` w2 = 0 (or w2_b), so the first output equals the base's.
 
@@ -61,8 +66,10 @@ class LoKr(Lycoris):
             "rescale": "rank_dropout_scale",
             "start": ("init_weights", {"peft": True, "lycoris": "lycoris"}),
         },
-        tensors={key: f"lokr_{key}" for key in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
-        accepts={"init_weights": (False,), CONVOLUTIONS: (True,)},
+        tensors={key: f"lokr_{key}" for key in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
+        accepts={"init_weights": (False,)},
+        outward=outward,
+        inward=inward,
     )
 
     def sizes(self, out: int, in_: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -70,23 +77,37 @@ class LoKr(Lycoris):
         (out_l, out_k), (in_m, in_n) = split(out, self.factor), split(in_, self.factor)
         return (out_l, in_m), (out_k, in_n)
 
-    class Layer(LycorisLayer, KroneckerLayer):
+    class Layer(LycorisLayer, KroneckerLayer, Rebuilt):
         """The factors of one module."""
 
         def __init__(self, method: LoKr, site: Site):
             super().__init__(method, site, method.rescale)
-            first, second = method.sizes(*site.shape)
+            (out, in_), axes = site.shape, kernel(site)
+            first, second = method.sizes(out, in_ // math.prod(axes))
             r = method.rank(site.path)
-            self.names = self._make("w1", first, r if method.decompose_both else None), self._make("w2", second, r)
+            self.names = (
+                self._make("w1", first, r if method.decompose_both else None),
+                self._make("w2", second, r, axes, method.core(site)),
+            )
             zero = self.names[0][0] if method.start == "peft" else self.names[1][-1]
             nn.init.zeros_(self.get_parameter(zero))
 
-        def _make(self, name: str, shape: tuple[int, int], r: int | None) -> tuple[str, ...]:
-            """Make one factor, in two matrices where that is smaller; returns their names."""
-            if r is not None and r < max(shape) / 2:
-                made = {f"{name}_a": (shape[0], r), f"{name}_b": (r, shape[1])}
+        def _make(
+            self,
+            name: str,
+            shape: tuple[int, int],
+            r: int | None,
+            axes: tuple[int, ...] = (),
+            core: tuple[int, ...] | None = None,
+        ) -> tuple[str, ...]:
+            """Make one factor, in thin matrices and perhaps a core where that is smaller; returns their names."""
+            made: dict[str, tuple[int, ...]]
+            if r is None or r >= max(shape) / 2:
+                made = {name: (*shape, *axes)}
+            elif core is None:
+                made = {f"{name}_a": (shape[0], r), f"{name}_b": (r, shape[1] * math.prod(axes))}
             else:
-                made = {name: shape}
+                made = {"t2": core, f"{name}_a": (r, shape[0]), f"{name}_b": (r, shape[1])}
             for key, size in made.items():
                 self.register_parameter(key, self.site.parameter(*size))
                 nn.init.kaiming_uniform_(self.get_parameter(key), a=math.sqrt(5))
@@ -95,4 +116,9 @@ class LoKr(Lycoris):
         def factors(self) -> tuple[Factor, Factor]:
             """The matrices whose products are w1 and w2."""
             first, second = ([self.get_parameter(name) for name in names] for names in self.names)
-            return first, second
+            return first, [tucker(*second)] if len(second) == 3 else [matrix.flatten(1) for matrix in second]
+
+        def forward(self, x: Tensor) -> Tensor:
+            """The update's share of the output; on convolutions the product is formed, and built again backward."""
+            share: Tensor = Rebuilt.forward(self, x) if kernel(self.site) else KroneckerLayer.forward(self, x)
+            return share

@@ -19,7 +19,7 @@ from adapterlab.core.wrapping import Base
 from adapterlab.errors import AttachError, TargetError, nearest
 from adapterlab.init import Place, Start
 from adapterlab.io.hf_peft import HFCodec
-from adapterlab.methods import _lora_forms
+from adapterlab.methods import _expert_factors, _lora_forms
 from adapterlab.methods._low_rank import Factors, LowRank
 from adapterlab.ops.low_rank import autocasts, low_rank_linear
 from adapterlab.registry import register
@@ -38,11 +38,16 @@ class LoRA(LowRank):
     Fused modules: with `blocks`, each block of rows (q, k, v) of a module with that many rows has factors of its own,
     as in the original MergedLinear; the blocks need not be equal, and `enable` leaves some out.
 
+    Stacked weights of experts, which no linear layer holds: `parameters` names them, such as `mlp.experts.down_proj`
+    `[E, out, in]`; each expert has factors of its own, and the module computes with W + s · B A. With `targets="none"`
+    they alone are adapted. Any other bare matrix works too.
+
     Start: B = 0 (for embeddings A = 0), so the first output equals the base's. Other values of `init` may put a part of
     the base weight into the factors; the base then holds the rest while the adapter is live. The original weight is
     kept beside it, and saving converts to an ordinary LoRA of rank 2r on the original base.
 
-    Trainable parameters: r (in + out) for each module; r (n in + out of the n enabled blocks) for fused ones.
+    Trainable parameters: r (in + out) for each module; r (n in + out of the n enabled blocks) for fused ones;
+    E r (in + out) for stacked ones.
 
     Inference: W + s B A can be merged, at no cost.
 
@@ -82,6 +87,9 @@ class LoRA(LowRank):
         (), description="rows of each block of a fused module, such as those of q, k and v"
     )
     enable: tuple[bool, ...] = Field((), description="which of the blocks are adapted; default: all")
+    parameters: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="names of bare parameters to adapt as well, such as mlp.experts.gate_up_proj"
+    )
 
     hf: ClassVar[HFCodec | None] = HFCodec(
         "LORA",
@@ -96,10 +104,11 @@ class LoRA(LowRank):
             "alpha_pattern": "alpha_pattern",
         },
         tensors={
-            "A": {"linear": "lora_A.weight", "conv": "lora_A.weight", "embedding": "lora_embedding_A"},
-            "B": {"linear": "lora_B.weight", "conv": "lora_B.weight", "embedding": "lora_embedding_B"},
+            "A": {"embedding": "lora_embedding_A", **dict.fromkeys(("linear", "conv", "block"), "lora_A.weight")},
+            "B": {"embedding": "lora_embedding_B", **dict.fromkeys(("linear", "conv", "block"), "lora_B.weight")},
             "bias": "lora_B.bias",
         },
+        parameters=("parameters", "target_parameters"),
         # How the factors began does not matter once they are trained, unless the base was changed with them.
         accepts={"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")},
         outward=_lora_forms.outward,
@@ -124,6 +133,7 @@ class LoRA(LowRank):
             raise ValueError("blocks work with plain LoRA and init='kaiming' or 'gaussian' only")
         if self.init.moves_base and not type(self).Layer.additive:  # type: ignore[attr-defined]
             raise ValueError(f"init={self.init.name!r} changes the base weight, which {self.id} computes from")
+        _expert_factors.check(self, plain=type(self).Layer is LoRA.Layer)
         return self
 
     def rank(self, path: str) -> int:
@@ -136,10 +146,11 @@ class LoRA(LowRank):
         return alpha / (self.rank(path) if self.scale == "linear" else math.sqrt(self.rank(path)))
 
     def attach(self, host: Host, name: str) -> None:
-        """Wrap the targets, then own the biases that the option asks for."""
-        super().attach(host, name)
+        """Wrap the targets and what holds bare parameters, then own the biases that the option asks for."""
+        if self.targets.include != _expert_factors.NONE:
+            super().attach(host, name)
         adapted = host.adapters(name)
-        self._check_patterns(adapted)
+        self._check_patterns([*adapted, *_expert_factors.attach(self, host, name)])
         if self.blocks and not any(isinstance(layer, Blocks) for layer in adapted.values()):
             rows = sorted({layer.site.shape[0] for layer in adapted.values()})
             raise TargetError(f"lora: blocks={self.blocks} make {sum(self.blocks)} rows; the targets have {rows}.")
@@ -203,6 +214,13 @@ class LoRA(LowRank):
                 weight = weight.T if self.site.transposed else weight
                 return low_rank_linear(x, weight, self.site.bias, *self.factors(), self.scale)
             return super().around(run, x, *args, **kwargs)
+
+        def low_rank(self) -> tuple[Tensor, Tensor] | None:
+            """A and s · B, where the update is nothing else."""
+            if not self.additive or self.bias is not None or self.site.grouped or self.site.kind != "linear":
+                return None
+            a, b = self.factors()
+            return a, self.scale * b
 
         def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             """W + ΔW; the bias of B joins the base's."""

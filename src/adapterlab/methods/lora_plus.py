@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 from torch import nn
 
+from adapterlab.core.adapter import Copy
 from adapterlab.core.host import Host
 from adapterlab.core.method import MakeOptimizer
 from adapterlab.methods.lora import LoRA
@@ -53,7 +54,7 @@ class LoRAPlus(LoRA):
 
     def optimizer(self, host: Host, name: str, make: MakeOptimizer) -> Optimizer:
         """Put the tensors into up to four groups."""
-        kinds = {path: part.site.kind for path, part in self._factors(host, name).items()}
+        kinds = {path: part.site.kind for path, part in host.adapters(name).items() if not isinstance(part, Copy)}
         options: dict[str, dict[str, Any]] = {
             "embedding": {"lr": self.lr_embedding},
             "fast": {"lr_factor": self.ratio},
@@ -68,5 +69,5 @@ class LoRAPlus(LoRA):
             elif p.dim() == 1:
                 groups["fast, no decay"].append(p)
             else:
-                groups["fast" if leaf == "B" and path in kinds else "slow"].append(p)
+                groups["fast" if leaf == "B" and path.partition(".factors.")[0] in kinds else "slow"].append(p)
         return make([{"params": members, **options[group]} for group, members in groups.items() if members])

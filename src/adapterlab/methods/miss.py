@@ -12,6 +12,7 @@ from adapterlab.core.method import LayerMethod
 from adapterlab.core.site import Site
 from adapterlab.errors import AttachError
 from adapterlab.io.hf_peft import HFCodec
+from adapterlab.methods._lycoris import plain_linear
 from adapterlab.methods._rebuilt import Rebuilt
 from adapterlab.registry import register
 
@@ -63,6 +64,7 @@ class MiSS(LayerMethod):
         },
         tensors={"block": "miss_block"},
         accepts={"init_weights": (False,), "bias": ("none",)},
+        outward=plain_linear,
     )
 
     @classmethod

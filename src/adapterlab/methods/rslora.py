@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
+from torch import nn
 
 from adapterlab.methods.lora import LoRA
 from adapterlab.registry import register
@@ -39,3 +40,8 @@ class RsLoRA(LoRA):
     arxiv: ClassVar[str] = "2312.03732"
 
     scale: Literal["sqrt"] = Field("sqrt", description="alpha / √r")
+
+    @classmethod
+    def example(cls, model: nn.Module) -> dict[str, Any]:
+        """A scale that narrow layers bear: with the default one, rounding in half precision shows."""
+        return {"alpha": 4.0}

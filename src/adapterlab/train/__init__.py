@@ -8,8 +8,7 @@ Names are imported on first use: `TrainConfig` alone loads neither torch nor tra
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from adapterlab.lazy import lazy
 
 # public name -> module that defines it
 _PUBLIC = {
@@ -29,14 +28,4 @@ _PUBLIC = {
 
 __all__ = [*_PUBLIC]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'adapterlab.train' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"adapterlab.train.{_PUBLIC[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(__name__, _PUBLIC)

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from adapterlab.core.host import Host
+from adapterlab.core.verify import check_gradient_passes
 from adapterlab.errors import ConfigError
 
 
@@ -29,7 +30,9 @@ class AdapterlabCallback(TrainerCallback):
 
         Raises:
             ConfigError: the method computes loss or gradient in its own way, which no callback can do.
+            NotTrainingError: a packed layer of the base gives its input no gradient.
         """
+        check_gradient_passes(host)
         self.host, self.name, self.method = host, name, host.methods[name]
         own = [hook for hook in ("gradient", "penalty") if type(self.method).overrides(hook)]
         if own:

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType, broadcast, gather_object, set_seed
 from torch import Tensor, nn
 
 from adapterlab.core.host import Host
+from adapterlab.core.verify import check_gradient_passes
 from adapterlab.data import Collator
 from adapterlab.errors import ConfigError, DataError, TrainingError
 from adapterlab.evaluate.loss import evaluate_loss
@@ -119,6 +120,7 @@ class Loop:
             raise ConfigError(
                 f"The adapter {name!r} is not active, so it would not train. host.activate({name!r}) first."
             )
+        check_gradient_passes(host)
         self.host, self.name, self.method = host, name, host.methods[name]
         self.rows, self.eval_rows, self.listeners = rows, eval_rows, listeners
         self.training = training = training or Training()
