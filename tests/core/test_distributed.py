@@ -7,7 +7,7 @@ import json
 import os
 import traceback
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +75,18 @@ def _check_saving(alone: Host, shared: Host, folder: Path, rank: int) -> None:
     assert all(torch.equal(value, doubled[key]) for key, value in shared.state_dict("one").items())
 
 
+@lru_cache(maxsize=1)
+def _alone(method: type[Method]) -> tuple[Host, dict[str, Tensor], dict[str, Tensor]]:
+    """The adapter in one process, a batch for it, and its gradients; all kinds of sharing compare with these."""
+    host = Case(method).attach()
+    rows = batch(host.model, rows=2 * WORLD, padding=False)
+    return host, rows, _gradients(host, host.model, rows)
+
+
 def _distance(method: type[Method], kind: str, rank: int, folder: Path) -> float:
     """Largest difference to the gradients of one process, relative to the largest gradient."""
-    whole, shared = Case(method).attach(), Case(method).attach()
-    rows = batch(whole.model, rows=2 * WORLD, padding=False)
-    wanted = _gradients(whole, whole.model, rows)
+    alone, rows, wanted = _alone(method)
+    shared = Case(method).attach()
     mine = {key: value[rank::WORLD] for key, value in rows.items()}
     model = shared.model
     if kind == "data parallel":
@@ -89,7 +96,7 @@ def _distance(method: type[Method], kind: str, rank: int, folder: Path) -> float
     got = _gradients(shared, model, mine)
     assert got.keys() == wanted.keys(), f"gradients of other tensors: {sorted(got.keys() ^ wanted.keys())[:4]}"
     if kind == "fully sharded":
-        _check_saving(whole, shared, folder / f"{method.id} {rank}", rank)
+        _check_saving(alone, shared, folder / f"{method.id} {rank}", rank)
     largest = max(float(grad.abs().max()) for grad in wanted.values())
     return max(float((got[key] - wanted[key]).abs().max()) for key in wanted) / largest
 

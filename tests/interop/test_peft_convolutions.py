@@ -145,10 +145,10 @@ def test_dropout_of_dora_is_on_the_directions_alone() -> None:
     with torch.no_grad():
         layer.m.mul_(2)
     model.train()
+    plain = net().conv
     torch.manual_seed(5)
     found = model.conv(X)
     torch.manual_seed(5)
-    plain = net().conv
     wanted = base + plain._conv_forward(nn.functional.dropout(X, 0.5), plain.weight, None)
     assert torch.allclose(found, wanted, atol=TOLERANCE)
 

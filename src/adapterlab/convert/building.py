@@ -170,4 +170,4 @@ def _nothing(change: Change) -> Fit:
 
 
 def _square(tensor: Tensor) -> float:
-    return float(wide(tensor).square().sum())
+    return float(wide(tensor.detach()).square().sum())
