@@ -50,7 +50,7 @@ def _fields(cls: type[Method]) -> list[dict[str, Any]]:
             "name": name,
             "type": _type(field.annotation),
             "default": _default(field),
-            "constraints": ", ".join(_constraint(rule) for rule in field.metadata),
+            "constraints": ", ".join(filter(None, map(_constraint, field.metadata))),
             "description": field.description or "",
         }
         for name, field in cls.model_fields.items()
@@ -78,12 +78,12 @@ def _default(field: FieldInfo) -> str:
 
 
 def _constraint(rule: Any) -> str:
-    """A rule of annotated-types, such as `Ge(ge=1)`, as `>= 1`."""
+    """A rule of annotated-types, such as `Ge(ge=1)`, as `>= 1`; "" for functions, which the description explains."""
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "length >=", "max_length": "length <="}
     for name, sign in signs.items():
         if getattr(rule, name, None) is not None:
             return f"{sign} {getattr(rule, name)}"
-    return str(rule)
+    return ""
 
 
 def _show_list(rows: list[dict[str, Any]]) -> None:
