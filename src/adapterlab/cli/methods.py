@@ -58,15 +58,21 @@ def _fields(cls: type[Method]) -> list[dict[str, Any]]:
 
 
 def _type(annotation: Any) -> str:
-    """An annotation as it would be typed: without module names, literals as their values."""
-    import re
-    from typing import Literal, get_args, get_origin
+    """An annotation as it would be typed: without module names and rules, literals as their values."""
+    from types import UnionType
+    from typing import Literal, Union, get_args, get_origin
 
-    if get_origin(annotation) is Literal:
-        return " | ".join(map(repr, get_args(annotation)))
-    if isinstance(annotation, type) and not get_args(annotation):
-        return "None" if annotation is type(None) else annotation.__name__
-    return re.sub(r"(?:[A-Za-z_]\w*\.)+(?=[A-Za-z_])", "", str(annotation)).replace("NoneType", "None")
+    origin, args = get_origin(annotation), get_args(annotation)
+    if annotation is Ellipsis:
+        return "..."
+    if origin is Literal:
+        return " | ".join(map(repr, args))
+    if origin is Annotated:
+        return _type(args[0])
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type, args))
+    name = "None" if annotation is type(None) else getattr(origin or annotation, "__name__", str(annotation))
+    return f"{name}[{', '.join(map(_type, args))}]" if args else name
 
 
 def _default(field: FieldInfo) -> str:
