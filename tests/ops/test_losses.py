@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adapterlab as al
+from adapterlab.errors import ConfigError
 from adapterlab.ops import cross_entropy
 from adapterlab.ops.cross_entropy import linear_cross_entropy, module_cross_entropy
 from adapterlab.ops.loss import Loss
+from adapterlab.train import Loop, Training
 
 CAUSAL = ("llama", "llama-tied", "qwen2", "gpt2", "mixtral", "gemma2", "granite", "cohere")
 
@@ -106,11 +108,13 @@ def test_loss_equals_the_models_own(
     host = al.attach(model, al.LoRA(r=4, targets=["all-linear"]))
     randomise(host, size=0.1)
     loss = compare(model, batch_for(model), host.parameters("default"))
-    assert loss.path == ("model" if family in ("gemma2", "granite", "cohere", "t5") else "chunked")
+    assert loss.path == ("model" if family == "t5" else "chunked")
+    forms = {"gemma2": (1.0, 1.0), "granite": (0.25, None), "cohere": (0.25, None)}
+    assert loss.form[:2] == forms.get(family, (1.0, None))
     assert loss.why
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gemma2", "granite", "cohere"])
 @pytest.mark.parametrize("how", ["adapted head", "saved head", "full"])
 def test_loss_with_a_head_that_trains(
     how: str, family: str, tiny: Any, batch_for: Any, randomise: Any, monkeypatch: pytest.MonkeyPatch
@@ -130,14 +134,93 @@ def test_loss_with_a_head_that_trains(
         assert torch.allclose(loss(batch_for(model)), tiny(family)(**batch_for(model)).loss, rtol=1e-5)
 
 
-def test_a_small_cap_on_logits_is_noticed_although_it_does_not_bite_yet(tiny: Any) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cap", [30.0, 0.7, 50.5, None])
+def test_a_cap_is_measured_although_it_does_not_bite_yet(cap: float | None, dtype: torch.dtype, tiny: Any) -> None:
     from transformers import Gemma2ForCausalLM
 
     config = tiny("gemma2").config
-    config.final_logit_softcapping = 30.0  # logits of a small random model are far below
-    assert Loss(Gemma2ForCausalLM(config)).path == "model"
-    config.final_logit_softcapping = None
-    assert Loss(Gemma2ForCausalLM(config)).path == "chunked"
+    config.final_logit_softcapping = cap  # logits of a small random model are far below most of these
+    loss = Loss(Gemma2ForCausalLM(config).to(dtype))
+    assert (loss.path, *loss.form) == ("chunked", 1.0, cap, 0.0, 0.0)
+    assert ("caps" in loss.why) == (cap is not None)
+
+
+@pytest.mark.parametrize("scale", [0.0625, 1 / 7, 3.0])
+def test_a_scale_is_measured_in_half_precision_too(scale: float, tiny: Any) -> None:
+    model = tiny("cohere").bfloat16()
+    model.logit_scale = scale
+    loss = Loss(model)
+    assert loss.path == "chunked"
+    assert loss.form.scale == pytest.approx(scale, rel=1e-5)
+    assert "multiplies" in loss.why
+
+
+@pytest.mark.parametrize("change", [torch.relu, lambda x: x + 1, lambda x: x.roll(1, -1), torch.sin])
+def test_anything_else_done_to_the_logits_is_left_to_the_model(change: Any, tiny: Any) -> None:
+    model = tiny("cohere")
+
+    class Factor:
+        def __rmul__(self, logits: Tensor) -> Tensor:
+            return change(logits)
+
+    model.logit_scale = Factor()
+    loss = Loss(model, smoothing=0.1)
+    assert loss.path == "model"
+    assert loss.form == cross_entropy.TokenForm(smoothing=0.1)
+    assert "output head" in loss.why
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "t5", "mixtral"])
+def test_smoothing_and_z_loss_for_every_path(family: str, tiny: Any, batch_for: Any) -> None:
+    model = tiny(family)
+    model.config.output_router_logits = family == "mixtral"  # its own loss has a further term, which stays
+    host = al.attach(model, al.LoRA(r=4))
+    batch, loss = batch_for(model), Loss(model, smoothing=0.1, z_loss=0.01)
+    assert loss.path == ("model" if family in ("t5", "mixtral") else "chunked")
+    output = model(**batch)
+    logits, labels = output.logits, batch["labels"]
+    if family != "t5":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    logits, labels = logits.flatten(0, 1), labels.flatten()
+    smoothed = F.cross_entropy(logits, labels, label_smoothing=0.1) - F.cross_entropy(logits, labels)
+    expected = output.loss + smoothed + 0.01 * logits.logsumexp(-1)[labels != -100].square().mean()
+    found = loss(batch)
+    assert torch.allclose(found, expected, rtol=1e-5)
+    pairs = [torch.autograd.grad(value, host.parameters("default")) for value in (found, expected)]
+    assert all(torch.allclose(p, q, atol=1e-6, rtol=1e-4) for p, q in zip(*pairs, strict=True))
+
+
+def test_options_that_need_logits_are_refused_without_them(tiny: Any, batch_for: Any) -> None:
+    model = tiny("t5")
+    loss, batch = Loss(model, smoothing=0.25), batch_for(model)
+    forward = model.forward
+    model.forward = lambda **kwargs: type("Output", (), {"loss": forward(**kwargs).loss, "logits": None})()
+    with pytest.raises(
+        ConfigError, match=r"label_smoothing=0.25 .* no logits.* Set training.label_smoothing"
+    ) as caught:
+        loss(batch)
+    assert "encoder-decoder" in str(caught.value)
+    assert Loss(model)(batch).isfinite()
+
+
+def test_the_loop_trains_with_the_options_and_evaluates_without(tiny: Any) -> None:
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}]
+    found = {}
+    for name, options in {"plain": {}, "options": {"label_smoothing": 0.2, "z_loss": 0.1}}.items():
+        host = al.attach(tiny("llama"), al.LoRA(r=2))
+        loop = Loop(host, "default", rows, Training(steps=1, proof_steps=0, **options), eval_rows=rows)
+        found[name] = loop.evaluate(), loop.step()["loss"]
+    assert found["plain"][0] == found["options"][0] == pytest.approx(found["plain"][1], rel=1e-5)
+    assert found["options"][1] > found["plain"][1] + 0.1
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"z_loss": -1e-4}, {"z_loss": float("inf")}]
+)
+def test_options_out_of_range(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Training(**wrong)
 
 
 def test_further_losses_of_the_model_are_not_dropped(tiny: Any, batch_for: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterlab.ops.magnitude import magnitude_linear, row_norms
+from adapterlab.ops.magnitude import magnitude_linear, row_norms, row_squares
 
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -23,11 +23,17 @@ def test_value_and_gradients(bias: bool, transposed: bool) -> None:
     expected = (x @ (gain[:, None] * (weight + 1.5 * b @ a)).T) + (0 if b0 is None else b0)
     assert (magnitude_linear(x, weight, b0, a, b, 1.5, gain) - expected).abs().max() < 1e-12
 
-    def through(x: Tensor, a: Tensor, b: Tensor, gain: Tensor) -> Tensor:
-        return magnitude_linear(x, weight, b0, a, b, 1.5, gain)
+    def through(x: Tensor, a: Tensor, b: Tensor, gain: Tensor, *shift: Tensor) -> Tensor:
+        return magnitude_linear(x, weight, shift[0] if shift else None, a, b, 1.5, gain)
 
-    inputs = tuple(t.requires_grad_() for t in (x, a, b, gain))
+    gain[0] = 0  # a row that is switched off has a gradient all the same
+    inputs = tuple(t.requires_grad_() for t in (x, a, b, gain, b0) if t is not None)
     assert torch.autograd.gradcheck(through, inputs)
+
+
+def test_the_operator_says_what_it_returns() -> None:
+    tensors = [draw(*shape, seed=i) for i, shape in enumerate(((3, 5), (7, 5), (7,), (2, 5), (7, 2)))]
+    torch.library.opcheck(torch.ops.adapterlab.magnitude.default, (*tensors, 0.5, draw(7, seed=9)))
 
 
 @pytest.mark.parametrize("missing", range(4))
@@ -61,6 +67,7 @@ def test_norms_equal_those_of_the_materialised_weight(dtype: torch.dtype) -> Non
     weight, a, b = draw(9, 13, seed=0, dtype=dtype), draw(3, 13, seed=1, dtype=dtype), draw(9, 3, seed=2, dtype=dtype)
     expected = (weight.double() + 0.7 * b.double() @ a.double()).norm(dim=1)
     norms = row_norms(weight, a, b, 0.7)
+    assert torch.equal(norms, row_norms(weight, a, b, 0.7, row_squares(weight, norms.dtype)))
     assert norms.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     assert ((norms - expected) / expected).abs().max() < tolerance

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -20,7 +21,13 @@ def is_quantized(module: nn.Module) -> bool:
 def packed_tensor(module: nn.Module) -> bool:
     """Say whether the weight unpacks itself (torchao), so that an ordinary module computes with it."""
     weight = module._parameters.get("weight")
-    return weight is not None and type(weight.data) is not Tensor
+    return weight is not None and not is_plain(weight)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Say whether a tensor holds its numbers as they are; one without contents, made for planning, stands for such."""
+    kind = type(tensor.data)
+    return kind is Tensor or issubclass(kind, FakeTensor)
 
 
 def dense(module: nn.Module) -> Tensor:
@@ -35,7 +42,7 @@ def dense(module: nn.Module) -> Tensor:
     weight: Any = module._parameters["weight"]
     if not is_quantized(module):
         return weight.detach()
-    kind = type(weight).__name__
+    kind = getattr(weight, "packing", type(weight).__name__)  # tensors without contents have no class of their own
     if kind == "Params4bit":
         import bitsandbytes.functional as bnb
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from adapterlab.core.adapter import Adapter, Delta
+from adapterlab.core.quantized import compute_dtype
 from adapterlab.core.site import Site
 from adapterlab.core.wrapping import put, take
 from adapterlab.errors import AttachError, nearest
@@ -38,7 +39,8 @@ class Slots(Delta):
     def __init__(self, site: Site, parts: Sequence[tuple[Tensor, Tensor] | None], rows: Tensor):
         super().__init__(site)
         out, in_ = site.shape
-        like = next(part[0] for part in parts if part is not None)
+        # In the dtype that the products run in: to cast the factors of all slots in every call costs more than these.
+        like = next(part[0] for part in parts if part is not None).to(compute_dtype(site.module))
         rank = max(len(part[0]) for part in parts if part is not None)
         self.register_buffer("A", like.new_zeros(len(parts) + 1, rank, in_), persistent=False)
         self.register_buffer("B", like.new_zeros(len(parts) + 1, out, rank), persistent=False)
@@ -53,7 +55,7 @@ class Slots(Delta):
         """(x Aᵀ) Bᵀ with each row's own factors, in the dtype of x: `[batch, ..., out]`."""
         repeats = x.shape[0] // len(self.rows)  # beam search repeats each row
         slot = self.rows.repeat_interleave(repeats) if repeats > 1 else self.rows
-        a, b = self.A.to(x.dtype)[slot], self.B.to(x.dtype)[slot]
+        a, b = (factors.index_select(0, slot).to(x.dtype) for factors in (self.A, self.B))
         flat = x.reshape(x.shape[0], -1, x.shape[-1])
         return (flat @ a.mT @ b.mT).view(*x.shape[:-1], -1)
 

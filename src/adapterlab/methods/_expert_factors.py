@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from adapterlab.core.anatomy import ends_in
 from adapterlab.core.host import Host
+from adapterlab.core.quantized import is_plain
 from adapterlab.core.site import Site
 from adapterlab.core.substitute import Substitute
 from adapterlab.errors import AttachError
@@ -73,7 +74,7 @@ class Pair(nn.Module):
         stored = site.module._parameters[leaf]
         path = f"{site.path}.{leaf}"
         assert stored is not None
-        packed = type(stored.data) is not Tensor or not stored.is_floating_point()
+        packed = not is_plain(stored) or not stored.is_floating_point()
         if packed or stored.dim() not in (2, 3):
             raise AttachError(
                 f"parameters: {path} is {tuple(stored.shape)} {stored.dtype}; bare parameters are matrices "
@@ -105,6 +106,8 @@ class Pair(nn.Module):
 
 class ExpertFactors(Substitute):
     """The factors of a module's bare parameters."""
+
+    tokenwise: ClassVar[bool | None] = True
 
     def __init__(self, method: LoRA, site: Site, names: tuple[str, ...]):
         super().__init__(site)

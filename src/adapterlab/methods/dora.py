@@ -16,8 +16,9 @@ from adapterlab.core.wrapping import Base
 from adapterlab.io.hf_peft import HFCodec
 from adapterlab.methods import _lora_forms
 from adapterlab.methods._convolutions import along_channels
+from adapterlab.methods._low_rank import frozen_weight, why_apart
 from adapterlab.methods.lora import LoRA
-from adapterlab.ops.magnitude import magnitude_linear, row_norms
+from adapterlab.ops.magnitude import magnitude_linear, row_norms, row_squares
 from adapterlab.registry import register
 
 
@@ -94,41 +95,54 @@ class DoRA(LoRA):
 
         def __init__(self, method: LoRA, site: Site):
             super().__init__(method, site)
-            self._kept: tuple[Any, Tensor] | None = None
+            self._kept: dict[str, tuple[Any, Tensor]] = {}
             self.m = site.parameter(site.shape[0])
             with torch.no_grad():
                 self.m.copy_(self.norms())
 
-        def norms(self) -> Tensor:
-            """C: the norms of the rows of W + s B A `[out]`; kept between calls outside of training."""
+        def norms(self, unpacked: Tensor | None = None) -> Tensor:
+            """C: the norms of the rows of W + s B A `[out]`; kept between calls outside of training.
+
+            Args:
+                unpacked: W, if the caller has unpacked it already.
+            """
             # The weight before any merge: a norm that took in another adapter would change what this one computes.
             site = self.site.unmerged
-            if self.training or torch.compiler.is_compiling():
-                return row_norms(site.weight(), self.A, self.B, self.scale)
-            key = self._state(site)
-            if key is None or self._kept is None or self._kept[0] != key:
-                self._kept = (key, row_norms(site.weight(), self.A, self.B, self.scale))
-            return self._kept[1]
+            weight: Any = site.module._parameters["weight"]
 
-        def _state(self, site: Site) -> Any:
-            """What changes whenever the norms may have changed; None when that cannot be seen."""
-            tensors = (self.A, self.B, cast(Tensor, site.module._parameters["weight"]))
+            def compute() -> Tensor:
+                # What writes past autograd into trained tensors, as some optimizers do, must not spoil what is kept.
+                frozen = not weight.requires_grad and not torch.compiler.is_compiling()
+                matrix = site.weight() if unpacked is None else unpacked
+                dtype = torch.promote_types(self.dtype, torch.float32)
+                squares = self._once("squares", lambda: row_squares(matrix, dtype), weight) if frozen else None
+                return row_norms(matrix, self.A, self.B, self.scale, squares)
+
+            if self.training or torch.compiler.is_compiling():
+                return compute()
+            return self._once("norms", compute, self.A, self.B, weight)
+
+        def _once(self, name: str, compute: Callable[[], Tensor], *tensors: Tensor) -> Tensor:
+            """Compute something anew only when tensors may have changed, or when that cannot be seen."""
             if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors):
-                return None  # tensors made there do not count their changes, and cannot be used outside
-            return [self.scale, *((t.data_ptr(), t._version, t.dtype) for t in tensors)]
+                return compute()  # tensors made there do not count their changes, and cannot be used outside
+            key = [self.scale, *((id(t), t.data_ptr(), t._version, t.dtype) for t in tensors)]
+            if name not in self._kept or self._kept[name][0] != key:
+                self._kept[name] = (key, compute())
+            return self._kept[name][1]
 
         def train(self, mode: bool = True) -> Self:
             """Switch between training and evaluation; forget the norms."""
-            self._kept = None
+            self._kept.clear()
             return super().train(mode)
 
         def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Rescale the base's product and the update's, the bias left out."""
+            if isinstance(run, Base) and self.fuses(x):
+                weight, *again = frozen_weight(self.site, x.dtype)
+                gain = self.m / self.norms(weight)
+                return magnitude_linear(x, weight, self.site.bias, self.A, self.B, self.scale, gain, *again)
             gain = self.m / self.norms()
-            if isinstance(run, Base) and self.fuses(x) and self.site.unmerged is self.site:
-                weight: Any = self.site.module.weight
-                weight = weight.T if self.site.transposed else weight
-                return magnitude_linear(x, weight, self.site.bias, self.A, self.B, self.scale, gain)
             y: Tensor = run(x, *args, **kwargs)
             inner = y
             if self.training and self.p:
@@ -140,6 +154,16 @@ class DoRA(LoRA):
             # The gain enters as its difference from one: a small change survives in a half-precision dtype.
             change = (gain - 1).to(y.dtype)
             return y + change * inner + gain.to(y.dtype) * self.product(x).to(y.dtype)
+
+        def slow_because(self) -> str:
+            """As LoRA's; dropout and what is merged stand against it too."""
+            if self.p or self.site.unmerged is not self.site:
+                return "dropout" if self.p else "another adapter is merged"
+            return why_apart(self.site)
+
+        def fuses(self, x: Tensor) -> bool:
+            """As LoRA, without dropout: W x̃ is a second product with the base; and where nothing has been merged."""
+            return not (self.training and self.p) and self.site.unmerged is self.site and super().fuses(x)
 
         def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             """Diag(m/c) (W + s B A); the base's own bias is not rescaled."""

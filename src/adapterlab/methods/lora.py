@@ -20,7 +20,7 @@ from adapterlab.errors import AttachError, TargetError, nearest
 from adapterlab.init import Place, Start
 from adapterlab.io.hf_peft import HFCodec
 from adapterlab.methods import _expert_factors, _lora_forms
-from adapterlab.methods._low_rank import Factors, LowRank
+from adapterlab.methods._low_rank import Factors, LowRank, at_hand, frozen_weight, why_apart
 from adapterlab.ops.low_rank import autocasts, low_rank_linear
 from adapterlab.registry import register
 
@@ -209,11 +209,18 @@ class LoRA(LowRank):
 
         def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Fuse with the base product when nothing stands between, else add to what `run` returns."""
-            if isinstance(run, Base) and self.fuses(x):
-                weight: Any = self.site.module.weight
-                weight = weight.T if self.site.transposed else weight
-                return low_rank_linear(x, weight, self.site.bias, *self.factors(), self.scale)
-            return super().around(run, x, *args, **kwargs)
+            if not (isinstance(run, Base) and self.fuses(x)):
+                return super().around(run, x, *args, **kwargs)
+            weight, *again = frozen_weight(self.site, x.dtype)
+            p = self.p if self.training else 0.0
+            return low_rank_linear(x, weight, self._shift(), *self.factors(), self.scale, p, *again)
+
+        def _shift(self) -> Tensor | None:
+            """The base's bias and that of B."""
+            own = self.site.bias
+            if self.bias is None:
+                return own
+            return self.scale * self.bias if own is None else own + self.scale * self.bias
 
         def low_rank(self) -> tuple[Tensor, Tensor] | None:
             """A and s · B, where the update is nothing else."""
@@ -235,11 +242,14 @@ class LoRA(LowRank):
             share: Tensor = self(x)
             return share
 
+        def slow_because(self) -> str:
+            """What keeps base and update from being one node in training."""
+            own = type(self).around is not LoRA.Layer.around or type(self).fuses is not LoRA.Layer.fuses
+            return super().slow_because() if own else why_apart(self.site)
+
         def fuses(self, x: Tensor) -> bool:
-            """Whether base and update can be one node: a plain frozen linear layer, and no dropout now."""
-            trained = any(p.requires_grad for p in self.site.module._parameters.values() if p is not None)
-            plain = self.site.plain and x.dtype == self.site.module.weight.dtype and not trained
-            return plain and self.bias is None and not (self.training and self.p) and not autocasts(x)
+            """Whether base and update can be one node: a linear layer whose frozen weight is at hand or unpacks."""
+            return at_hand(self.site, x.dtype) and not autocasts(x)
 
 
 class Blocks(LoRA.Layer):

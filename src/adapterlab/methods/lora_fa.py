@@ -29,8 +29,8 @@ class LoRAFA(LoRA):
     With `projected`, B follows ĝ = (1/s²) · g (A Aᵀ)⁺ in place of its own gradient g, before Adam: of all steps of B
     it is the one whose ΔW is closest to the full gradient's.
 
-    Where it attaches: as LoRA. The saving counts where nothing else keeps the layer's input; dropout keeps its mask,
-    and gradient checkpointing keeps no activations anyway.
+    Where it attaches: as LoRA. The saving counts where nothing else keeps the layer's input; gradient checkpointing
+    keeps no activations anyway.
 
     Start: B = 0 (for embeddings too, where A is normal), so the first output equals the base's.
 

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from adapterlab.ops.operator import operator
 
-def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Compute y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ with a frozen W.
+_LEVELS = 2**16  # probabilities of dropout are multiples of 1 / _LEVELS: a drawn word of 64 bits serves four elements
 
-    The node keeps only x Aᵀ (and x, if A trains) for the backward pass, adds in place, and never copies x to another
-    dtype: the factors are cast to x's dtype instead, and their gradients come back in their own.
+
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    p: float = 0.0,
+    again: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """Compute y = x Wᵀ + bias + scale · (drop(x) Aᵀ) Bᵀ with a frozen W.
+
+    The node keeps only drop(x) Aᵀ (and x, if A trains) for the backward pass, adds in place, and never copies x to
+    another dtype: the factors are cast to x's dtype instead, and their gradients come back in their own. The mask of
+    the dropout is not kept: the backward pass draws it again from its seed, which comes from the global generator of
+    the CPU.
 
     Args:
         x: `[..., in]`.
         weight: `[out, in]`, may be a transposed view; gets no gradient.
-        bias: `[out]` or None; gets no gradient.
+        bias: `[out]` or None.
         a: A `[r, in]`.
         b: B `[out, r]`.
         scale: factor of the update.
+        p: share of the elements of x that the update does not see; the others are divided by 1 − p.
+        again: makes `weight` once more for the backward pass, so that a weight unpacked for this call is not kept.
 
     Returns:
         `[..., out]` in x's dtype.
     """
-    y: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, scale)
+    seed = torch.randint(2**62, (), device="cpu") if p else None
+    y: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, scale, p, seed, again)
     return y
 
 
@@ -35,27 +55,95 @@ def autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
+def _fake_mask(like: Tensor, width: int, p: float, seed: Tensor) -> Tensor:
+    return like.new_empty(len(like), width)
+
+
+@operator("dropout_mask(Tensor like, SymInt width, float p, Tensor seed) -> Tensor", _fake_mask)
+def dropout_mask(like: Tensor, width: int, p: float, seed: Tensor) -> Tensor:
+    """Draw ones, and zeros with probability p: `[len(like), width]` in the dtype of `like`."""
+    words = _words((len(like) * width + 3) // 4, int(seed), like.device)
+    drawn = words.view(torch.int16)[: len(like) * width].view(len(like), width)
+    # Written in the dtype of `like` at once: to convert booleans costs more than to draw them.
+    return torch.ge(drawn, round(p * _LEVELS) - _LEVELS // 2, out=like.new_empty(drawn.shape))
+
+
+def _words(count: int, seed: int, device: torch.device) -> Tensor:
+    """Draw `[count]` integers of 64 random bits."""
+    if device.type == "cpu":  # torch's generator takes twice as long there
+        return torch.from_numpy(np.random.SFC64(seed).random_raw(count).view(np.int64))
+    draw = torch.Generator(device).manual_seed(seed)
+    return torch.empty(count, dtype=torch.int64, device=device).random_(-(2**63), None, generator=draw)
+
+
+def kept(p: float) -> float:
+    """The share of elements that `dropout_mask` keeps."""
+    return 1 - round(p * _LEVELS) / _LEVELS
+
+
+def _fake_low_rank(x: Tensor, weight: Tensor, bias: Any, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(a))
+
+
+@operator(
+    "low_rank(Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale, float p, Tensor? seed)"
+    " -> (Tensor, Tensor)",
+    _fake_low_rank,
+)
+def low_rank(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Compute y and the thin product drop(x) Aᵀ, without its factor 1 / (1 − p), for x `[tokens, in]`."""
+    h = (x if seed is None else x * dropout_mask(x, x.shape[1], p, seed)) @ a.to(x.dtype).T
+    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return y.addmm_(h, b.to(x.dtype).T, alpha=scale / kept(p)), h
+
+
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        p: float,
+        seed: Tensor | None,
+        again: Callable[[], Tensor] | None,
+    ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        h = flat @ a.to(x.dtype).T
-        y = F.linear(flat, weight, bias)
-        y.addmm_(h, b.to(x.dtype).T, alpha=scale)
+        y, h = low_rank(flat, weight, bias, a, b, scale, p, seed)
         need_a, need_b = ctx.needs_input_grad[3:5]
-        ctx.save_for_backward(flat if need_a else None, h if need_b else None, weight, a, b)
-        ctx.scale = scale
+        held = None if again else weight
+        ctx.save_for_backward(flat if need_a else None, h if need_b else None, held, a, b, seed)
+        ctx.scale, ctx.p, ctx.again = scale / kept(p), p, again
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat, h, weight, a, b = ctx.saved_tensors
+        flat, h, weight, a, b, seed = ctx.saved_tensors
+        need_x, _, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
         g = grad.reshape(-1, grad.shape[-1])
-        gh = (g @ b.to(g.dtype)).mul_(ctx.scale)
-        need_x, _, _, need_a, need_b, _ = ctx.needs_input_grad
-        gx = None
-        if need_x:
-            gx = (g @ weight).addmm_(gh, a.to(g.dtype)).view(*grad.shape[:-1], weight.shape[1])
-        ga = (gh.T @ flat).to(a.dtype) if need_a else None
-        gb = (g.T @ h).mul_(ctx.scale).to(b.dtype) if need_b else None
-        return gx, None, None, ga, gb, None
+        gx = ga = gb = gbias = None
+        if need_x or need_a:
+            gh = (g @ b.to(g.dtype)).mul_(ctx.scale)
+            mask = None if seed is None else dropout_mask(g, a.shape[1], ctx.p, seed)
+            if need_x:
+                gx = thin_added(g @ (ctx.again() if ctx.again else weight), gh, a, mask)
+                gx = gx.view(*grad.shape[:-1], a.shape[1])
+            if need_a:
+                ga = (gh.T @ (flat if mask is None else flat * mask)).to(a.dtype)
+        if need_b:
+            gb = (g.T @ h).mul_(ctx.scale).to(b.dtype)
+        if need_bias:
+            gbias = g.sum(0).to(ctx.bias_dtype)
+        return gx, None, gbias, ga, gb, None, None, None, None
+
+
+def thin_added(wide: Tensor, h: Tensor, a: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Add h A to `wide` in place, where the mask has ones."""
+    a = a.to(wide.dtype)
+    return wide.addmm_(h, a) if mask is None else wide.addcmul_(h @ a, mask)
