@@ -70,11 +70,31 @@ def kept(host: Any, x: torch.Tensor) -> int:
 
 def test_no_dense_matrix_is_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
-    host = al.attach(model, LoHa(r=2, targets=["all-linear"]))
+    host = al.attach(model, LoHa(r=8, targets=["all-linear"]))  # r² is too much here for thin factors
     x = torch.randn(2, 64)
     assert kept(host, x) < 64 * 64
     monkeypatch.setattr(LoHa.Layer, "forward", LoHa.Layer.product)
     assert kept(host, x) > 4 * 64 * 64  # what the measurement would find otherwise
+
+
+@pytest.mark.parametrize("r", [2, 8])
+@pytest.mark.parametrize("bias", [True, False])
+def test_thin_factors_and_the_matrix_give_the_same_output_and_gradients(r: int, bias: bool, randomise: Any) -> None:
+    model = nn.Sequential(nn.Linear(48, 80, bias=bias)).double()
+    base = model[0].weight.detach().clone()
+    host = al.attach(model, LoHa(r=r, alpha=3.0, targets=["0"]))
+    randomise(host)
+    layer = host.adapters("default")["0"]
+    assert layer.thin is (r == 2)
+    x = torch.randn(5, 48, dtype=torch.float64, requires_grad=True)
+    parts = [x, *host.parameters("default")]
+    g = torch.randn(5, 80, dtype=torch.float64)
+    found = torch.autograd.grad(model(x), parts, g)
+    shift = model[0].bias.detach() if bias else 0.0
+    update = 3.0 / r * (layer.w1_a @ layer.w1_b) * (layer.w2_a @ layer.w2_b)
+    expected = torch.autograd.grad(x @ (base + update).T + shift, parts, g)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("start", ["peft", "lycoris"])

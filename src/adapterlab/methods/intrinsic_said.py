@@ -53,6 +53,7 @@ class IntrinsicSAID(LayerMethod):
     year: ClassVar[int] = 2020
     arxiv: ClassVar[str] = "2012.13255"
     formula: ClassVar[str] = "d, for all modules together"
+    typical_lr: ClassVar[float] = 0.005
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
 
     d: int = Field(20000, ge=1, description="number of trained values, the scales among them")
@@ -134,9 +135,14 @@ class IntrinsicSAID(LayerMethod):
             v = self.vector.v.to(self.site.device)
             return projection(v if scale is None else scale * v)
 
-        def product(self, x: Tensor) -> Tensor:
+        def sources(self) -> list[Tensor]:
+            """V and the scale of the weight."""
+            scale = self.owner.weight_scale
+            return [self.vector.v] if scale is None else [self.vector.v, scale]
+
+        def forward(self, x: Tensor) -> Tensor:
             """The update's share of the output, that of the bias too."""
-            y, shift = super().product(x), self.shift()
+            y, shift = super().forward(x), self.shift()
             return y if shift is None else y + shift.to(y.dtype)
 
         def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

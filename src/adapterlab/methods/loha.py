@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from adapterlab.core.site import Site
+from adapterlab.core.wrapping import Base
 from adapterlab.io.hf_peft import HFCodec
 from adapterlab.methods._convolutions import tucker
+from adapterlab.methods._low_rank import at_hand, frozen_weight, why_apart
 from adapterlab.methods._lycoris import FIELDS, Lycoris, LycorisLayer, inward, outward
 from adapterlab.methods._rebuilt import Rebuilt
+from adapterlab.ops.low_rank import autocasts, low_rank_linear
 from adapterlab.registry import register
 
 
@@ -21,7 +25,8 @@ class LoHa(Lycoris):
     """Learn an additive update that is the entrywise product of two low-rank matrices: its rank may reach r².
 
     y = W x + b + s · ((w1_a w1_b) ⊙ (w2_a w2_b)) x, s = alpha / r, w1_a and w2_a `[out, r]`, w1_b and w2_b `[r, in]`.
-    The product has to be formed; it is built for each call and again for the backward pass, and not kept.
+    Where r² (in + out) < in · out it is computed as an ordinary product of rank r², and the matrix is never formed;
+    else the matrix is built for each call and again for the backward pass, and not kept.
 
     Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too) and convolutions, whose kernels count as
     `[out, in / groups · prod(k)]`. With `effective_conv` each product is that of a core t `[r, r, *k]` with `[r, out]`
@@ -89,3 +94,39 @@ class LoHa(Lycoris):
                 first, second = tucker(self.t1, self.w1_a, self.w1_b), tucker(self.t2, self.w2_a, self.w2_b)
                 return self.scale * first * second
             return (self.scale * (self.w1_a @ self.w1_b)) * (self.w2_a @ self.w2_b)
+
+        @property
+        def thin(self) -> bool:
+            """Whether the update as a product of rank r² costs less than the matrix it makes."""
+            out, in_ = self.site.shape
+            return self.site.kind == "linear" and self.w1_a.shape[1] ** 2 * (out + in_) < out * in_
+
+        def factors(self) -> tuple[Tensor, Tensor]:
+            """A `[r², in]` and B `[out, r²]` with s B A = ΔW: row and column i j are products of the i-th and j-th.
+
+            Of (Σ_i a_i b_iᵀ) ⊙ (Σ_j c_j d_jᵀ) = Σ_ij (a_i ⊙ c_j) (b_i ⊙ d_j)ᵀ.
+            """
+            a = (self.w1_b[:, None] * self.w2_b).flatten(0, 1)
+            return a, (self.w1_a[:, :, None] * self.w2_a[:, None]).flatten(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """The update's share of the output, in the dtype of x."""
+            if not self.thin:
+                return super().forward(x)
+            a, b = self.factors()
+            return (x @ a.to(x.dtype).T) @ (self.scale * b).to(x.dtype).T
+
+        def slow_because(self) -> str:
+            """What keeps base and update from being one node in training."""
+            if self.rank_dropout or self.module_dropout:
+                return "dropout"
+            return why_apart(self.site) if self.thin else super().slow_because()
+
+        def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """Fuse with the base product when nothing stands between, else add to what `run` returns."""
+            drops = self.training and (self.rank_dropout or self.module_dropout)
+            fuses = isinstance(run, Base) and self.thin and not drops
+            if not (fuses and at_hand(self.site, x.dtype) and not autocasts(x)):
+                return super().around(run, x, *args, **kwargs)
+            weight, *again = frozen_weight(self.site, x.dtype)
+            return low_rank_linear(x, weight, self.site.bias, *self.factors(), self.scale, 0.0, *again)
