@@ -21,6 +21,8 @@ class Adapter(nn.Module):
         rowwise: row i of the output depends on row i of the input only, so adapters can be mixed in a batch.
         resident: its values are in the base's own parameters already, so merging has nothing to write.
         additive: the output is run(x) plus something, so a mixed batch needs the base's product once.
+        tokenwise: it makes no position depend on another (beyond what the module does), so samples can be packed;
+            None: `packs` decides by the place.
         site: where it is attached.
         is_merged: its effect is in the base's weights now.
     """
@@ -31,11 +33,23 @@ class Adapter(nn.Module):
     rowwise: ClassVar[bool] = True
     resident: ClassVar[bool] = False
     additive: ClassVar[bool] = False
+    tokenwise: ClassVar[bool | None] = None
 
     def __init__(self, site: Site):
         super().__init__()
         self.site = site
         self.is_merged = False
+
+    @property
+    def packs(self) -> bool:
+        """Whether samples behind each other in one row stay apart in it.
+
+        At a linear layer, an embedding or a norm they do; inside the attention each sample comes by itself. What stands
+        around anything else may mix positions, unless its class says otherwise.
+        """
+        if self.tokenwise is not None:
+            return self.tokenwise
+        return self.place == "attention" or self.site.kind in ("linear", "embedding", "norm")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -56,6 +70,10 @@ class Adapter(nn.Module):
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """Return (A `[r, in]`, B `[out, r]`) if the adapter adds exactly x Aᵀ Bᵀ in evaluation, else None."""
         return None
+
+    def slow_because(self) -> str:
+        """Return why training does not compute the adapter in one node with the module's own product, or ""."""
+        return f"{'adds to' if self.additive else 'works on'} what the base returns"
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight and bias of a plain module that computes what the adapted one does.

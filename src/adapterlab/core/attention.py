@@ -3,23 +3,32 @@
 The attention functions that models look up by name are replaced, once for a process, by dispatchers. A dispatcher
 finds adapters through the attention module it is given, never through a closure: a function registered for one model
 must not serve another model's adapters. For modules without adapters it costs one dictionary look-up.
+
+Inside `fast_attention(model)` the dispatchers of that model's modules also compute the attention by the fastest exact
+way, and understand batches whose samples are packed behind each other: a sample is then a batch of one to the adapters.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from adapterlab.core.site import plain_class
 from adapterlab.core.wrapping import ADAPTERS, through
 from adapterlab.errors import AttachError
+from adapterlab.ops.attention import attention, each_segment, pays, varlen_attention, varlen_works
 
+BOUNDS = "cu_seq_lens_q"
+PACKED = (BOUNDS, "cu_seq_lens_k", "max_length_q", "max_length_k")  # what flash attention in transformers calls them
+_FAST = "_adapterlab_attention"  # attribute of the attention modules, and of the model, while it is fast
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
 
@@ -54,6 +63,41 @@ def bridge(module: nn.Module) -> None:
         mapping[name] = _Dispatcher(mapping.get(name))
 
 
+@contextlib.contextmanager
+def fast_attention(model: nn.Module) -> Iterator[None]:
+    """Compute a model's attention by the fastest exact way inside the context, and let it take packed batches.
+
+    Forward and backward pass belong into the same context, as checkpointing runs forward passes in the backward one.
+    Other models are not affected, nor is anything left behind but idle dispatchers. Batches that name the borders of
+    their samples (see `PACKED`) get no mask: `transformers` would build one of tokens × tokens from the positions.
+    Outside the context it does, unless it makes a cache: with `use_cache=False` packed batches are right there too,
+    only slow.
+    """
+    modules = [m for m in model.modules() if uses_interface(plain_class(m))]
+    if _FAST in model.__dict__ or not modules:
+        yield
+        return
+    backbone: Any = getattr(model, "base_model", model)
+    hook = backbone.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    for module in (model, *modules):
+        module.__dict__[_FAST] = True
+    try:
+        for module in modules:
+            bridge(module)
+        yield
+    finally:
+        hook.remove()
+        for module in (model, *modules):
+            module.__dict__.pop(_FAST, None)
+
+
+def _without_mask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """A mask of four dimensions goes through `transformers` as it is; the dispatchers do not look at it."""
+    if kwargs.get(BOUNDS) is None or kwargs.get("attention_mask") is not None:
+        return None
+    return args, {**kwargs, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs[BOUNDS].device)}
+
+
 class _Dispatcher:
     """An attention function that passes the original through the adapters of the module it is called for."""
 
@@ -63,10 +107,77 @@ class _Dispatcher:
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # "eager" is not one function: every modelling file brings its own.
         original = self.original or getattr(sys.modules[plain_class(module).__module__], _EAGER)
-        run = functools.partial(original, module)
+        fast = _FAST in module.__dict__
+        run = functools.partial(_computed if fast else _plainly, module, original)
+        if fast and kwargs.get(BOUNDS) is not None:
+            return _packed(module, original, run, *args, **kwargs)
         if ADAPTERS not in module._modules:
             return run(*args, **kwargs)
         return through("attention", module, run, *args, **kwargs)
+
+
+def _plainly(module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return original(module, *args, **kwargs)
+
+
+def _computed(
+    module: nn.Module,
+    original: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The attention core itself, by the kernel of this package where that is the same and faster."""
+    if mask is None and _is_plain(original, kwargs) and pays(q, k, v):
+        return attention(q, k, v, kwargs.get("scaling"), causal=_is_causal(module, kwargs)), None
+    return original(module, q, k, v, mask, **kwargs)
+
+
+def _is_plain(original: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Say whether a call asks for a softmax and nothing else, of all that the `sdpa` function can do."""
+    special = ("position_bias", "cache", "softcap", "attention_mask")
+    return (
+        original is sdpa_attention_forward
+        and not kwargs.get("dropout")
+        and all(kwargs.get(name) is None for name in special)
+    )
+
+
+def _packed(
+    module: nn.Module,
+    original: Callable[..., Any],
+    run: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Attention inside each sample of a packed batch; the mask is not looked at."""
+    bounds, longest = kwargs[BOUNDS], kwargs["max_length_q"]
+    implementation, causal = _implementation(module), _is_causal(module, kwargs)
+    held: Any = module._modules.get(ADAPTERS)
+    if held is None or not any(adapter.place == "attention" for adapter in held._modules.values()):
+        if "flash" in implementation:
+            return original(module, q, k, v, None, **kwargs)
+        if _is_plain(original, kwargs) and pays(q, k, v, bounds):
+            return attention(q, k, v, kwargs.get("scaling"), causal=causal, bounds=bounds), None
+        if _is_plain(original, kwargs) and varlen_works(q, v):
+            return varlen_attention(q, k, v, bounds, longest, kwargs.get("scaling"), causal=causal), None
+    # What speaks of the whole batch means nothing to one sample.
+    given = {name: value for name, value in kwargs.items() if name not in (*PACKED, "position_ids")}
+    call = run if held is None else functools.partial(through, "attention", module, run)
+    outputs = [call(*part, _own_mask(module, part[0], causal), **given)[0] for part in each_segment(q, k, v, bounds)]
+    return torch.cat(outputs, 1), None
+
+
+def _own_mask(module: nn.Module, q: Tensor, causal: bool) -> Tensor | None:
+    """The mask that a sample by itself would come with: the eager functions know no causality but their mask's."""
+    if not causal or _implementation(module) != "eager":
+        return None
+    return understood(module, q.new_ones(1, 1, q.shape[2], q.shape[2], dtype=torch.bool).tril(), q.dtype)
 
 
 def prepend(

@@ -29,6 +29,7 @@ class Positions(Adapter):
 
     linear: ClassVar[bool] = False
     not_linear: ClassVar[str] = "it changes the positions that the model sees"
+    tokenwise: ClassVar[bool | None] = True
 
     def __init__(self, site: Site, offset: int = 0, factor: float = 1.0):
         super().__init__(site)
@@ -70,7 +71,8 @@ class Positions(Adapter):
         Raises:
             AttachError: a learned table is too short.
         """
-        if self.rows is not None and ids.shape[-1] + self.offset > self.rows:
+        # Many tokens need not mean high positions: packed samples begin anew.
+        if self.rows is not None and ids.shape[-1] + self.offset > self.rows <= int(ids.max()) + self.offset:
             raise AttachError(
                 f"{ids.shape[-1]} tokens after {self.offset} virtual positions need more than the {self.rows} learned "
                 f"positions of this model. Shorten the inputs to {max(0, self.rows - self.offset)} tokens, or shorten "

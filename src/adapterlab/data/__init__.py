@@ -24,6 +24,8 @@ _PUBLIC = {
     "encode": "encoding",
     "prompt_of": "encoding",
     "Collator": "batching",
+    "PackingCollator": "batching",
+    "placed": "batching",
     "render_sample": "batching",
     "Scorer": "scoring",
     "scorer_for": "scoring",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
+from adapterlab.core.attention import fast_attention
+from adapterlab.data.batching import placed
 from adapterlab.errors import DataError
 from adapterlab.evaluate.generation import evaluating
 from adapterlab.ops.loss import Loss
+from adapterlab.train.packing import choose
 
 Row = Mapping[str, Sequence[int]]
 
@@ -17,9 +18,10 @@ Row = Mapping[str, Sequence[int]]
 def evaluate_loss(
     model: Any,
     rows: Sequence[Row],
-    collator: Callable[[Sequence[Row]], Mapping[str, Tensor]],
+    collator: Callable[[Sequence[Row]], Mapping[str, Any]],
     batch_size: int = 16,
     *,
+    packing: bool | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[float, int]:
     """Compute the mean cross-entropy over all tokens that bear a label, whatever rows and batches they are in.
@@ -29,6 +31,7 @@ def evaluate_loss(
         rows: rows of `adapterlab.data.encode`.
         collator: makes a batch of rows.
         batch_size: rows computed at once; the result does not depend on it beyond rounding.
+        packing: put rows behind each other instead of padding them; None: whenever it is possible.
         progress: called with the number of rows that each batch adds.
 
     Returns:
@@ -36,14 +39,16 @@ def evaluate_loss(
 
     Raises:
         DataError: no token bears a label.
+        ConfigError: packing is asked for and impossible.
     """
     device = model.get_input_embeddings().weight.device
     order = sorted(rows, key=lambda row: -len(row["input_ids"]))  # rows of like length share a batch: little padding
     total, tokens = 0.0, 0
-    with evaluating(model):
+    collate, _ = choose(model, collator, len(order[0]["input_ids"]) if order else 0, packing)
+    with evaluating(model), fast_attention(model):
         loss = Loss(model)
         for start in range(0, len(order), batch_size):
-            batch = {key: value.to(device) for key, value in collator(order[start : start + batch_size]).items()}
+            batch = placed(collate(order[start : start + batch_size]), device)
             count = loss.tokens(batch)
             if count:
                 total += float(loss(batch, total=1))

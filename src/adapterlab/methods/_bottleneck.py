@@ -34,6 +34,7 @@ class Projections(Adapter):
 
     linear: ClassVar[bool] = False
     not_linear: ClassVar[str] = "a nonlinear function stands between its two projections"
+    tokenwise: ClassVar[bool | None] = True
 
     def __init__(self, method: Bottleneck, site: Site, width: int, out: int | None = None):
         """Make the projections.
@@ -87,6 +88,7 @@ class Tap(Adapter):
 
     linear: ClassVar[bool] = False
     not_linear: ClassVar[str] = Projections.not_linear
+    tokenwise: ClassVar[bool | None] = True
     rowwise: ClassVar[bool] = False  # the rows of a mixed batch may be grouped otherwise at the other module
 
     def __init__(self, site: Site, state: State, key: str):

@@ -122,6 +122,7 @@ class Beside(Adapter):
 
     linear: ClassVar[bool] = False
     not_linear: ClassVar[str] = "it stands beside the whole feed-forward sublayer, which is not linear"
+    tokenwise: ClassVar[bool | None] = True
 
     def __init__(self, method: KronA, site: Site, width: int, state: State, key: str | None):
         super().__init__(site)

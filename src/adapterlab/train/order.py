@@ -7,17 +7,29 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+WINDOW = 50  # steps whose rows are grouped by length together
 
-def order(lengths: Sequence[int], seed: int, epoch: int) -> list[int]:
+
+def order(lengths: Sequence[int], seed: int, epoch: int, group: int = 0) -> list[int]:
     """Return the row indices of one epoch in the order of training.
 
     Args:
         lengths: tokens of each row.
         seed: of the run.
         epoch: counted from 0.
+        group: rows of like length to keep together, which are drawn from windows of `WINDOW` times as many; 0: none.
     """
-    permutation: list[int] = np.random.default_rng([seed, epoch]).permutation(len(lengths)).tolist()
-    return permutation
+    draw = np.random.default_rng([seed, epoch])
+    permutation: list[int] = draw.permutation(len(lengths)).tolist()
+    if not group:
+        return permutation
+    groups: list[list[int]] = []
+    for start in range(0, len(permutation), group * WINDOW):
+        window = sorted(permutation[start : start + group * WINDOW], key=lambda i: -lengths[i])
+        groups += [window[i : i + group] for i in range(0, len(window), group)]
+    # The smaller group at the end stays there, so that the others fill whole steps.
+    shuffled = [groups[i] for i in draw.permutation(len(groups) - 1)] + groups[-1:]
+    return [row for part in shuffled for row in part]
 
 
 @dataclass
@@ -30,6 +42,7 @@ class Sampler:
         batch_size: rows of a batch.
         batches: batches of a step, over all processes.
         limit: rows after which the stream ends, or None.
+        group: keep rows of like length together in a step.
     """
 
     lengths: Sequence[int]
@@ -37,6 +50,7 @@ class Sampler:
     batch_size: int
     batches: int
     limit: int | None = None
+    group: bool = False
     _epochs: dict[int, list[int]] = field(default_factory=dict, repr=False)
 
     @property
@@ -50,15 +64,18 @@ class Sampler:
         return (rows if self.limit is None else min(rows, self.limit)) / len(self.lengths)
 
     def step(self, step: int) -> list[list[int]]:
-        """Return the row indices of each batch of a step (counted from 0); the last step may be smaller."""
+        """Return the row indices of each batch of a step (counted from 0); the last step may be smaller.
+
+        Rows of like length share a batch: the step's gradient is that of all its rows, whatever batch they are in.
+        """
         start = step * self.per_step
         end = start + self.per_step if self.limit is None else min(start + self.per_step, self.limit)
-        rows = [self._row(position) for position in range(start, end)]
+        rows = sorted((self._row(position) for position in range(start, end)), key=lambda i: -self.lengths[i])
         return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
 
     def _row(self, position: int) -> int:
         epoch, index = divmod(position, len(self.lengths))
         if epoch not in self._epochs:
             self._epochs = {k: v for k, v in self._epochs.items() if k == epoch - 1}
-            self._epochs[epoch] = order(self.lengths, self.seed, epoch)
+            self._epochs[epoch] = order(self.lengths, self.seed, epoch, self.per_step if self.group else 0)
         return self._epochs[epoch][index]
