@@ -105,19 +105,20 @@ def test_formula_between_two_modules(tiny: Any, randomise: Any) -> None:
 def test_checkpointing_with_two_passes_in_flight(tiny: Any, batch_for: Any, randomise: Any) -> None:
     """What is tapped belongs to its own pass: gradients equal those without checkpointing."""
 
-    def gradients(checkpointing: bool) -> list[Tensor]:
+    def gradients(recompute: str) -> list[Tensor]:
         model = tiny("bert-tokens").train()
         torch.manual_seed(0)
         host = attach(model, AdapterParallel(m=4))
         randomise(host)
-        host.checkpointing(checkpointing)
+        host.recompute(recompute)
         one, two = model(**batch_for(model, seed=1)).loss, model(**batch_for(model, length=7, seed=2)).loss
         (one + 2 * two).backward()
         return [p.grad for p in host.parameters("default") if p.grad is not None]
 
-    plain, recomputed = gradients(False), gradients(True)
-    assert len(plain) == len(recomputed) == 8
-    assert all(torch.equal(a, b) for a, b in zip(plain, recomputed, strict=True))
+    plain = gradients("none")
+    assert len(plain) == 8
+    for mode in ("cheap", "full"):
+        assert all(torch.equal(a, b) for a, b in zip(plain, gradients(mode), strict=True))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

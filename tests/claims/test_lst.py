@@ -197,7 +197,7 @@ def test_checkpointing_gives_the_same_gradients(tiny, batch_for, kind, ours):
         host = al.attach(model, LST(r=4, dropout=0.0))
         model.train()
         if checkpointed and ours:
-            host.checkpointing()
+            host.recompute()
         elif checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         first, second = batch_for(model, length=9, seed=1), batch_for(model, length=7, seed=2)

@@ -68,7 +68,7 @@ def test_checkpointing_shows_each_forward_its_own_adapters(
     randomise(host, size=0.1)
     batches = [batch_for(model, seed=1), batch_for(model, seed=2)]
     plain = gradients(host, batches, ["a", "b"])
-    host.checkpointing()
+    host.recompute()
     again = gradients(host, batches, ["a", "b"])
     assert all(torch.allclose(again[k], plain[k], atol=1e-5) for k in plain)
     assert all(value.abs().max() > 0 for value in plain.values())
@@ -82,7 +82,7 @@ def test_without_the_record_the_gradients_would_be_wrong(tiny: Any, batch_for: A
     randomise(host, size=0.3)
     batches = [batch_for(model, seed=1), batch_for(model, seed=2)]
     plain = gradients(host, batches, ["a", "b"])
-    host.checkpointing(compiled=True)  # the form that keeps no record
+    host.recompute(compiled=True)  # the form that keeps no record
     again = gradients(host, batches, ["a", "b"])
     assert not all(torch.allclose(again[k], plain[k], atol=1e-3) for k in plain)
 
@@ -90,9 +90,9 @@ def test_without_the_record_the_gradients_would_be_wrong(tiny: Any, batch_for: A
 def test_checkpointing_can_be_switched_off(tiny: Any) -> None:
     model = tiny("llama")
     host = al.attach(model, al.LoRA(**LORA))
-    host.checkpointing()
+    host.recompute()
     assert model.is_gradient_checkpointing
-    host.checkpointing(False)
+    host.recompute("none")
     assert not model.is_gradient_checkpointing
 
 
@@ -100,7 +100,7 @@ def test_checkpointing_needs_no_gradient_at_the_input(tiny: Any) -> None:
     model = tiny("llama")
     host = al.attach(model, al.LoRA(**LORA))
     model.enable_input_require_grads()
-    host.checkpointing()
+    host.recompute()
     assert not model.get_input_embeddings()._forward_hooks  # the hook would break full graphs
 
 
@@ -113,7 +113,7 @@ def test_emitted_losses_are_counted_once(checkpointing: bool, tiny: Any, batch_f
         adapter.state = host.state
         host.wrap("noisy", site, adapter)
     if checkpointing:
-        host.checkpointing()
+        host.recompute()
     with host.state.collect() as losses:
         loss = model(**batch_for(model)).loss
         assert len(losses) == 2

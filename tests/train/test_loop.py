@@ -271,8 +271,9 @@ def test_wrong_use_is_refused(tiny: Callable[..., Any], rows: Rows) -> None:
         train(host, "default", rows)
 
 
-def test_checkpointing_gives_the_same_gradients(tiny: Callable[..., Any], rows: Rows) -> None:
+@pytest.mark.parametrize("mode", ["cheap", "full"])
+def test_recomputation_gives_the_same_gradients(mode: str, tiny: Callable[..., Any], rows: Rows) -> None:
     plain, _ = one_step(lora_host(tiny), rows, batch_size=8)
-    recomputed, _ = one_step(lora_host(tiny), rows, batch_size=8, checkpointing=True)
+    recomputed, _ = one_step(lora_host(tiny), rows, batch_size=8, recompute=mode)
     for key in plain:
         torch.testing.assert_close(plain[key], recomputed[key])

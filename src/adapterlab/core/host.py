@@ -17,7 +17,8 @@ from adapterlab.core.attention import bridge
 from adapterlab.core.entries import Entries
 from adapterlab.core.merge import Merged, merge
 from adapterlab.core.method import Method
-from adapterlab.core.quantized import is_quantized, keep_layout
+from adapterlab.core.quantized import is_plain, is_quantized, keep_layout
+from adapterlab.core.recompute import Mode, Repeated, recompute
 from adapterlab.core.resident import Patch
 from adapterlab.core.sharding import fill, is_sharded, whole
 from adapterlab.core.site import UNMERGED, Site
@@ -304,7 +305,7 @@ class Host(Anatomy):
         if path not in parameters:
             raise AttachError(f"{type(self.model).__name__} has no parameter {path!r}. {nearest(path, parameters)}")
         parameter = parameters[path]
-        if not parameter.dtype.is_floating_point or type(parameter.data) is not Tensor:
+        if not parameter.dtype.is_floating_point or not is_plain(parameter):
             raise AttachError(
                 f"{path} is stored packed ({type(parameter).__name__}, {parameter.dtype}) and cannot be changed in "
                 "place. Load the model without quantization, or choose a method that adds tensors beside the weight."
@@ -578,32 +579,28 @@ class Host(Anatomy):
         if self._tied_before and config is not None:
             config.tie_word_embeddings = True
 
-    # ------------------------------------------------------------------ checks, checkpointing, saving
+    # ------------------------------------------------------------------ checks, recomputation, saving
 
-    def checkpointing(self, enabled: bool = True, *, compiled: bool = False) -> None:
-        """Recompute activations in the backward pass instead of keeping them.
+    def recompute(self, mode: Mode = "full", *, compiled: bool = False) -> None:
+        """Choose what the model computes again in the backward pass instead of keeping it.
 
-        Always non-reentrant. State that changes between two forward passes is recorded with each and shown again
-        during its recomputation; under `torch.compile` (`compiled=True`) the plain form is used, which needs no record.
+        Gradients are the same in every mode. State that changes between two forward passes is recorded with each and
+        shown again during its recomputation.
+
+        Args:
+            mode: `none` keeps everything; `cheap` keeps the results of products and attention and computes the rest
+                (norms, activations, casts) again; `full` keeps the input of each block alone.
+            compiled: use the form that works under `torch.compile`; it keeps no record of the state.
+
+        Raises:
+            ConfigError: the mode is unknown, or the model has no blocks that can be computed again.
         """
-        if not enabled:
-            _checkpointing(self.model, "disable")()
-            return
-        kwargs: dict[str, Any] = {"use_reentrant": False}
-        if not compiled:
-            kwargs["context_fn"] = self.recomputation
-        self._release_inputs()
-        _checkpointing(self.model, "enable")(kwargs)
-        self._release_inputs()  # enabling may set the hook anew, and would then forget an earlier one
-
-    def _release_inputs(self) -> None:
-        """Without reentry no gradient is needed at the input, and the hook that makes one breaks full graphs."""
-        if getattr(self.model, "_require_grads_hook", None) is not None:
-            self.model.disable_input_require_grads()
+        recompute(self, mode, compiled=compiled)
 
     def recomputation(self) -> tuple[Any, Any]:
         """Contexts for `torch.utils.checkpoint`: the recomputation sees the state of the first pass."""
-        return contextlib.nullcontext(), self.state.replay(self.state.snapshot())
+        seen = self.state.snapshot()
+        return contextlib.nullcontext(), Repeated(lambda: self.state.replay(seen))
 
     def verify(self, batch: Mapping[str, Tensor]) -> None:
         """Run one forward and backward pass and check that nothing attached is bypassed; see `core.verify`.
@@ -652,9 +649,3 @@ class Host(Anatomy):
         name = name if name is not None else next(iter(self.methods))
         self._check(name)
         return name
-
-
-def _checkpointing(model: Any, what: str) -> Any:
-    """The model's switch, whose name changed from `gradient_` to `activation_checkpointing` in transformers 5.2x."""
-    new, old = f"activation_checkpointing_{what}", f"gradient_checkpointing_{what}"
-    return getattr(model, new) if hasattr(model, new) else getattr(model, old)

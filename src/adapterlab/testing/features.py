@@ -184,14 +184,15 @@ def check_checkpointing(case: Case) -> None:
     batches = [models.batch(found.model), models.batch(found.model, rows=3, length=7, seed=3)]
     for given in (batches[:1], batches):
         wanted = gradients(found, "one", given)
-        found.checkpointing(True)
-        got = gradients(found, "one", given)
-        found.checkpointing(False)
-        for key, grad in wanted.items():
-            other = got[key]
-            require((grad is None) == (other is None), f"{key} has a gradient only one way")
-            if grad is not None and other is not None:
-                close(other, grad, f"{key}, {len(given)} forward passes: gradient with checkpointing and without")
+        for mode in ("full", "cheap"):
+            found.recompute(mode)
+            got = gradients(found, "one", given)
+            found.recompute("none")
+            for key, grad in wanted.items():
+                other = got[key]
+                require((grad is None) == (other is None), f"{key} has a gradient only one way")
+                if grad is not None and other is not None:
+                    close(other, grad, f"{key}, {len(given)} forward passes: gradient with recompute={mode} and none")
 
 
 @check()

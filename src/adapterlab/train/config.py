@@ -54,6 +54,12 @@ class Training(BaseModel):
         (0.9, 0.999), description="decay of AdamW's moments"
     )
     eps: float = Field(1e-8, gt=0, description="denominator term of AdamW")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="share of each target spread evenly over the vocabulary; evaluation has none"
+    )
+    z_loss: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="coefficient of the squared logsumexp of the logits in training"
+    )
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null clips nothing")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null: ten in the run")
     eval_batch_size: int | None = Field(None, ge=1, description="rows of an evaluation batch; null: batch_size")
@@ -61,7 +67,20 @@ class Training(BaseModel):
     patience: int | None = Field(
         None, ge=1, description="stop after this many evaluations in a row without a new lowest loss; null: never"
     )
-    checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    recompute: Literal["none", "cheap", "full"] = Field(
+        "none",
+        description="what the backward pass computes again instead of keeping it: none; cheap (all but products and "
+        "attention; about half of the memory); full (whole blocks; a forward pass more)",
+    )
+    offload: bool = Field(False, description="keep activations in the CPU's memory until the backward pass; GPU only")
+    packing: bool | None = Field(
+        None,
+        description="rows of a batch behind each other instead of padded, which changes no gradient; null: whenever "
+        "model and method allow it",
+    )
+    group_by_length: bool = Field(
+        False, description="rows of like length in a step: less padding, and an order of rows that is less random"
+    )
     proof_steps: int = Field(
         3, ge=0, description="steps within which every trainable tensor must have got a gradient and moved; 0: no check"
     )

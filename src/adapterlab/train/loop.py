@@ -14,9 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, gather_object, set_seed
 from torch import Tensor, nn
 
+from adapterlab.core.attention import fast_attention
 from adapterlab.core.host import Host
+from adapterlab.core.recompute import offloading
 from adapterlab.core.verify import check_gradient_passes
-from adapterlab.data import Collator
+from adapterlab.data import Collator, placed
 from adapterlab.errors import ConfigError, DataError, TrainingError
 from adapterlab.evaluate.loss import evaluate_loss
 from adapterlab.ops.loss import Loss
@@ -25,6 +27,7 @@ from adapterlab.train import rng
 from adapterlab.train.config import Training
 from adapterlab.train.memory import Meter
 from adapterlab.train.order import Sampler
+from adapterlab.train.packing import choose
 from adapterlab.train.proof import Proof
 from adapterlab.train.signals import Interrupted, stop_on_signals
 
@@ -96,6 +99,7 @@ class Loop:
     Attributes:
         status: how far it is.
         total: steps of the whole run.
+        batching: whether rows are packed or padded, and why.
         loss: how the loss is computed.
         proof: that everything trains.
         meter: of memory.
@@ -139,6 +143,7 @@ class Loop:
             training.batch_size,
             training.accumulation * self.accelerator.num_processes,
             None if training.steps else training.row_limit(len(rows)),
+            training.group_by_length,
         )
         self.total = training.total_steps(len(rows), self.sampler.per_step)
         self.eval_every = training.eval_every or math.ceil(self.total / 10)
@@ -148,8 +153,9 @@ class Loop:
     def _prepare(self, from_data: bool) -> None:
         training, host, model = self.training, self.host, self.host.model
         set_seed(training.seed)
-        if training.checkpointing:
-            host.checkpointing(True)
+        if training.recompute != "none":
+            host.recompute(training.recompute)
+        offloading(model, training.offload)  # refused here already
         model.train()
         if from_data:  # a checkpoint's adapter has the structure that data once decided
             self.method.prepare(host, self.name, Batches(self))
@@ -157,7 +163,9 @@ class Loop:
             for tensor in host.tensors(self.name).values():
                 tensor.data.copy_(broadcast(tensor.data))
             host.refresh(self.name)
-        self.loss = Loss(model)
+        longest = max(len(row["input_ids"]) for part in (self.rows, self.eval_rows) for row in part)
+        self.collate, self.batching = choose(model, self.collate, longest, training.packing)
+        self.loss = Loss(model, training.label_smoothing, training.z_loss)  # evaluation uses the plain loss
         make = functools.partial(
             adamw, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps
         )
@@ -173,7 +181,8 @@ class Loop:
             floor=training.min_lr / training.lr if training.lr else 0.0,
         )
         self.proof = Proof(host, self.name, training.proof_steps)
-        set_seed(training.seed, device_specific=True)  # whatever came before: dropout depends on the seed alone
+        # Whatever came before, dropout depends on seed and process alone.
+        set_seed(training.seed + self.accelerator.process_index)
 
     # ------------------------------------------------------------------ running
 
@@ -214,6 +223,10 @@ class Loop:
 
     def step(self) -> Record:
         """Do one optimizer step and return its metrics."""
+        with fast_attention(self.host.model):
+            return self._step()
+
+    def _step(self) -> Record:
         began, index, status = time.perf_counter(), self.status.step, self.status
         batches = self._batches(index)
         labels = int(self._sum(sum(self.loss.tokens(batch) for batch in batches)))
@@ -251,7 +264,7 @@ class Loop:
         alone = len(self.eval_rows) < world  # fewer rows than processes: each evaluates all
         mine = self.eval_rows if alone else self.eval_rows[self.accelerator.process_index :: world]
         size = self.training.eval_batch_size or self.training.batch_size
-        loss, tokens = evaluate_loss(self.host.model, mine, self.collate, size)
+        loss, tokens = evaluate_loss(self.host.model, mine, self.collate, size, packing=self.training.packing)
         loss, tokens = self._sum(loss * tokens), int(self._sum(tokens))
         loss /= tokens
         self._check_finite("evaluation loss", loss, status.step - 1)
@@ -306,13 +319,14 @@ class Loop:
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Collate training rows and put them where the model is."""
-        return {key: value.to(self.device) for key, value in self.collate([self.rows[i] for i in indices]).items()}
+        return placed(self.collate([self.rows[i] for i in indices]), self.device)
 
     def _backward(self, batch: Mapping[str, Tensor], labels: int, first: bool) -> float:
         share = self.loss.tokens(batch) / labels
 
         def loss() -> Tensor:
-            with self.accelerator.autocast(), self.host.state.collect() as extra:
+            offload = offloading(self.host.model, self.training.offload)
+            with self.accelerator.autocast(), self.host.state.collect() as extra, offload:
                 value = self.loss(batch, labels)
                 value = value + sum(extra) * share  # each is a mean over its batch
                 penalty = self.method.penalty(self.host, self.name) if first else None
