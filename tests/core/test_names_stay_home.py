@@ -15,6 +15,7 @@ ROOT = Path(adapterlab.__file__).parent
 ALLOWED = {
     "train/config.py": {"lora"},
     "cli/quickstart.py": {"lora"},
+    "compare/advice.py": {"lora"},
     "cli/export.py": {"lora"},
     "convert/building.py": {"lora"},
     "convert/extracting.py": {"lora"},

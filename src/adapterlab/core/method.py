@@ -36,6 +36,7 @@ class Method(Settings):
         hf: how HF PEFT stores it, or None.
         starts_at_base: the model computes what the base does until a step is made.
         trains: it has tensors that train.
+        typical_lr: a learning rate to begin a search with.
     """
 
     id: ClassVar[str]
@@ -48,6 +49,7 @@ class Method(Settings):
     hf: ClassVar[HFCodec | None] = None
     starts_at_base: ClassVar[bool] = True
     trains: ClassVar[bool] = True
+    typical_lr: ClassVar[float] = 5e-4
 
     modules_to_save: tuple[str, ...] = Field(
         (), description="modules trained in full beside the adapter, such as a new classifier head"

@@ -47,6 +47,7 @@ class AdapterHoulsby(Bottleneck):
     year: ClassVar[int] = 2019
     arxiv: ClassVar[str] = "1902.00751"
     formula: ClassVar[str] = "2 m d + m + d for each sublayer + norms"
+    typical_lr: ClassVar[float] = 0.001
     starts_at_base: ClassVar[bool] = False
 
     m: int | None = Field(64, ge=1, description="width of the bottleneck; None: the model's width / reduction")

@@ -46,6 +46,7 @@ class AdapterParallel(Bottleneck):
     year: ClassVar[int] = 2021
     arxiv: ClassVar[str] = "2110.04366"
     formula: ClassVar[str] = "2 m d + m + d for each block"
+    typical_lr: ClassVar[float] = 0.001
 
     m: int | None = Field(512, ge=1, description="width of the bottleneck; None: the model's width / reduction")
     reduction: float = Field(2.0, ge=1, description="width of the model over that of the bottleneck, when m is unset")

@@ -50,6 +50,7 @@ class BitFit(Method):
     year: ClassVar[int] = 2021
     arxiv: ClassVar[str] = "2106.10199"
     formula: ClassVar[str] = "sum of the bias lengths; with added biases: out"
+    typical_lr: ClassVar[float] = 0.001
 
     bias_mode: Literal["existing", "add"] = Field(
         "existing", description="train the biases that exist, or give the targets new ones"

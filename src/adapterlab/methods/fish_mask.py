@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.host import Host
 from adapterlab.core.method import Batches, MakeOptimizer, Method
+from adapterlab.core.quantized import is_plain
 from adapterlab.errors import AttachError, ConfigError, NotTrainingError
 from adapterlab.methods import _select
 from adapterlab.registry import register
@@ -54,6 +55,7 @@ class FishMask(Method):
     year: ClassVar[int] = 2021
     arxiv: ClassVar[str] = "2111.09839"
     formula: ClassVar[str] = "⌊ρ N⌋"
+    typical_lr: ClassVar[float] = 0.0002
 
     density: float = Field(0.005, gt=0, le=1, description="share ρ of the entries that train")
     samples: int = Field(1024, ge=1, description="rows that the scores are computed from, one backward pass each")
@@ -125,7 +127,7 @@ class FishMask(Method):
         """
         parameters = _select.base_parameters(host, (*self.exclude, *self.modules_to_save))
         for path, p in parameters.items():
-            if type(p.data) is not Tensor or not p.dtype.is_floating_point:
+            if not is_plain(p) or not p.dtype.is_floating_point:
                 raise AttachError(
                     f"{path} is stored packed ({type(p).__name__}, {p.dtype}), and {self.id} trains entries in place. "
                     "Load the base without quantization, exclude the packed modules (exclude=['all-linear']), or "

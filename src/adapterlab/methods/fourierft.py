@@ -50,6 +50,7 @@ class FourierFT(LayerMethod):
     year: ClassVar[int] = 2024
     arxiv: ClassVar[str] = "2405.03003"
     formula: ClassVar[str] = "n"
+    typical_lr: ClassVar[float] = 0.005
     starts_at_base: ClassVar[bool] = False
 
     n: int = Field(1000, ge=1, description="trained values for each module")

@@ -35,6 +35,7 @@ class Freeze(Method):
     year: ClassVar[int] = 2019
     arxiv: ClassVar[str] = "1911.03090"
     formula: ClassVar[str] = "sum over the trained tensors"
+    typical_lr: ClassVar[float] = 5e-5
 
     layers: int = Field(2, description="number of blocks to train: positive the last ones, negative the first ones")
     modules: tuple[str, ...] = Field((), description="first-level modules inside those blocks; empty means all")

@@ -40,6 +40,7 @@ class Full(Method):
     family: ClassVar[str] = "baseline"
     paper: ClassVar[str] = "Full fine-tuning"
     formula: ClassVar[str] = "all parameters"
+    typical_lr: ClassVar[float] = 5e-5
 
     exclude: tuple[str, ...] = Field((), description="modules to leave frozen: roles, names or patterns")
     layer_decay: float = Field(

@@ -54,6 +54,7 @@ class GaLore(Method):
     year: ClassVar[int] = 2024
     arxiv: ClassVar[str] = "2403.03507"
     formula: ClassVar[str] = "all parameters; with rest off: in · out"
+    typical_lr: ClassVar[float] = 0.0002
 
     targets: Targets = Field(
         default_factory=lambda: Targets(include=("all-linear",)),

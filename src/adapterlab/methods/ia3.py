@@ -52,6 +52,7 @@ class IA3(LayerMethod):
     year: ClassVar[int] = 2022
     arxiv: ClassVar[str] = "2205.05638"
     formula: ClassVar[str] = "out (in for feed-forward modules)"
+    typical_lr: ClassVar[float] = 0.005
 
     targets: Targets = Field(
         default_factory=lambda: Targets(include=PAPER),

@@ -53,6 +53,7 @@ class LISA(Method):
     year: ClassVar[int] = 2024
     arxiv: ClassVar[str] = "2403.17919"
     formula: ClassVar[str] = "everything outside the blocks + γ blocks, at a time"
+    typical_lr: ClassVar[float] = 5e-5
 
     layers: int = Field(2, ge=1, description="number γ of blocks that train at a time")
     interval: int = Field(20, ge=1, description="steps between two draws")

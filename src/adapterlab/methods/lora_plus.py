@@ -48,6 +48,7 @@ class LoRAPlus(LoRA):
     paper: ClassVar[str] = "LoRA+: Efficient Low Rank Adaptation of Large Models"
     year: ClassVar[int] = 2024
     arxiv: ClassVar[str] = "2402.12354"
+    typical_lr: ClassVar[float] = 0.0002
 
     ratio: float = Field(16.0, ge=1, description="learning rate of B over that of A; about 16 is recommended")
     lr_embedding: float = Field(1e-6, gt=0, description="learning rate of the factors of embeddings")

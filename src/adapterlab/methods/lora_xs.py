@@ -45,6 +45,7 @@ class LoRAXS(LoRA):
     year: ClassVar[int] = 2024
     arxiv: ClassVar[str] = "2405.17604"
     formula: ClassVar[str] = "r · r"
+    typical_lr: ClassVar[float] = 0.002
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
     hf: ClassVar[HFCodec | None] = None
     starts_at_base: ClassVar[bool] = False

@@ -62,6 +62,7 @@ class LST(Method):
     year: ClassVar[int] = 2022
     arxiv: ClassVar[str] = "2206.06522"
     formula: ClassVar[str] = "kept (block / r² + d d' + d' + 1) + 2 d d' + norms"
+    typical_lr: ClassVar[float] = 0.001
     starts_at_base: ClassVar[bool] = False
 
     r: int = Field(8, ge=1, description="divisor of the widths of the side network")

@@ -59,6 +59,7 @@ class PrefixTuning(Method):
     year: ClassVar[int] = 2021
     arxiv: ClassVar[str] = "2101.00190"
     formula: ClassVar[str] = "2 P L n_kv hd"
+    typical_lr: ClassVar[float] = 0.01
     starts_at_base: ClassVar[bool] = False
 
     length: int = Field(20, ge=1, description="number of virtual tokens P")

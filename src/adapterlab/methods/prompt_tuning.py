@@ -54,6 +54,7 @@ class PromptTuning(Method):
     year: ClassVar[int] = 2021
     arxiv: ClassVar[str] = "2104.08691"
     formula: ClassVar[str] = "P d"
+    typical_lr: ClassVar[float] = 0.01
     starts_at_base: ClassVar[bool] = False
 
     length: int = Field(20, ge=1, description="number of virtual tokens P")

@@ -48,6 +48,7 @@ class RandLoRA(RandomBases):
     year: ClassVar[int] = 2025
     arxiv: ClassVar[str] = "2502.00987"
     formula: ClassVar[str] = "n (r + lo), lo = min(in, out), n = ⌈lo / r⌉"
+    typical_lr: ClassVar[float] = 0.001
 
     r: int = Field(32, ge=1, description="rank of each random product; a smaller one trains more parameters")
     alpha: float = Field(640.0, gt=0, description="scale numerator; about 20 times r")

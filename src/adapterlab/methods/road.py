@@ -52,6 +52,7 @@ class RoAd(LayerMethod):
     year: ClassVar[int] = 2024
     arxiv: ClassVar[str] = "2409.00119"
     formula: ClassVar[str] = "out (road_1), 2 out (road_2), 4 out (road_4)"
+    typical_lr: ClassVar[float] = 0.005
 
     variant: Literal["road_1", "road_2", "road_4"] = Field(
         "road_1", description="angles and factors for each pair, each output, or twice for each output"

@@ -54,6 +54,7 @@ class VBLoRA(LayerMethod):
     year: ClassVar[int] = 2024
     arxiv: ClassVar[str] = "2405.15179"
     formula: ClassVar[str] = "Σ r h (in + out) / b + h b once"
+    typical_lr: ClassVar[float] = 0.001
     starts_at_base: ClassVar[bool] = False
 
     r: int = Field(4, ge=1, description="rank of the updates")

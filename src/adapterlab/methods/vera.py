@@ -44,6 +44,7 @@ class VeRA(RandomBases):
     year: ClassVar[int] = 2023
     arxiv: ClassVar[str] = "2310.11454"
     formula: ClassVar[str] = "out + r"
+    typical_lr: ClassVar[float] = 0.005
 
     r: int = Field(256, ge=1, description="rank of the random pair")
     d_initial: float = Field(0.1, description="start of λ_d; 0.1 or less")

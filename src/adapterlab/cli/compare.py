@@ -1,0 +1,136 @@
+"""`adapterlab compare`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adapterlab.cli._shared import AsJson, print_json, settings
+
+if TYPE_CHECKING:
+    from adapterlab.compare import Comparison, Watcher
+
+
+def compare(
+    config: Annotated[
+        str | None, typer.Argument(help="YAML file of a comparison; see examples/compare_smollm2.yaml.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings on top, such as budget.steps=50 or seeds=3.")
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods, separated by commas; patterns such as 'lora*' are allowed.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Base model.")] = None,
+    data: Annotated[str | None, typer.Option(help="File, folder or hub id of the rows.")] = None,
+    task: Annotated[str | None, typer.Option(help="A generated task instead of --data, such as chain_sum.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Budget of each run: optimizer steps.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the comparison.")] = None,
+    engine: Annotated[str, typer.Option(help="Where runs go: local processes, or a ray cluster.")] = "local",
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; default: as memory and cores allow.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder that is in use.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Try runs again that failed in an earlier start.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, list the runs, start none.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing while it runs.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods on one model and data set; run it again to continue where it stopped."""
+    from adapterlab.compare import compare as run
+    from adapterlab.compare import load_config
+
+    pairs = list(overrides or [])
+    if config is not None and "=" in config:  # no file, only settings
+        pairs, config = [config, *pairs], None
+    given: dict[str, Any] = {"methods": methods.split(",") if methods else None, "model": model, "processes": processes}
+    given |= {"output": str(output) if output else None, "budget": {"steps": steps} if steps else None}
+    given |= {"data": {"task": task} if task else {"path": data} if data else None}
+    changes = _merged(settings(pairs, "A setting") if pairs else {}, given)
+    comparison = load_config(config, changes)
+    if dry_run:
+        _list(comparison)
+        return
+    try:
+        with _watching(quiet or as_json) as watcher:
+            result = run(comparison, engine=engine, overwrite=overwrite, retry=retry, watcher=watcher)  # type: ignore[arg-type]
+    except KeyboardInterrupt:
+        typer.echo("Stopped. What is done is kept; the same command continues (without --overwrite).", err=True)
+        raise typer.Exit(130) from None
+    written = _report(result, comparison.output)
+    if as_json:
+        print_json(result.model_dump(mode="json"))
+    elif not quiet:
+        _show(result, written)
+
+
+def _merged(changes: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of the options on top of `key=value` pairs."""
+    for key, value in given.items():
+        if value is not None:
+            both = isinstance(value, dict) and isinstance(changes.get(key), dict)
+            changes[key] = {**changes[key], **value} if both else value
+    return changes
+
+
+@contextlib.contextmanager
+def _watching(quiet: bool) -> Iterator[Watcher | None]:
+    """A live table on a terminal, lines elsewhere."""
+    from rich.console import Console
+
+    from adapterlab.compare.report.live import LiveView
+    from adapterlab.compare.watching import Lines
+
+    console = Console(stderr=True)
+    if quiet:
+        yield None
+    elif console.is_terminal:
+        with LiveView(console) as view:
+            yield view
+    else:
+        yield Lines(lambda line: typer.echo(line, err=True))
+
+
+def _list(comparison: Any) -> None:
+    from adapterlab.compare import preparing
+
+    contenders = comparison.contenders()
+    facts, judge, _, _ = preparing.read_rows(comparison)
+    preparing.check_attach(comparison, contenders)
+    for contender in contenders:
+        typer.echo(f"{contender.label}  (learning rate {contender.lr}, seeds {', '.join(map(str, comparison.seeds))})")
+    typer.echo(
+        f"{len(contenders) * len(comparison.seeds)} runs of {comparison.budget} each on {facts['train_rows']} rows of "
+        f"{facts['source']}; {facts['eval_rows']} evaluation rows, judged by {judge}."
+    )
+
+
+def _report(result: Comparison, folder: Path) -> list[Path]:
+    from adapterlab.compare.report import write
+
+    return write(result, folder)
+
+
+def _show(result: Comparison, written: list[Path]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    unit = "right" if result.judge == "score" else "loss"
+    table = Table("rank", "method", unit, "95 % interval", "peak memory", "training time", "runs", title=result.name)
+    for s in result.standings:
+        memory, seconds = (result.mean(s.label, f) for f in (lambda r: r.peak_memory, lambda r: r.train_seconds))
+        span = f"{s.interval[0]:.3f} - {s.interval[1]:.3f}" if s.interval else "-"
+        value = "-" if s.value is None else f"{s.value:.3f}"
+        cells = [str(s.rank or "-"), s.label, value, span, f"{memory / 2**20:,.0f} MiB" if memory else "-"]
+        failed = f", {s.failed} failed" if s.failed else ""
+        table.add_row(*cells, f"{seconds:,.0f} s" if seconds else "-", f"{s.finished}{failed}")
+    console.print(table)
+    if result.recommendation:
+        console.print(result.recommendation.text)
+    for file in written:
+        console.print(str(file), soft_wrap=True)

@@ -1,0 +1,331 @@
+"""`CompareConfig`: everything a comparison depends on, and the list of what is compared."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from adapterlab.compare.results import UNTRAINED
+from adapterlab.data.config import DataConfig
+from adapterlab.errors import AdapterlabError, ConfigError, nearest
+from adapterlab.settings import Settings
+from adapterlab.train.config import TrainConfig, Training, flatten
+
+FULL = "full"
+DATA, TRAIN, HELD = "data", "train.jsonl", "held.jsonl"  # rows to train on, and rows to choose checkpoints by
+# What a comparison decides itself, and where it is said instead.
+_GOVERNED = {
+    "steps": "budget",
+    "epochs": "budget",
+    "lr": "lr",
+    "seed": "seeds",
+    "patience": "budget (the same for all)",
+    "trackers": "nothing: read comparison.json",
+}
+_FREE = ("output", "processes", "threads")  # settings that change nothing in the results
+_EVALUATIONS = 5  # looks at the validation rows in a run, unless training.eval_every says otherwise
+_SOURCE = ("path", "name", "task", "task_args", "columns", "eval_path", "eval_split")  # replaced with the rows
+_RESERVED = ("name", "label", "lr")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Budget(_Part):
+    """How long each run trains; the same for all. Set exactly one."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    tokens: int | None = Field(None, ge=1, description="input tokens; turned into steps by the mean length of the rows")
+    minutes: float | None = Field(None, gt=0, description="training time; turned into steps by each method's own speed")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        given = {key: value for key, value in self.model_dump().items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"set exactly one of steps, tokens and minutes; received {given or 'none'}")
+        return self
+
+    def __str__(self) -> str:
+        return next(f"{value:,} {key}" for key, value in self.model_dump().items() if value is not None)
+
+
+class SearchSettings(_Part):
+    """How a learning rate is searched for: the better half of the rates goes on to the next, longer round."""
+
+    rates: int = Field(4, ge=2, description="rates to begin with, around the one that suits the method")
+    factor: float = Field(3.0, gt=1, description="from one rate to the next")
+    fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.125, 0.25), min_length=1, description="shares of the budget that each round trains for"
+    )
+    extend: int = Field(1, ge=0, description="rates to add when the best of the first round lies at an end")
+
+
+class Exams(_Part):
+    """How each checkpoint is examined."""
+
+    limit: int | None = Field(None, ge=1, description="use the first n evaluation rows only")
+    batch_size: int = Field(32, ge=1, description="rows computed at once")
+    max_new_tokens: int | None = Field(None, ge=1, description="longest answer; null: from the longest reference")
+    samples: int = Field(5, ge=0, description="answers kept for reading")
+
+
+class Contender(_Part):
+    """One method with its settings.
+
+    Attributes:
+        label: what people read; unique.
+        key: the label as a folder name; unique.
+        method: id.
+        settings: as given, grids resolved.
+        lr: a rate, or "auto".
+    """
+
+    label: str
+    key: str
+    method: str
+    settings: dict[str, Any] = {}
+    lr: Literal["auto"] | float = "auto"
+
+
+class CompareConfig(Settings):
+    """A comparison: one model, one data set, several methods."""
+
+    model: str = Field("smollm2-135m", min_length=1, description="catalogue alias, hub id or local folder")
+    precision: Literal["bf16", "fp32", "fp16"] = Field("bf16", description="dtype of the frozen weights")
+    quantize: Literal["nf4", "int8"] | None = Field(None, description="keep the frozen weights in 4 or 8 bits")
+    device: str | None = Field(None, description="cpu, cuda, mps; null: the fastest there is")
+    data: DataConfig = Field(description="where the rows come from")
+    validation: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="training rows set aside to choose checkpoints and learning rates; null: a tenth, at most 100. "
+        "The evaluation rows judge and choose nothing",
+    )
+    methods: tuple[dict[str, Any], ...] = Field(min_length=1, description="what to compare; see the example file")
+    exclude: tuple[str, ...] = Field((), description="ids, or patterns of them, to leave out of patterns in methods")
+    full: bool = Field(False, description="compare with full tuning too")
+    budget: Budget = Field(description="how long each run trains")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1), min_length=1, description="a number of them, or all")
+    lr: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        "auto", description="auto: searched for each method; a method's own lr goes first"
+    )
+    search: SearchSettings = Field(default_factory=SearchSettings, description="how auto works")
+    training: dict[str, Any] = Field(default_factory=dict, description="how to train, as in a training configuration")
+    evaluation: Exams = Field(default_factory=Exams, description="how each checkpoint is examined")
+    judge: Literal["auto", "score", "loss"] = Field(
+        "auto", description="what ranks: the share of right answers, or the loss where answers cannot be scored"
+    )
+    level: float = Field(0.05, gt=0, lt=1, description="of significance, after correction for all pairs")
+    processes: int | None = Field(None, ge=1, description="runs at a time; null: as memory and cores allow")
+    threads: int | None = Field(None, ge=1, description="CPU threads of each run; null: cores shared fairly")
+    output: Path = Field(Path("comparisons/default"), description="folder; nothing in it is overwritten unasked")
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
+        self._check_training()
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _entries(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            value = [{str(key): inner} for key, inner in value.items()]
+        if isinstance(value, str):
+            value = [value]
+        return [_entry(item) for item in value] if isinstance(value, Sequence) else value
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _number_or_list(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return tuple(range(value))
+        if isinstance(value, (list, tuple)) and len(set(value)) < len(value):
+            raise ValueError("each seed may be there once")
+        return value
+
+    def _check_training(self) -> None:
+        for key, instead in _GOVERNED.items():
+            if key in self.training:
+                raise ConfigError(
+                    f"training.{key}={self.training[key]!r} cannot be set in a comparison: {instead} decides."
+                )
+        try:
+            Training(**self.training)
+        except ValidationError as error:
+            from adapterlab.settings import explain
+
+            raise ConfigError(explain(error, Training).replace("Training", "training")) from None
+
+    def contenders(self) -> list[Contender]:
+        """List what is compared, patterns and grids resolved, the untrained model not among it.
+
+        Raises:
+            ConfigError: settings are wrong; all faults of all methods are in the message.
+        """
+        faults: list[str] = []
+        entries = [*self.methods, *([{"name": FULL}] if self.full else [])]
+        found = [item for entry in entries for item in _expand(entry, self.exclude, faults)]
+        contenders = _labelled(found, self.lr, faults)
+        for contender in contenders:
+            try:
+                TrainConfig(**self.train_fields(contender, steps=1, seed=0, lr=1e-3, output=Path("unused")))
+            except AdapterlabError as error:
+                faults.append(f"{contender.label}: {error}")
+        twice = [label for label, count in Counter(c.label for c in contenders).items() if count > 1]
+        faults += [f"{label}: it is there more than once; give each a 'label' of its own." for label in twice]
+        if faults:
+            raise ConfigError("These methods cannot be compared; nothing was run:\n" + "\n".join(faults))
+        return contenders
+
+    def train_fields(self, contender: Contender, *, steps: int, seed: int, lr: float, output: Path) -> dict[str, Any]:
+        """Return the fields of the `TrainConfig` of one run."""
+        every = max(1, -(-steps // _EVALUATIONS))
+        return {
+            "model": self.model,
+            "precision": self.precision,
+            "quantize": self.quantize,
+            "device": self.device,
+            "method": {"name": contender.method, **contender.settings},
+            "data": self.train_data(),
+            "training": {
+                "eval_every": every, "save_every": every, **self.training, "steps": steps, "lr": lr, "seed": seed
+            },
+            "output": output,
+        }  # fmt: skip
+
+    def train_data(self) -> DataConfig:
+        """Return where every run finds its rows: the files that the comparison wrote."""
+        folder = (self.output / DATA).resolve()  # where the process works must not matter
+        kept = self.data.model_dump(include={"max_length", "too_long", "train_on", "seed"})
+        return DataConfig(path=str(folder / TRAIN), eval_path=str(folder / HELD), **kept)
+
+    def plain(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        return {**self.model_dump(mode="json"), "methods": [dict(entry) for entry in self.methods]}
+
+    def differences(self, saved: Mapping[str, Any]) -> list[str]:
+        """Say in which settings an earlier configuration differs, those left out that cannot change results."""
+        then, now = (dict(flatten({k: v for k, v in tree.items() if k not in _FREE})) for tree in (saved, self.plain()))
+        return [
+            f"  {key}: {then.get(key)!r} there, {now.get(key)!r} now"
+            for key in dict.fromkeys([*then, *now])
+            if then.get(key) != now.get(key)
+        ]
+
+
+def load_config(path: str | Path | None, changes: Mapping[str, Any] | None = None) -> CompareConfig:
+    """Read a YAML file, with settings on top.
+
+    Args:
+        path: of the file; None when `changes` say everything.
+        changes: nested settings; a method list replaces the one of the file.
+
+    Raises:
+        ConfigError: the file is missing or malformed, or a setting is unknown or out of range.
+    """
+    tree = _read(Path(path)) if path is not None else {}
+    for key, value in dict(changes or {}).items():
+        old = tree.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            gone = tuple(old) if key == "budget" else _SOURCE if _given_source(key, value) else ()
+            old = {name: inner for name, inner in old.items() if name not in gone}
+        both = isinstance(value, Mapping) and isinstance(old, Mapping) and key != "methods"
+        tree[key] = {**old, **value} if both else value  # type: ignore[dict-item]
+    return CompareConfig(**tree)
+
+
+def _given_source(key: str, value: Mapping[str, Any]) -> bool:
+    return key == "data" and not value.keys().isdisjoint(("path", "task"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not path.is_file():
+        raise ConfigError(f"There is no configuration file {str(path)!r}. Examples are in examples/compare_*.yaml.")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {str(error).strip()}.") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} should hold settings such as 'methods:', and holds a {type(tree).__name__}.")
+    return {str(key): value for key, value in tree.items()}
+
+
+def _entry(item: Any) -> dict[str, Any]:
+    """Bring one entry of the list into the form {name: id, **settings}."""
+    if isinstance(item, str):
+        return {"name": item}
+    if isinstance(item, Mapping) and "name" in item:
+        return dict(item)
+    if isinstance(item, Mapping) and len(item) == 1:
+        ((name, settings),) = item.items()
+        if settings is None or isinstance(settings, Mapping):
+            return {"name": str(name), **(settings or {})}
+    raise ValueError(f"a method is a name, {{name: {{settings}}}} or {{name: ..., settings}}; received {item!r}")
+
+
+def _expand(entry: Mapping[str, Any], exclude: Sequence[str], faults: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield an entry for every method that its name matches, and every point of its grid."""
+    from adapterlab import registry
+
+    pattern = str(entry["name"])
+    ids = registry.ids(pattern)
+    if not ids:
+        faults.append(f"{pattern}: no method has this id. {nearest(pattern, registry.ids())}")
+    if any(mark in pattern for mark in "*?["):
+        out = {id for other in exclude for id in registry.ids(other)} | {FULL} - {pattern}
+        ids = [id for id in ids if id not in out]
+    for id in ids:
+        cls: Any = registry.method(id)
+        axes = {key: value for key, value in entry.items() if key != "label" and _is_grid(cls, key, value)}
+        for point in itertools.product(*axes.values()):
+            grid = dict(zip(axes, point, strict=True))
+            yield {**entry, **grid, "name": id, "_grid": list(grid)}
+
+
+def _is_grid(cls: Any, key: str, value: Any) -> bool:
+    """Whether a list holds alternatives, and is not itself a valid value of the setting."""
+    if not isinstance(value, (list, tuple)) or key == "name":
+        return False
+    field = cls.model_fields.get(key)
+    if field is None:
+        return key == "lr"
+    kind: Any = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    try:
+        TypeAdapter(kind).validate_python(value)
+    except (ValidationError, ConfigError):
+        return True
+    return False
+
+
+def _labelled(found: Sequence[Mapping[str, Any]], lr: Literal["auto"] | float, faults: list[str]) -> list[Contender]:
+    """Name entries: by id, with what distinguishes those of the same id."""
+    made = []
+    several = Counter((item["name"], item.get("label")) for item in found)
+    for item in found:
+        settings = {key: value for key, value in item.items() if key not in (*_RESERVED, "_grid")}
+        name = str(item.get("label") or item["name"])
+        shown = item["_grid"] or (() if item.get("label") else tuple(settings))
+        if several[item["name"], item.get("label")] > 1:
+            name = " ".join([name, *(f"{key}={item[key]}" for key in shown)])
+        made.append((name, settings, item))
+    keys: Counter[str] = Counter({UNTRAINED: 1})
+    contenders = []
+    for label, settings, item in made:
+        key = re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.") or "method"
+        keys[key] += 1
+        key = key if keys[key] == 1 else f"{key}-{keys[key]}"
+        rate = item.get("lr", lr)
+        if rate != "auto" and not (isinstance(rate, (int, float)) and 0 <= rate < float("inf")):
+            faults.append(f"{label}: lr={rate!r} should be auto or a number, 0 or more, such as 1e-3.")
+            continue
+        contenders.append(Contender(label=label, key=key, method=item["name"], settings=settings, lr=rate))
+    return contenders

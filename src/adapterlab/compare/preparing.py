@@ -1,0 +1,182 @@
+"""What happens before anything runs: every method is checked, the rows are read and set apart, the folder is opened."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+
+from adapterlab.compare.config import DATA, HELD, TRAIN, CompareConfig, Contender
+from adapterlab.compare.jobs import CONFIG
+from adapterlab.compare.results import FILE, UNTRAINED
+from adapterlab.data import Example, fingerprint, load_data, scorer_for
+from adapterlab.errors import AttachError, ConfigError, DataError, FormatError, OutputError
+from adapterlab.io.atomic import explained, write_json, write_text
+from adapterlab.train.config import TrainConfig
+
+FACTS = "facts.json"
+_HELD_SHARE, _HELD_MOST = 10, 100
+_OURS = (CONFIG, FILE, DATA, UNTRAINED, "probe", "lr", "runs")
+
+
+def check_attach(config: CompareConfig, contenders: Sequence[Contender]) -> None:
+    """Try every method on the model without its weights, so that a target that is not there is known at once.
+
+    Methods that compute something from the weights cannot be tried like this; they are met when they run.
+
+    Raises:
+        ModelError: the model is unknown.
+        ConfigError: methods cannot work on this model; all of them are in the message.
+    """
+    if config.quantize is not None:
+        return
+    faults = []
+    for contender in contenders:
+        train = TrainConfig(**config.train_fields(contender, steps=1, seed=0, lr=0.0, output=Path("unused")))
+        try:
+            _attach_weightless(config.model, train)
+        except (ConfigError, AttachError) as error:
+            faults.append(f"{contender.label}: {error}")
+    if faults:
+        raise ConfigError("These methods do not fit the model; nothing was run:\n" + "\n".join(faults))
+
+
+def _attach_weightless(model: str, train: TrainConfig) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from adapterlab.core.host import Host
+    from adapterlab.models import resolve
+
+    settings = AutoConfig.from_pretrained(resolve(model))
+    kind = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        host = Host(kind.from_config(settings))
+        try:
+            host.attach(train.make_method(), "trial")
+        except (ConfigError, AttachError):
+            raise
+        except (RuntimeError, NotImplementedError, ValueError):  # it looked at values, and there are none here
+            return
+
+
+def read_rows(config: CompareConfig) -> tuple[dict[str, Any], Literal["score", "loss"], list[Example], list[Example]]:
+    """Read all rows and set some training rows apart.
+
+    Returns:
+        Facts on the data, the judge, the rows to train on, and those to choose checkpoints and rates by.
+
+    Raises:
+        DataError: rows are missing, there is nothing to evaluate on, or answers cannot be scored although they judge.
+    """
+    splits = load_data(config.data)
+    asked = splits.eval[: config.evaluation.limit]
+    if len(asked) < 2:
+        raise DataError(
+            f"A comparison needs at least two evaluation rows, better a hundred; {splits.eval_source} has "
+            f"{len(asked)}. Set data.eval_size, data.eval_path or data.eval_split."
+        )
+    scorer = scorer_for(config.data, dataclasses.replace(splits, eval=asked))
+    if scorer is None and config.judge == "score":
+        raise DataError(
+            f"judge=score needs answers that can be checked, and those of {splits.eval_source} cannot: they are long "
+            "free text, or data.scorer is none. Set judge=loss, or a data.scorer that fits (number, exact; verifier "
+            "for generated tasks)."
+        )
+    judge: Literal["score", "loss"] = "score" if scorer is not None and config.judge != "loss" else "loss"
+    count = config.validation or max(1, min(_HELD_MOST, len(splits.train) // _HELD_SHARE))
+    if count >= len(splits.train):
+        raise DataError(f"validation={count} leaves none of the {len(splits.train)} training rows. Lower it.")
+    chosen = set(random.Random(config.data.seed).sample(range(len(splits.train)), count))
+    train = [e for i, e in enumerate(splits.train) if i not in chosen]
+    facts = {
+        "source": splits.source,
+        "eval_source": splits.eval_source,
+        "fingerprint": fingerprint(asked),
+        "train_fingerprint": fingerprint(splits.train),
+        "train_rows": len(train),
+        "validation_rows": count,
+        "eval_rows": len(asked),
+        "scorer": scorer.name if scorer else None,
+        "overlap": splits.overlap,
+    }
+    return facts, judge, train, [splits.train[i] for i in sorted(chosen)]
+
+
+def open_folder(config: CompareConfig, *, overwrite: bool) -> None:
+    """Make the comparison's folder, or check that it holds the same comparison.
+
+    Raises:
+        OutputError: it holds something else.
+        ConfigError: it holds a comparison with another configuration.
+    """
+    root = config.output
+    if root.is_file():
+        raise OutputError(f"{root} is a file; a comparison needs a folder. Choose another output.")
+    saved = root / CONFIG
+    if root.is_dir() and any(root.iterdir()) and not saved.is_file():
+        raise OutputError(
+            f"{root} is not empty and holds no {CONFIG}: it is not a comparison's folder, and its content is left "
+            "alone. Choose another output."
+        )
+    if saved.is_file() and not overwrite:
+        _check_same(config, saved)
+    with explained(root):
+        root.mkdir(parents=True, exist_ok=True)
+
+
+def clear(root: Path) -> None:
+    """Remove what comparisons write, and nothing else."""
+    with explained(root):
+        for name in _OURS:
+            if (root / name).is_dir():
+                shutil.rmtree(root / name)
+            else:
+                (root / name).unlink(missing_ok=True)
+
+
+def _check_same(config: CompareConfig, saved: Path) -> None:
+    try:
+        before: Any = OmegaConf.to_container(OmegaConf.load(saved))
+        differing = config.differences(before)
+    except Exception as error:
+        raise FormatError(f"{saved} cannot be read ({error}). Choose another output.") from None
+    if differing:
+        raise ConfigError(
+            f"{config.output} holds a comparison with another configuration, and nothing is overwritten unless asked:\n"
+            + "\n".join(differing)
+            + "\nChoose another output, use its own settings, or pass --overwrite."
+        )
+
+
+def write_rows(config: CompareConfig, facts: Mapping[str, Any], train: list[Example], held: list[Example]) -> None:
+    """Write the rows that every run trains on, and the configuration; on a second start, check that they are the same.
+
+    Raises:
+        DataError: the rows are others than when the comparison began.
+    """
+    folder = config.output / DATA
+    if (folder / FACTS).is_file():
+        before = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        changed = [key for key in ("fingerprint", "train_fingerprint") if before.get(key) != facts[key]]
+        if changed:
+            raise DataError(
+                f"The rows of {facts['source']} have changed since the comparison in {config.output} began, so its "
+                "runs could not be compared. Restore them, or choose another output."
+            )
+    else:
+        write_text(folder / TRAIN, "".join(_line(e) for e in train))
+        write_text(folder / HELD, "".join(_line(e) for e in held))
+        write_json(folder / FACTS, dict(facts))
+    write_text(config.output / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config.plain())))
+
+
+def _line(example: Example) -> str:
+    row = {"text": example.text} if example.messages is None else {"messages": list(example.messages)}
+    return json.dumps(row, ensure_ascii=False) + "\n"

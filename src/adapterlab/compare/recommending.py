@@ -1,0 +1,117 @@
+"""One paragraph in plain words: which method to take, on what evidence, and what stays open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from adapterlab.compare.results import UNTRAINED, Comparison, Recommendation, Run, Standing
+
+
+def recommend(comparison: Comparison) -> Recommendation:
+    """Say which method to take for the best result, for least memory and for least time.
+
+    Memory and time are compared among methods that are better than the untrained model beyond doubt; a method that
+    learns nothing may be cheap, but nobody wants it.
+
+    Args:
+        comparison: with standings and differences.
+    """
+    ranked = [s for s in comparison.standings if s.rank is not None and s.label != UNTRAINED]
+    if not ranked:
+        return Recommendation(text="No method has a finished run yet, so there is nothing to recommend.")
+    best, undecided = ranked[0], _undecided(comparison, ranked)
+    helpful = [s for s in ranked if _beats_untrained(comparison, s)]
+    memory = _least(comparison, helpful or ranked, lambda run: run.peak_memory)
+    time = _least(comparison, helpful or ranked, lambda run: run.train_seconds)
+    sentences = [_best(comparison, best), _open(comparison, undecided), _gain(comparison, best, helpful)]
+    for what, found, amount in (("memory", memory, _gib), ("time", time, _clock)):
+        if found:
+            at = _value(comparison, found)
+            sentences.append(f"For least {what} take {found.label}: {amount(comparison, found)}, at {at}.")
+    sentences.append(_failed(comparison))
+    return Recommendation(
+        text=" ".join(filter(None, sentences)),
+        best=best.label,
+        least_memory=memory.label if memory else None,
+        least_time=time.label if time else None,
+        undecided=[s.label for s in undecided],
+    )
+
+
+def _best(comparison: Comparison, best: Standing) -> str:
+    rows = comparison.data.get("eval_rows", "the")
+    seeds = f"{best.finished} seed{'s' if best.finished != 1 else ''}"
+    low, high = best.interval or (0.0, 0.0)
+    return (
+        f"For the best result take {best.label}: {_value(comparison, best)} on {rows} evaluation rows "
+        f"({seeds}; 95 % interval {_number(comparison, low)} to {_number(comparison, high)}), "
+        f"{_gib(comparison, best)}, {_clock(comparison, best)} of training."
+    )
+
+
+def _open(comparison: Comparison, undecided: Sequence[Standing]) -> str:
+    if not undecided:
+        return "Every other method is worse beyond doubt."
+    names = _list([s.label for s in undecided])
+    cheap = _least(comparison, undecided, lambda run: run.train_seconds)
+    many = cheap is not None and len(undecided) > 1
+    hint = f" Of these, {cheap.label} trains fastest ({_clock(comparison, cheap)})." if cheap and many else ""
+    return (
+        f"It cannot be told apart from {names} at the {100 * comparison.level:g} % level, corrected for all pairs: "
+        f"more seeds or more evaluation rows would be needed.{hint}"
+    )
+
+
+def _gain(comparison: Comparison, best: Standing, helpful: Sequence[Standing]) -> str:
+    base = next((s for s in comparison.standings if s.label == UNTRAINED and s.value is not None), None)
+    if base is None or best.value is None or base.value is None:
+        return ""
+    if not helpful:
+        return f"No method is better than the untrained model ({_value(comparison, base)}) beyond doubt."
+    return f"The untrained model has {_value(comparison, base)}."
+
+
+def _failed(comparison: Comparison) -> str:
+    failed = [s.label for s in comparison.standings if s.failed and not s.finished]
+    return f"Failed, with the reason in the table: {_list(failed)}." if failed else ""
+
+
+def _undecided(comparison: Comparison, ranked: Sequence[Standing]) -> list[Standing]:
+    apart = {frozenset((d.a, d.b)) for d in comparison.differences if d.distinct}
+    return [s for s in ranked[1:] if frozenset((s.label, ranked[0].label)) not in apart]
+
+
+def _beats_untrained(comparison: Comparison, standing: Standing) -> bool:
+    sign = 1 if comparison.higher_is_better else -1
+    for d in comparison.differences:
+        if {d.a, d.b} == {standing.label, UNTRAINED}:
+            return d.distinct and sign * (d.value if d.a == standing.label else -d.value) > 0
+    return False
+
+
+def _least(comparison: Comparison, among: Sequence[Standing], figure: Callable[[Run], float | None]) -> Standing | None:
+    known = [(value, s) for s in among if (value := comparison.mean(s.label, figure)) is not None]
+    return min(known, key=lambda pair: pair[0])[1] if known else None
+
+
+def _value(comparison: Comparison, standing: Standing) -> str:
+    text = _number(comparison, standing.value or 0.0)
+    return f"{text} right" if comparison.judge == "score" else f"a loss of {text}"
+
+
+def _number(comparison: Comparison, value: float) -> str:
+    return f"{value:.0%}".replace("%", " %") if comparison.judge == "score" else f"{value:.3f}"
+
+
+def _gib(comparison: Comparison, standing: Standing) -> str:
+    peak = comparison.mean(standing.label, lambda run: run.peak_memory)
+    return f"{(peak or 0) / 2**30:.2f} GiB at its peak"
+
+
+def _clock(comparison: Comparison, standing: Standing) -> str:
+    seconds = comparison.mean(standing.label, lambda run: run.train_seconds) or 0
+    return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

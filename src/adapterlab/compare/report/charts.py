@@ -1,0 +1,266 @@
+"""The pictures of the report. Each function returns `None` where there is nothing to draw."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from adapterlab.compare.report import units
+from adapterlab.compare.report.svg import Axis, Plot
+from adapterlab.compare.report.table import COLUMNS, Row
+from adapterlab.compare.results import Comparison, Difference, Search
+
+Curve = list[tuple[float, float]]
+
+_SMOOTHING = 0.9  # weight of the past in a training curve
+_POINTS = 240  # of a curve at most; more cannot be seen
+_REFERENCES = 12  # methods that the others can be compared with
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with what is said about it.
+
+    Attributes:
+        title: stands above it.
+        svg: the drawing, ready for a page.
+        note: stands below it.
+        key: short name, unique in a group of alternatives.
+    """
+
+    title: str
+    svg: str
+    note: str = ""
+    key: str = ""
+
+
+def judged(rows: Sequence[Row]) -> tuple[str, str, Callable[[float], str], bool]:
+    """Return column key, title, format and direction of what the rows are ranked by."""
+    score = rows[0].comparison.higher_is_better
+    key = "score_best" if score else "best_eval_loss_nats"
+    column = next(c for c in COLUMNS if c.key == key)
+    return key, "share of right answers" if score else "evaluation loss (nats/token)", column.form, score
+
+
+def tradeoff(rows: Sequence[Row], key: str) -> Figure | None:
+    """Draw score (or loss) against a cost, with the Pareto front.
+
+    Args:
+        rows: of comparisons that share their evaluation data.
+        key: column of the cost.
+    """
+    judge, title, form, higher = judged(rows)
+    cost = next(c for c in COLUMNS if c.key == key)
+    drawn = [r for r in rows if r.series is not None and _both(r, key, judge)]
+    if not drawn:
+        return None
+    base = [r for r in rows if r.series is None and r.cells[judge].value is not None]
+    ends = [end for r in drawn for end in r.cells[judge].interval or ()]
+    y_form = _whole_percent if higher else units.plain
+    y = Axis.over([*ends, *(_value(r, judge) for r in [*drawn, *base])], title, form=y_form)
+    scale, unit = cost_unit(key, max(_value(r, key) for r in drawn))
+    at = {r.name: (_value(r, key) / scale, _value(r, judge)) for r in drawn}
+    x = Axis.over([cost_ for cost_, _ in at.values()], f"{cost.title} ({unit})", form="{:,g}".format)
+    plot = Plot(f"{title} against {cost.title}", x, y)
+    for row in base:
+        plot.level(_value(row, judge), "base dashed", f"{row.name}: {form(_value(row, judge))}")
+    front = _stairs(pareto(at.values(), higher))
+    plot.line(front, "front", "Pareto front: no method is better at no higher cost", clear=True)
+    for row in drawn:
+        if interval := row.cells[judge].interval:
+            plot.line([(at[row.name][0], end) for end in interval], f"whisker series {row.css}", clear=True)
+    for row in drawn:
+        tip = f"{row.name}: {row.cells[judge]}, {cost.title} {row.cells[key]}"
+        plot.dot(at[row.name], f"dot series {row.css}", tip, row.shape, 5.5)
+    for row in drawn:
+        plot.label(at[row.name], row.name, f"series {row.css}")
+    dashed = " The dashed line is the untrained model." if base else ""
+    note = f"{'Up' if higher else 'Down'} and to the left is better. The line joins the Pareto front.{dashed}"
+    return Figure(f"{'Score' if higher else 'Evaluation loss'} against {cost.title}", plot.to_html(), note)
+
+
+def cost_unit(key: str, largest: float) -> tuple[float, str]:
+    """Return in which unit a cost is drawn: its size in the unit of the column, and its name."""
+    if key.endswith("_bytes"):
+        return (2**30, "GiB") if largest >= 10 * 2**30 else (2**20, "MiB")
+    return (3600, "h") if largest >= 3 * 3600 else (60, "min") if largest >= 180 else (1, "s")
+
+
+def pareto(points: Iterable[tuple[float, float]], higher: bool) -> Curve:
+    """Return the points that no other beats in one coordinate without losing in the other, by rising cost.
+
+    Args:
+        points: cost and value.
+        higher: whether more value is better; less cost always is.
+    """
+    sign = -1.0 if higher else 1.0
+    front: Curve = []
+    for cost, value in sorted(set(points), key=lambda p: (p[0], sign * p[1])):
+        if not front or sign * value < sign * front[-1][1]:
+            front.append((cost, value))
+    return front
+
+
+def losses(rows: Sequence[Row], which: str) -> Figure | None:
+    """Draw loss curves, one line for each method: the mean over seeds, and their range.
+
+    Args:
+        rows: of comparisons that share their evaluation data.
+        which: "evaluation" or "training".
+    """
+    curves = [(row, curves_of(row, which)) for row in rows]
+    drawn = [(row, across(many), many) for row, many in curves if many]
+    if not drawn:
+        return None
+    values = [y for _, line, _ in drawn for _, y in line]
+    log = min(values) > 0 and max(values) > 8 * min(values)
+    y = Axis.over(values, f"{which} loss (nats/token)", log=log)
+    plot = Plot(f"{which} loss", Axis.over([x for _, line, _ in drawn for x, _ in line], "step", form=units.plain), y)
+    for row, line, many in drawn:
+        if len(many) > 1:
+            plot.band(across(many, min), across(many, max), f"band series {row.css}")
+        plot.line(line, f"line series {row.css}", row.name)
+    if which == "evaluation":
+        for row, line, _ in drawn:
+            for step, value in line if len(line) <= 24 else []:
+                tip = f"{row.name}, step {step:g}: {units.loss(value)}"
+                plot.dot((step, value), f"dot series {row.css}", tip, row.shape, 3)
+    seeds = " Bands show the range over seeds." if any(len(many) > 1 for *_, many in drawn) else ""
+    how = " Smoothed." if which == "training" else ""
+    scale = " Logarithmic scale." if log else ""
+    return Figure(f"{which.capitalize()} loss", plot.to_html(), f"Mean over seeds.{how}{seeds}{scale}")
+
+
+def curves_of(row: Row, which: str) -> list[Curve]:
+    """Return the loss curves of a row, one for each seed; training curves are smoothed.
+
+    Args:
+        row: of the table; unfinished runs count too.
+        which: "evaluation" or "training".
+    """
+    runs = row.comparison.runs_of(row.key, None)
+    if which == "evaluation":
+        return [[(float(step), loss) for step, loss in run.eval_curve] for run in runs if run.eval_curve]
+    return [_smooth(run.train_curve) for run in runs if run.train_curve]
+
+
+def across(curves: Sequence[Curve], choose: Callable[[list[float]], float] = statistics.fmean) -> Curve:
+    """Put curves together, step by step.
+
+    Args:
+        curves: of the seeds.
+        choose: makes one value of those at a step; the mean by default.
+    """
+    at: dict[float, list[float]] = {}
+    for curve in curves:
+        for x, y in curve:
+            at.setdefault(x, []).append(y)
+    return [(x, choose(values)) for x, values in sorted(at.items())]
+
+
+def learning_rate(search: Search, row: Row) -> Figure | None:
+    """Draw what the learning-rate search of one method saw."""
+    known = [t for trials in search.rounds for t in trials if t.loss is not None and t.lr > 0]
+    if not known:
+        return None
+    values = [t.loss for t in known if t.loss is not None]
+    x = Axis.over([t.lr for trials in search.rounds for t in trials], "learning rate", log=True, form=units.rate)
+    log = min(values) > 0 and max(values) > 8 * min(values)
+    y = Axis.over(values, "evaluation loss", log=log)
+    plot = Plot(f"learning-rate search of {row.name}", x, y, width=340, height=250)
+    if search.chosen:
+        plot.upright(search.chosen, "chosen", f"chosen: {units.rate(search.chosen)}")
+    for number, trials in enumerate(search.rounds, 1):
+        strength = " early" if number < len(search.rounds) else ""
+        plot.line([(t.lr, t.loss) for t in trials if t.loss is not None], f"line series {row.css}{strength}")
+        for t in trials:
+            tip = f"{units.rate(t.lr)}, {t.steps} steps: "
+            if t.loss is None:
+                plot.dot((t.lr, y.high), "failed", tip + (t.reason or "failed"), 3, 4)
+            else:
+                plot.dot((t.lr, t.loss), f"dot series {row.css}{strength}", tip + units.loss(t.loss), row.shape, 4)
+    steps = ", then ".join(f"{trials[0].steps}" for trials in search.rounds if trials)
+    note = f"Chosen: {units.rate(search.chosen)}." if search.chosen else "No rate worked."
+    broken = " Red: training failed." if any(t.loss is None for trials in search.rounds for t in trials) else ""
+    return Figure(row.name, plot.to_html(), f"{note} Rounds of {steps} steps.{broken}")
+
+
+def differences(rows: Sequence[Row]) -> list[Figure]:
+    """Draw the differences of each method to a reference, with their intervals, one drawing for each reference.
+
+    Args:
+        rows: that are ranked together, best first. The first few become references.
+    """
+    comparison = rows[0].comparison
+    ranked = [row for row in rows if row.rank is not None]
+    figures = [_forest(comparison, row, [other for other in ranked if other is not row]) for row in ranked]
+    return [figure for figure in figures[:_REFERENCES] if figure is not None]
+
+
+def between(comparison: Comparison, method: str, reference: str) -> Difference | None:
+    """Return the difference `method` minus `reference`, however it is written down."""
+    for d in comparison.differences:
+        if (d.a, d.b) == (method, reference):
+            return d
+        if (d.a, d.b) == (reference, method):
+            turned = {"a": method, "b": reference, "value": -d.value, "interval": (-d.interval[1], -d.interval[0])}
+            return d.model_copy(update=turned)
+    return None
+
+
+def _forest(comparison: Comparison, reference: Row, others: Sequence[Row]) -> Figure | None:
+    found = [(row, d) for row in others if (d := between(comparison, row.key, reference.key)) is not None]
+    if not found:
+        return None
+    form = units.points if comparison.higher_is_better else units.signed
+    unit = "percentage points" if comparison.higher_is_better else "nats/token"
+    ends = [end for _, d in found for end in d.interval]
+    x = Axis.over([0.0, *ends], f"difference of the {comparison.judge} ({unit})", form=form)
+    names = [row.key for row, _ in found]
+    y = Axis("", len(found) - 0.5, -0.5)
+    plot = Plot(f"differences to {reference.key}", x, y, y_names=names, width=620, height=66 + 26.0 * len(found))
+    plot.upright(0.0, "zero")
+    for i, (row, d) in enumerate(found):
+        low, high = (form(end) for end in d.interval)
+        verdict = "distinct" if d.distinct else "cannot be told apart"
+        tip = f"{d.a} minus {d.b}: {form(d.value)} ({low} to {high}), corrected p = {d.p_holm:.2g}: {verdict}"
+        faint = "" if d.distinct else " hollow"
+        plot.line([(d.interval[0], i), (d.interval[1], i)], f"bar series {row.css}{faint}", tip)
+        plot.dot((d.value, i), f"dot series {row.css}{faint}", tip, row.shape, 5)
+    better = "right" if comparison.higher_is_better else "left"
+    note = f"Each method minus {reference.key}; further to the {better} is better. Bars are 95 % intervals. "
+    note += "Hollow marks cannot be told apart from the reference after Holm's correction."
+    return Figure(f"Difference to {reference.key}", plot.to_html(), note, reference.key)
+
+
+def _both(row: Row, *keys: str) -> bool:
+    return all(row.cells[key].value is not None for key in keys)
+
+
+def _value(row: Row, key: str) -> float:
+    value = row.cells[key].value
+    return math.nan if value is None else value
+
+
+def _whole_percent(value: float) -> str:
+    return f"{100 * value:g} %"
+
+
+def _stairs(front: Curve) -> Curve:
+    steps: Curve = front[:1]
+    for (_, before), (cost, value) in pairwise(front):
+        steps += [(cost, before), (cost, value)]
+    return steps
+
+
+def _smooth(points: Sequence[tuple[int, float]]) -> Curve:
+    past, weight, curve = 0.0, 0.0, []
+    for step, value in points:
+        if math.isfinite(value):
+            past, weight = _SMOOTHING * past + (1 - _SMOOTHING) * value, _SMOOTHING * weight + 1 - _SMOOTHING
+            curve.append((float(step), past / weight))
+    stride = max(1, math.ceil(len(curve) / _POINTS))
+    return curve[::stride] if (len(curve) - 1) % stride == 0 else [*curve[::stride], curve[-1]]

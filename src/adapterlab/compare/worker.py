@@ -1,0 +1,310 @@
+"""One job of a comparison, in a process of its own: `python -m adapterlab.compare.worker FOLDER`.
+
+The job stands in FOLDER/job.json. Whatever was done before is kept: a finished job returns at once, an interrupted
+training continues from its checkpoint, and rates that were tried are not tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import json
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+from filelock import FileLock
+
+from adapterlab import io, registry
+from adapterlab.compare import measuring
+from adapterlab.compare.config import CompareConfig
+from adapterlab.compare.exam import Paper, general_loss, set_paper, sit
+from adapterlab.compare.halving import halve, spread
+from adapterlab.compare.jobs import LOCK, Job, JobFolder, Progress
+from adapterlab.compare.results import UNTRAINED, Exam, Memory, Run, Search, Trial
+from adapterlab.core.host import Host
+from adapterlab.data import Collator, encode, load_data
+from adapterlab.errors import AdapterlabError, AttachError, ConfigError, OutputError, TrainingError
+from adapterlab.evaluate import window_of
+from adapterlab.io.atomic import write_json
+from adapterlab.models import load_model
+from adapterlab.train import folder as files
+from adapterlab.train.config import TrainConfig
+from adapterlab.train.loop import Listener, Loop, Record
+from adapterlab.train.memory import Meter
+from adapterlab.train.run import NAME, RunResult, fit, load, make_accelerator
+from adapterlab.train.signals import Interrupted
+
+TRIALS, TRAIN = "trials.json", "train"
+_PROBE = 6  # steps that are timed; the first is for warming up
+_LAST = 10  # training steps whose mean is the final training loss
+_STOPPED = 130
+
+
+class Watch(Listener):
+    """Passes a loop's steps on to a job's progress."""
+
+    def __init__(self, progress: Progress):
+        self.progress = progress
+
+    def stepped(self, loop: Loop, record: Record) -> None:
+        """Note the step."""
+        self.progress.say(phase="training", step=record["step"], total=loop.total, loss=record["loss"])
+
+
+def untrained(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
+    """Examine the base model as it is, and measure the training rows."""
+    config = job.settings()
+    model, tokenizer = load_model(
+        config.model, precision=config.precision, device=config.device, quantize=config.quantize
+    )
+    meter = Meter(next(model.parameters()).device)
+    progress.say(now=True, phase="answering")
+    paper = set_paper(config.data, config.evaluation, model, tokenizer)
+    exam = sit(paper, model, tokenizer)
+    meter.sample()
+    memory = meter.report()
+    total = sum(p.numel() for p in model.parameters())
+    general = general_loss(model, tokenizer)
+    cost = measuring.base_inference(model, measuring.sample_batch(model, tokenizer, paper.rows))
+    run = Run(
+        label=UNTRAINED, key=UNTRAINED, method=UNTRAINED, seed=0, status="finished", trainable=0, total=total,
+        memory=_memory(memory), steps=0, tokens=0, train_seconds=0.0, wall_seconds=progress.elapsed,
+        best_loss=exam.loss, final_loss=exam.loss, best=exam, final=exam,
+        general_loss=general, forgetting=0.0, adapter_bytes=0, inference=cost,
+    )  # fmt: skip
+    length = _mean_tokens(config, model, tokenizer)
+    return {"run": run.model_dump(mode="json"), "device": str(meter.device), "tokens_per_row": length}
+
+
+def _mean_tokens(config: CompareConfig, model: Any, tokenizer: Any) -> float:
+    """Mean length of the training rows, found as training finds it."""
+    data = config.train_data()
+    seq2seq = bool(model.config.is_encoder_decoder)
+    rows = encode(load_data(data).train, tokenizer, data, window=window_of(model, tokenizer), seq2seq=seq2seq)
+    return rows.report.mean_length
+
+
+class Session:
+    """A loaded model with its rows, for trainings that leave no files."""
+
+    def __init__(self, job: Job, folder: JobFolder):
+        assert job.contender is not None
+        self.comparison, self.contender = job.settings(), job.contender
+        self.output = folder.path / TRAIN
+        self.config = self._config(1, 0.0)
+        self.accelerator = make_accelerator(self.config)
+        self.loaded = load(self.config, self.accelerator)
+        self.loaded.host.detach(NAME)
+
+    def _config(self, steps: int, lr: float) -> TrainConfig:
+        seed = self.comparison.seeds[0]
+        return TrainConfig(
+            **self.comparison.train_fields(self.contender, steps=steps, seed=seed, lr=lr, output=self.output)
+        )
+
+    def train(self, steps: int, lr: float, *listeners: Listener, evaluate: bool = True) -> Loop:
+        """Train the method anew and take it off again."""
+        config, host = self._config(steps, lr), self.loaded.host
+        training = config.training.model_copy(update={"eval_every": steps})
+        pad = self.loaded.tokenizer.pad_token_id or 0
+        set_seed(training.seed)
+        host.attach(config.make_method(), NAME)
+        try:
+            loop = Loop(
+                host, NAME, self.loaded.rows, training, eval_rows=self.loaded.eval_rows if evaluate else (),
+                collate=Collator(pad, seq2seq=self.loaded.seq2seq), accelerator=self.accelerator, listeners=listeners,
+            )  # fmt: skip
+            loop.run()
+        finally:
+            host.detach(NAME)
+        return loop
+
+
+def probe(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
+    """Time a few training steps."""
+    assert job.contender is not None
+    times: list[float] = []
+
+    class Clock(Listener):
+        def stepped(self, loop: Loop, record: Record) -> None:
+            times.append(loop.status.seconds)
+
+    session = Session(job, folder)
+    rate = _rate(job)
+    session.train(_PROBE, rate, Clock(), Watch(progress), evaluate=False)
+    steps = [after - before for before, after in itertools.pairwise(times)]
+    return {"step_seconds": statistics.median(steps)}
+
+
+def _rate(job: Job) -> float:
+    assert job.contender is not None
+    lr = job.contender.lr
+    return registry.method(job.contender.method).typical_lr if lr == "auto" else float(lr)
+
+
+def search(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
+    """Find a learning rate by successive halving; every trial is written down when it is done."""
+    assert job.contender is not None
+    file = folder.path / TRIALS
+    done: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    session: list[Session] = []
+    settings = job.settings().search
+
+    def trial(rate: float, steps: int) -> Trial:
+        key = f"{rate!r} {steps}"
+        if key not in done:
+            if not session:
+                session.append(Session(job, folder))
+            progress.say(now=True, rate=rate)
+            try:
+                loss, reason = session[0].train(steps, rate, Watch(progress)).status.eval_loss, ""
+            except TrainingError as error:
+                loss, reason = None, f"{type(error).__name__}: {error}"
+            done[key] = Trial(lr=rate, steps=steps, loss=loss, reason=reason).model_dump()
+            write_json(file, done)
+        return Trial(**done[key])
+
+    rates = spread(_rate(job), settings.rates, settings.factor)
+    lengths = [max(1, round(job.steps * fraction)) for fraction in settings.fractions]
+    rounds = halve(rates, lengths, trial, extend=settings.extend, factor=settings.factor)
+    chosen = next((t.lr for t in rounds[-1] if t.kept), None)
+    return Search(label=job.label, auto=True, chosen=chosen, rounds=rounds).model_dump(mode="json")
+
+
+def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
+    """Train with one seed, then examine what came out."""
+    assert job.contender is not None
+    comparison, contender = job.settings(), job.contender
+    output = folder.path / TRAIN
+    fields = comparison.train_fields(contender, steps=job.steps, seed=job.seed, lr=job.lr, output=output)
+    trained = _fit(TrainConfig(**fields), progress)
+    gc.collect()
+    progress.say(now=True, phase="answering")
+    model, tokenizer = load_model(
+        comparison.model, precision=comparison.precision, device=comparison.device, quantize=comparison.quantize
+    )
+    paper = set_paper(comparison.data, comparison.evaluation, model, tokenizer)
+    host = io.load(model, trained.adapter, "best")
+    best = sit(paper, model, tokenizer)
+    general = general_loss(model, tokenizer)
+    progress.say(now=True, phase="measuring")
+    cost = None
+    with contextlib.suppress(AttachError):  # a method that kept no original values cannot be compared with the base
+        cost = measuring.inference(host, "best", measuring.sample_batch(model, tokenizer, paper.rows))
+    step = _step_flops(host, paper, tokenizer)
+    final = _final(trained, host, best, lambda: sit(paper, model, tokenizer))
+    train, held = _curves(output)
+    last = [loss for _, loss in train[-_LAST:]]
+    mean = trained.tokens / max(1, trained.steps)
+    folder.clear(f"{TRAIN}/{files.CHECKPOINT.parent}")
+    return Run(
+        label=job.label, key=contender.key, method=contender.method, settings=contender.settings, seed=job.seed,
+        status="finished", attempts=folder.attempts() + 1, lr=job.lr, trainable=trained.trainable, total=trained.total,
+        memory=_memory(trained.memory), steps=trained.steps, tokens=trained.tokens, train_seconds=trained.seconds,
+        wall_seconds=progress.elapsed, best_step=trained.best_step, best_loss=trained.best_loss,
+        final_loss=trained.eval_loss, train_loss=sum(last) / len(last), best=best, final=final, general_loss=general,
+        adapter_bytes=measuring.folder_bytes(trained.adapter), inference=cost,
+        step_flops=step and step * mean, flops=step and step * trained.tokens, train_curve=train, eval_curve=held,
+    ).model_dump(mode="json")  # fmt: skip
+
+
+def _fit(config: TrainConfig, progress: Progress) -> RunResult:
+    """Train, or continue; a run that another version or place of the folder began is started anew."""
+    if config.output.is_dir() and not (config.output / files.RUN).is_file():
+        files.clear(config.output)  # killed before anything was trained
+    try:
+        result = fit(config, resume=True, quiet=True, callbacks=[Watch(progress)])
+    except ConfigError:
+        if not (config.output / files.RUN).is_file():
+            raise
+        result = fit(config, overwrite=True, quiet=True, callbacks=[Watch(progress)])
+    assert result is not None
+    return result
+
+
+def _final(trained: RunResult, host: Host, best: Exam, examine: Callable[[], Exam]) -> Exam:
+    """The exam of the last checkpoint; the best one's where they are the same."""
+    if trained.best_step in (None, trained.steps):
+        return best
+    host.detach("best")
+    io.load(host.model, trained.last, "last")
+    return examine()
+
+
+def _step_flops(host: Host, paper: Paper, tokenizer: Any) -> float | None:
+    """Work of training on one token, from one batch."""
+    rows = paper.rows[:8]
+    batch = Collator(tokenizer.pad_token_id or 0, seq2seq=bool(host.model.config.is_encoder_decoder))(rows)
+    device = next(host.model.parameters()).device
+    found = measuring.step_flops(host, "best", {key: value.to(device) for key, value in batch.items()})
+    return None if found is None else found / int(batch["attention_mask"].sum())
+
+
+def _curves(output: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    lines = [json.loads(line) for line in (output / files.METRICS).read_text(encoding="utf-8").splitlines()]
+    train = [(line["step"], round(line["loss"], 6)) for line in lines if "loss" in line]
+    return train, [(line["step"], round(line["eval_loss"], 6)) for line in lines if "eval_loss" in line]
+
+
+def _memory(report: dict[str, Any]) -> Memory:
+    loaded, peak, gpu = report["loaded"], report["peak"], report["gpu_peak"]
+    return Memory(loaded=loaded, peak=peak, mean=report["mean"] or peak, gpu_peak=gpu)
+
+
+WORK: dict[str, Callable[[Job, JobFolder, Progress], dict[str, Any]]] = {
+    "untrained": untrained,
+    "probe": probe,
+    "search": search,
+    "run": run,
+}
+
+
+def main(path: str) -> int:
+    """Do the job of a folder and return the exit status."""
+    folder = JobFolder(Path(path))
+    with FileLock(folder.path / LOCK, timeout=120):  # a process whose parent died may need a moment to stop
+        if folder.result() is not None:
+            return 0
+        job, progress = folder.job(), Progress(folder)
+        try:
+            progress.say(now=True)
+            result = WORK[job.kind](job, folder, progress)
+            progress.say(now=True, phase="finished")
+            folder.finish(result)
+        except Interrupted:
+            return _STOPPED
+        except Exception as error:
+            traceback.print_exc()
+            known = isinstance(error, AdapterlabError) and not isinstance(error, OutputError)
+            folder.fail(f"{type(error).__name__}: {error}", final=known)
+            return 1
+    return 0
+
+
+def _stop_with_parent() -> None:
+    """End when the process that holds the other end of the standard input ends, however that happens."""
+
+    def watch() -> None:
+        while os.read(0, 1):  # not through sys.stdin, whose lock would be in the way when Python ends
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)  # a training saves its checkpoint and leaves by itself
+        os._exit(_STOPPED)
+
+    if os.environ.get("ADAPTERLAB_LIFELINE"):
+        threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    _stop_with_parent()
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,202 @@
+import csv
+import io
+import itertools
+import random
+import statistics
+
+import pytest
+from fabricate import fabricate
+
+from adapterlab.compare.report import charts, peft, table, units
+from adapterlab.compare.report.join import alike, join
+from adapterlab.compare.report.svg import Axis
+from adapterlab.compare.results import UNTRAINED
+
+MADE = fabricate()
+
+
+def rows_by_label(comparison=MADE):
+    return {row.label: row for row in table.build([comparison])}
+
+
+def test_cells_are_means_over_finished_seeds():
+    row = rows_by_label()["dora"]
+    runs = [run for run in MADE.runs if run.label == "dora"]
+    assert len(runs) == 2
+    assert row.cells["peak_memory_bytes"].value == statistics.fmean(run.memory.peak for run in runs)
+    assert row.cells["score_final"].value == statistics.fmean(run.final.score for run in runs)
+    assert row.cells["step_seconds"].value == pytest.approx(0.93)
+
+
+def test_a_failed_seed_is_left_out_of_the_means_and_named():
+    runs = [
+        run.model_copy(update={"status": "failed", "reason": "TrainingError: loss is nan"})
+        if (run.label, run.seed) == ("ia3", 1)
+        else run
+        for run in MADE.runs
+    ]
+    row = rows_by_label(MADE.model_copy(update={"runs": runs}))["ia3"]
+    assert row.remark == "1 of 2 seeds failed: TrainingError: loss is nan"
+    assert row.cells["score_best"].value == next(r.best.score for r in runs if (r.label, r.seed) == ("ia3", 0))
+
+
+def test_rows_stand_by_rank_and_failed_methods_last():
+    ranks = [row.rank for row in table.build([MADE])]
+    assert ranks[-1] is None
+    assert ranks[:-1] == sorted(ranks[:-1])
+
+
+def test_the_score_has_the_interval_of_the_ranking():
+    for row in table.build([MADE]):
+        if row.rank is not None:
+            assert row.cells["score_best"].interval == row.standing.interval
+
+
+def test_intervals_of_final_scores_hold_the_mean_and_narrow_with_rows():
+    wide, narrow = (rows_by_label(fabricate(rows=n))["ia3"].cells["score_final"] for n in (30, 300))
+    for cell in (wide, narrow):
+        low, high = cell.interval
+        assert low < cell.value < high
+    assert narrow.interval[1] - narrow.interval[0] < wide.interval[1] - wide.interval[0]
+
+
+def test_csv_holds_every_figure_in_full_precision():
+    lines = list(csv.DictReader(io.StringIO(table.comma_separated(table.build([MADE])))))
+    assert [line["method"] for line in lines] == [row.label for row in table.build([MADE])]
+    line = next(line for line in lines if line["method"] == "lora r=16")
+    runs = [run for run in MADE.runs if run.label == "lora r=16"]
+    assert float(line["best_eval_loss_nats"]) == statistics.fmean(run.best_loss for run in runs)
+    assert float(line["training_flops"]) == runs[0].flops
+    assert float(line["score_best_low"]) < float(line["score_best"]) < float(line["score_best_high"])
+    assert {line["lr"] for line in lines if line["method"] == "ia3"} == {"0.01"}
+
+
+def test_the_classic_markdown_table_is_complete():
+    first = table.markdown(table.build([MADE])).split("\n\n")[0].splitlines()
+    header, lines = first[0], first[2:]
+    for title in ("peak memory", "mean memory", "best step", "best eval loss", "final train loss", "training time",
+                  "score, best", "score, final", "method"):  # fmt: skip
+        assert f" {title} " in header
+    assert len({line.count(" | ") for line in first}) == 1
+    for line in lines:
+        trained = not any(f" {label} " in line for label in (UNTRAINED, "lora r=512"))
+        assert trained == all(cell.strip() != units.MISSING for cell in line.split("|")[1:-1])
+
+
+def test_markdown_cells_cannot_break_the_table():
+    runs = [run.model_copy(update={"label": "a|b <i> *x*"}) if run.label == "dora" else run for run in MADE.runs]
+    standings = [s.model_copy(update={"label": "a|b <i> *x*"}) if s.label == "dora" else s for s in MADE.standings]
+    text = table.markdown(table.build([MADE.model_copy(update={"runs": runs, "standings": standings})]))
+    assert r"a\|b \<i> \*x\*" in text
+
+
+def test_folders_on_the_same_rows_are_ranked_together():
+    first, second = fabricate("first", failed=False), fabricate("second", failed=False)  # the same draws
+    rows = {row.name: row for row in table.build([first, second])}
+    for label in first.labels:
+        assert rows[f"first: {label}"].rank == rows[f"second: {label}"].rank
+        assert f"second: {label}" in rows[f"first: {label}"].standing.tied
+    assert rows["first: prefix_tuning"].rank > rows["second: dora"].rank
+    assert len({row.css for row in rows.values() if row.series is not None}) == 2 * (len(first.labels) - 1)
+
+
+def test_folders_on_other_rows_or_another_judge_are_not_ranked_together():
+    first = fabricate("first")
+    other, judge = fabricate("second", fingerprint="0" * 64), fabricate("third", judge="loss")
+    assert [[c.name for c in group] for group in alike([first, other, judge])] == [["first"], ["second"], ["third"]]
+    for row in table.build([first, other]):
+        assert row.standing is None or row.standing.label == row.label
+        assert row.comparison is join([row.comparison])
+
+
+def test_peft_records_have_what_its_tools_read():
+    records = peft.records([MADE])
+    assert len(records) == len(MADE.runs)
+    for record, run in zip(records, MADE.runs, strict=True):
+        assert set(record) == {"run_info", "train_info", "meta_info"}
+        info, trained, meta = record["run_info"], record["train_info"], record["meta_info"]
+        assert info["experiment_name"] == f"{run.method}/{run.key}--seed{run.seed}"
+        assert info["train_config"]["model_id"] == "smollm2-135m"
+        assert trained["status"] == {"finished": "success", "failed": "failed"}[run.status]
+        assert meta["package_info"]["torch-version"] == "2.13.0"
+        assert {"transformers-version", "datasets-version", "bitsandbytes-version"} <= set(meta["package_info"])
+        assert {"created_at", "total_time", "peft_branch", "peft_config", "error_msg"} <= set(info)
+        if run.status == "finished" and not run.is_untrained:
+            last = trained["metrics"][-1]
+            assert last["test accuracy"] == run.final.score
+            assert last["train loss"] == run.train_loss
+            assert last["train total tokens"] == run.tokens
+            assert info["peft_config"]["peft_type"] == run.method.upper()
+            for key in ("accelerator_memory_reserved_avg", "accelerator_memory_max", "file_size",
+                        "accelerator_memory_reserved_99th"):  # fmt: skip
+                assert isinstance(trained[key], int)
+            assert trained["accelerator_memory_max"] == run.memory.peak
+
+
+def test_full_tuning_has_no_peft_configuration():
+    run = MADE.runs[1].model_copy(update={"trainable": 100, "total": 100})
+    assert peft.records([MADE.model_copy(update={"runs": [run]})])[0]["run_info"]["peft_config"] is None
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_pareto_front_against_brute_force(higher):
+    draw = random.Random(3)
+    points = [(draw.randint(0, 20), draw.randint(0, 20)) for _ in range(60)]
+
+    def beats(p, q):
+        better = p[1] >= q[1] if higher else p[1] <= q[1]
+        return p != q and p[0] <= q[0] and better
+
+    expected = sorted({q for q in points if not any(beats(p, q) for p in points)})
+    assert charts.pareto(points, higher) == expected
+
+
+def test_a_difference_can_be_read_from_both_sides():
+    a, b = MADE.differences[0].a, MADE.differences[0].b
+    there, back = charts.between(MADE, a, b), charts.between(MADE, b, a)
+    assert (back.value, back.interval) == (-there.value, (-there.interval[1], -there.interval[0]))
+    assert (back.a, back.b) == (b, a)
+    assert charts.between(MADE, a, "nobody") is None
+
+
+def test_curves_are_means_by_step_and_smoothing_keeps_a_constant():
+    assert charts.across([[(1, 2.0), (2, 4.0)], [(1, 4.0)]]) == [(1, 3.0), (2, 4.0)]
+    flat = MADE.runs[1].model_copy(update={"train_curve": [(step, 1.5) for step in range(1, 2001)]})
+    comparison = MADE.model_copy(update={"runs": [flat]})
+    (curve,) = charts.curves_of(table.build([comparison])[0], "training")
+    assert {round(value, 9) for _, value in curve} == {1.5}
+    assert curve[0][0] == 1
+    assert curve[-1][0] == 2000
+    assert len(curve) <= 300
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (1.28e9, 1.7e9), (-0.31, 0.12), (3.001, 3.002), (0, 7)])
+def test_ticks_are_round_evenly_spaced_and_inside(low, high):
+    ticks = Axis("", low, high).ticks()
+    assert 3 <= len(ticks) <= 7
+    assert all(low <= tick <= high for tick in ticks)
+    steps = {round((b - a) / (high - low), 6) for a, b in itertools.pairwise(ticks)}
+    assert len(steps) == 1
+
+
+def test_a_logarithmic_axis():
+    axis = Axis.over([1e-4, 1e-2], "", log=True)
+    assert axis.ticks() == [1e-4, 3e-4, 1e-3, 3e-3, 1e-2]
+    assert axis.at(1e-3) == pytest.approx(0.5)
+    assert not axis.holds(0.0)
+    assert Axis.over([], "").ticks()  # an axis without values can still be drawn
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        (units.size, 0, "0 B"), (units.size, 1490 << 20, "1,490 MiB"), (units.size, 24 << 30, "24.0 GiB"),
+        (units.time, 0.0123, "12.3 ms"), (units.time, 59.94, "59.9 s"), (units.time, 185, "3 min 05 s"),
+        (units.time, 7800, "2 h 10 min"), (units.share, 0.000343, "0.034 %"), (units.share, 0.0, "0 %"),
+        (units.share, 0.034, "3.4 %"), (units.share, 1.0, "100 %"), (units.rate, 0.001, "1e-3"),
+        (units.rate, 0.00025, "2.5e-4"), (units.rate, 0, "0"), (units.short, 2.6e13, "26.0 T"),
+        (units.points, -0.045, "-4.5"), (units.percent, 0.655, "65.5 %"),
+    ],
+)  # fmt: skip
+def test_numbers_as_people_read_them(form, value, text):
+    assert form(value) == text

@@ -1,0 +1,137 @@
+"""Advice: the rules, the planner's limits, and comparisons of the past."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fabricate import fabricate
+
+from adapterlab.cli import main
+from adapterlab.compare import advice
+from adapterlab.compare.advice import advise
+from adapterlab.data import DataConfig
+from adapterlab.errors import ConfigError
+from adapterlab.train import TrainConfig
+
+GB = 2**30
+
+
+@dataclass(frozen=True)
+class Quick:
+    """Stands for a plan: weights, and activations that grow with the batch."""
+
+    process: int
+    limit: int
+    base: int
+    batch: int
+    length: int
+    recompute: str
+    quantize: str | None
+
+    def fits(self, limit: int) -> bool:
+        return self.process <= limit
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planner that answers at once."""
+
+    def plan(
+        model: str, method: Any, *, batch: int, length: int, device: str, quantize: Any = None, recompute: str = "none"
+    ) -> Quick:
+        parameters = {"smollm2-135m": 135e6, "qwen2.5-7b": 7.6e9}[model]
+        weights = parameters * (0.6 if quantize else 2)
+        each = {"none": 8, "cheap": 4, "full": 1}[recompute] * length * parameters**0.5 * 10
+        limit = int(float(device.removeprefix("cuda:").removesuffix("GB")) * GB)
+        return Quick(int(weights + batch * each), limit, int(2 * parameters), batch, length, recompute, quantize)
+
+    monkeypatch.setattr(advice, "plan", plan)
+
+
+def rows(folder: Path, count: int, words: int = 5) -> DataConfig:
+    file = folder / f"rows{count}-{words}.jsonl"
+    row = json.dumps({"prompt": "say it", "completion": "word " * words})
+    file.write_text(f"{row}\n" * count)
+    return DataConfig(path=str(file), eval_size=1)
+
+
+def values(found: advice.Advice) -> dict[str, Any]:
+    return {rule.key: rule.value for rule in found.rules}
+
+
+@pytest.mark.usefixtures("quick")
+def test_rules_follow_rows_and_answers(tmp_path: Path) -> None:
+    few = values(advise("smollm2-135m", rows(tmp_path, 100), memory=8 * GB))
+    many = values(advise("smollm2-135m", rows(tmp_path, 20_000), memory=8 * GB))
+    hard = values(advise("smollm2-135m", rows(tmp_path, 100, words=400), memory=8 * GB))
+    assert (few["method.r"], many["method.r"], hard["method.r"]) == (8, 32, 16)
+    assert all(v["method.alpha"] == 2 * v["method.r"] for v in (few, many, hard))
+    assert few["training.epochs"] > many["training.epochs"]
+    assert few["training.lr"] == pytest.approx(10 * 5e-5)
+    for v in (few, many, hard):
+        assert v["training.batch_size"] * v["training.accumulation"] in (8, 16)
+
+
+@pytest.mark.usefixtures("quick")
+def test_advice_is_a_training_configuration_with_sources(tmp_path: Path) -> None:
+    found = advise("smollm2-135m", rows(tmp_path, 100), memory=8 * GB)
+    config = TrainConfig(**found.config())
+    assert config.make_method().alpha == 2 * config.make_method().r
+    for rule in found.rules:
+        assert rule.why
+        assert any(mark in rule.source for mark in ("arXiv", "doi", "planner")), rule
+    assert found.plan is not None
+    assert found.plan.process <= 8 * GB
+
+
+@pytest.mark.usefixtures("quick")
+def test_memory_decides_on_packing_and_batch(tmp_path: Path) -> None:
+    data = rows(tmp_path, 1000)
+    roomy = values(advise("qwen2.5-7b", data, memory=80 * GB))
+    tight = values(advise("qwen2.5-7b", data, memory=12 * GB))
+    assert "quantize" not in roomy
+    assert tight["quantize"] == "nf4"
+    with pytest.raises(ConfigError, match="does not fit"):
+        advise("qwen2.5-7b", data, memory=2 * GB)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_comparison_on_the_same_rows_goes_first(tmp_path: Path) -> None:
+    data = rows(tmp_path, 100)
+    past = fabricate("sums", methods=("dora", "bitfit"), failed=False)
+    past = past.model_copy(update={"config": {"model": "smollm2-135m", "data": data.model_dump(mode="json")}})
+    folder = tmp_path / "comparisons" / "sums"
+    folder.mkdir(parents=True)
+    past.save(folder)
+    (tmp_path / "comparisons" / "broken").mkdir()
+    (tmp_path / "comparisons" / "broken" / "comparison.json").write_text("{")
+    found = advise("smollm2-135m", data, memory=8 * GB, folder=tmp_path)
+    assert values(found)["method.name"] == "dora"
+    assert values(found)["training.lr"] == 1e-3
+    assert "dora came first" in found.past[0]
+    assert TrainConfig(**found.config()).method["name"] == "dora"
+    other = advise("smollm2-135m", rows(tmp_path, 101), memory=8 * GB, folder=tmp_path)
+    assert values(other)["method.name"] == "lora"
+    assert "other rows" in other.past[0]
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, file = str(rows(tmp_path, 60).path), tmp_path / "start.yaml"
+    common = ["advise", "smollm2-135m", data, "--memory", "8GB", "--past", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended:
+        main([*common, "--write", str(file)])
+    assert ended.value.code == 0
+    assert "arXiv" in capsys.readouterr().out
+    from adapterlab.train import load_config
+
+    assert load_config(file)[0].data.path == data
+    with pytest.raises(SystemExit) as ended:
+        main([*common[:3], "--memory", "much"])
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert "much" in message
+    assert "24GB" in message

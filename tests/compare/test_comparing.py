@@ -1,0 +1,151 @@
+"""Whole comparisons of a tiny model: what is measured, what is ranked, what is kept."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapterlab import io
+from adapterlab.compare import CompareConfig, compare, load
+from adapterlab.compare.results import UNTRAINED
+from adapterlab.data import DataConfig
+from adapterlab.evaluate import score
+from adapterlab.models import load_model
+
+LORA = {"name": "lora", "r": 4, "targets": "all-linear"}
+
+
+@pytest.fixture
+def whole(fields: dict[str, Any], inline: Callable[..., Any]) -> Any:
+    """Two names for one method, one that cannot learn, one that is another method; two seeds."""
+    inline()
+    methods = [{**LORA, "label": "first"}, {**LORA, "label": "second"}, {**LORA, "label": "broken", "lr": 0.0}, "ia3"]
+    return compare(CompareConfig(**{**fields, "methods": methods, "seeds": 2, "budget": {"steps": 20}}))
+
+
+def test_a_comparison_measures_ranks_and_recommends(whole: Any, fields: dict[str, Any]) -> None:
+    place = {s.label: s for s in whole.standings}
+    difference = next(d for d in whole.differences if {d.a, d.b} == {"first", "second"})
+    assert difference.value == 0
+    assert difference.p == 1
+    assert not difference.distinct
+    assert place["first"].rank == place["second"].rank
+    assert "second" in place["first"].tied
+
+    assert whole.standings[-1].label == "broken"
+    assert place["broken"].rank is None
+    assert place["broken"].failed == 2
+    assert "did not train" in place["broken"].reason
+    assert "broken" in whole.recommendation.text
+    assert whole.recommendation.best in {"first", "second", "ia3"}
+
+    for run in whole.runs:
+        if run.status == "finished" and not run.is_untrained:
+            missing = [name for name in type(run).model_fields if getattr(run, name) in (None, [])]
+            assert not missing, f"{run.label}: not measured: {missing}"
+            assert run.steps == 20
+            assert len(run.train_curve) == 20
+            assert run.attempts == 1
+    same = {run.tokens for run in whole.runs if run.seed == 0 and run.steps}
+    assert len(same) == 1, "all methods train on the same tokens"
+    assert load(fields["output"]) == whole
+
+
+def test_figures_agree_with_the_evaluation_of_the_same_adapter(whole: Any, fields: dict[str, Any]) -> None:
+    run = whole.runs_of("first")[0]
+    folder = fields["output"] / "runs" / run.key / "seed0" / "train" / "best"
+    model, tokenizer = load_model(fields["model"], precision="fp32", device="cpu")
+    base = score(model, tokenizer, data=DataConfig(**fields["data"]), max_new_tokens=4)
+    untrained = whole.runs_of(UNTRAINED)[0]
+    assert untrained.best.loss == pytest.approx(base.loss, abs=1e-5)
+    host = io.load(model, folder)
+    found = score(host, tokenizer, data=DataConfig(**fields["data"]), max_new_tokens=4)
+    assert run.best.loss == pytest.approx(found.loss, abs=1e-5)
+    assert run.best.score == found.score
+    assert run.best.interval == pytest.approx(found.interval)
+    assert run.adapter_bytes == sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+    text = Path(io.__file__).parents[1] / "compare" / "general.txt"
+    ids = torch.tensor([tokenizer(text.read_text())["input_ids"]])
+    with torch.no_grad():
+        losses = [model(input_ids=b, labels=b).loss * (b.shape[1] - 1) for b in ids.split(64, dim=1) if b.shape[1] > 1]
+    counted = sum(b.shape[1] - 1 for b in ids.split(64, dim=1) if b.shape[1] > 1)
+    assert run.general_loss == pytest.approx(float(sum(losses)) / counted, abs=1e-4)
+    assert run.forgetting == pytest.approx(run.general_loss - untrained.general_loss)
+
+
+def test_only_best_and_last_adapters_stay(whole: Any, fields: dict[str, Any]) -> None:
+    for train in (fields["output"] / "runs").glob("*/*/train"):
+        assert {p.name for p in train.iterdir() if p.is_dir()} <= {"best", "last", "checkpoint"}
+        assert not list(train.glob("checkpoint/*"))
+
+
+def test_finished_runs_are_kept_and_lost_ones_done_again(fields: dict[str, Any], inline: Callable[..., Any]) -> None:
+    pool = inline()
+    config = CompareConfig(**{**fields, "methods": [LORA, "ia3"]})
+    first = compare(config)
+    assert len(pool.started) == 3
+    gone = fields["output"] / "runs" / "ia3" / "seed0"
+    shutil.rmtree(gone)
+    second = compare(config)
+    assert pool.started[3:] == [gone]
+    assert [r.best for r in second.runs] == [r.best for r in first.runs]
+
+
+def test_rates_are_searched_on_rows_that_judge_nothing(fields: dict[str, Any], inline: Callable[..., Any]) -> None:
+    inline()
+    search = {"rates": 3, "fractions": [0.5, 1.0], "extend": 1}
+    result = compare(CompareConfig(**{**fields, "methods": [LORA], "lr": "auto", "search": search}))
+    found = result.searches[0]
+    assert [len(trials) for trials in found.rounds] in ([3, 2], [4, 2])
+    assert [t.lr for t in found.rounds[0]] == sorted(t.lr for t in found.rounds[0])
+    assert found.chosen == min(found.rounds[1], key=lambda t: t.loss).lr
+    assert {run.lr for run in result.runs_of("lora")} == {found.chosen}
+    held = (fields["output"] / "data" / "held.jsonl").read_text().splitlines()
+    train = (fields["output"] / "data" / "train.jsonl").read_text().splitlines()
+    given = Path(fields["data"]["path"]).read_text().splitlines()
+    assert (len(held), len(train)) == (8, 72)
+    shown = [f"{row['prompt']}{row['completion']}" for row in map(json.loads, given)]
+    again = ["".join(m["content"] for m in json.loads(line)["messages"]) for line in [*held, *train]]
+    assert sorted(again) == sorted(shown), "the two parts are the training rows, and no evaluation row is among them"
+    assert not (fields["output"] / "lr" / "lora" / "train").exists()
+
+
+@pytest.mark.parametrize(("budget", "steps"), [({"tokens": 300}, None), ({"minutes": 1e-4}, None)])
+def test_other_budgets_become_steps(
+    fields: dict[str, Any], inline: Callable[..., Any], budget: dict[str, Any], steps: None
+) -> None:
+    inline()
+    result = compare(CompareConfig(**{**fields, "budget": budget}))
+    run = result.runs_of("lora")[0]
+    if "tokens" in budget:
+        per_step = run.tokens / run.steps
+        assert abs(run.tokens - 300) <= per_step
+    else:
+        probe = json.loads((fields["output"] / "probe" / "lora" / "result.json").read_text())
+        assert run.steps == max(1, int(60 * 1e-4 / probe["step_seconds"]))
+
+
+def test_free_text_is_judged_by_its_loss(fields: dict[str, Any], inline: Callable[..., Any]) -> None:
+    inline()
+    data = {**fields["data"], "scorer": "none"}
+    result = compare(CompareConfig(**{**fields, "data": data, "methods": [LORA, "ia3"]}))
+    assert result.judge == "loss"
+    values = [s.value for s in result.standings]
+    assert values == sorted(values)
+    assert result.runs_of("lora")[0].best.score is None
+
+
+def test_the_report_can_be_written(whole: Any, fields: dict[str, Any], tmp_path: Path) -> None:
+    from adapterlab.compare.report import write
+
+    files = write(whole, tmp_path / "report")
+    assert "first" in files[0].read_text(encoding="utf-8")
+    table = next(file for file in files if file.suffix == ".csv")
+    assert list(csv.reader(table.open(encoding="utf-8")))

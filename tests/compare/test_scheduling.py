@@ -1,0 +1,165 @@
+"""What runs when, what is tried again, and what is given up, with workers that only pretend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapterlab.compare import CompareConfig, compare
+from adapterlab.compare.halving import halve, spread
+from adapterlab.compare.jobs import JobFolder
+from adapterlab.compare.results import UNTRAINED, Exam, Run, Trial
+
+
+def pretend(folder: Path) -> int:
+    """Finish a job with figures that depend on the method's label alone."""
+    place = JobFolder(folder)
+    job = place.job()
+    if job.kind == "search":
+        trial = {"lr": 1e-3, "steps": job.steps, "loss": 1.0, "kept": True}
+        place.finish({"label": job.label, "auto": True, "chosen": 1e-3, "rounds": [[trial]]})
+        return 0
+    good = 0 if job.kind == "untrained" else 6
+    exam = Exam(loss=1.0, losses=[1.0] * 8, tokens=[1] * 8, score=good / 8, right=[1] * good + [0] * (8 - good))
+    key = job.contender.key if job.contender else UNTRAINED
+    method = job.contender.method if job.contender else UNTRAINED
+    run = Run(label=job.label, key=key, method=method, seed=job.seed, status="finished", best=exam, final=exam)
+    plain = run.model_dump(mode="json")
+    place.finish({"run": plain, "tokens_per_row": 5.0} if job.kind == "untrained" else plain)
+    return 0
+
+
+def test_order_and_dependencies(fields: dict[str, Any], inline: Callable[..., Any]) -> None:
+    pool = inline(pretend)
+    compare(CompareConfig(**{**fields, "methods": ["lora", "ia3"], "lr": "auto", "seeds": 2}))
+    names = [str(folder.relative_to(fields["output"])) for folder in pool.started]
+    assert names == [
+        "untrained", "lr/lora", "runs/lora/seed0", "runs/lora/seed1", "lr/ia3", "runs/ia3/seed0", "runs/ia3/seed1"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("crash", [True, False])
+def test_failures_are_tried_once_more(fields: dict[str, Any], inline: Callable[..., Any], crash: bool) -> None:
+    tries: list[Path] = []
+
+    def work(folder: Path) -> int:
+        if "ia3" not in folder.parts:
+            return pretend(folder)
+        tries.append(folder)
+        if not crash:
+            JobFolder(folder).fail("RuntimeError: odd", final=False)
+        return -9 if crash else 1
+
+    inline(work)
+    config = CompareConfig(**{**fields, "methods": ["lora", "ia3"]})
+    result = compare(config)
+    assert len(tries) == 2
+    (failed,) = result.runs_of("ia3", "failed")
+    assert failed.attempts == 2
+    assert ("signal 9" if crash else "odd") in failed.reason
+    assert len(result.runs_of("lora")) == 1
+    compare(config)
+    assert len(tries) == 2, "what was given up stays so"
+    compare(config, retry=True)
+    assert len(tries) == 4
+
+
+def test_a_failure_that_cannot_go_away_is_not_tried_again(fields: dict[str, Any], inline: Callable[..., Any]) -> None:
+    tries: list[Path] = []
+
+    def work(folder: Path) -> int:
+        if folder.name != "seed1":
+            return pretend(folder)
+        tries.append(folder)
+        JobFolder(folder).fail("NotTrainingError: nothing moved", final=True)
+        return 1
+
+    inline(work)
+    result = compare(CompareConfig(**{**fields, "seeds": 2}))
+    assert len(tries) == 1
+    standing = next(s for s in result.standings if s.label == "lora")
+    assert (standing.finished, standing.failed) == (1, 1)
+    assert "nothing moved" in standing.reason
+
+
+def test_a_search_without_a_rate_fails_its_runs_with_the_reason(
+    fields: dict[str, Any], inline: Callable[..., Any]
+) -> None:
+    def work(folder: Path) -> int:
+        job = JobFolder(folder).job()
+        if job.kind != "search":
+            return pretend(folder)
+        trial = {"lr": 1.0, "steps": 1, "reason": "TrainingError: the loss is nan"}
+        JobFolder(folder).finish({"label": job.label, "auto": True, "chosen": None, "rounds": [[trial]]})
+        return 0
+
+    pool = inline(work)
+    result = compare(CompareConfig(**{**fields, "lr": "auto"}))
+    assert not any("runs" in folder.parts for folder in pool.started)
+    assert "the loss is nan" in result.runs_of("lora", "failed")[0].reason
+
+
+def test_the_same_folder_is_not_worked_on_twice(fields: dict[str, Any], inline: Callable[..., Any]) -> None:
+    from adapterlab.errors import OutputError
+
+    config = CompareConfig(**fields)
+    second: list[str] = []
+
+    def work(folder: Path) -> int:
+        if not second:
+            with pytest.raises(OutputError, match="Another process") as caught:
+                compare(config)
+            second.append(str(caught.value))
+        return pretend(folder)
+
+    inline(work)
+    compare(config)
+    assert second
+
+
+def test_rates_lie_around_the_centre() -> None:
+    assert spread(1e-3, 4, 10) == [1e-4, 1e-3, 1e-2, 1e-1]
+    assert spread(1e-3, 3, 10) == [1e-4, 1e-3, 1e-2]
+    assert spread(1e-3, 2, 10) == [1e-3, 1e-2]
+
+
+def losses(best: float) -> Callable[[float, int], Trial]:
+    """Loss by distance from the best rate; rates above 1 fail."""
+    import math
+
+    def trial(rate: float, steps: int) -> Trial:
+        loss = None if rate > 1 else abs(math.log(rate / best))
+        return Trial(lr=rate, steps=steps, loss=loss, reason="" if loss is not None else "nan")
+
+    return trial
+
+
+@pytest.mark.parametrize(("best", "expected"), [(1e-3, 1e-3), (1e-2, 1e-2), (1e-5, 1e-5), (100.0, 1.0)])
+def test_halving_finds_the_best_rate_even_just_beyond_an_end(best: float, expected: float) -> None:
+    rates = [1e-1, 1.0, 10.0] if best > 1 else [1e-4, 1e-3, 1e-2]
+    rounds = halve(rates, [4, 8], losses(best), extend=1, factor=10)
+    assert [t.lr for t in rounds[-1] if t.kept] == [expected]
+    assert all(t.steps == 8 for t in rounds[-1])
+    assert len(rounds[-1]) == 2
+
+
+def test_halving_stops_when_every_rate_fails() -> None:
+    rounds = halve([2.0, 3.0], [4, 8], losses(1.0), extend=1, factor=3)
+    assert len(rounds) == 1
+    assert not any(t.kept for t in rounds[0])
+
+
+def test_progress_is_shown(fields: dict[str, Any], inline: Callable[..., Any]) -> None:
+    from adapterlab.compare.watching import Lines
+
+    inline(pretend)
+    said: list[str] = []
+    compare(CompareConfig(**fields), watcher=Lines(said.append))
+    assert any(line.startswith("started: lora") for line in said)
+    assert any("lora, seed 0: 75.0% right" in line for line in said)
+    state = json.loads((fields["output"] / "comparison.json").read_text())
+    assert state["finished"] is True

@@ -1,0 +1,105 @@
+"""Resampling, correction and ranks against brute force, and their error rates under known truth."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from adapterlab.compare.results import Difference
+from adapterlab.compare.statistics import Sheets, differences, holm, interval, ranks
+
+
+def sheets(values: dict[str, np.ndarray], weights: np.ndarray | None = None) -> Sheets:
+    rows = next(iter(values.values())).shape[1]
+    seeds = {label: list(range(len(array))) for label, array in values.items()}
+    return Sheets(values, seeds, np.ones(rows) if weights is None else weights)
+
+
+def test_interval_agrees_with_resampling_by_hand() -> None:
+    draw = np.random.default_rng(0)
+    losses, tokens = draw.gamma(2.0, size=(1, 40)), draw.integers(1, 6, size=40).astype(float)
+    found = interval(sheets({"a": losses}, tokens), "a")
+    means = []
+    for _ in range(10_000):
+        rows = draw.integers(0, 40, size=40)
+        means.append(losses[0, rows].sum() / tokens[rows].sum())
+    assert found == pytest.approx(np.percentile(means, [2.5, 97.5]), rel=0.02)
+
+
+def test_p_value_agrees_with_all_resamples_of_few_rows() -> None:
+    a, b = np.array([[1.0, 1, 0, 1, 1, 0]]), np.array([[0.0, 1, 0, 0, 1, 0]])
+    delta = (a - b)[0]
+    every = np.array([delta[list(rows)].mean() for rows in itertools.product(range(6), repeat=6)])
+    expected = (np.abs(every - delta.mean()) >= abs(delta.mean()) - 1e-12).mean()
+    (found,) = differences(sheets({"a": a, "b": b}), 0.05)
+    assert found.value == pytest.approx(delta.mean())
+    assert found.p == pytest.approx(expected, abs=0.015)
+
+
+def test_pairing_finds_what_unpaired_intervals_hide() -> None:
+    draw = np.random.default_rng(1)
+    hard = draw.normal(size=(1, 200)) * 5  # rows differ much more than methods do
+    both = sheets({"a": hard, "b": hard + 0.5 + 0.1 * draw.normal(size=(1, 200))})
+    (found,) = differences(both, 0.05)
+    assert found.distinct
+    low, high = interval(both, "b")
+    assert low < both.mean("a") < high
+
+
+def test_equal_methods_are_rarely_called_different_and_seeds_count() -> None:
+    draw = np.random.default_rng(2)
+    wrong = 0
+    for i in range(200):  # truth: no difference, but every seed shifts a method as a whole
+        made = {m: draw.normal(size=(5, 60)) * 0.3 + draw.normal(size=(5, 1)) * 0.3 for m in "ab"}
+        (found,) = differences(sheets(made), 0.05, seed=i)
+        wrong += found.p < 0.05
+    assert wrong <= 40  # rows alone would call most of them different
+    alone = 0
+    for i in range(50):
+        made = {m: draw.normal(size=(5, 60)) * 0.3 + draw.normal(size=(5, 1)) * 0.3 for m in "ab"}
+        one = {m: array.mean(axis=0, keepdims=True) for m, array in made.items()}
+        alone += differences(sheets(one), 0.05, seed=i)[0].p < 0.05
+    assert alone / 50 > wrong / 200
+
+
+def test_only_common_seeds_are_compared() -> None:
+    values = {"a": np.array([[1.0, 1.0], [0.0, 0.0]]), "b": np.array([[1.0, 1.0]])}
+    made = Sheets(values, {"a": [0, 1], "b": [0]}, np.ones(2))
+    (found,) = differences(made, 0.05)
+    assert found.value == 0
+    apart = Sheets(values, {"a": [0, 1], "b": [7]}, np.ones(2))
+    assert differences(apart, 0.05) == []
+
+
+def test_an_untrained_model_stands_for_every_seed() -> None:
+    values = {"untrained": np.zeros((1, 50)), "a": np.ones((2, 50))}
+    (found,) = differences(Sheets(values, {"untrained": [], "a": [0, 1]}, np.ones(50)), 0.05)
+    assert found.value == -1
+    assert found.distinct
+
+
+def test_many_pairs_can_still_be_told_apart() -> None:
+    draw = np.random.default_rng(3)
+    made = {f"m{i}": draw.normal(size=(1, 80)) * 0.01 + i for i in range(20)}
+    assert all(d.distinct for d in differences(sheets(made), 0.05))
+
+
+def test_holm_by_its_definition() -> None:
+    values = [0.01, 0.04, 0.03, 0.005]
+    expected = [0.03, 0.06, 0.06, 0.02]  # sorted: 0.005*4, 0.01*3, 0.03*2, then 0.04*1 raised to the one before
+    assert holm(values) == pytest.approx(expected)
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def pair(a: str, b: str, distinct: bool) -> Difference:
+    return Difference(a=a, b=b, value=0.1, interval=(0, 1), p=0.01, p_holm=0.02, distinct=distinct)
+
+
+def test_ranks_are_shared_by_what_cannot_be_told_apart() -> None:
+    found = [pair("a", "b", False), pair("a", "c", True), pair("b", "c", False), pair("c", "d", False)]
+    found += [pair("a", "d", True), pair("b", "d", True)]
+    assert ranks(["a", "b", "c", "d"], found) == {"a": 1, "b": 1, "c": 3, "d": 3}
+    assert ranks(["a", "b"], [pair("a", "b", True)]) == {"a": 1, "b": 2}
