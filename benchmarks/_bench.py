@@ -223,8 +223,15 @@ def conditions(args: argparse.Namespace, script: str) -> dict[str, Any]:
         "versions": json.loads(asked.stdout),
         "git": _git(),
         "code": code(script),
-        "command": " ".join(["python", f"benchmarks/{Path(script).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(script).name}", *_options()]),
     }
+
+
+def _options() -> list[str]:
+    """What the command line asked for, without the interpreter, which says nothing elsewhere."""
+    given = sys.argv[1:]
+    at = given.index("--python") if "--python" in given else len(given)
+    return given[:at] + given[at + 2 :]
 
 
 def versions() -> dict[str, str]:

@@ -23,7 +23,7 @@ from _bench import Figures, Job
 
 CASE = "gsm8k"
 NEAR = 0.01  # largest relative difference of the mean losses
-LOCAL = bench.ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+LOCAL = Path("../../shared/data/gsm8k/train.jsonl")  # seen from this folder, where workers run
 SIDES = {
     "adapterlab": {"ours": True, "recompute": False},
     "TRL": {"ours": False, "recompute": False},
@@ -39,7 +39,9 @@ COMPARED = [
 
 def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", default=str(LOCAL) if LOCAL.exists() else "openai/gsm8k", help="file or hub id of GSM8K"
+        "--data",
+        default=str(LOCAL) if (bench.HERE / LOCAL).exists() else "openai/gsm8k",
+        help="file or hub id of GSM8K",
     )
     parser.add_argument("--steps", type=int, default=10, help="of each run; the first two are not timed")
     parser.add_argument("--batch", type=int, default=8, help="rows of a step")

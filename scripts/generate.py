@@ -1,4 +1,6 @@
-"""Write what is generated from the registry: the table in the README, a page for each method, the CLI reference.
+"""Write what is generated: the tables in the README, a page for each method, the CLI reference.
+
+Methods come from the registry, benchmarks from their results.
 
 `python scripts/generate.py` writes; `--check` fails when a file is not what would be written.
 """
@@ -15,6 +17,7 @@ from adapterlab.cli import build
 from adapterlab.registry import ids, method
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
 BEGIN, END = "<!-- methods: begin (generated) -->", "<!-- methods: end -->"
 
 
@@ -53,10 +56,12 @@ def cli_reference() -> str:
 
 
 def files() -> dict[Path, str]:
+    from _bench import fill
+
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]
-    out = {ROOT / "README.md": f"{before}{BEGIN}\n{table()}\n{END}{after}"}
+    out = {ROOT / "README.md": fill(f"{before}{BEGIN}\n{table()}\n{END}{after}")}
     out |= {ROOT / "docs" / "methods" / f"{id}.md": page(id) for id in ids()}
     out[ROOT / "docs" / "cli.md"] = cli_reference()
     return out

@@ -16,6 +16,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint, exactly.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load, check and show everything; train nothing.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Start even what cannot fit into memory.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
 ) -> None:
     """Train an adapter as a YAML file says, with KEY=VALUE overrides such as training.lr=1e-4.
@@ -29,7 +30,15 @@ def train(
 
     settings, provenance = load_config(config, overrides or [])
     try:
-        result = fit(settings, resume=resume, overwrite=overwrite, dry_run=dry_run, quiet=quiet, provenance=provenance)
+        result = fit(
+            settings,
+            resume=resume,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            force=force,
+            quiet=quiet,
+            provenance=provenance,
+        )
     except Interrupted as stop:
         again = shlex.join(["adapterlab", "train", str(config), *(overrides or []), "--resume"])
         typer.echo(f"{stop}\nContinue with: {again}", err=True)

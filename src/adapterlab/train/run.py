@@ -24,6 +24,7 @@ from rich.text import Text
 from torch import Tensor
 
 import adapterlab
+from adapterlab.core.attention import fast_attention
 from adapterlab.core.host import Host
 from adapterlab.data import Collator, Report, encode, fingerprint, load_data, render_sample
 from adapterlab.errors import ConfigError
@@ -36,6 +37,7 @@ from adapterlab.train.config import provenance as provenance_of
 from adapterlab.train.display import Display, config_table, proof_table, result_table
 from adapterlab.train.folder import RunFolder
 from adapterlab.train.loop import Listener, Loop, Row
+from adapterlab.train.paths import fast_paths
 from adapterlab.train.signals import Interrupted
 from adapterlab.train.trackers import Trackers, check_trackers
 
@@ -121,6 +123,7 @@ def fit(
     overwrite: bool = False,
     quiet: bool = False,
     dry_run: bool = False,
+    force: bool = False,
     provenance: Provenance | None = None,
     callbacks: Sequence[Listener] = (),
 ) -> RunResult | None:
@@ -132,6 +135,7 @@ def fit(
         overwrite: replace an earlier run in the output folder.
         quiet: print nothing.
         dry_run: load everything, show what would train, run one batch forward and backward, and write nothing.
+        force: start even what cannot fit into memory.
         provenance: for every dotted key where its value came from, as `load_config` returns it.
         callbacks: told what happens; see `Listener`.
 
@@ -163,18 +167,33 @@ def fit(
     state = files.read_state(checkpoint) if resume and not dry_run and checkpoint.is_file() else None
     if state is not None:  # before anything is loaded; the data follow when they are read
         files.check_same(config.output, state["identity"], {**state["identity"], **config.flat()})
+    if main:
+        _show_plan(config, console, force=force)
     job = load(config, accelerator, saved=state["adapter"] if state else None)
     loop = _loop(config, job, accelerator, prepare=state is None)
     console.print(proof_table(job.host.summary(NAME), _story(job, loop), _sample(job)))
     if dry_run:
-        job.host.verify(loop.batch(loop.sampler.step(0)[0][:2]))
+        with fast_attention(job.host.model):
+            job.host.verify(loop.batch(loop.sampler.step(0)[0][:2]))
         console.print("[green]Every adapted module is reached, and every trainable tensor gets a gradient.[/]")
         return None
-    run_folder = RunFolder(config.output, _identity(config, job), _facts(config, job, sources))
+    facts = _facts(config, job, sources) | {"fast_paths": [dataclasses.asdict(path) for path in fast_paths(loop)]}
+    run_folder = RunFolder(config.output, _identity(config, job), facts)
     trackers = [Trackers(config.flat())] if config.training.trackers else []
     loop.listeners = [*([] if console.quiet else [Display(console)]), *callbacks, *trackers, run_folder]
     _open(config, loop, run_folder, state)
     return _train(config, loop, run_folder, console)
+
+
+def _show_plan(config: TrainConfig, console: Console, *, force: bool) -> None:
+    """Say what the run needs, and refuse what cannot fit, before the weights are loaded."""
+    from adapterlab.plan.early import check_fits, early_plan, line
+
+    found = early_plan(config)
+    if found is not None:
+        console.print(line(found), highlight=False)
+    if not force:
+        check_fits(config, found)
 
 
 def _open(config: TrainConfig, loop: Loop, run_folder: RunFolder, state: Mapping[str, Any] | None) -> None:
@@ -200,7 +219,7 @@ def _train(config: TrainConfig, loop: Loop, run_folder: RunFolder, console: Cons
         raise
     result = _result(config, loop)
     if main:
-        run_folder.note("finished", finished=_now(), result=dataclasses.asdict(result))
+        run_folder.note("finished", finished=now(), result=dataclasses.asdict(result))
     console.print(result_table(result))
     return result
 
@@ -290,6 +309,7 @@ def _story(job: Job, loop: Loop) -> dict[str, str]:
         "loss": f"{loop.loss.path}: {loop.loss.why}",
         "steps": f"{loop.total:,} of {loop.sampler.per_step} rows: {loop.sampler.epoch(loop.total):.2f} epochs",
         "device": f"{loop.device}, {loop.accelerator.num_processes} process(es)",
+        "fast paths": "\n".join(map(str, fast_paths(loop))),
     }
 
 
@@ -302,19 +322,20 @@ def _facts(config: TrainConfig, job: Job, sources: Provenance) -> dict[str, Any]
     """What run.json says from the start."""
     return {
         "status": "running",
-        "started": _now(),
+        "started": now(),
         "config": config.plain(),
         "provenance": sources,
         "seed": config.training.seed,
         "data": job.data,
         "model": dataclasses.asdict(job.host.summary(NAME)),
-        "versions": _versions(),
+        "versions": versions(),
         "platform": platform.platform(),
-        "git": _git(),
+        "git": git_revision(),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of those it stands on."""
     found = {"python": platform.python_version(), "adapterlab": adapterlab.__version__}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -322,7 +343,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git() -> str | None:
+def git_revision() -> str | None:
     """Revision of the working directory, marked when files differ from it; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -332,7 +353,8 @@ def _git() -> str | None:
     return found.stdout.strip()
 
 
-def _now() -> str:
+def now() -> str:
+    """The time in UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 

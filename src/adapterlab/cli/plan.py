@@ -1,0 +1,184 @@
+"""`adapterlab plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adapterlab.cli._shared import AsJson, bars, print_json, settings
+from adapterlab.errors import ConfigError
+
+if TYPE_CHECKING:
+    from adapterlab.plan.advice import Change
+    from adapterlab.plan.result import Plan
+
+
+def plan(
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file of a run; or give --model.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A known shape (--shapes lists them), a folder with config.json, or a hub id.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Id of a method; default: lora, or the file's.")] = None,
+    r: Annotated[int | None, typer.Option("--r", help="Rank, for methods that have one.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Another setting of the method: key=value.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows computed at once.")] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of the frozen weights: bf16, fp32 or fp16.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Pack the frozen weights: nf4 or int8.")] = None,
+    recompute: Annotated[str | None, typer.Option(help="none, cheap or full.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cpu:32GB, cuda:24GB, rtx4090, ...")] = None,
+    speed: Annotated[
+        float | None, typer.Option(help="10^12 operations a second the device reaches in training.")
+    ] = None,
+    all_methods: Annotated[bool, typer.Option("--all-methods", help="Plan every method, sorted.")] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Plan serving instead of training.")] = False,
+    sequences: Annotated[int, typer.Option(help="With --serve: sequences at once.")] = 1,
+    adapters: Annotated[int, typer.Option(help="With --serve: adapters in memory.")] = 1,
+    limits: Annotated[bool, typer.Option(help="Find the largest batch and length, and what to change.")] = True,
+    exact: Annotated[bool, typer.Option("--exact", help="Simulate every layer instead of a few.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw it too: a .png or .html file.")] = None,
+    shapes: Annotated[bool, typer.Option("--shapes", help="List the known shapes and leave.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether a run will fit: memory by part, work, time, limits, and what to change; nothing is loaded.
+
+    One training step is simulated on tensors without contents, with the library's own code.
+    """
+    if shapes:
+        return _list_shapes(as_json)
+    if (config is None) == (model is None):
+        raise ConfigError(
+            "Give one of a configuration file and --model, such as adapterlab plan --model qwen2.5-1.5b --method lora."
+        )
+    numbers = {"batch": batch, "length": length, "precision": precision, "quantize": quantize, "recompute": recompute}
+    options: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
+    name, chosen = _subject(config, model, method, r, setting or [], options)
+    options["device"] = _device(device or options.pop("device", None), speed)
+    if serve:
+        return _serve(name, chosen, options, sequences, adapters, as_json)
+    if exact:
+        options["exact"] = True
+    if all_methods:
+        return _all(name, options, picture, as_json)
+    _one(name, chosen, options, limits, picture, as_json)
+
+
+def _subject(
+    config: Path | None, model: str | None, method: str | None, r: int | None, pairs: list[str], options: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The model and the method; what a file says joins the options."""
+    chosen: dict[str, Any] = {"name": method or "lora"}
+    if config is not None:
+        from adapterlab.plan.early import early_plan
+        from adapterlab.plan.planning import arguments
+        from adapterlab.train.config import load_config
+
+        found, _ = load_config(config)
+        early_plan(found, seconds=60.0)  # kept for `adapterlab train`
+        from_file = {**arguments(found), "device": found.device}
+        del from_file["method"]
+        for key, value in from_file.items():
+            options.setdefault(key, value)
+        model = found.model
+        chosen = dict(found.method) if method in (None, found.method["name"]) else chosen
+    if r is not None:
+        chosen["r"] = r
+    return str(model), {**chosen, **settings(pairs, "--set")}
+
+
+def _device(device: str | None, speed: float | None) -> Any:
+    from adapterlab.plan import Device
+
+    if speed is not None and speed <= 0:
+        raise ConfigError(f"--speed={speed:g} is no speed: give 10^12 operations a second, such as --speed 60.")
+    return Device.parse(device, speed and speed * 1e12).measured()
+
+
+def _one(
+    model: str, method: dict[str, Any], options: dict[str, Any], limits: bool, picture: Path | None, as_json: bool
+) -> None:
+    from rich.console import Console
+
+    from adapterlab.plan.advice import changes, largest_batch, largest_length
+    from adapterlab.plan.planning import plan as make
+    from adapterlab.plan.report import changes_table, save, show
+
+    console = Console(stderr=as_json, highlight=False)
+    found = make(model, method, **options)
+    if not as_json:
+        console.print(show(found))
+    batch = length = None
+    remedies: list[Change] = []
+    if limits:
+        with bars() as update:
+            update("limits", 0, 3)
+            batch = largest_batch(model, method, base=found, **options)
+            update("limits", 1, 3)
+            length = largest_length(model, method, base=found, **options)
+            update("limits", 2, 3)
+            remedies = changes(model, method, base=found, **options)
+    if picture is not None:
+        save([found, *(c.plan for c in remedies if c.plan is not None)], picture)
+    if as_json:
+        return print_json(_report(found, batch, length, remedies))
+    if batch is not None:
+        console.print(f"Largest batch at {found.length:,} tokens: {batch:,}.  Largest length at batch {found.batch}: "
+                      f"{length:,}.")  # fmt: skip
+    if remedies:
+        console.print(changes_table(remedies))
+    if picture is not None:
+        console.print(f"Drawn: {picture}")
+
+
+def _report(found: Plan, batch: int | None, length: int | None, remedies: list[Change]) -> dict[str, Any]:
+    listed = [
+        {
+            "what": change.what,
+            "saving": change.saving,
+            "work": round(change.slower, 3),
+            "process": change.plan.process if change.plan else None,
+            "reason": change.reason or None,
+        }
+        for change in remedies
+    ]
+    return {**found.to_json(), "largest_batch": batch, "largest_length": length, "changes": listed}
+
+
+def _all(model: str, options: dict[str, Any], picture: Path | None, as_json: bool) -> None:
+    from rich.console import Console
+
+    from adapterlab.plan.planning import plan_all
+    from adapterlab.plan.report import methods_table, save
+
+    with bars() as update:
+        plans, reasons = plan_all(model, progress=update, **options)
+    if picture is not None:
+        save(plans, picture)
+    if as_json:
+        return print_json({"plans": [found.to_json() for found in plans], "without": reasons})
+    Console(highlight=False).print(methods_table(plans, reasons))
+
+
+def _serve(
+    model: str, method: dict[str, Any], options: dict[str, Any], sequences: int, adapters: int, as_json: bool
+) -> None:
+    from rich.console import Console
+
+    from adapterlab.plan.report import serving_table
+    from adapterlab.plan.serving import plan_serving
+
+    taken = {key: options[key] for key in ("length", "precision", "quantize", "device") if key in options}
+    found = plan_serving(model, method, sequences=sequences, adapters=adapters, **taken)
+    print_json(found.to_json()) if as_json else Console(highlight=False).print(serving_table(found))
+
+
+def _list_shapes(as_json: bool) -> None:
+    from adapterlab.plan.shapes import shapes
+
+    print_json(shapes()) if as_json else typer.echo("\n".join(sorted(shapes())))

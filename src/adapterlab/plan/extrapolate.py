@@ -1,0 +1,135 @@
+"""Layers are alike: a step of a few layers tells what one of many does, exactly."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from adapterlab.errors import AdapterlabError
+from adapterlab.plan.setup import Setup
+from adapterlab.plan.simulate import ACTIVATIONS, Trace
+from adapterlab.plan.tracker import Moment
+
+FEWEST = 3
+_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers", "block_types")
+_WINDOW = re.compile(r"(forward|backward), layer (\d+)")
+
+
+def extrapolated(setup: Setup, run: Callable[[Setup], Trace]) -> Trace:
+    """Return what a step does, from steps of three small depths if they lie on one line, else from a whole step.
+
+    Args:
+        setup: what to train.
+        run: simulates a step.
+    """
+    depth, period = setup.config.get_text_config().num_hidden_layers, _period(setup.config)
+    first = FEWEST + (depth - FEWEST) % period if period else depth
+    if period == 0 or getattr(setup.config, "is_encoder_decoder", False) or depth <= 3 * (first + period):
+        return run(setup)
+    depths = [first + i * period for i in range(3)]
+    try:
+        traces = [run(replace(setup, config=cut(setup.config, d))) for d in depths]
+    except AdapterlabError:  # a method that names layers which the short models lack
+        return run(setup)
+    ends = [_ends(trace.moments, trace.layers, period) for trace in traces]
+    if not _straight(traces, ends):
+        return run(setup)
+    return _extended(traces, ends, period, depth)
+
+
+def cut(config: Any, layers: int) -> Any:
+    """Return a configuration with the first layers only."""
+    short = copy.deepcopy(config)
+    text = short.get_text_config()
+    text.num_hidden_layers = layers
+    for name in _PER_LAYER:
+        if getattr(text, name, None):
+            setattr(text, name, list(getattr(text, name))[:layers])
+    return short
+
+
+def _period(config: Any) -> int:
+    """After how many layers the pattern of layers repeats; 0 if it does not."""
+    text = config.get_text_config()
+    lists = [list(value) for name in _PER_LAYER if (value := getattr(text, name, None))]
+    depth = text.num_hidden_layers
+    fits = (
+        p
+        for p in range(1, depth // 2 + 1)
+        if all(kinds[i] == kinds[i + p] for kinds in lists for i in range(len(kinds) - p))
+    )
+    return next(fits, 0)
+
+
+def _ends(moments: Mapping[str, Moment], layers: int, period: int) -> dict[str, Moment]:
+    """Windows by names that every depth has: positions counted from the nearer end; those between lie between."""
+    found = {}
+    for window, moment in moments.items():
+        match = _WINDOW.fullmatch(window)
+        if not match:
+            found[window] = moment
+            continue
+        index = int(match[2])
+        if index <= period:
+            found[f"{match[1]}, layer {index}"] = moment
+        if layers - index <= period + 1:
+            found[f"{match[1]}, layer {index - layers}"] = moment
+    return found
+
+
+def _straight(traces: list[Trace], ends: list[dict[str, Moment]]) -> bool:
+    a, b, c = ends
+    if not a.keys() == b.keys() == c.keys():
+        return False
+    totals = [(a[key].total, b[key].total, c[key].total) for key in a]
+    totals += [tuple(int(t.flops) for t in traces), tuple(t.trainable for t in traces)]  # type: ignore[list-item]
+    return all(abs(x - 2 * y + z) <= 64 for x, y, z in totals)
+
+
+def _extended(traces: list[Trace], ends: list[dict[str, Moment]], period: int, depth: int) -> Trace:
+    """Continue the line through the last two depths."""
+    a, b = traces[1], traces[2]
+    steps = (depth - b.layers) // period
+
+    def line(x: float, y: float) -> int:
+        return round(y + (y - x) * steps)
+
+    moments: dict[str, Moment] = {}
+    for key, late in ends[2].items():
+        early = ends[1][key]
+        parts = _parts(early.parts, late.parts, a.layers, b.layers, period, steps)
+        match = re.fullmatch(r"(\w+), layer (-\d+)", key)
+        name = f"{match[1]}, layer {depth + int(match[2])}" if match else key
+        moment = Moment(line(early.total, late.total), parts)
+        if name not in moments or moment.total > moments[name].total:
+            moments[name] = moment
+    return Trace(
+        moments,
+        _parts(a.resting, b.resting, a.layers, b.layers, period, steps),
+        line(a.flops, b.flops),
+        depth,
+        line(a.trainable, b.trainable),
+        line(a.base, b.base),
+        b.loss,
+    )
+
+
+def _parts(
+    early: Mapping[str, int], late: Mapping[str, int], few: int, more: int, period: int, steps: int
+) -> dict[str, int]:
+    """Parts of a moment: sums continue; the activations of the middle layers repeat."""
+    found: dict[str, int] = {}
+    prefix = f"{ACTIVATIONS}, layer "
+    for key in {**early, **late}:
+        if not key.startswith(prefix):
+            x, y = early.get(key, 0), late.get(key, 0)
+            found[key] = y + (y - x) * steps
+    layers = [late.get(f"{prefix}{i}", 0) for i in range(more)]
+    start = (more - period) // 2
+    middle = layers[start : start + period]
+    for index, size in enumerate([*layers[:start], *middle * (steps + 1), *layers[start + period :]]):
+        found[f"{prefix}{index}"] = size
+    return {key: size for key, size in found.items() if size}

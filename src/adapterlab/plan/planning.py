@@ -1,0 +1,273 @@
+"""From a model's name and a method to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterlab.core.method import Method
+from adapterlab.errors import AdapterlabError, ConfigError, nearest
+from adapterlab.models.loading import PRECISIONS, QUANTIZATIONS
+from adapterlab.plan import process
+from adapterlab.plan.device import Device
+from adapterlab.plan.extrapolate import extrapolated
+from adapterlab.plan.result import Plan
+from adapterlab.plan.setup import Setup
+from adapterlab.plan.shapes import config_of
+from adapterlab.plan.simulate import ACTIVATIONS, ADAPTER, BACKWARD, STATE, Trace, simulate
+from adapterlab.plan.tracker import KERNELS
+from adapterlab.registry import ids
+from adapterlab.registry import method as method_class
+from adapterlab.train.config import TrainConfig, Training
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def plan(
+    model: str | Path | PretrainedConfig,
+    method: str | Method | Mapping[str, Any] = "lora",
+    *,
+    batch: int = 1,
+    length: int = 1024,
+    precision: str = "bf16",
+    quantize: str | None = None,
+    recompute: str = "none",
+    device: str | Device | None = None,
+    speed: float | None = None,
+    labelled: float = 1.0,
+    training: Training | None = None,
+    exact: bool = False,
+) -> Plan:
+    """Say what training needs, without weights and without the device.
+
+    Args:
+        model: a known shape ("qwen2.5-7b"; `shapes()` lists them), a local folder, a hub id or a configuration.
+        method: id, id and settings as in a configuration file (`{"name": "lora", "r": 8}`), or a method.
+        batch: rows computed at once.
+        length: tokens of a row, padding included.
+        precision: of the frozen weights: bf16, fp32 or fp16.
+        quantize: None, "nf4" or "int8"; a method that asks for packed weights gets them.
+        recompute: none, cheap or full.
+        device: cpu, cuda:24GB, rtx4090, ...; None is the fastest one of this machine.
+        speed: operations a second that the device reaches in training.
+        labelled: share of the tokens that bear a label.
+        training: the other settings of a run.
+        exact: simulate all layers instead of a few.
+
+    Raises:
+        ModelError: the model is unknown.
+        ConfigError: a number or name is out of range, or the method needs data to be planned.
+        AttachError: the method cannot work on this model.
+    """
+    place = device if isinstance(device, Device) else Device.parse(device, speed)
+    setup = setup_of(
+        model, method, batch=batch, length=length, precision=precision, quantize=quantize, recompute=recompute,
+        labelled=labelled, training=training, kind=place.kind,
+    )  # fmt: skip
+    return described(_name(model), setup, trace_of(setup, exact=exact), place)
+
+
+def setup_of(
+    model: str | Path | PretrainedConfig,
+    method: str | Method | Mapping[str, Any],
+    *,
+    batch: int,
+    length: int,
+    precision: str = "bf16",
+    quantize: str | None = None,
+    recompute: str = "none",
+    labelled: float = 1.0,
+    training: Training | None = None,
+    kind: str = "cpu",
+) -> Setup:
+    """Check the arguments of `plan` and put them together."""
+    made = make_method(method)
+    quantize = quantize or _asks_for(made)
+    _check(batch, length, precision, quantize, labelled)
+    kept = (training or Training()).model_dump(exclude={"epochs", "steps", "trackers", "batch_size", "recompute"})
+    kept["packing"] = bool(kept.get("packing"))  # rows of one length: a choice that would be tried costs time alone
+    one_step = Training(**{**kept, "batch_size": batch, "steps": 1, "recompute": recompute})
+    return Setup(config_of(model), made, one_step, batch, length, labelled, precision, quantize, kind)
+
+
+def plan_config(config: TrainConfig, *, device: str | Device | None = None, **changes: Any) -> Plan:
+    """Plan the run of a configuration file; its rows count as long as `data.max_length` allows.
+
+    Args:
+        config: of the run.
+        device: instead of the configuration's.
+        changes: further arguments of `plan`.
+    """
+    given = {**arguments(config), "device": device or config.device, **changes}
+    return plan(config.model, given.pop("method"), **given)
+
+
+def arguments(config: TrainConfig) -> dict[str, Any]:
+    """Return what a configuration file says of the arguments of `plan`."""
+    training = config.training
+    return {
+        "method": config.make_method(),
+        "batch": training.batch_size,
+        "length": config.data.max_length,
+        "precision": config.precision,
+        "quantize": config.quantize,
+        "recompute": training.recompute,
+        "training": training,
+    }
+
+
+def plan_all(
+    model: str | Path | PretrainedConfig,
+    *,
+    methods: list[str] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> tuple[list[Plan], dict[str, str]]:
+    """Plan every method for one model and device.
+
+    Args:
+        model: as for `plan`.
+        methods: ids; all by default.
+        progress: told (what, done, total).
+        options: of `plan`.
+
+    Returns:
+        The plans, the least memory first, and why the other methods have none.
+    """
+    chosen = methods if methods is not None else ids()
+    config, place = config_of(model), options.pop("device", None)
+    place = place if isinstance(place, Device) else Device.parse(place, options.pop("speed", None))
+    plans, reasons = [], {}
+    for done, id in enumerate(chosen):
+        if progress:
+            progress("planning", done, len(chosen))
+        try:
+            found = plan(config, id, device=place, **options)
+            plans.append(_renamed(found, _name(model)))
+        except AdapterlabError as error:
+            reasons[id] = str(error)
+    if progress:
+        progress("planning", len(chosen), len(chosen))
+    return sorted(plans, key=lambda found: (found.process, found.method)), reasons
+
+
+def make_method(method: str | Method | Mapping[str, Any]) -> Method:
+    """Make a method from what `plan` takes."""
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, str):
+        return method_class(method)()
+    fields = dict(method)
+    name = fields.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"A method needs a name, such as {{name: lora, r: 8}}; received {dict(method)!r}.")
+    return method_class(name)(**fields)
+
+
+def trace_of(setup: Setup, *, exact: bool = False) -> Trace:
+    """Simulate a step; errors of what cannot be simulated say so.
+
+    Raises:
+        ConfigError: the method looks at computed numbers.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    try:
+        return simulate(setup) if exact else extrapolated(setup, simulate)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise _needs_numbers(setup, str(error.func)) from error
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        if isinstance(error, AdapterlabError):
+            raise
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise _needs_numbers(setup, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _needs_numbers(setup: Setup, what: str) -> ConfigError:
+    return ConfigError(
+        f"{setup.method.id} on {type(setup.config).__name__} cannot be planned: it computes with numbers that exist in "
+        f"a real run alone ({what}). Measure a short run instead: adapterlab train --dry-run."
+    )
+
+
+def _check(batch: int, length: int, precision: str, quantize: str | None, labelled: float) -> None:
+    for what, value, least in (("batch", batch, 1), ("length", length, 8)):
+        if value < least:
+            raise ConfigError(f"{what}={value} is too small: it must be at least {least}.")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision={precision!r} is unknown. {nearest(precision, PRECISIONS)}")
+    if quantize is not None and quantize not in QUANTIZATIONS:
+        raise ConfigError(f"quantize={quantize!r} is unknown. {nearest(quantize, QUANTIZATIONS)}")
+    if not 0 < labelled <= 1:
+        raise ConfigError(f"labelled={labelled} is no share of tokens: it lies above 0 and is at most 1.")
+
+
+def _asks_for(method: Method) -> str | None:
+    """How a method wants its base packed, if it says so in a setting `base`."""
+    base = getattr(method, "base", None)
+    return base if base in QUANTIZATIONS else None
+
+
+def described(name: str, setup: Setup, trace: Trace, place: Device) -> Plan:
+    """Put a trace into words and bytes."""
+    peak = trace.peak
+    moment = next(window for window, found in trace.moments.items() if found is peak)
+    estimate = process.estimate(setup, trace, place)
+    parts, layers = _tidy(peak.parts, trace.layers)
+    return Plan(
+        model=name,
+        method=setup.method.id,
+        settings=setup.method.model_dump(mode="json", exclude_unset=True),
+        device=place,
+        batch=setup.batch,
+        length=setup.length,
+        precision=setup.precision,
+        quantize=setup.quantize,
+        recompute=setup.training.recompute,
+        peak=peak.total,
+        moment=moment,
+        process=estimate,
+        band=process.band(place),
+        parts=parts,
+        layers=layers,
+        trainable=trace.trainable,
+        base=trace.base,
+        adapter=trace.resting.get(ADAPTER, 0),
+        state=trace.resting.get(STATE, 0),
+        flops=trace.flops,
+        seconds=trace.flops / place.speed if place.speed else None,
+        limit=place.memory,
+        loss=trace.loss,
+        notes=list(_notes(setup)),
+    )
+
+
+def _tidy(parts: Mapping[str, int], count: int) -> tuple[dict[str, int], list[int]]:
+    """Put the activations of all layers together, and keep them by layer beside."""
+    prefix = f"{ACTIVATIONS}, layer "
+    layers = [parts.get(f"{prefix}{i}", 0) for i in range(count)]
+    kept = {key: size for key, size in parts.items() if not key.startswith(prefix) and size}
+    work = {key: kept.pop(key) for key in (BACKWARD, KERNELS) if key in kept}
+    return {**kept, ACTIVATIONS: sum(layers), **work}, layers
+
+
+def _notes(setup: Setup) -> Iterator[str]:
+    longest = getattr(setup.config.get_text_config(), "max_position_embeddings", None)
+    if longest and setup.length > longest:
+        yield f"The model was made for {longest:,} positions; rows of {setup.length:,} tokens go beyond."
+    if type(setup.method).capabilities()["needs_data"]:
+        yield "The method looks at data before training; what that needs is not part of the plan."
+
+
+def _name(model: str | Path | PretrainedConfig) -> str:
+    return str(model) if isinstance(model, (str, Path)) else getattr(model, "name_or_path", "") or type(model).__name__
+
+
+def _renamed(found: Plan, name: str) -> Plan:
+    import dataclasses
+
+    return dataclasses.replace(found, model=name)

@@ -1,0 +1,87 @@
+"""What a plan says: plain numbers that can be printed, compared and written as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from adapterlab.plan.device import Device
+
+Verdict = Literal["fits", "tight", "does not fit", "unknown"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Memory and work of training a method on a model.
+
+    Attributes:
+        model: name; method: id; settings: those given; device: as given.
+        batch: rows computed at once; length: tokens of a row.
+        precision: of the frozen weights; quantize: how they are packed; recompute: what is computed again.
+        peak: bytes of live tensors at the fullest moment of a step; moment: which one that is.
+        process: bytes the process (on a GPU: the device) needs at its peak: tensors, libraries, allocator, kernels.
+        band: median and worst relative error of `process` when it was last measured.
+        parts: bytes at the peak by what they are for.
+        layers: activations at the peak, by layer.
+        trainable: number of trainable scalars; base: bytes of the base weights.
+        adapter: bytes of the adapter; state: bytes of the optimizer's state.
+        flops: floating-point operations of one optimizer step of one batch.
+        seconds: estimate of its time; None without a speed of the device.
+        limit: bytes the device has; None when it is not known.
+        loss: way the loss is computed; notes: what else to know.
+    """
+
+    model: str
+    method: str
+    settings: dict[str, Any]
+    device: Device
+    batch: int
+    length: int
+    precision: str
+    quantize: str | None
+    recompute: str
+    peak: int
+    moment: str
+    process: int
+    band: tuple[float, float]
+    parts: dict[str, int]
+    layers: list[int]
+    trainable: int
+    base: int
+    adapter: int
+    state: int
+    flops: float
+    seconds: float | None
+    limit: int | None
+    loss: str
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether it fits into the device's memory; `tight` is within the error of the estimate."""
+        return self.fits_into(self.limit)
+
+    def fits(self, limit: int) -> bool:
+        """Say whether it fits into so many bytes, as far as the estimate can tell."""
+        return self.process <= limit
+
+    def fits_into(self, limit: int | None) -> Verdict:
+        """Say how surely it fits into so many bytes."""
+        if limit is None:
+            return "unknown"
+        worst = self.band[1]
+        if self.process * (1 + worst) <= limit:
+            return "fits"
+        return "tight" if self.process * (1 - worst) <= limit else "does not fit"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON values."""
+        plain = dataclasses.asdict(self)
+        return {**plain, "band": list(self.band), "verdict": self.verdict}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Plan:
+        """Read what `to_json` wrote."""
+        known = {key: value for key, value in values.items() if key != "verdict"}
+        return cls(**{**known, "device": Device(**known["device"]), "band": tuple(known["band"])})

@@ -1,0 +1,301 @@
+"""One training step of the library's own loop, on tensors without contents (or, for comparison, on real ones)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import gc
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.initialization import no_init_weights
+
+from adapterlab.core import attention
+from adapterlab.core.host import Host
+from adapterlab.data import Collator
+from adapterlab.errors import ConfigError
+from adapterlab.models.loading import PRECISIONS
+from adapterlab.ops.loss import Loss
+from adapterlab.plan.packed import pack
+from adapterlab.plan.setup import Setup
+from adapterlab.plan.tracker import Moment, Tracker, contentless
+from adapterlab.train import rng
+from adapterlab.train.loop import Loop
+
+NAME = "default"
+BASE, ADAPTER, GRADIENTS, STATE, LOSS = "base weights", "adapter", "gradients", "optimizer state", "logits and loss"
+INPUT, BACKWARD, UPDATE, CHECKS = "inputs and masks", "backward pass", "update", "checks and clipping"
+ACTIVATIONS = "activations"
+_SCALING = {"mul", "mul_", "div", "div_", "tanh", "tanh_", "_to_copy", "slice", "view", "alias", "detach"}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one step did.
+
+    Attributes:
+        moments: fullest moment of each window, in the steady state: the optimizer has its state already.
+        resting: live bytes by part between two steps.
+        flops: floating-point operations of a step.
+        layers: number of layers.
+        trainable: number of trainable scalars.
+        base: bytes of the base weights.
+        loss: way the loss was computed.
+    """
+
+    moments: dict[str, Moment]
+    resting: dict[str, int]
+    flops: float
+    layers: int
+    trainable: int
+    base: int
+    loss: str = ""
+
+    @property
+    def peak(self) -> Moment:
+        """The fullest moment of all."""
+        return max(self.moments.values(), key=lambda moment: moment.total)
+
+
+def simulate(setup: Setup, *, real: bool = False, steps: int = 1) -> Trace:
+    """Run training steps under the tracker.
+
+    Args:
+        setup: what to train.
+        real: with numbers, on the CPU, to check the simulation.
+        steps: how many; more than one only with `real`.
+    """
+    before = rng.state()
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_silence())
+            fake = None
+            if not real:
+                fake = stack.enter_context(contentless())
+                stack.enter_context(patch.object(nn.Module, "_apply", _converted))
+                stack.enter_context(patch.object(Loss, "_agrees", _head_is_all))
+                if setup.kind != "cpu":  # tensors without contents are on the CPU, whose own kernels others lack
+                    stack.enter_context(patch.object(attention, "pays", lambda *_: False))
+            tracker = stack.enter_context(Tracker(fake, setup.granularity, setup.kind))
+            return _Simulation(setup, tracker).run(steps)
+    finally:
+        rng.restore(before)
+        _forget()
+
+
+@dataclass
+class _Simulation:
+    setup: Setup
+    tracker: Tracker
+    hooks: list[Any] = field(default_factory=list)
+
+    def run(self, steps: int) -> Trace:
+        setup, tracker = self.setup, self.tracker
+        tracker.enter("setup", BASE)
+        model = build(setup, tracker.fake is None)
+        base = tracker.total
+        tracker.enter("setup", ADAPTER)
+        host = Host(model)
+        layers = host.layers
+        host.attach(setup.method, NAME)
+        loop = self._loop(host)
+        gc.collect()
+        self._watch(host, layers)
+        tracker.moments.clear()
+        tracker.flops = 0
+        for _ in range(steps):
+            resting, adapter = tracker.total, tracker.live[ADAPTER]
+            tracker.enter(INPUT)
+            loop.step()
+            tracker.rename(UPDATE, STATE)
+            tracker.enter("rest", UPDATE)
+        del loop.optimizer.current
+        grown = tracker.total - resting
+        if steps == 1:  # from the second step on, what the first has left is there from its start
+            _settle(tracker, grown, adapter)
+        return Trace(
+            {key: moment for key, moment in tracker.moments.items() if key != "rest"},
+            tracker.snapshot(),
+            tracker.flops / steps,
+            len(layers),
+            host.summary(NAME).trainable,
+            base,
+            loop.loss.path,
+        )
+
+    def _loop(self, host: Host) -> Loop:
+        setup = self.setup
+        accelerator: Any = Alone(self.tracker)
+        vocabulary = setup.config.get_text_config().vocab_size
+        ids = [i % vocabulary for i in range(1, setup.length + 1)]
+        bare = round((1 - setup.labelled) * setup.length)
+        rows = [{"input_ids": ids, "labels": [-100] * bare + ids[bare:]}] * (setup.batch * setup.accumulation)
+        seq2seq = bool(getattr(setup.config, "is_encoder_decoder", False))
+        loop = Loop(
+            host, NAME, rows, setup.training, collate=Collator(0, seq2seq=seq2seq), accelerator=accelerator,
+        )  # fmt: skip
+        return loop
+
+    def _watch(self, host: Host, layers: list[nn.Module]) -> None:
+        """Tell the tracker where the step is."""
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(functools.partial(self._enters, index))
+            layer.register_forward_hook(functools.partial(self._leaves, index, index == len(layers) - 1))
+        for parameter in host.parameters(NAME):
+            parameter.register_post_accumulate_grad_hook(self._arrived)
+
+    def _enters(self, index: int, module: nn.Module, args: Any) -> None:
+        if torch._C._current_graph_task_id() < 0:  # not while the backward pass computes it again
+            self.tracker.enter(f"forward, layer {index}", f"{ACTIVATIONS}, layer {index}")
+
+    def _leaves(self, index: int, last: bool, module: nn.Module, args: Any, out: Any) -> None:
+        if torch._C._current_graph_task_id() >= 0:
+            return
+        self.tracker.enter(LOSS) if last else self.tracker.enter(INPUT)
+        tensor = next((t for t in tree_iter(out) if isinstance(t, Tensor) and t.requires_grad), None)
+        if tensor is not None:
+            tensor.register_hook(lambda _: self.tracker.enter(f"backward, layer {index}", BACKWARD))
+
+    def _arrived(self, parameter: Tensor) -> None:
+        if parameter.grad is not None and not parameter.grad.is_sparse:
+            self.tracker.assign(parameter.grad, GRADIENTS)
+
+
+def build(setup: Setup, real: bool = False) -> Any:
+    """Make the model, with the weights stored as they will be."""
+    config = setup.config
+    kind = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+    dtype = PRECISIONS[setup.precision]
+    try:
+        with contextlib.nullcontext() if real else no_init_weights():
+            model = kind.from_config(copy.deepcopy(config), dtype=dtype)
+        model.tie_weights()
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        raise ConfigError(
+            f"No model can be made of this configuration of {getattr(config, 'model_type', '?')!r}: {error}. Check "
+            "its config.json."
+        ) from error
+    if setup.quantize:
+        pack(model, setup.quantize, dtype)
+    return model.eval()
+
+
+class Alone:
+    """What the loop needs of accelerate, for one process; tells the tracker where the step is."""
+
+    distributed_type, num_processes, process_index = DistributedType.NO, 1, 0
+    is_main_process, scaler, device = True, None, torch.device("cpu")
+
+    def __init__(self, tracker: Tracker):
+        self.tracker = tracker
+
+    def prepare_optimizer(self, optimizer: Any, **_: Any) -> Any:
+        """Return the optimizer, with its steps announced."""
+
+        def step() -> None:
+            self.tracker.enter(UPDATE)
+            optimizer.step()
+
+        return SimpleNamespace(step=step, zero_grad=optimizer.zero_grad, step_was_skipped=False, current=optimizer)
+
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing is cast."""
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward pass."""
+        loss.backward()
+        self.tracker.enter(CHECKS)
+
+    def clip_grad_norm_(self, parameters: Any, largest: float) -> Tensor:
+        """Clip as accelerate does."""
+        return torch.nn.utils.clip_grad_norm_(parameters, largest)
+
+
+def _settle(tracker: Tracker, grown: int, adapter: int) -> None:
+    """Put what stays after the first step into the windows before the update."""
+    for window, moment in tracker.moments.items():
+        if window not in (UPDATE, "rest"):
+            moment.total += grown
+            state = tracker.live[STATE]
+            moment.parts[STATE] = moment.parts.get(STATE, 0) + state
+            moment.parts[ADAPTER] = moment.parts.get(ADAPTER, 0) + grown - state
+
+
+class _Since(TorchDispatchMode):
+    """Notes the names of operators after a moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] | None = None
+
+    def begin(self, *_: Any) -> None:
+        self.names = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.names is not None:
+            self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def _head_is_all(loss: Loss, head: nn.Module) -> bool:
+    """Say whether the logits are those of the head, perhaps scaled and capped; without numbers, operators must tell."""
+    since = _Since()
+    handle = head.register_forward_hook(since.begin)
+    try:
+        with since:
+            loss.model(input_ids=torch.arange(1, 7)[None], use_cache=False)
+    finally:
+        handle.remove()
+    return since.names is not None and since.names <= _SCALING
+
+
+def _converted(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
+    """Convert a module's tensors as torch does, which exchanges objects and cannot where they have no contents."""
+    for child in module.children() if recurse else ():
+        _converted(child, fn)
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            parameter.data = fn(parameter.data)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = fn(buffer)
+    return module
+
+
+def _forget() -> None:
+    """Empty the caches of the library's functions: they may hold tensors without contents now."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("adapterlab."):
+            for value in list(vars(module).values()):
+                getattr(value, "cache_clear", lambda: None)()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Hide what libraries say about models without weights."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "bitsandbytes", "torch._subclasses.fake_tensor")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # used to notice changes
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
