@@ -33,6 +33,8 @@ _PUBLIC = {
     "State": "adapterlab.core.state",
     "register": "adapterlab.registry",
     "method": "adapterlab.registry",
+    "Loss": "adapterlab.ops.loss",
+    "fast_attention": "adapterlab.core.attention",
     "load": "adapterlab.io",
     "load_model": "adapterlab.models",
     "pull": "adapterlab.models",
