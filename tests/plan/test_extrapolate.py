@@ -7,16 +7,23 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from adapterlab.plan.apart import called
 from adapterlab.plan.extrapolate import cut, extrapolated
 from adapterlab.plan.planning import setup_of
 from adapterlab.plan.setup import Setup
-from adapterlab.plan.simulate import simulate
+from adapterlab.plan.simulate import Trace
+from adapterlab.plan.simulate import simulate as simulated
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 18, "num_attention_heads": 4,
     "num_key_value_heads": 2, "tie_word_embeddings": True, "max_position_embeddings": 256, "bos_token_id": 1,
     "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+
+
+def simulate(given: Setup) -> Trace:
+    found: Trace = called(simulated, given)
+    return found
 
 
 def setup(method: Any, **options: Any) -> Setup:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tiny_runs import make_config
 
 from adapterlab.io import atomic
 from adapterlab.train import Listener, Loop, fit
 from adapterlab.train.folder import CHECKPOINT, METRICS
-from conftest import make_config
 
 
 def die(*_: Any) -> None:

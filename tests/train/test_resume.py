@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_runs import write_data
 
 from adapterlab.errors import ConfigError, DataError, FormatError, OutputError
 from adapterlab.train import Interrupted, Listener, Loop, fit
 from adapterlab.train.folder import CHECKPOINT
-from conftest import write_data
 
 Config = Callable[..., dict[str, Any]]
 TIMED = ("seconds", "memory")

@@ -73,7 +73,9 @@ def _subject(
     config: Path | None, model: str | None, method: str | None, r: int | None, pairs: list[str], options: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     """The model and the method; what a file says joins the options."""
-    chosen: dict[str, Any] = {"name": method or "lora"}
+    from adapterlab.plan.planning import USUAL
+
+    chosen: dict[str, Any] = {"name": method or USUAL}
     if config is not None:
         from adapterlab.plan.early import early_plan
         from adapterlab.plan.planning import arguments
@@ -106,6 +108,7 @@ def _one(
     from rich.console import Console
 
     from adapterlab.plan.advice import changes, largest_batch, largest_length
+    from adapterlab.plan.apart import apart
     from adapterlab.plan.planning import plan as make
     from adapterlab.plan.report import changes_table, save, show
 
@@ -116,7 +119,7 @@ def _one(
     batch = length = None
     remedies: list[Change] = []
     if limits:
-        with bars() as update:
+        with apart(), bars() as update:  # dozens of simulations
             update("limits", 0, 3)
             batch = largest_batch(model, method, base=found, **options)
             update("limits", 1, 3)

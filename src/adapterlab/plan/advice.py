@@ -8,7 +8,7 @@ from typing import Any
 
 from adapterlab.core.method import Method
 from adapterlab.errors import AdapterlabError
-from adapterlab.plan.planning import make_method, plan
+from adapterlab.plan.planning import USUAL, make_method, plan
 from adapterlab.plan.result import Plan
 
 _TRIES = 10
@@ -34,7 +34,7 @@ class Change:
     reason: str = ""
 
 
-def changes(model: Any, method: Any = "lora", *, base: Plan | None = None, **options: Any) -> list[Change]:
+def changes(model: Any, method: Any = USUAL, *, base: Plan | None = None, **options: Any) -> list[Change]:
     """Plan the usual remedies one by one.
 
     Args:
@@ -84,7 +84,7 @@ def _remedies(start: Plan, method: Method) -> list[tuple[str, dict[str, Any], Me
     return found
 
 
-def largest_batch(model: Any, method: Any = "lora", *, base: Plan | None = None, **options: Any) -> int | None:
+def largest_batch(model: Any, method: Any = USUAL, *, base: Plan | None = None, **options: Any) -> int | None:
     """Return the largest batch that fits into the device; 0 if none does, None if its memory is not known."""
     made = make_method(method)
     start = base or plan(model, made, **options)
@@ -92,7 +92,7 @@ def largest_batch(model: Any, method: Any = "lora", *, base: Plan | None = None,
     return _largest(start, "batch", 1, MOST, lambda n: plan(model, made, **{**given, "batch": n}))
 
 
-def largest_length(model: Any, method: Any = "lora", *, base: Plan | None = None, **options: Any) -> int | None:
+def largest_length(model: Any, method: Any = USUAL, *, base: Plan | None = None, **options: Any) -> int | None:
     """Return the largest length, in steps of 64 tokens, that fits with the same batch."""
     made = make_method(method)
     start = base or plan(model, made, **options)

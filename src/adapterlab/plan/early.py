@@ -1,10 +1,14 @@
-"""The plan that is shown before a run starts, as `adapterlab plan CONFIG.yaml` left it."""
+"""The plan that is shown before a run starts: a kept one, or one that a child process makes while the run loads."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +20,24 @@ import adapterlab
 from adapterlab.errors import AdapterlabError, ConfigError
 from adapterlab.io.atomic import write_text
 from adapterlab.models.entries import home
+from adapterlab.models.loading import PRECISIONS
 from adapterlab.plan import process
+from adapterlab.plan.apart import Child
 from adapterlab.plan.device import Device
 from adapterlab.plan.extrapolate import extrapolated
 from adapterlab.plan.planning import arguments, described, setup_of
 from adapterlab.plan.report import size
 from adapterlab.plan.result import Plan
 from adapterlab.plan.setup import Setup
-from adapterlab.plan.simulate import Trace, simulate
+from adapterlab.plan.simulate import Trace, build, simulate
 
 if TYPE_CHECKING:
     from adapterlab.train.config import TrainConfig
 
-_TRIFLE = 0.005  # of a device's memory
+_TRIFLE = 0.005  # of a device's memory: weights below need no plan
+_STAKE = 0.5  # weights above may not fit: the run waits for its plan, but not long
+WAIT = 2.0
+_PATIENCE = 600.0  # seconds after which a child gives up
 
 
 class _Late(Exception):
@@ -44,11 +53,10 @@ def early_plan(config: TrainConfig, seconds: float = 0.0) -> Plan | None:
     """
     end = time.perf_counter() + seconds
     try:
-        place = Device.parse(config.device)
-        given = arguments(config)
-        setup = setup_of(config.model, given.pop("method"), **given, kind=place.kind)
-        if not _matters(setup, place):
+        subject = _subject(config)
+        if subject is None:
             return None
+        setup, place = subject
         file = _file(setup, place)
         if file.is_file():
             return replace(Plan.from_json(json.loads(file.read_text(encoding="utf-8"))), limit=_available(place))
@@ -59,6 +67,120 @@ def early_plan(config: TrainConfig, seconds: float = 0.0) -> Plan | None:
         return None  # a run needs no plan
     remember(setup, place, found)
     return replace(found, limit=_available(place))
+
+
+@contextlib.contextmanager
+def announced(
+    config: TrainConfig, tell: Callable[[str], None], *, force: bool = False, make: bool = True
+) -> Iterator[None]:
+    """Tell the plan of a run that loads inside this context, and refuse what cannot fit before it does.
+
+    A kept plan is told at once. Else a child process makes one while the run loads; it is told when the context ends,
+    if it is there by then. Only where the weights are a large part of the memory the run waits for it first, two
+    seconds at most. The run is refused for what is certain then: the weights, or with a plan adapter and optimizer too.
+
+    Args:
+        config: of the run.
+        tell: prints a line.
+        force: refuse nothing.
+        make: whether to make a plan where none is kept.
+
+    Raises:
+        ConfigError: the run cannot fit.
+    """
+    subject = _subject(config)
+    if subject is None:
+        yield
+        return
+    found = early_plan(config)
+    beside = Beside(config) if make and found is None else None
+    try:
+        if _at_stake(*subject):
+            least = None if force or found is not None else least_weights(subject[0])
+            found = found or (beside.result(WAIT) if beside else None)
+            if not force:
+                check_fits(config, found)
+                _check_weights(config, subject[1], least if found is None else None)
+        if found is not None:
+            tell(line(found))
+        yield
+        late = beside.result() if beside and found is None else None
+        if late is not None:
+            tell(line(late))
+    finally:
+        if beside:
+            beside.stop()
+
+
+class Beside:
+    """A plan in the making, in a process that gives way to others."""
+
+    def __init__(self, config: TrainConfig):
+        self.child, self._found = Child(), None
+        self._thread = threading.Thread(target=self._run, args=(config,), daemon=True)
+        self.child.start()
+        self._thread.start()
+
+    def _run(self, config: TrainConfig) -> None:
+        with contextlib.suppress(AdapterlabError, OSError, RuntimeError, TypeError):  # a run needs no plan
+            if hasattr(os, "nice"):
+                self.child.call(os.nice, 10)
+            self._found = self.child.call(early_plan, config, _PATIENCE)
+
+    def result(self, seconds: float = 0.0) -> Plan | None:
+        """Return the plan, if it is there within the time."""
+        self._thread.join(seconds)
+        return self._found
+
+    def stop(self) -> None:
+        """Give up what is not there yet."""
+        self.child.stop()
+        self._thread.join()
+        self.child.close()
+
+
+def least_weights(setup: Setup) -> int:
+    """Count the bytes that the base weights take at least, without making them."""
+    with torch.device("meta"):
+        model = build(replace(setup, quantize=None), real=True)
+    head = model.get_output_embeddings()
+    packed = {"nf4": 0.5, "int8": 1.0}.get(setup.quantize or "")
+    shrunk = {
+        id(module.weight)
+        for module in model.modules()
+        if packed is not None and isinstance(module, torch.nn.Linear) and module is not head
+    }
+    return int(sum(p.numel() * (packed if id(p) in shrunk and packed else p.itemsize) for p in model.parameters()))
+
+
+def _subject(config: TrainConfig) -> tuple[Setup, Device] | None:
+    """What to plan; None where it cannot be known yet, or is a trifle for the device."""
+    try:
+        place = Device.parse(config.device)
+        given = arguments(config)
+        setup = setup_of(config.model, given.pop("method"), **given, kind=place.kind)
+        return (setup, place) if _matters(setup, place) else None
+    except (AdapterlabError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError):
+        return None  # the run itself will say what is wrong
+
+
+def _at_stake(setup: Setup, place: Device) -> bool:
+    limit = _available(place)
+    return limit is not None and _guessed(setup) > _STAKE * limit
+
+
+def _check_weights(config: TrainConfig, place: Device, least: int | None) -> None:
+    limit = _available(place)
+    if least is not None and limit is not None and least > limit:
+        raise _refusal(config, place, "its weights alone take", least, limit)
+
+
+def _refusal(config: TrainConfig, place: Device, what: str, count: int, limit: int) -> ConfigError:
+    return ConfigError(
+        f"{config.method['name']} on {config.model} cannot fit on {place.name}: {what} {size(count)} of {size(limit)}. "
+        "Pack the weights (quantize=nf4), choose a method that trains less (adapterlab plan --all-methods) or a "
+        "smaller model, or force the run: adapterlab train --force."
+    )
 
 
 def remember(setup: Setup, place: Device, found: Plan) -> None:
@@ -83,11 +205,8 @@ def check_fits(config: TrainConfig, found: Plan | None) -> None:
         return
     resting = found.base + found.adapter + found.state
     if resting > found.limit:
-        raise ConfigError(
-            f"{found.method} on {found.model} cannot fit on {found.device.name}: weights, adapter and optimizer alone "
-            f"take {size(resting)} of {size(found.limit)}. Pack the weights (quantize=nf4), choose a method that "
-            "trains less (adapterlab plan --all-methods), or force the run: adapterlab train --force."
-        )
+        what = "weights, adapter and optimizer alone take"
+        raise _refusal(config, found.device, what, resting, found.limit)
 
 
 def line(found: Plan) -> str:
@@ -118,10 +237,15 @@ def _within(end: float) -> Any:
 
 def _matters(setup: Setup, place: Device) -> bool:
     """Say whether the weights are more than a trifle for the device."""
+    return place.memory is None or _guessed(setup) > _TRIFLE * place.memory
+
+
+def _guessed(setup: Setup) -> float:
+    """Bytes of the weights, roughly, without building the model."""
     text: Any = setup.config.get_text_config()
     width, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     weights = text.num_hidden_layers * (3 * width * inner + 2 * width * width) + text.vocab_size * width
-    return place.memory is None or 2 * weights > _TRIFLE * place.memory
+    return float(weights * {"nf4": 0.56, "int8": 1.0}.get(setup.quantize or "", PRECISIONS[setup.precision].itemsize))
 
 
 def _available(place: Device) -> int | None:

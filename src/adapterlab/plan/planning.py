@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from adapterlab.core.method import Method
 from adapterlab.errors import AdapterlabError, ConfigError, nearest
 from adapterlab.models.loading import PRECISIONS, QUANTIZATIONS
 from adapterlab.plan import process
+from adapterlab.plan.apart import called, each
 from adapterlab.plan.device import Device
 from adapterlab.plan.extrapolate import extrapolated
 from adapterlab.plan.result import Plan
@@ -24,10 +26,12 @@ from adapterlab.train.config import TrainConfig, Training
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+USUAL = TrainConfig.model_fields["method"].get_default(call_default_factory=True)["name"]
+
 
 def plan(
     model: str | Path | PretrainedConfig,
-    method: str | Method | Mapping[str, Any] = "lora",
+    method: str | Method | Mapping[str, Any] = USUAL,
     *,
     batch: int = 1,
     length: int = 1024,
@@ -122,14 +126,16 @@ def plan_all(
     model: str | Path | PretrainedConfig,
     *,
     methods: list[str] | None = None,
+    processes: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     **options: Any,
 ) -> tuple[list[Plan], dict[str, str]]:
-    """Plan every method for one model and device.
+    """Plan every method for one model and device, in child processes: one that dies costs one row.
 
     Args:
         model: as for `plan`.
         methods: ids; all by default.
+        processes: at once; None is one for two cores, and two at least.
         progress: told (what, done, total).
         options: of `plan`.
 
@@ -139,18 +145,25 @@ def plan_all(
     chosen = methods if methods is not None else ids()
     config, place = config_of(model), options.pop("device", None)
     place = place if isinstance(place, Device) else Device.parse(place, options.pop("speed", None))
-    plans, reasons = [], {}
-    for done, id in enumerate(chosen):
-        if progress:
-            progress("planning", done, len(chosen))
+    reasons: dict[str, str] = {}
+    jobs: dict[str, Any] = {}
+    for id in chosen:
         try:
-            found = plan(config, id, device=place, **options)
-            plans.append(_renamed(found, _name(model)))
-        except AdapterlabError as error:
+            jobs[id] = (plan, (config, make_method(id)), {**options, "device": place})
+        except AdapterlabError as error:  # a method that has no settings by default
             reasons[id] = str(error)
+    failed = len(reasons)
+
+    def done(_: str, count: int) -> None:
+        if progress:
+            progress("planning", failed + count, len(chosen))
+
     if progress:
-        progress("planning", len(chosen), len(chosen))
-    return sorted(plans, key=lambda found: (found.process, found.method)), reasons
+        progress("planning", failed, len(chosen))
+    found, errors = each(jobs, processes or max(2, (os.cpu_count() or 1) // 2), done)
+    reasons |= {id: str(error) for id, error in errors.items()}
+    plans = [_renamed(one, _name(model)) for one in found.values()]
+    return sorted(plans, key=lambda one: (one.process, one.method)), reasons
 
 
 def make_method(method: str | Method | Mapping[str, Any]) -> Method:
@@ -167,11 +180,16 @@ def make_method(method: str | Method | Mapping[str, Any]) -> Method:
 
 
 def trace_of(setup: Setup, *, exact: bool = False) -> Trace:
-    """Simulate a step; errors of what cannot be simulated say so.
+    """Simulate a step, in the child process of an `apart()` around; errors of what cannot be simulated say so.
 
     Raises:
-        ConfigError: the method looks at computed numbers.
+        ConfigError: the method looks at computed numbers, or the child died.
     """
+    found: Trace = called(_traced, setup, exact)
+    return found
+
+
+def _traced(setup: Setup, exact: bool) -> Trace:
     import torch
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
@@ -180,9 +198,7 @@ def trace_of(setup: Setup, *, exact: bool = False) -> Trace:
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise _needs_numbers(setup, str(error.func)) from error
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        if isinstance(error, AdapterlabError):
-            raise
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, (AdapterlabError, torch.OutOfMemoryError)):
             raise
         raise _needs_numbers(setup, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
 

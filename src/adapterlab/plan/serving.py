@@ -12,8 +12,10 @@ import torch
 from adapterlab.core.method import Method
 from adapterlab.errors import ConfigError
 from adapterlab.models.loading import PRECISIONS
+from adapterlab.plan.apart import called
 from adapterlab.plan.device import Device
-from adapterlab.plan.planning import setup_of, trace_of
+from adapterlab.plan.planning import USUAL, setup_of, trace_of
+from adapterlab.plan.setup import Setup
 from adapterlab.plan.shapes import config_of
 from adapterlab.plan.simulate import ADAPTER, build
 from adapterlab.plan.tracker import Tracker, contentless
@@ -78,7 +80,7 @@ class Serving:
 
 def plan_serving(
     model: str | Path | PretrainedConfig,
-    method: str | Method | dict[str, Any] = "lora",
+    method: str | Method | dict[str, Any] = USUAL,
     *,
     sequences: int = 1,
     adapters: int = 1,
@@ -109,10 +111,7 @@ def plan_serving(
     setup = setup_of(
         model, method, batch=1, length=max(8, length), precision=precision, quantize=quantize, kind=place.kind
     )
-    with contentless() as fake, Tracker(fake, setup.granularity) as tracker:
-        made = build(setup)
-        base = tracker.total
-        work = _work(made, tracker, min(length, _PREFILL), precision)
+    base, work = called(_base_and_work, setup, min(length, _PREFILL))
     trace = trace_of(dataclasses.replace(setup, length=8))
     config = config_of(model)
     adapter = trace.resting.get(ADAPTER, 0)
@@ -138,6 +137,13 @@ def cache_bytes(config: PretrainedConfig, length: int, itemsize: int) -> int:
     if not getattr(text, "layer_types", None) and getattr(text, "sliding_window", None):
         kept = [min(length, window - 1)] * len(kinds)
     return 2 * heads * width * itemsize * sum(kept)
+
+
+def _base_and_work(setup: Setup, tokens: int) -> tuple[int, int]:
+    """Bytes of the base weights, and of what reading a piece of a prompt takes beside."""
+    with contentless() as fake, Tracker(fake, setup.granularity) as tracker:
+        made = build(setup)
+        return tracker.total, _work(made, tracker, tokens, setup.precision)
 
 
 @torch.no_grad()

@@ -79,6 +79,7 @@ def simulate(setup: Setup, *, real: bool = False, steps: int = 1) -> Trace:
         steps: how many; more than one only with `real`.
     """
     before = rng.state()
+    gc.collect()  # models of earlier simulations must not be destroyed while the modes of this one are active
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_silence())
@@ -94,6 +95,7 @@ def simulate(setup: Setup, *, real: bool = False, steps: int = 1) -> Trace:
     finally:
         rng.restore(before)
         _forget()
+        gc.collect()
 
 
 @dataclass

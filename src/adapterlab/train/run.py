@@ -167,10 +167,9 @@ def fit(
     state = files.read_state(checkpoint) if resume and not dry_run and checkpoint.is_file() else None
     if state is not None:  # before anything is loaded; the data follow when they are read
         files.check_same(config.output, state["identity"], {**state["identity"], **config.flat()})
-    if main:
-        _show_plan(config, console, force=force)
-    job = load(config, accelerator, saved=state["adapter"] if state else None)
-    loop = _loop(config, job, accelerator, prepare=state is None)
+    with _announced(config, accelerator, console, force=force):
+        job = load(config, accelerator, saved=state["adapter"] if state else None)
+        loop = _loop(config, job, accelerator, prepare=state is None)
     console.print(proof_table(job.host.summary(NAME), _story(job, loop), _sample(job)))
     if dry_run:
         with fast_attention(job.host.model):
@@ -185,15 +184,16 @@ def fit(
     return _train(config, loop, run_folder, console)
 
 
-def _show_plan(config: TrainConfig, console: Console, *, force: bool) -> None:
-    """Say what the run needs, and refuse what cannot fit, before the weights are loaded."""
-    from adapterlab.plan.early import check_fits, early_plan, line
+def _announced(
+    config: TrainConfig, accelerator: Accelerator, console: Console, *, force: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Say what the run needs, and refuse what cannot fit, before the weights are loaded; plans are of one process."""
+    if accelerator.num_processes > 1:
+        return contextlib.nullcontext()
+    from adapterlab.plan.early import announced
 
-    found = early_plan(config)
-    if found is not None:
-        console.print(line(found), highlight=False)
-    if not force:
-        check_fits(config, found)
+    tell = functools.partial(console.print, highlight=False)
+    return announced(config, tell, force=force, make=not console.quiet)
 
 
 def _open(config: TrainConfig, loop: Loop, run_folder: RunFolder, state: Mapping[str, Any] | None) -> None:

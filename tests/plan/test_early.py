@@ -1,0 +1,148 @@
+"""The plan before a run: kept, late, refused, forced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from adapterlab.errors import ConfigError
+from adapterlab.plan import Device, Plan, early, plan
+from adapterlab.plan.early import announced, early_plan, least_weights, remember
+from adapterlab.plan.planning import arguments, setup_of
+from adapterlab.train.config import TrainConfig
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+Make = Callable[[str], TrainConfig]
+
+
+class Never:
+    """A plan in the making that does not come in time."""
+
+    instances: list[Never] = []
+    found: Plan | None = None
+
+    def __init__(self, config: TrainConfig):
+        self.waited: list[float] = []
+        self.stopped = False
+        self.instances.append(self)
+
+    def result(self, seconds: float = 0.0) -> Plan | None:
+        self.waited.append(seconds)
+        return self.found
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+    monkeypatch.setenv("ADAPTERLAB_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(early, "home", lambda: tmp_path / "home")
+    monkeypatch.setattr(early, "Beside", Never)
+    monkeypatch.setattr(Never, "instances", [])
+    monkeypatch.setattr(Never, "found", None)
+    AutoConfig.for_model("llama", **SIZES).save_pretrained(tmp_path / "model")
+    data = {"path": str(tmp_path / "rows.jsonl"), "max_length": 32}
+
+    def made(device: str) -> TrainConfig:
+        return TrainConfig(model=str(tmp_path / "model"), data=data, output=tmp_path / "run", device=device)
+
+    return made
+
+
+def keep(config: TrainConfig) -> Plan:
+    given = arguments(config)
+    place = Device.parse(config.device)
+    method = given.pop("method")
+    found = plan(config.model, method, **given, device=place)
+    remember(setup_of(config.model, method, **given, kind=place.kind), place, found)
+    return found
+
+
+def shown(config: TrainConfig, **options: Any) -> list[str]:
+    told: list[str] = []
+    with announced(config, told.append, **options):
+        told.append("loading")
+    return told
+
+
+def test_a_kept_plan_is_told_before_the_weights_load_and_starts_nothing(make: Make) -> None:
+    config = make("cpu:10MB")
+    wanted = keep(config)
+    first, second = shown(config, force=True)
+    assert second == "loading"
+    assert early.size(wanted.process) in first
+    assert not Never.instances
+
+
+def test_a_run_waits_only_where_the_weights_may_not_fit(make: Make) -> None:
+    assert shown(make("cpu:10MB")) == ["loading"]
+    (beside,) = Never.instances
+    assert beside.waited == [0.0]  # it looks, once, when all is loaded
+    assert beside.stopped
+
+
+def test_a_run_waits_for_a_moment_where_they_may_not(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(early, "_STAKE", 0.0)
+    assert shown(make("cpu:10MB")) == ["loading"]
+    assert Never.instances[0].waited == [early.WAIT, 0.0]
+    assert early.WAIT <= 2
+
+
+def test_a_late_plan_is_told_when_all_is_loaded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make("cpu:10MB")
+    monkeypatch.setattr(Never, "found", plan(config.model, "lora", length=32, device="cpu:10MB"))
+    first, second = shown(config)
+    assert (first, second[:6]) == ("loading", "Plan: ")
+
+
+def test_a_trifle_needs_no_plan(make: Make) -> None:
+    assert shown(make("cpu:64GB")) == ["loading"]
+    assert not Never.instances
+
+
+def test_a_quiet_run_starts_no_child(make: Make) -> None:
+    assert shown(make("cpu:10MB"), make=False) == ["loading"]
+    assert not Never.instances
+
+
+def test_weights_that_cannot_fit_are_refused_without_a_plan_unless_forced(make: Make) -> None:
+    config = make("cpu:0.1MB")
+    with pytest.raises(ConfigError, match=r"lora on .*cannot fit on cpu:0.1MB: its weights alone.*--force"):
+        shown(config)
+    assert Never.instances[0].stopped
+    assert shown(config, force=True) == ["loading"]
+
+
+def test_a_plan_adds_adapter_and_optimizer_to_what_is_refused(make: Make) -> None:
+    config = make("cpu:10MB")
+    found = keep(config)
+    weights = least_weights(setup_of(config.model, "lora", batch=1, length=32))
+    limit = (weights + found.base + found.adapter + found.state) // 2
+    tight = make(f"cpu:{limit / 2**20:.6f}MB")
+    keep(tight)
+    with pytest.raises(ConfigError, match=r"weights, adapter and optimizer alone.*--force"):
+        shown(tight)
+    assert [line[:5] for line in shown(tight, force=True)] == ["Plan:", "loadi"]
+
+
+@pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
+def test_weights_are_counted_without_making_them(make: Make, quantize: str | None) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES), dtype=torch.bfloat16)
+    linear = sum(m.weight.numel() for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    every = sum(p.numel() for p in model.parameters())
+    packed = {None: 2.0, "nf4": 0.5, "int8": 1.0}[quantize]
+    setup = setup_of(make("cpu").model, "lora", batch=1, length=32, quantize=quantize)
+    assert least_weights(setup) == int(2 * (every - linear) + packed * linear)
+
+
+def test_no_plan_is_made_without_time(make: Make) -> None:
+    assert early_plan(make("cpu:10MB")) is None
