@@ -70,7 +70,7 @@ class Training(BaseModel):
     recompute: Literal["none", "cheap", "full"] = Field(
         "none",
         description="what the backward pass computes again instead of keeping it: none; cheap (all but products and "
-        "attention; about half of the memory); full (whole blocks; a forward pass more)",
+        "attention; about a third less memory); full (whole blocks; a forward pass more)",
     )
     offload: bool = Field(False, description="keep activations in the CPU's memory until the backward pass; GPU only")
     packing: bool | None = Field(
