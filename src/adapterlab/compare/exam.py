@@ -15,7 +15,18 @@ from torch.nn import functional as F
 from adapterlab.compare.config import Exams
 from adapterlab.compare.results import Exam, Sample
 from adapterlab.core.attention import fast_attention
-from adapterlab.data import Collator, DataConfig, Example, Scorer, encode, load_data, prompt_of, scorer_for, wilson
+from adapterlab.data import (
+    Collator,
+    DataConfig,
+    Example,
+    Scorer,
+    encode,
+    load_data,
+    placed,
+    prompt_of,
+    scorer_for,
+    wilson,
+)
 from adapterlab.errors import DataError
 from adapterlab.evaluate import generate, window_of
 from adapterlab.evaluate.generation import evaluating
@@ -115,7 +126,7 @@ def row_losses(model: Any, rows: Sequence[Row], tokenizer: Any, batch_size: int)
     with evaluating(model), fast_attention(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = {key: value.to(device) for key, value in collate([rows[i] for i in chosen]).items()}
+            batch = placed(collate([rows[i] for i in chosen]), device)
             for i, (value, count) in zip(chosen, _sums(model, batch, seq2seq), strict=True):
                 losses[i], tokens[i] = value, count
     return losses, tokens

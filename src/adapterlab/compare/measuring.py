@@ -11,7 +11,7 @@ import torch
 
 from adapterlab.compare.results import Inference
 from adapterlab.core.host import Host
-from adapterlab.data import Collator
+from adapterlab.data import Collator, placed
 from adapterlab.errors import AdapterlabError, MergeError
 from adapterlab.evaluate.generation import evaluating
 from adapterlab.ops.loss import Loss
@@ -68,7 +68,7 @@ def sample_batch(model: Any, tokenizer: Any, rows: Sequence[Any], size: int = 8)
     seq2seq = bool(model.config.is_encoder_decoder)
     device = model.get_input_embeddings().weight.device
     batch = Collator(tokenizer.pad_token_id or 0, seq2seq=seq2seq)(rows[:size])
-    return {key: value.to(device) for key, value in batch.items() if seq2seq or key != "labels"}
+    return placed({key: value for key, value in batch.items() if seq2seq or key != "labels"}, device)
 
 
 def _timed(model: Any, batch: dict[str, torch.Tensor]) -> float:

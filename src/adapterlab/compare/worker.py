@@ -32,7 +32,7 @@ from adapterlab.compare.halving import halve, spread
 from adapterlab.compare.jobs import LOCK, Job, JobFolder, Progress
 from adapterlab.compare.results import UNTRAINED, Exam, Memory, Run, Search, Trial
 from adapterlab.core.host import Host
-from adapterlab.data import Collator, encode, load_data
+from adapterlab.data import Collator, encode, load_data, placed
 from adapterlab.errors import AdapterlabError, AttachError, ConfigError, OutputError, TrainingError
 from adapterlab.evaluate import window_of
 from adapterlab.io.atomic import write_json
@@ -246,7 +246,7 @@ def _step_flops(host: Host, paper: Paper, tokenizer: Any) -> float | None:
     rows = paper.rows[:8]
     batch = Collator(tokenizer.pad_token_id or 0, seq2seq=bool(host.model.config.is_encoder_decoder))(rows)
     device = next(host.model.parameters()).device
-    found = measuring.step_flops(host, "best", {key: value.to(device) for key, value in batch.items()})
+    found = measuring.step_flops(host, "best", placed(batch, device))
     return None if found is None else found / int(batch["attention_mask"].sum())
 
 

@@ -73,8 +73,9 @@ def fast_attention(model: nn.Module) -> Iterator[None]:
     Outside the context it does, unless it makes a cache: with `use_cache=False` packed batches are right there too,
     only slow.
     """
-    modules = [m for m in model.modules() if uses_interface(plain_class(m))]
-    if _FAST in model.__dict__ or not modules:
+    within = _FAST in model.__dict__
+    modules = [] if within else [m for m in model.modules() if uses_interface(plain_class(m))]
+    if not modules:
         yield
         return
     backbone: Any = getattr(model, "base_model", model)

@@ -73,6 +73,21 @@ def compute_dtype(module: nn.Module) -> torch.dtype:
     return state.dtype if state is not None else torch.float16
 
 
+_WEIGHT_ONLY = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
+
+
+def unpacks_in_training(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Say whether the library, when it trains, does nothing but a product with the unpacked weight in this dtype.
+
+    Layers that round their inputs as well (bitsandbytes' int8, torchao's dynamic ones) compute something else.
+    """
+    weight: Any = module._parameters["weight"]
+    if type(weight).__name__ == "Params4bit":
+        return getattr(module, "compute_dtype", None) in (None, dtype)
+    inputs = ("act_quant_kwargs", "act_pre_scale", "activation_quantization")
+    return type(weight).__name__ in _WEIGHT_ONLY and all(getattr(weight, name, None) is None for name in inputs)
+
+
 def stops_gradient(module: nn.Module) -> bool:
     """Say whether the module gives its input no gradient: torchao's layers that round their input too do not."""
     weight: Any = module._parameters.get("weight")

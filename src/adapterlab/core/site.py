@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from adapterlab.core.quantized import compute_dtype, dense, is_quantized
+from adapterlab.core.quantized import compute_dtype, dense, is_quantized, unpacks_in_training
 
 PLAIN = "_adapterlab_plain"  # attribute of a wrapped class that holds the class it was made from
 UNMERGED = "_adapterlab_unmerged"  # attribute of a merged module: a stand-in with the parameters it had before
@@ -246,6 +246,43 @@ class Site:
     def weight(self) -> Tensor:
         """The weight as `[out, in]` plain numbers: dequantized, `Conv1D` and tables transposed, kernels flattened."""
         return self.matrix(dense(self.module))
+
+    def at_hand(self, dtype: torch.dtype) -> bool:
+        """Say whether a product of the frozen weight with an input of this dtype may be computed in the module's place.
+
+        Packed weights are unpacked for it, where the library does nothing else when it trains. Without gradients its
+        own kernels are faster, and a compiler plans by itself.
+        """
+        weight = self.module._parameters.get("weight")
+        if weight is None or weight.requires_grad or compute_dtype(self.module) != dtype:
+            return False
+        if not self.quantized:
+            return self.plain
+        eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        return eager and unpacks_in_training(self.module, dtype)
+
+    def why_apart(self) -> str:
+        """Return why training cannot compute a product with the weight in the module's place, or ""."""
+        weight = self.module._parameters.get("weight")
+        if self.kind != "linear" or weight is None:
+            return f"{self.kind} modules are no single product"
+        if weight.requires_grad:
+            return "the base weight trains"
+        with torch.enable_grad():
+            if self.at_hand(compute_dtype(self.module)):
+                return ""
+        return f"packed weights ({type(weight).__name__})" if self.quantized else "not a plain linear layer"
+
+    def frozen_weight(self, dtype: torch.dtype) -> tuple[Tensor, *tuple[Callable[[], Tensor], ...]]:
+        """Return W `[out, in]` for a product and, if it is packed, what unpacks it once more."""
+
+        def unpack() -> Tensor:
+            return self.weight().to(dtype)
+
+        if self.quantized:
+            return unpack(), unpack
+        weight: Any = self.module.weight
+        return (weight.T if self.transposed else weight,)
 
     def matrix(self, stored: Tensor) -> Tensor:
         """See a tensor laid out as the module stores its weight as `[out, in]`."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -12,57 +12,8 @@ from torch import Tensor
 from adapterlab.core.adapter import Delta
 from adapterlab.core.host import Host
 from adapterlab.core.method import Batches, LayerMethod
-from adapterlab.core.quantized import compute_dtype
 from adapterlab.core.site import Site
 from adapterlab.init import Init, Initialiser, Place, Start, initialiser
-
-
-def at_hand(site: Site, dtype: torch.dtype) -> bool:
-    """Say whether a product of the site's frozen weight with an input of this dtype may be computed in its place.
-
-    Packed weights are unpacked for it, where the library does nothing else when it trains. Without gradients its own
-    kernels are faster, and a compiler plans by itself. Layers that round their inputs as well (bitsandbytes' int8,
-    torchao's dynamic ones) compute something else, and are left to themselves.
-    """
-    weight: Any = site.module._parameters.get("weight")
-    if weight is None or weight.requires_grad or compute_dtype(site.module) != dtype:
-        return False
-    if not site.quantized:
-        return site.plain
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    if type(weight).__name__ == "Params4bit":
-        return getattr(site.module, "compute_dtype", None) in (None, dtype)
-    inputs = ("act_quant_kwargs", "act_pre_scale", "activation_quantization")
-    return type(weight).__name__ in _WEIGHT_ONLY and all(getattr(weight, name, None) is None for name in inputs)
-
-
-def why_apart(site: Site) -> str:
-    """Return why training cannot compute a product with the site's weight in its place, or ""."""
-    weight: Any = site.module._parameters.get("weight")
-    if site.kind != "linear" or weight is None:
-        return f"{site.kind} modules are no single product"
-    if weight.requires_grad:
-        return "the base weight trains"
-    with torch.enable_grad():
-        if at_hand(site, compute_dtype(site.module)):
-            return ""
-    return f"packed weights ({type(weight).__name__})" if site.quantized else "not a plain linear layer"
-
-
-_WEIGHT_ONLY = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
-
-
-def frozen_weight(site: Site, dtype: torch.dtype) -> tuple[Tensor, *tuple[Callable[[], Tensor], ...]]:
-    """Return W `[out, in]` for a product and, if it is packed, what unpacks it once more."""
-
-    def unpack() -> Tensor:
-        return site.weight().to(dtype)
-
-    if site.quantized:
-        return unpack(), unpack
-    weight: Any = site.module.weight
-    return (weight.T if site.transposed else weight,)
 
 
 class LowRank(LayerMethod):

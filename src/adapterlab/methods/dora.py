@@ -16,7 +16,6 @@ from adapterlab.core.wrapping import Base
 from adapterlab.io.hf_peft import HFCodec
 from adapterlab.methods import _lora_forms
 from adapterlab.methods._convolutions import along_channels
-from adapterlab.methods._low_rank import frozen_weight, why_apart
 from adapterlab.methods.lora import LoRA
 from adapterlab.ops.magnitude import magnitude_linear, row_norms, row_squares
 from adapterlab.registry import register
@@ -139,7 +138,7 @@ class DoRA(LoRA):
         def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Rescale the base's product and the update's, the bias left out."""
             if isinstance(run, Base) and self.fuses(x):
-                weight, *again = frozen_weight(self.site, x.dtype)
+                weight, *again = self.site.frozen_weight(x.dtype)
                 gain = self.m / self.norms(weight)
                 return magnitude_linear(x, weight, self.site.bias, self.A, self.B, self.scale, gain, *again)
             gain = self.m / self.norms()
@@ -159,7 +158,7 @@ class DoRA(LoRA):
             """As LoRA's; dropout and what is merged stand against it too."""
             if self.p or self.site.unmerged is not self.site:
                 return "dropout" if self.p else "another adapter is merged"
-            return why_apart(self.site)
+            return self.site.why_apart()
 
         def fuses(self, x: Tensor) -> bool:
             """As LoRA, without dropout: W x̃ is a second product with the base; and where nothing has been merged."""

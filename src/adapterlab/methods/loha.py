@@ -13,7 +13,6 @@ from adapterlab.core.site import Site
 from adapterlab.core.wrapping import Base
 from adapterlab.io.hf_peft import HFCodec
 from adapterlab.methods._convolutions import tucker
-from adapterlab.methods._low_rank import at_hand, frozen_weight, why_apart
 from adapterlab.methods._lycoris import FIELDS, Lycoris, LycorisLayer, inward, outward
 from adapterlab.methods._rebuilt import Rebuilt
 from adapterlab.ops.low_rank import autocasts, low_rank_linear
@@ -120,13 +119,13 @@ class LoHa(Lycoris):
             """What keeps base and update from being one node in training."""
             if self.rank_dropout or self.module_dropout:
                 return "dropout"
-            return why_apart(self.site) if self.thin else super().slow_because()
+            return self.site.why_apart() if self.thin else super().slow_because()
 
         def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Fuse with the base product when nothing stands between, else add to what `run` returns."""
             drops = self.training and (self.rank_dropout or self.module_dropout)
             fuses = isinstance(run, Base) and self.thin and not drops
-            if not (fuses and at_hand(self.site, x.dtype) and not autocasts(x)):
+            if not (fuses and self.site.at_hand(x.dtype) and not autocasts(x)):
                 return super().around(run, x, *args, **kwargs)
-            weight, *again = frozen_weight(self.site, x.dtype)
+            weight, *again = self.site.frozen_weight(x.dtype)
             return low_rank_linear(x, weight, self.site.bias, *self.factors(), self.scale, 0.0, *again)

@@ -20,7 +20,7 @@ from adapterlab.errors import AttachError, TargetError, nearest
 from adapterlab.init import Place, Start
 from adapterlab.io.hf_peft import HFCodec
 from adapterlab.methods import _expert_factors, _lora_forms
-from adapterlab.methods._low_rank import Factors, LowRank, at_hand, frozen_weight, why_apart
+from adapterlab.methods._low_rank import Factors, LowRank
 from adapterlab.ops.low_rank import autocasts, low_rank_linear
 from adapterlab.registry import register
 
@@ -211,7 +211,7 @@ class LoRA(LowRank):
             """Fuse with the base product when nothing stands between, else add to what `run` returns."""
             if not (isinstance(run, Base) and self.fuses(x)):
                 return super().around(run, x, *args, **kwargs)
-            weight, *again = frozen_weight(self.site, x.dtype)
+            weight, *again = self.site.frozen_weight(x.dtype)
             p = self.p if self.training else 0.0
             return low_rank_linear(x, weight, self._shift(), *self.factors(), self.scale, p, *again)
 
@@ -245,11 +245,11 @@ class LoRA(LowRank):
         def slow_because(self) -> str:
             """What keeps base and update from being one node in training."""
             own = type(self).around is not LoRA.Layer.around or type(self).fuses is not LoRA.Layer.fuses
-            return super().slow_because() if own else why_apart(self.site)
+            return super().slow_because() if own else self.site.why_apart()
 
         def fuses(self, x: Tensor) -> bool:
             """Whether base and update can be one node: a linear layer whose frozen weight is at hand or unpacks."""
-            return at_hand(self.site, x.dtype) and not autocasts(x)
+            return self.site.at_hand(x.dtype) and not autocasts(x)
 
 
 class Blocks(LoRA.Layer):

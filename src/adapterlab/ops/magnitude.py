@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from adapterlab.ops.low_rank import thin_added
+from adapterlab.ops.low_rank import low_rank, thin_added
 from adapterlab.ops.operator import operator
 
 
@@ -94,12 +93,10 @@ def magnitude(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, gain: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute y, the product z before the gain (its bias included) and x Aᵀ, for x `[tokens, in]`."""
-    bias = None if bias is None else bias.to(x.dtype)
-    h = x @ a.to(x.dtype).T
-    z = F.linear(x, weight, bias).addmm_(h, b.to(x.dtype).T, alpha=scale)
+    z, h = low_rank(x, weight, bias, a, b, scale, 0.0, None)
     change = (gain - 1).to(x.dtype)
     y = torch.addcmul(z, z, change)
-    return (y if bias is None else y.sub_(change * bias)), z, h
+    return (y if bias is None else y.sub_(change * bias.to(x.dtype))), z, h
 
 
 class _MagnitudeLinear(torch.autograd.Function):

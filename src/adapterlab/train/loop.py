@@ -197,7 +197,8 @@ class Loop:
         status = self.status
         try:
             self._tell("started")
-            with stop_on_signals() as asked:
+            # Entered here once: each step finds it on, without a walk over the modules.
+            with stop_on_signals() as asked, fast_attention(self.host.model):
                 while status.step < self.total and not self.out_of_patience:
                     record = self.step()
                     self._tell("stepped", record)
@@ -264,7 +265,7 @@ class Loop:
         alone = len(self.eval_rows) < world  # fewer rows than processes: each evaluates all
         mine = self.eval_rows if alone else self.eval_rows[self.accelerator.process_index :: world]
         size = self.training.eval_batch_size or self.training.batch_size
-        loss, tokens = evaluate_loss(self.host.model, mine, self.collate, size, packing=self.training.packing)
+        loss, tokens = evaluate_loss(self.host.model, mine, self.collate, size, packing=False)  # chosen already
         loss, tokens = self._sum(loss * tokens), int(self._sum(tokens))
         loss /= tokens
         self._check_finite("evaluation loss", loss, status.step - 1)
