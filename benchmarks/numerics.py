@@ -5,7 +5,8 @@
 
 Both sides see the same rows in the same order and start from the same factors. The noise to compare with is the
 difference of two float32 runs whose factors were drawn from other seeds. Attention, products and loss are the package's
-own on both sides.
+own on these sides. A third side says what bfloat16 itself does: PEFT's LoRA with the attention, products and loss of
+torch and transformers, from the same factors, on the same batches.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 import _bench as bench
 from _bench import Figures, Job
 
-SIDES = {"float32": "fp32", "bfloat16": "bf16"}
+EXACT, OURS, PEFT = "float32", "bfloat16", "bfloat16 of PEFT"
+SIDES = {EXACT: "fp32", OURS: "bf16", PEFT: "bf16"}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +31,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def plan(args: argparse.Namespace) -> list[Job]:
     common = {"model": bench.chosen_model(args), "steps": args.steps, "batch": args.batch, "lr": args.lr}
     return [
-        Job("lora", side, pair, {**common, "precision": precision, "seed": pair})
+        Job("lora", side, pair, {**common, "precision": precision, "seed": pair, "peft": side == PEFT})
         for pair in range(max(2, args.pairs))  # one alone has no noise to compare with
         for side, precision in SIDES.items()
     ]
@@ -52,8 +54,48 @@ def work(job: dict[str, Any]) -> Figures:
     torch.manual_seed(job["seed"])
     host = al.attach(model, al.LoRA(r=8, alpha=16, targets="all-linear"))
     training = Training(steps=job["steps"], batch_size=job["batch"], lr=job["lr"], warmup=4, seed=0)
-    Loop(host, "default", rows, training, listeners=[Curve()]).run()
-    return {"losses": losses, "trained": [str(p.dtype) for p in host.parameters("default")][:1]}
+    loop = Loop(host, "default", rows, training, listeners=[Curve()])
+    if job["peft"]:
+        return {"losses": _with_peft(job, loop)}
+    loop.run()
+    return {"losses": losses}
+
+
+def _with_peft(job: dict[str, Any], loop: Any) -> list[float]:
+    """The losses of the run that a loop is about to make, made by PEFT and torch."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from adapterlab.data import Collator
+    from adapterlab.optim import schedule
+
+    start = {path: adapter.A.detach().clone() for path, adapter in loop.host.adapters("default").items()}
+    peft = get_peft_model(
+        _model_and_rows(job)[0],
+        LoraConfig(r=8, lora_alpha=16, target_modules=[path.split(".")[-1] for path in start]),
+    )
+    modules = dict(peft.get_base_model().named_modules())
+    for path, a in start.items():
+        modules[path].lora_A["default"].weight.data.copy_(a)
+    if (found := sum("lora_A" in name for name, _ in peft.named_parameters())) != len(start):
+        raise SystemExit(f"PEFT adapts {found} modules and not the same {len(start)}.")
+    training, losses = loop.training, []
+    trained = [p for p in peft.parameters() if p.requires_grad]
+    kept = {"weight_decay": training.weight_decay, "betas": training.betas, "eps": training.eps}
+    optimizer = torch.optim.AdamW(trained, lr=training.lr, **kept)
+    rates = schedule(optimizer, loop.total, kind=training.schedule, warmup=training.warmup_steps(loop.total), floor=0.0)
+    collate = Collator(peft.config.pad_token_id or 0)
+    peft.train()
+    for step in range(loop.total):
+        (indices,) = loop.sampler.step(step)
+        loss = peft(**collate([loop.rows[i] for i in indices]), use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, training.clip or torch.inf)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
 
 
 def _model_and_rows(job: dict[str, Any]) -> tuple[Any, Any]:
@@ -76,12 +118,16 @@ def _model_and_rows(job: dict[str, Any]) -> tuple[Any, Any]:
 
 def report(done: list[tuple[Job, Figures]], file: Path) -> tuple[dict[str, Any], str]:
     curves = {(job.side, job.pair): figures["losses"] for job, figures in done}
-    seeds = sorted({pair for side, pair in curves if ("bfloat16", pair) in curves and ("float32", pair) in curves})
-    rounding = [_apart(curves["float32", s], curves["bfloat16", s]) for s in seeds]
-    noise = [_apart(curves["float32", a], curves["float32", b]) for a in seeds for b in seeds if a < b]
+    seeds = sorted({pair for _, pair in curves if all((side, pair) in curves for side in SIDES)})
+    pairs = {
+        f"{OURS} - {EXACT}": [((OURS, s), (EXACT, s)) for s in seeds],
+        f"{PEFT} - {EXACT}": [((PEFT, s), (EXACT, s)) for s in seeds],
+        f"{EXACT}, between seeds": [((EXACT, a), (EXACT, b)) for a in seeds for b in seeds if a < b],
+    }
     summary: dict[str, Any] = {"seeds": len(seeds)}
-    if rounding and noise:
-        for name, found in (("bfloat16 - float32", rounding), ("between seeds", noise)):
+    for name, chosen in pairs.items():
+        found = [_apart(curves[one], curves[other]) for one, other in chosen]
+        if found:
             summary[name] = {key: bench.spread([one[key] for one in found]) for key in found[0]}
     rows = [
         [name, *(bench.shown(found[key], 4) for key in ("each step", "mean of the run", "last ten"))]
@@ -104,4 +150,4 @@ def _apart(one: list[float], other: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    bench.main(__file__, plan=plan, work=work, report=report, options=options, peers=False)
+    bench.main(__file__, plan=plan, work=work, report=report, options=options)
