@@ -1,16 +1,19 @@
 """How far `adapterlab plan` is off on a CPU: predicted against measured peak memory of training processes.
 
-    python benchmarks/plan_error.py [--part 0/3] | --predict | --fit
+    python benchmarks/plan_error.py [--fresh]
 
-Every case trains three steps in a process of its own, on a model loaded from disk. Results are added to
-benchmarks/results/plan_error.json; `--fit` computes the constants of `src/adapterlab/plan/process.json` from them, and
-the errors: each case is predicted with constants that were fitted without it.
+Every case trains three steps in a process of its own, on a model loaded from disk, and is simulated by the planner.
+From these pairs the constants of `src/adapterlab/plan/process.json` are computed, and the errors: each case is
+predicted with constants that were fitted without it. The cases vary model, method, batch, length, precision, packing,
+recomputation, and how the loss is computed: for all positions or few, chunk by chunk or by the model itself. Cases that
+are in benchmarks/results/plan_error.json already are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import subprocess
 import sys
 import tempfile
@@ -18,9 +21,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import _bench as bench
+
 RESULTS = Path(__file__).parent / "results" / "plan_error.json"
 CONSTANTS = Path(__file__).parent.parent / "src" / "adapterlab" / "plan" / "process.json"
-_KEYS = ("model", "method", "batch", "length", "precision", "quantize", "recompute")
+_KEYS = ("model", "method", "batch", "length", "precision", "quantize", "recompute", "labelled")
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 8192}
 SHAPES: dict[str, dict[str, Any]] = {
     "small": {
@@ -40,7 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def _cases() -> list[dict[str, Any]]:
     def case(model: str, method: str, batch: int, length: int, **more: Any) -> dict[str, Any]:
-        settings = {"precision": "fp32", "quantize": None, "recompute": "none", **more}
+        settings = {"precision": "fp32", "quantize": None, "recompute": "none", "labelled": 1.0, **more}
         return {"model": model, "method": method, "batch": batch, "length": length, **settings}
 
     return [
@@ -67,6 +72,11 @@ def _cases() -> list[dict[str, Any]]:
         case("wide", "lora", 2, 512, quantize="nf4"),
         case("wide", "lora", 2, 512, quantize="nf4", precision="bf16"),
         case("wide", "galore", 1, 256),
+        case("wide", "lora", 4, 512, labelled=0.1),
+        case("wide", "lora", 4, 512, labelled=0.5, precision="bf16"),
+        case("wide", "prompt_tuning", 2, 512),  # the model computes its loss itself, from all logits
+        case("capped", "prompt_tuning", 2, 512),
+        case("smollm2-135m", "lora", 4, 256, labelled=0.25, precision="bf16"),
         case("capped", "lora", 2, 512),
         case("capped", "lora", 1, 2048),
         case("capped", "dora", 2, 512, recompute="full"),
@@ -103,10 +113,10 @@ def train(case: dict[str, Any]) -> dict[str, int]:
     host = attach(model, make_method(case["method"]))
     count, length = case["batch"], case["length"]
     ids = [i % model.config.vocab_size for i in range(1, length + 1)]
+    bare = round((1 - case["labelled"]) * length)
+    rows = [{"input_ids": ids, "labels": [-100] * bare + ids[bare:]}] * count
     training = Training(batch_size=count, steps=3, recompute=case["recompute"])
-    Loop(
-        host, "default", [{"input_ids": ids, "labels": ids}] * count, training, accelerator=Accelerator(cpu=True)
-    ).run()
+    Loop(host, "default", rows, training, accelerator=Accelerator(cpu=True)).run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"imported": imported, "loaded": loaded, "peak": peak}
 
@@ -142,6 +152,7 @@ def _predict() -> None:
     """Simulate the measured cases that have no prediction yet."""
     from transformers import AutoConfig
 
+    from adapterlab.plan.apart import apart
     from adapterlab.plan.planning import setup_of, trace_of
 
     done = json.loads(RESULTS.read_text())
@@ -150,9 +161,10 @@ def _predict() -> None:
             continue
         shape = {**SHAPES.get(case["model"], {}), **_TOKENS}
         model = AutoConfig.for_model(**shape) if case["model"] in SHAPES else case["model"]
-        keys = ("batch", "length", "precision", "quantize", "recompute")
         began = time.perf_counter()
-        trace = trace_of(setup_of(model, case["method"], **{key: case[key] for key in keys}))
+        setup = setup_of(model, case["method"], **{key: case[key] for key in _KEYS[2:]})
+        with apart():
+            trace = trace_of(setup)
         case |= {
             "live": trace.peak.total,
             "resting": sum(trace.resting.values()),
@@ -160,25 +172,23 @@ def _predict() -> None:
             "loss": trace.loss,
             "seconds": round(time.perf_counter() - began, 1),
         }
-        print({**_short(case), "seconds": case["seconds"]}, flush=True)
-        now = json.loads(RESULTS.read_text())  # another part may have measured meanwhile
-        now["cases"] = [case if _same(case, other) else other for other in now["cases"]]
-        RESULTS.write_text(json.dumps(now, indent=1) + "\n")
+        print(f"simulated in {case['seconds']} s: {_short(case)}", flush=True)
+        bench.write(RESULTS, json.dumps(done, indent=1) + "\n")
 
 
 def _same(case: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(case[key] == other[key] for key in _KEYS)
+    return all(case[key] == other.get(key) for key in _KEYS)
 
 
 def _short(case: dict[str, Any]) -> dict[str, Any]:
     return {key: case[key] for key in (*_KEYS, "live", "resting", "peak", "imported")}
 
 
-def _measure(part: int, parts: int) -> None:
+def _measure() -> None:
     """Measure what has not been measured."""
     with tempfile.TemporaryDirectory() as folder:
         _write_models(Path(folder))
-        for case in _cases()[part::parts]:
+        for case in _cases():
             done = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"cases": []}
             if any(_same(case, other) for other in done["cases"]):
                 continue
@@ -187,13 +197,14 @@ def _measure(part: int, parts: int) -> None:
                 [sys.executable, __file__, "--case", json.dumps(given)], capture_output=True, text=True
             )
             if ended.returncode:
-                print("failed:", case, ended.stderr[-600:], flush=True)
-                continue
+                raise SystemExit(f"{case} failed:\n{ended.stderr[-1500:]}")
             record = {**case, **json.loads(ended.stdout.splitlines()[-1])}
-            done = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"cases": []}
             done["cases"].append(record)
-            RESULTS.write_text(json.dumps(done, indent=1) + "\n")
-            print(json.dumps(record), flush=True)
+            done["conditions"] = {
+                "date": bench.now(), "system": platform.platform(), "versions": bench.versions(), "git": bench._git()
+            }  # fmt: skip
+            bench.write(RESULTS, json.dumps(done, indent=1) + "\n")
+            print(f"measured: {json.dumps(record)}", flush=True)
 
 
 def _fit() -> None:
@@ -210,8 +221,8 @@ def _fit() -> None:
     constants = _constants(cases)
     summary = {"median": sorted(errors)[len(errors) // 2], "worst": max(errors), "cases": len(errors)}
     done |= {"constants": constants, "errors": summary}
-    RESULTS.write_text(json.dumps(done, indent=1) + "\n")
-    CONSTANTS.write_text(json.dumps({"constants": constants, "errors": summary}, indent=1) + "\n")
+    bench.write(RESULTS, json.dumps(done, indent=1) + "\n")
+    bench.write(CONSTANTS, json.dumps({"constants": constants, "errors": summary}, indent=1) + "\n")
     print(summary, constants)
 
 
@@ -239,21 +250,19 @@ def _constants(cases: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure a part of the cases, or fit."""
+    """Measure, simulate, fit; or measure one case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", default="0/1", help="such as 0/3: every third case, from the first on")
-    parser.add_argument("--predict", action="store_true", help="simulate what was measured")
-    parser.add_argument("--fit", action="store_true", help="compute constants and errors from what was measured")
-    parser.add_argument("--case", help="used by the program itself")
+    parser.add_argument("--fresh", action="store_true", help="forget the cases that are done")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case:
         print(json.dumps(train(json.loads(given.case))))
-    elif given.predict:
-        _predict()
-    elif given.fit:
-        _fit()
-    else:
-        _measure(*map(int, given.part.split("/")))
+        return
+    if given.fresh:
+        RESULTS.unlink(missing_ok=True)
+    _measure()
+    _predict()
+    _fit()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@
 
 A step is forward, backward and AdamW on random tokens that all bear a label. PEFT's configuration is written by the
 method's own codec, from an attached adapter: same modules, same rank, same options. Each run is a process of its own
-that measures its shapes from the smallest to the largest. The headline methods run in pairs, ours and PEFT's in turns,
+that measures its shapes from the smallest to the largest, and our LoRA on the same model right after: a machine whose
+speed drifts slows both. The headline methods run in pairs, ours and PEFT's in turns,
 at all shapes; the others run `--rest-pairs` times at `--rest-shapes`, so that the whole ends in reasonable time.
 """
 
@@ -50,8 +51,9 @@ def plan(args: argparse.Namespace) -> list[Job]:
     for id in sorted(chosen, key=lambda id: (id not in args.headline, id != BASELINE, id)):
         main = id in args.headline
         settings = {**common, "method": id, "shapes": _shapes(args.shapes if main else args.rest_shapes)}
+        beside = {} if id == BASELINE else {"beside": BASELINE}
         for pair in range(args.pairs if main else args.rest_pairs):
-            jobs.append(Job(id, OURS, pair, settings))
+            jobs.append(Job(id, OURS, pair, {**settings, **beside}))
             if configs.get(id):
                 jobs.append(Job(id, PEFT, pair, {**settings, "config": configs[id]}))
     return jobs
@@ -110,7 +112,22 @@ def _measured(job: dict[str, Any], attach: Any) -> Figures:
         memory.reset()
         seconds = bench.timed(lambda batch=batch: step(batch), job["steps"])
         shapes[f"{rows}x{length}"] = {"step": bench.statistics.median(seconds), "seconds": seconds, **memory.figures()}
+    if "beside" in job:
+        _beside(job, model, batches, shapes)
     return {"shapes": shapes, "trainable": trainable, "threads": torch.get_num_threads()}
+
+
+def _beside(job: dict[str, Any], model: Any, batches: Any, shapes: dict[str, Any]) -> None:
+    """Add the time that our baseline takes now; its memory would be blurred by what came before."""
+    from adapterlab.core.host import host
+
+    carrier = host(model)
+    assert carrier is not None
+    carrier.detach("default")
+    step, _ = _ours({**job, "method": job["beside"]}, model, batches)
+    for figures, batch in zip(shapes.values(), batches, strict=True):
+        seconds = bench.timed(lambda batch=batch: step(batch), job["steps"])
+        figures["baseline"] = bench.statistics.median(seconds)
 
 
 def _ours(job: dict[str, Any], model: Any, batches: Any) -> tuple[Any, int]:
@@ -173,7 +190,8 @@ def _compared(done: list[tuple[Job, Figures]], id: str, shape: str) -> dict[str,
         if not own or not lora:
             return None
         middle = bench.spread([run[figure] for run in lora])["median"]
-        return bench.spread([run[figure] / middle for run in own])
+        below = [run.get("baseline", middle) if figure == "step" else middle for run in own]
+        return bench.spread([run[figure] / base for run, base in zip(own, below, strict=True)])
 
     return {
         "time / PEFT": bench.ratios(at, (id, OURS), (id, PEFT), lambda run: run["step"]),

@@ -27,7 +27,8 @@ def table() -> str:
         cls = method(id)
         what = (cls.__doc__ or "").strip().splitlines()[0]
         paper = f"[{cls.year}](https://arxiv.org/abs/{cls.arxiv})" if cls.arxiv else "–"
-        rows.append(f"| [`{id}`](docs/methods/{id}.md) | {what} | {cls.family} | {cls.formula} | {paper} |")
+        formula = cls.formula.replace("|", r"\|")
+        rows.append(f"| [`{id}`](docs/methods/{id}.md) | {what} | {cls.family} | {formula} | {paper} |")
     return "\n".join(rows)
 
 
@@ -62,6 +63,7 @@ def files() -> dict[Path, str]:
     before, rest = readme.split(BEGIN)
     after = rest.split(END)[1]
     out = {ROOT / "README.md": fill(f"{before}{BEGIN}\n{table()}\n{END}{after}")}
+    out |= {file: fill(file.read_text(encoding="utf-8")) for file in (ROOT / "docs").glob("*.md")}
     out |= {ROOT / "docs" / "methods" / f"{id}.md": page(id) for id in ids()}
     out[ROOT / "docs" / "cli.md"] = cli_reference()
     return out

@@ -104,3 +104,8 @@ def test_training_before_the_choice_is_refused(tiny: Any) -> None:
     host = al.attach(tiny("llama"), al.LoRADrop(targets=["q"]))
     with pytest.raises(NotTrainingError, match="prepare"):
         host.methods["default"].before_step(host, "default", 0, torch.optim.SGD(host.parameters("default"), lr=0.1))
+
+
+def test_a_plan_prepares_in_one_step_and_keeps_the_rest() -> None:
+    method = al.LoRADrop(r=3, steps=50, threshold=0.5)
+    assert method.brief() == al.LoRADrop(r=3, steps=1, share=1.0, threshold=0.5)

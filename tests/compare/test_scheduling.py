@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from adapterlab.compare import CompareConfig, compare
+from adapterlab.compare import CompareConfig, compare, pools
 from adapterlab.compare.halving import halve, spread
 from adapterlab.compare.jobs import JobFolder
 from adapterlab.compare.results import UNTRAINED, Exam, Run, Trial
@@ -84,6 +86,48 @@ def test_a_failure_that_cannot_go_away_is_not_tried_again(fields: dict[str, Any]
     standing = next(s for s in result.standings if s.label == "lora")
     assert (standing.finished, standing.failed) == (1, 1)
     assert "nothing moved" in standing.reason
+
+
+def test_what_cannot_fit_is_refused_before_it_loads_and_the_others_go_on(
+    fields: dict[str, Any], inline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from adapterlab.plan import early
+
+    def room(place: Any) -> int:
+        return 1000 if JobFolder(pool.started[-1]).job().label == "full" else 2**40
+
+    monkeypatch.setattr(early, "_TRIFLE", 0.0)
+    monkeypatch.setattr(early, "_available", room)
+    pool = inline()
+    result = compare(CompareConfig(**{**fields, "methods": ["lora", "full"]}))
+    (failed,) = result.runs_of("full", "failed")
+    assert failed.attempts == 1
+    assert "cannot fit" in failed.reason
+    assert not (pool.started[-1] / "train").exists()
+    assert len(result.runs_of("lora")) == 1
+
+
+def test_no_process_starts_on_memory_that_running_ones_will_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pools, "command", lambda folder: [sys.executable, "-c", "import time; time.sleep(100)"])
+    pool = pools.LocalPool(3, 1)
+    pool.need = 10 * 2**30
+    free = SimpleNamespace(available=2**30)
+    monkeypatch.setattr(pools.psutil, "virtual_memory", lambda: free)
+    try:
+        assert pool.has_room(), "one may always run"
+        pool.start(tmp_path / "one")
+        free.available = 18 * 2**30
+        assert not pool.has_room(), "10 are promised to the first, which has next to nothing yet"
+        free.available = 21 * 2**30
+        assert pool.has_room()
+        pool.start(tmp_path / "two")
+        assert not pool.has_room()
+    finally:
+        for process in pool.running.values():
+            process.kill()
+        pool.stop()
 
 
 def test_a_search_without_a_rate_fails_its_runs_with_the_reason(

@@ -13,6 +13,7 @@ from adapterlab.plan.planning import setup_of
 from adapterlab.plan.setup import Setup
 from adapterlab.plan.simulate import Trace
 from adapterlab.plan.simulate import simulate as simulated
+from adapterlab.plan.tracker import NeedsNumbers
 
 SIZES: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 18, "num_attention_heads": 4,
@@ -74,6 +75,18 @@ def test_methods_that_treat_layers_unlike_are_simulated_whole() -> None:
     trace = extrapolated(given, run)
     assert depths[-1] == 18
     assert trace.trainable == simulate(given).trainable > 0
+
+
+def test_what_depends_on_numbers_is_refused_without_trying_all_layers() -> None:
+    depths: list[int] = []
+
+    def run(short: Setup) -> Any:
+        depths.append(short.config.num_hidden_layers)
+        raise NeedsNumbers("chooses by value")
+
+    with pytest.raises(NeedsNumbers):
+        extrapolated(setup("lora"), run)
+    assert len(depths) == 1
 
 
 def test_cutting_keeps_the_pattern_of_layers() -> None:

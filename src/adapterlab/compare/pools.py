@@ -81,7 +81,11 @@ class LocalPool:
         """Whether another job may start: there is a place, and memory unless nothing else runs."""
         if len(self.running) >= self.size:
             return False
-        return not self.running or psutil.virtual_memory().available >= self.need
+        return not self.running or psutil.virtual_memory().available >= self.need + self._promised()
+
+    def _promised(self) -> int:
+        """Bytes that the running processes are still expected to take."""
+        return sum(max(0, self.need - _resident(process.pid)) for process in self.running.values())
 
     def stop(self) -> None:
         """Ask the running jobs to save what they have, and wait for them."""
@@ -94,6 +98,13 @@ class LocalPool:
                 process.kill()
                 process.wait()
         self.running.clear()
+
+
+def _resident(pid: int) -> int:
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.NoSuchProcess:  # it has just ended
+        return 0
 
 
 class RayPool:

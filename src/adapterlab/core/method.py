@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -71,6 +71,10 @@ class Method(Settings):
         """Use data before training starts (Fisher masks, data-driven initialisation)."""
         for key, part in host.part_methods(name).items():
             part.prepare(host, key, batches)
+
+    def brief(self) -> Self:
+        """Return the same method with the shortest `prepare`: plans simulate it on tensors that hold no numbers."""
+        return self
 
     def optimizer(self, host: Host, name: str, make: MakeOptimizer) -> Optimizer:
         """Build the optimizer; `make` takes parameters or parameter groups."""

@@ -191,8 +191,10 @@ class Fastfood(nn.Module):
     def forward(self, v: Tensor) -> Tensor:
         """P(v)."""
         signs, order, gain = (self.signs, self.order, self.gain) if self.kept else self.draw(v.device, v.dtype)
-        v = F.pad(v[: self.length], (0, max(0, self.length - len(v))))
-        h = walsh_hadamard(signs * v).index_select(0, order)
+        # Behind v stand zeros, so H B v repeats what the transform of its first part is.
+        part = min(self.length, 1 << (len(v) - 1).bit_length())
+        v = F.pad(v[:part], (0, max(0, part - len(v))))
+        h = walsh_hadamard(signs[:part] * v).index_select(0, order & (part - 1))
         return walsh_hadamard(gain * h)[: self.size]
 
 

@@ -6,7 +6,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from pydantic import Field, field_validator
@@ -110,6 +110,10 @@ class LoRADrop(LoRA):
             layer.load_state_dict(fresh.state_dict())
             layer.chosen = True
         self._share(host, name, left)
+
+    def brief(self) -> Self:
+        """Decide after one step on all batches."""
+        return self.replace(steps=1, share=1.0)
 
     def before_step(self, host: Host, name: str, step: int, optimizer: Optimizer) -> None:
         """Refuse to train in a loop that did not call `prepare`."""

@@ -112,6 +112,17 @@ def announced(
             beside.stop()
 
 
+def check(config: TrainConfig, tell: Callable[[str], None]) -> None:
+    """Refuse a run whose weights are a large part of the memory, if it cannot fit; any other costs no time.
+
+    Raises:
+        ConfigError: the run cannot fit.
+    """
+    subject = _subject(config)
+    with announced(config, tell, make=subject is not None and _at_stake(*subject)):
+        return
+
+
 class Beside:
     """A plan in the making, in a process that gives way to others."""
 

@@ -11,7 +11,7 @@ from typing import Any
 from adapterlab.errors import AdapterlabError
 from adapterlab.plan.setup import Setup
 from adapterlab.plan.simulate import ACTIVATIONS, Trace
-from adapterlab.plan.tracker import Moment
+from adapterlab.plan.tracker import Moment, NeedsNumbers
 
 FEWEST = 3
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers", "block_types")
@@ -32,6 +32,8 @@ def extrapolated(setup: Setup, run: Callable[[Setup], Trace]) -> Trace:
     depths = [first + i * period for i in range(3)]
     try:
         traces = [run(replace(setup, config=cut(setup.config, d))) for d in depths]
+    except NeedsNumbers:
+        raise
     except AdapterlabError:  # a method that names layers which the short models lack
         return run(setup)
     ends = [_ends(trace.moments, trace.layers, period) for trace in traces]

@@ -29,6 +29,10 @@ _PATIENCE = 1000
 _COMPARED = (aten.allclose.default, aten.equal.default)
 
 
+class NeedsNumbers(ConfigError):
+    """What happens depends on computed numbers, whatever the number of layers."""
+
+
 @dataclass
 class Moment:
     """The fullest moment of one window of a step.
@@ -148,7 +152,7 @@ class Tracker(TorchDispatchMode):
         if func in _MASKED:
             args = (args[0], _positions(args[1]), *args[2:])
         if func in (aten.nonzero.default, aten.masked_select.default, aten._unique2.default):
-            raise ConfigError(
+            raise NeedsNumbers(
                 f"The shape of a result of {func} depends on computed numbers, which a plan does not have. Methods and "
                 "models that choose by value cannot be planned; measure a short run instead."
             )
