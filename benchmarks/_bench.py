@@ -354,14 +354,17 @@ def _peak() -> int:
     return max(peak if sys.platform == "darwin" else peak * 1024, _resident())
 
 
-def load(model: str | Mapping[str, int], seed: int = SEED) -> Any:
-    """Load a model of the catalogue, or make a random Llama of some sizes, in bfloat16."""
+def load(model: str | Mapping[str, int], seed: int = SEED, quantize: str | None = None) -> Any:
+    """Load a model of the catalogue, or make a random Llama of some sizes, in bfloat16 or packed (catalogue only)."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     if isinstance(model, str):
-        from adapterlab.models import resolve
+        from adapterlab.models import load_model, resolve
+
+        if quantize:
+            return load_model(model, precision="bf16", quantize=quantize)[0]
 
         return AutoModelForCausalLM.from_pretrained(str(resolve(model)), dtype=torch.bfloat16)
     hidden = model["hidden"]

@@ -1,6 +1,7 @@
 """One optimizer step of every method: against HF PEFT where PEFT has the method, and against our own LoRA.
 
     python benchmarks/step_time.py                              # all methods
+    python benchmarks/step_time.py --settings bitfit.bias_mode=add vblora.vector_length=64
     python benchmarks/step_time.py --methods lora ia3 --rest-shapes 2x256,4x512
     python benchmarks/step_time.py --quick
 
@@ -33,10 +34,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rest-shapes", default="2x256", help="of the other methods")
     parser.add_argument("--rest-pairs", type=int, default=1, help="runs of the other methods")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each shape in a run, after one to warm up")
+    parser.add_argument("--settings", nargs="*", default=[], help="of methods whose defaults do not fit: id.key=value")
     parser.add_argument("--rank", type=int, default=8, help="of the methods that have a field r")
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
+    from adapterlab.cli._shared import settings as keyed
     from adapterlab.registry import ids, method
 
     if args.quick:
@@ -44,13 +47,16 @@ def plan(args: argparse.Namespace) -> list[Job]:
     chosen = sorted({BASELINE, *(id for pattern in args.methods for id in ids(pattern))})
     chosen = [id for id in chosen if method(id).trains]
     common = {"model": bench.chosen_model(args), "steps": args.steps, "rank": args.rank}
+    given = keyed(args.settings, "--settings")
     # A method that inherits its codec is stored as another one, and that one is measured.
     stored = [id for id in chosen if vars(method(id)).get("hf") is not None]
-    configs = bench.caller(__file__, args)({**common, "configs": stored})
+    configs = bench.caller(__file__, args)({**common, "configs": stored, "settings": given})
     jobs = []
     for id in sorted(chosen, key=lambda id: (id not in args.headline, id != BASELINE, id)):
         main = id in args.headline
         settings = {**common, "method": id, "shapes": _shapes(args.shapes if main else args.rest_shapes)}
+        if id in given:
+            settings["settings"] = {id: given[id]}
         beside = {} if id == BASELINE else {"beside": BASELINE}
         for pair in range(args.pairs if main else args.rest_pairs):
             jobs.append(Job(id, OURS, pair, {**settings, **beside}))
@@ -77,7 +83,16 @@ def _method(job: dict[str, Any], id: str) -> Any:
     from adapterlab.registry import method
 
     cls = method(id)
-    return cls(**({"r": job["rank"]} if "r" in cls.model_fields else {}))
+    rank = {"r": job["rank"]} if "r" in cls.model_fields else {}
+    return cls(**{**rank, **job.get("settings", {}).get(id, {})})
+
+
+def _load(job: dict[str, Any], method: Any) -> Any:
+    """The model, packed if the method asks for that."""
+    from adapterlab.models.loading import QUANTIZATIONS
+
+    base = getattr(method, "base", None)
+    return bench.load(job["model"], quantize=base if base in QUANTIZATIONS else None)
 
 
 def _config(job: dict[str, Any], id: str) -> Figures | None:
@@ -88,7 +103,7 @@ def _config(job: dict[str, Any], id: str) -> Figures | None:
 
     method = _method(job, id)
     try:
-        host = al.attach(bench.load(job["model"]), method)
+        host = al.attach(_load(job, method), method)
     except AdapterlabError:
         return None  # the run of our side says why
     written = write(host, "default", None, None)
@@ -102,7 +117,7 @@ def _config(job: dict[str, Any], id: str) -> Figures | None:
 def _measured(job: dict[str, Any], attach: Any) -> Figures:
     import torch
 
-    model = bench.load(job["model"])
+    model = _load(job, _method(job, job["method"]))
     memory = bench.Memory(model)
     batches = [bench.batch(model, *shape) for shape in job["shapes"]]
     model.train()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import pytest
 import torch
 
 from adapterlab.errors import ConfigError
+from adapterlab.ops.low_rank import low_rank_linear
 from adapterlab.ops.operator import operator
 from adapterlab.plan.tracker import Tracker, contentless
 
@@ -72,6 +74,13 @@ def test_products_are_counted() -> None:
     with contentless() as fake, Tracker(fake) as tracker:
         torch.randn(3, 5) @ torch.randn(5, 7)
     assert tracker.flops == 2 * 3 * 5 * 7
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_products_inside_own_operators_are_counted(real: bool) -> None:
+    with contextlib.nullcontext() if real else contentless() as fake, Tracker(fake) as tracker:
+        low_rank_linear(torch.randn(3, 5), torch.randn(7, 5), None, torch.randn(2, 5), torch.randn(7, 2), 1.0)
+    assert tracker.flops == 2 * 3 * (5 * 7 + 5 * 2 + 2 * 7)
 
 
 def test_parts_add_up_and_can_be_renamed() -> None:

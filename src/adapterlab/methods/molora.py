@@ -103,7 +103,8 @@ class MoLoRA(LayerMethod):
         def weights(self, x: Tensor) -> Tensor:
             """What each expert counts for each token: `[..., in]` to `[..., E]`, in the router's dtype."""
             with torch.autocast(x.device.type, enabled=False):
-                p = F.linear(x.to(self.router.dtype), self.router).softmax(-1)
+                scores: Tensor = _Scores.apply(x, self.router)
+                p = scores.softmax(-1)
             if self.top_k is None:
                 return p
             top = p.topk(self.top_k, -1)
@@ -121,3 +122,20 @@ class MoLoRA(LayerMethod):
             """Add the experts' share."""
             y: Tensor = run(x, *args, **kwargs)
             return y + self.added(x).to(y.dtype)
+
+
+class _Scores(torch.autograd.Function):
+    """X Rᵀ in the dtype of R, which keeps x as it came: its copy in that dtype is made again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, router: Tensor) -> Tensor:
+        ctx.save_for_backward(x, router)
+        return x.to(router.dtype) @ router.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, router = ctx.saved_tensors
+        need_x, need_router = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        grouter = rows.T @ x.flatten(0, -2).to(router.dtype) if need_router else None
+        return (grad @ router).to(x.dtype) if need_x else None, grouter

@@ -116,8 +116,37 @@ class RoAd(LayerMethod):
         def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Rotate and scale what `run` returns."""
             y: Tensor = run(x, *args, **kwargs)
-            h = y.to(self.dtype).unflatten(-1, (-1, 2, self.size // 2))
-            first, second = h.unbind(-2)
             c, t = self.factors()
-            turned = c * h + t * torch.stack([-second, first], -2)
-            return turned.flatten(-3).to(y.dtype)
+            half = self.size // 2
+            scaled = (c - 1).expand(-1, 2, half).flatten()  # near 1, half precision would lose what was learned
+            swapped = torch.cat([-t[:, :1], t[:, -1:]], 1).flatten()
+            turned: Tensor = _Turn.apply(y, scaled, swapped, half)
+            return turned
+
+
+class _Turn(torch.autograd.Function):
+    """y + d ∘ y + t ∘ J y, where J swaps the halves of each group: in the dtype of y, keeping y alone."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, d: Tensor, t: Tensor, half: int) -> Tensor:
+        ctx.save_for_backward(y, d, t)
+        ctx.half = half
+        return torch.addcmul(y, y, d.to(y.dtype)).addcmul_(_swapped(y, half), t.to(y.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, d, t = ctx.saved_tensors
+        gy = gd = gt = None
+        if ctx.needs_input_grad[0]:
+            gy = torch.addcmul(grad, grad, d.to(grad.dtype)).add_(_swapped(grad * t.to(grad.dtype), ctx.half))
+        if ctx.needs_input_grad[1]:
+            gd = (grad * y).reshape(-1, y.shape[-1]).sum(0, dtype=d.dtype)
+        if ctx.needs_input_grad[2]:
+            gt = (grad * _swapped(y, ctx.half)).reshape(-1, y.shape[-1]).sum(0, dtype=t.dtype)
+        return gy, gd, gt, None
+
+
+def _swapped(y: Tensor, half: int) -> Tensor:
+    """The halves of each group in the other order."""
+    h = y.unflatten(-1, (-1, 2, half))
+    return torch.cat([h[..., 1:, :], h[..., :1, :]], -2).flatten(-3)

@@ -104,6 +104,9 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if _composite(func) and func.overloadpacket not in self._counts:
+            with self:  # its parts are what is computed; autograd takes most such operators apart, but not inside nodes
+                return func.decompose(*args, **kwargs)
         extra = self._inside(func, args, kwargs) if func.namespace in _TRANSPARENT else None
         out = self._watch(func(*args, **kwargs) if self.fake is None else self._simulate(func, args, kwargs))
         declared = self._workspaces.get(func)
@@ -203,6 +206,13 @@ KERNELS = "inside kernels"
 _INSIDES: dict[Any, tuple[int, int]] = {}  # what operators take inside, by operator and form of the arguments
 
 
+@functools.cache
+def _composite(func: Any) -> bool:
+    """Say whether an operator consists of others."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return func.namespace == "aten" and bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
+
+
 def _form(leaf: Any) -> Any:
     return (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
@@ -258,6 +268,7 @@ def _packed_product(a: Tensor, b: Tensor, shape: Any, *args: Any, out_val: Any =
 def _counts() -> dict[Any, Callable[..., int]]:
     """Floating-point operations by operator; bitsandbytes' own where it is loaded."""
     found: dict[Any, Callable[..., int]] = dict(flop_registry)
+    found |= {aten.addmm_: found[aten.addmm], aten.baddbmm_: found[aten.baddbmm]}
     found[aten._scaled_dot_product_flash_attention_for_cpu] = _attention
     found[aten._scaled_dot_product_flash_attention_for_cpu_backward] = _attention_backward
     if "bitsandbytes" in sys.modules:
