@@ -28,6 +28,15 @@ def test_interval_agrees_with_resampling_by_hand() -> None:
     assert found == pytest.approx(np.percentile(means, [2.5, 97.5]), rel=0.02)
 
 
+def test_what_does_not_vary_still_has_an_interval() -> None:
+    for wrong in (np.zeros((1, 100)), np.zeros((2, 100))):
+        low, high = interval(sheets({"a": wrong}), "a")
+        assert low == 0
+        assert high == pytest.approx(0.037, abs=0.001)
+    one = np.array([[1.0] * 60 + [0.0] * 40])
+    assert interval(sheets({"a": one}), "a") == pytest.approx((0.502, 0.691), abs=0.001)
+
+
 def test_p_value_agrees_with_all_resamples_of_few_rows() -> None:
     a, b = np.array([[1.0, 1, 0, 1, 1, 0]]), np.array([[0.0, 1, 0, 0, 1, 0]])
     delta = (a - b)[0]

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adapterlab.compare.results import Difference, Interval
+from adapterlab.data import wilson
 
 Array = NDArray[np.float64]
 _LEAST, _MOST = 10_000, 200_000  # resamples
@@ -68,7 +69,15 @@ class Sheets:
 
 
 def interval(sheets: Sheets, label: str, *, count: int = _LEAST, seed: int = 0) -> Interval:
-    """Return the 95 % percentile interval of one label's mean."""
+    """Return the 95 % percentile interval of one label's mean.
+
+    Answers that are right or wrong have Wilson's where there is one exam, or where all are alike: resampling what does
+    not vary shows no uncertainty at all.
+    """
+    values, rows = sheets.values[label], len(sheets.weights)
+    share = float(values.mean())
+    if np.isin(values, (0, 1)).all() and (sheets.weights == 1).all() and (len(values) == 1 or share in (0, 1)):
+        return wilson(round(share * rows), rows)
     return _percentiles(sheets.draws(label, tuple(sheets.seeds[label]), count, seed))
 
 

@@ -95,7 +95,7 @@ class FourierFT(LayerMethod):
     class Layer(Rebuilt):
         """The coefficients `spectrum` `[n]` of one module."""
 
-        source: Tensor
+        share: Tensor
         target: Tensor
 
         def __init__(self, method: FourierFT, site: Site):
@@ -111,14 +111,14 @@ class FourierFT(LayerMethod):
             self.spectrum = site.parameter(n)
             if method.start == "normal":
                 nn.init.normal_(self.spectrum)
-            source, target = half_places(out, in_, n, method.seed)
-            self.register_buffer("source", source.to(site.device), persistent=False)
+            share, target = half_places(out, in_, n, method.seed)
+            self.register_buffer("share", share.to(site.device, site.dtype), persistent=False)
             self.register_buffer("target", target.to(site.device), persistent=False)
 
         def delta(self) -> Tensor:
             """ΔW = alpha · Re(ifft2(F)) `[out, in]`."""
             out, in_ = self.shape
-            values = (0.5 * self.alpha * self.spectrum)[self.source]
+            values = (self.alpha * self.spectrum).repeat(2) * self.share
             half = values.new_zeros(out * (in_ // 2 + 1)).index_add(0, self.target, values)
             return torch.fft.irfft2(half.view(out, -1), s=self.shape)
 
@@ -135,11 +135,12 @@ def half_places(out: int, in_: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
     Re(ifft2(F)) is the transform of the symmetric part, ½ F(r, c) + ½ F(−r, −c), of which half the columns say all.
 
     Returns:
-        (numbers of values `[m]`, flat positions in the half spectrum `[m]`): half of each value is added there.
+        (share of each value `[2 n]`, flat positions in the half spectrum `[2 n]`): the values, then the values again, are
+        added there by half, or by nothing where the position is in the other half.
     """
     flat = places(out, in_, n, seed)
     rows, columns = flat // in_, flat % in_
     rows, columns = torch.cat([rows, -rows % out]), torch.cat([columns, -columns % in_])
     width = in_ // 2 + 1
     seen = columns < width
-    return torch.arange(n).repeat(2)[seen], (rows * width + columns)[seen]
+    return 0.5 * seen, (rows * width + columns) * seen

@@ -26,6 +26,7 @@ aten = torch.ops.aten
 _TRANSPARENT = ("adapterlab",)  # operators whose kernels are made of further operators: their inside is followed
 _MASKED = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
 _PATIENCE = 1000
+_REAL, _DRAWN = 2**26, 2**16  # elements of the largest real tensors of whole numbers; of random ones
 _COMPARED = (aten.allclose.default, aten.equal.default)
 
 
@@ -50,7 +51,8 @@ class Tracker(TorchDispatchMode):
     """Counts live bytes by part while code runs, and the floating-point operations.
 
     With a fake mode, floating-point tensors have no contents, while whole numbers and truth values are real: masks,
-    labels and counts are what they are in a run, so that code which looks at them takes its usual way. A number read
+    labels and counts are what they are in a run, so that code which looks at them takes its usual way. Huge ones are
+    not, and neither are many random ones, which would take a run's memory and tell nothing. A number read
     out of a tensor without contents is answered with changing ones, so that code which tries until it succeeds ends.
 
     Attributes:
@@ -140,7 +142,7 @@ class Tracker(TorchDispatchMode):
         given = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
         if not given:
             out = func(*args, **kwargs)
-            return self._really(func, args, kwargs) if _whole(out) else out
+            return self._really(func, args, kwargs) if _whole(out) and _small(func, out) else out
         if not any(isinstance(tensor, FakeTensor) for tensor in given):
             out = self._really(func, args, kwargs)
             return out if _whole(out) else func(*args, **kwargs)
@@ -232,6 +234,12 @@ def _whole(out: Any) -> bool:
         for leaf in tree_iter(out)
         if isinstance(leaf, Tensor)
     )
+
+
+def _small(func: Any, out: Any) -> bool:
+    """Say whether whole numbers are worth making."""
+    most = _DRAWN if torch.Tag.nondeterministic_seeded in func.tags else _REAL
+    return all(leaf.numel() <= most for leaf in tree_iter(out) if isinstance(leaf, Tensor))
 
 
 def _positions(indices: Any) -> list[Tensor | None]:

@@ -115,7 +115,7 @@ def losses(rows: Sequence[Row], which: str) -> Figure | None:
     drawn = [(row, across(many), many) for row, many in curves if many]
     if not drawn:
         return None
-    values = [y for _, line, _ in drawn for _, y in line]
+    values = [y for *_, many in drawn for end in (min, max) for _, y in across(many, end)]
     log = min(values) > 0 and max(values) > 8 * min(values)
     y = Axis.over(values, f"{which} loss (nats/token)", log=log)
     plot = Plot(f"{which} loss", Axis.over([x for _, line, _ in drawn for x, _ in line], "step", form=units.plain), y)
