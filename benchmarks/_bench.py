@@ -165,7 +165,8 @@ def _measure(
             except RuntimeError as error:
                 if not tolerant:
                     raise SystemExit(f"{job.key}: {error}") from None
-                figures = {"error": str(error)}
+                print(f"{job.key}: {error}", file=sys.stderr)
+                figures = {"error": str(error).strip().splitlines()[-1]}
             runs.add(job, figures, load)
             runs.save(jobs, {})
             check(runs.figures(j for j in jobs if j not in runs.missing(jobs)))

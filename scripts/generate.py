@@ -7,6 +7,7 @@ Methods come from the registry, benchmarks from their results.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from adapterlab.registry import ids, method
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
-BEGIN, END = "<!-- methods: begin (generated) -->", "<!-- methods: end -->"
 
 
 def table() -> str:
@@ -36,6 +36,25 @@ def page(id: str) -> str:
     from adapterlab.cli._pages import method_page
 
     return method_page(method(id))
+
+
+def costs() -> str:
+    """What the pages of methods say of their cost."""
+    rows = ["| id | what a step costs beside |", "|---|---|"]
+    for id in ids():
+        found = re.search(r"^ *Cost of a step: (.*?)(?:\n *\n|\Z)", method(id).__doc__ or "", re.DOTALL | re.MULTILINE)
+        if found and "Cost of a step" in vars(method(id)).get("__doc__", ""):
+            rows.append(f"| [`{id}`](methods/{id}.md) | {' '.join(found[1].split())} |")
+    return "\n".join(rows)
+
+
+def between(text: str, name: str, content: str) -> str:
+    """Put generated content between its markers, where a text has them."""
+    begin, end = f"<!-- {name}: begin (generated) -->", f"<!-- {name}: end -->"
+    if begin not in text:
+        return text
+    before, rest = text.split(begin, 1)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
 
 def cli_reference() -> str:
@@ -59,11 +78,10 @@ def cli_reference() -> str:
 def files() -> dict[Path, str]:
     from _bench import fill
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    out = {ROOT / "README.md": fill(f"{before}{BEGIN}\n{table()}\n{END}{after}")}
-    out |= {file: fill(file.read_text(encoding="utf-8")) for file in (ROOT / "docs").glob("*.md")}
+    out = {}
+    for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = between(between(file.read_text(encoding="utf-8"), "methods", table()), "costs", costs())
+        out[file] = fill(text)
     out |= {ROOT / "docs" / "methods" / f"{id}.md": page(id) for id in ids()}
     out[ROOT / "docs" / "cli.md"] = cli_reference()
     return out

@@ -37,6 +37,9 @@ class FourierFT(LayerMethod):
 
     The update's size is about alpha √(n / (2 out in)): small layers need a smaller alpha. It wants large rates.
 
+    Cost of a step: two inverse FFTs of out · in numbers and one FFT of ΔW's gradient in float32, and three products
+    with ΔW, 6 t out in operations; LoRA's large products are 4 t out in for t tokens.
+
     Reference: "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", arXiv 2405.03003.
 
     Example:
@@ -135,8 +138,8 @@ def half_places(out: int, in_: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
     Re(ifft2(F)) is the transform of the symmetric part, ½ F(r, c) + ½ F(−r, −c), of which half the columns say all.
 
     Returns:
-        (share of each value `[2 n]`, flat positions in the half spectrum `[2 n]`): the values, then the values again, are
-        added there by half, or by nothing where the position is in the other half.
+        (share of each value `[2 n]`, flat positions in the half spectrum `[2 n]`): the values and the values again
+        are added there by half, or by nothing where the position is in the other half.
     """
     flat = places(out, in_, n, seed)
     rows, columns = flat // in_, flat % in_

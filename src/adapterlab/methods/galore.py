@@ -41,6 +41,9 @@ class GaLore(Method):
     Moments are kept when the subspace changes. The layer-wise update of the official code is left out: it cannot
     accumulate or clip gradients. The rate of projected weights is lr · scale, that of weight decay lr.
 
+    Cost of a step: the gradient of W is a third large product, 6 t out in operations instead of LoRA's 4 for t tokens;
+    each gradient and each update is projected, 4 r out in.
+
     Reference: "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", arXiv 2403.03507.
 
     Example:

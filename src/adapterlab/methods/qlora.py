@@ -39,6 +39,9 @@ class QLoRA(LoRA):
     Inference: keep the adapter beside the base in four bits, or merge with quantized="dequantize"; the result is a
     plain weight, exact for what was trained.
 
+    Cost of a step: on a CPU the 8-bit AdamW of bitsandbytes updates tensors one by one; `moments="plain"` takes the
+    usual one, for 8 bytes a number.
+
     Reference: "QLoRA: Efficient Finetuning of Quantized LLMs", arXiv 2305.14314.
 
     Example:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from adapterlab.plan.serving import Serving
 
 _WIDTH = 60
+_BYTES = {" GiB": 2.0**30, " MiB": 2.0**20, " KiB": 2.0**10, " B": 1.0}
+_NUMBERS = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 _COLOURS = (
     "blue",
     "magenta",
@@ -43,6 +45,13 @@ def size(count: float) -> str:
         if abs(count) >= factor:
             return f"{count / factor:,.2f} {unit}"
     return f"{count:.0f} B"
+
+
+def _short(count: float, units: Mapping[str, float]) -> str:
+    """Write a number with three digits."""
+    unit, factor = next(((u, f) for u, f in units.items() if abs(count) >= f), ("", 1.0))
+    value = count / factor
+    return f"{value:.{0 if value >= 100 or not unit.strip() else 1 if value >= 10 else 2}f}{unit}"
 
 
 def work(flops: float) -> str:
@@ -128,12 +137,17 @@ def changes_table(changes: Sequence[Change]) -> Table:
 
 def methods_table(plans: Sequence[Plan], reasons: Mapping[str, str]) -> Group:
     """Show all methods, the least memory first."""
-    columns = ("method", "trainable", "adapter", "optimizer", "live peak", "needs", "work", "verdict")
-    table = Table(*columns, title="All methods", title_justify="left")
+    table = Table(title="All methods", title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    for name in ("trains", "adapter", "optim.", "live", "needs", "FLOP"):  # fits into 80 columns
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
     for plan in plans:
         verdict = Text(plan.verdict, style=_VERDICTS[plan.verdict])
-        numbers = (size(plan.adapter), size(plan.state), size(plan.peak), size(plan.process), work(plan.flops))
-        table.add_row(Text(plan.method), f"{plan.trainable:,}", *numbers, verdict)
+        sizes = (_short(count, _BYTES) for count in (plan.adapter, plan.state, plan.peak, plan.process))
+        table.add_row(
+            Text(plan.method), _short(plan.trainable, _NUMBERS), *sizes, _short(plan.flops, _NUMBERS), verdict
+        )
     why = [Text(f"{id}: {reason.splitlines()[0]}", style="dim") for id, reason in reasons.items()]
     return Group(table, *why)
 
