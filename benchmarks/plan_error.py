@@ -5,8 +5,8 @@
 Every case trains three steps in a process of its own, on a model loaded from disk, and is simulated by the planner.
 From these pairs the constants of `src/adapterlab/plan/process.json` are computed, and the errors: each case is
 predicted with constants that were fitted without it. The cases vary model, method, batch, length, precision, packing,
-recomputation, and how the loss is computed: for all positions or few, chunk by chunk or by the model itself. Cases that
-are in benchmarks/results/plan_error.json already are not measured again.
+recomputation, and the share of tokens that bear a loss. Cases that are in benchmarks/results/plan_error.json already are
+not measured again.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _cases() -> list[dict[str, Any]]:
         case("wide", "galore", 1, 256),
         case("wide", "lora", 4, 512, labelled=0.1),
         case("wide", "lora", 4, 512, labelled=0.5, precision="bf16"),
-        case("wide", "prompt_tuning", 2, 512),  # the model computes its loss itself, from all logits
+        case("wide", "prompt_tuning", 2, 512),
         case("capped", "prompt_tuning", 2, 512),
         case("smollm2-135m", "lora", 4, 256, labelled=0.25, precision="bf16"),
         case("capped", "lora", 2, 512),
