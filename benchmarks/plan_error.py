@@ -5,8 +5,8 @@
 Every case trains three steps in a process of its own, on a model loaded from disk, and is simulated by the planner.
 From these pairs the constants of `src/adapterlab/plan/process.json` are computed, and the errors: each case is
 predicted with constants that were fitted without it. The cases vary model, method, batch, length, precision, packing,
-recomputation, and the share of tokens that bear a loss. Cases that are in benchmarks/results/plan_error.json already are
-not measured again.
+recomputation, and the share of tokens that bear a loss. Cases that are in benchmarks/results/plan_error.json already
+are not measured again.
 """
 
 from __future__ import annotations
