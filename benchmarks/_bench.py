@@ -483,16 +483,28 @@ def fill(text: str, results: Path = RESULTS) -> str:
         SystemExit: a beginning has no end, or its benchmark has no results.
     """
     for name in re.findall(r"<!-- benchmark (\w+): begin \(generated\) -->", text):
-        begin, end = f"<!-- benchmark {name}: begin (generated) -->", f"<!-- benchmark {name}: end -->"
         file = results / f"{name}.md"
-        if end not in text:
-            raise SystemExit(f"The text has {begin!r} and no {end!r}. Write it below the table.")
         if not file.exists():
-            raise SystemExit(f"There is no {file} for {begin!r}. Make it with: python benchmarks/{name}.py")
-        before, rest = text.split(begin, 1)
-        after = rest.split(end, 1)[1]
-        text = f"{before}{begin}\n{file.read_text(encoding='utf-8').strip()}\n{end}{after}"
+            raise SystemExit(f"There is no {file} for the table {name!r}. Make it with: python benchmarks/{name}.py")
+        text = between(text, f"benchmark {name}", file.read_text(encoding="utf-8").strip())
     return text
+
+
+def between(text: str, name: str, content: str) -> str:
+    """Put generated content between its markers, where a text has them.
+
+    They are `<!-- NAME: begin (generated) -->` and `<!-- NAME: end -->`.
+
+    Raises:
+        SystemExit: the beginning has no end.
+    """
+    begin, end = f"<!-- {name}: begin (generated) -->", f"<!-- {name}: end -->"
+    if begin not in text:
+        return text
+    before, rest = text.split(begin, 1)
+    if end not in rest:
+        raise SystemExit(f"The text has {begin!r} and no {end!r}. Write it below the table.")
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
 
 def write(file: Path, text: str) -> None:

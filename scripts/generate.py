@@ -43,18 +43,9 @@ def costs() -> str:
     rows = ["| id | what a step costs beside |", "|---|---|"]
     for id in ids():
         found = re.search(r"^ *Cost of a step: (.*?)(?:\n *\n|\Z)", method(id).__doc__ or "", re.DOTALL | re.MULTILINE)
-        if found and "Cost of a step" in vars(method(id)).get("__doc__", ""):
+        if found:
             rows.append(f"| [`{id}`](methods/{id}.md) | {' '.join(found[1].split())} |")
     return "\n".join(rows)
-
-
-def between(text: str, name: str, content: str) -> str:
-    """Put generated content between its markers, where a text has them."""
-    begin, end = f"<!-- {name}: begin (generated) -->", f"<!-- {name}: end -->"
-    if begin not in text:
-        return text
-    before, rest = text.split(begin, 1)
-    return f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
 
 
 def cli_reference() -> str:
@@ -76,11 +67,13 @@ def cli_reference() -> str:
 
 
 def files() -> dict[Path, str]:
-    from _bench import fill
+    from _bench import between, fill
 
-    out = {}
+    out, tables = {}, {"methods": table(), "costs": costs()}
     for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        text = between(between(file.read_text(encoding="utf-8"), "methods", table()), "costs", costs())
+        text = file.read_text(encoding="utf-8")
+        for name, content in tables.items():
+            text = between(text, name, content)
         out[file] = fill(text)
     out |= {ROOT / "docs" / "methods" / f"{id}.md": page(id) for id in ids()}
     out[ROOT / "docs" / "cli.md"] = cli_reference()

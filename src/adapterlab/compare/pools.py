@@ -12,6 +12,7 @@ import psutil
 
 from adapterlab.compare.jobs import LOG
 from adapterlab.errors import require
+from adapterlab.train.memory import resident
 
 _STOP_SECONDS = 60
 
@@ -85,7 +86,7 @@ class LocalPool:
 
     def _promised(self) -> int:
         """Bytes that the running processes are still expected to take."""
-        return sum(max(0, self.need - _resident(process.pid)) for process in self.running.values())
+        return sum(max(0, self.need - resident(process.pid)) for process in self.running.values())
 
     def stop(self) -> None:
         """Ask the running jobs to save what they have, and wait for them."""
@@ -98,13 +99,6 @@ class LocalPool:
                 process.kill()
                 process.wait()
         self.running.clear()
-
-
-def _resident(pid: int) -> int:
-    try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.NoSuchProcess:  # it has just ended
-        return 0
 
 
 class RayPool:

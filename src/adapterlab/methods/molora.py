@@ -139,6 +139,6 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, router = ctx.saved_tensors
         need_x, need_router = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
-        grouter = rows.T @ x.flatten(0, -2).to(router.dtype) if need_router else None
+        rows = grad.reshape(-1, grad.shape[-1])
+        grouter = rows.T @ x.reshape(-1, x.shape[-1]).to(router.dtype) if need_router else None
         return (grad @ router).to(x.dtype) if need_x else None, grouter

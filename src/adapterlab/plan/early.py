@@ -57,11 +57,9 @@ def early_plan(config: TrainConfig, seconds: float = 0.0) -> Plan | None:
         if subject is None:
             return None
         setup, place = subject
-        file = _file(setup, place)
-        if file.is_file():
-            return replace(Plan.from_json(json.loads(file.read_text(encoding="utf-8"))), limit=_available(place))
-        if not seconds:
-            return None
+        kept = _kept(setup, place)
+        if kept is not None or not seconds:
+            return kept
         found = described(config.model, setup, extrapolated(setup, _within(end)), place)
     except (_Late, AdapterlabError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError):
         return None  # a run needs no plan
@@ -71,7 +69,7 @@ def early_plan(config: TrainConfig, seconds: float = 0.0) -> Plan | None:
 
 @contextlib.contextmanager
 def announced(
-    config: TrainConfig, tell: Callable[[str], None], *, force: bool = False, make: bool = True
+    config: TrainConfig, tell: Callable[[str], None], *, force: bool = False, make: bool = True, at_stake: bool = False
 ) -> Iterator[None]:
     """Tell the plan of a run that loads inside this context, and refuse what cannot fit before it does.
 
@@ -84,15 +82,16 @@ def announced(
         tell: prints a line.
         force: refuse nothing.
         make: whether to make a plan where none is kept.
+        at_stake: do all this only where the weights are a large part of the memory.
 
     Raises:
         ConfigError: the run cannot fit.
     """
     subject = _subject(config)
-    if subject is None:
+    if subject is None or (at_stake and not _at_stake(*subject)):
         yield
         return
-    found = early_plan(config)
+    found = _kept(*subject)
     beside = Beside(config) if make and found is None else None
     try:
         if _at_stake(*subject):
@@ -118,8 +117,7 @@ def check(config: TrainConfig, tell: Callable[[str], None]) -> None:
     Raises:
         ConfigError: the run cannot fit.
     """
-    subject = _subject(config)
-    with announced(config, tell, make=subject is not None and _at_stake(*subject)):
+    with announced(config, tell, at_stake=True):
         return
 
 
@@ -173,6 +171,15 @@ def _subject(config: TrainConfig) -> tuple[Setup, Device] | None:
         return (setup, place) if _matters(setup, place) else None
     except (AdapterlabError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError):
         return None  # the run itself will say what is wrong
+
+
+def _kept(setup: Setup, place: Device) -> Plan | None:
+    """The plan that an earlier run left, for the memory of now."""
+    try:
+        found = Plan.from_json(json.loads(_file(setup, place).read_text(encoding="utf-8")))
+    except (AdapterlabError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError):
+        return None  # absent, or of no use: a run needs no plan
+    return replace(found, limit=_available(place))
 
 
 def _at_stake(setup: Setup, place: Device) -> bool:

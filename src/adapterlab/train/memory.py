@@ -44,9 +44,12 @@ class Meter:
         }
 
 
-def resident() -> int:
-    """Resident memory of this process now."""
-    return int(psutil.Process().memory_info().rss)
+def resident(pid: int | None = None) -> int:
+    """Resident memory of a process now, of this one by default; 0 when it has ended."""
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def peak_resident() -> int:

@@ -46,13 +46,13 @@ def join(members: Sequence[Comparison]) -> Comparison:
 
 
 def score_interval(exams: Sequence[Exam], seeds: Sequence[int]) -> Interval | None:
-    """Return the 95 % interval of a mean score: Wilson's for one exam, else a bootstrap over rows and seeds.
+    """Return the 95 % interval of a mean score, as the ranking has it; None where answers were not scored alike.
 
     Args:
         exams: of one method, one for each seed.
         seeds: theirs.
     """
-    if len(exams) == 1 or any(len(exam.right) != len(exams[0].right) for exam in exams):
-        return exams[0].interval if len(exams) == 1 else None
+    if any(len(exam.right) != len(exams[0].right) for exam in exams):
+        return None
     right = np.array([exam.right for exam in exams], dtype=float)
     return interval(Sheets({"": right}, {"": seeds}, np.ones(right.shape[1])), "") if right.size else None
