@@ -21,6 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from adapterlab.core.heap import Heap
 from adapterlab.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def recompute(host: Host, mode: Mode, *, compiled: bool = False) -> None:
         )
     kwargs: dict[str, Any] = {"use_reentrant": False}
     if not compiled:
-        kwargs["context_fn"] = host.recomputation if mode == "full" else functools.partial(_contexts, host)
+        how = functools.partial(_tidied, host, Heap()) if mode == "full" else functools.partial(_contexts, host)
+        kwargs["context_fn"] = how
     elif mode == "cheap":
         kwargs["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     _release_inputs(model)
@@ -79,6 +81,12 @@ def _release_inputs(model: Any) -> None:
     """Without reentry no gradient is needed at the input, and the hook that makes one breaks full graphs."""
     if getattr(model, "_require_grads_hook", None) is not None:
         model.disable_input_require_grads()
+
+
+def _tidied(host: Host, heap: Heap) -> tuple[Context, Context]:
+    """Contexts for `torch.utils.checkpoint`: what a block has freed is given back before the next one needs memory."""
+    first, again = host.recomputation()
+    return Repeated(heap.tidied, lambda: first), Repeated(heap.tidied, lambda: again)
 
 
 # ---------------------------------------------------------------------- keeping products only

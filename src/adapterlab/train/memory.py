@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
-import psutil
 import torch
+
+from adapterlab.core.heap import resident
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Meter:
     """
 
     device: torch.device
-    loaded: int = field(default_factory=lambda: resident())
+    loaded: int = field(default_factory=resident)
     samples: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -44,17 +45,11 @@ class Meter:
         }
 
 
-def resident(pid: int | None = None) -> int:
-    """Resident memory of a process now, of this one by default; 0 when it has ended."""
-    try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.NoSuchProcess:
-        return 0
-
-
 def peak_resident() -> int:
     """Largest resident memory of this process since it started."""
     if sys.platform == "win32":
+        import psutil
+
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
