@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from adapterlab.core.site import plain_class
 from adapterlab.core.wrapping import ADAPTERS, through
-from adapterlab.errors import AttachError
+from adapterlab.errors import AttachError, ConfigError
 from adapterlab.ops.attention import attention, each_segment, pays, varlen_attention, varlen_works
 
 BOUNDS = "cu_seq_lens_q"
@@ -99,6 +99,9 @@ def _without_mask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any,
     return args, {**kwargs, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs[BOUNDS].device)}
 
 
+_NAMES = ("query", "key", "value", "attention_mask")  # some models give some of them by name
+
+
 class _Dispatcher:
     """An attention function that passes the original through the adapters of the module it is called for."""
 
@@ -110,6 +113,7 @@ class _Dispatcher:
         original = self.original or getattr(sys.modules[plain_class(module).__module__], _EAGER)
         fast = _FAST in module.__dict__
         run = functools.partial(_computed if fast else _plainly, module, original)
+        args = (*args, *(kwargs.pop(name) for name in _NAMES[len(args) :] if name in kwargs))
         if fast and kwargs.get(BOUNDS) is not None:
             return _packed(module, original, run, *args, **kwargs)
         if ADAPTERS not in module._modules:
@@ -138,7 +142,7 @@ def _computed(
 
 def _is_plain(original: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
     """Say whether a call asks for a softmax and nothing else, of all that the `sdpa` function can do."""
-    special = ("position_bias", "cache", "softcap", "attention_mask")
+    special = ("position_bias", "cache", "softcap")
     return (
         original is sdpa_attention_forward
         and not kwargs.get("dropout")
@@ -156,7 +160,12 @@ def _packed(
     mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Attention inside each sample of a packed batch; the mask is not looked at."""
+    """Attention inside each sample of a packed batch; the mask is the one that hides nothing."""
+    if mask is not None and mask.numel() > 1:
+        raise ConfigError(
+            f"{type(module).__name__} makes an attention mask of its own, {list(mask.shape)}, which packed rows would "
+            "lose. Set training.packing to false."
+        )
     bounds, longest = kwargs[BOUNDS], kwargs["max_length_q"]
     implementation, causal = _implementation(module), _is_causal(module, kwargs)
     held: Any = module._modules.get(ADAPTERS)
