@@ -5,7 +5,8 @@
 Every case trains three steps in a process of its own, on a model loaded from disk, and is simulated by the planner.
 From these pairs the constants of `src/adapterlab/plan/process.json` are computed, and the errors: each case is
 predicted with constants that were fitted without it. The cases vary model, method, batch, length, precision, packing,
-recomputation, and the share of tokens that bear a loss. Cases that are in benchmarks/results/plan_error.json already
+recomputation, the share of tokens that bear a loss, and how it is computed: in chunks, or by the model itself (encoder
+and decoder; experts with a loss of their own). Cases that are in benchmarks/results/plan_error.json already
 are not measured again.
 """
 
@@ -39,6 +40,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "capped": {
         "model_type": "gemma2", "vocab_size": 16000, "hidden_size": 384, "intermediate_size": 1024,
         "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64,
+    },
+    "seq2seq": {
+        "model_type": "t5", "vocab_size": 16000, "d_model": 512, "d_kv": 64, "d_ff": 1536, "num_layers": 6,
+        "num_decoder_layers": 6, "num_heads": 8, "tie_word_embeddings": True, "decoder_start_token_id": 0,
+    },
+    "experts": {
+        "model_type": "mixtral", "vocab_size": 16000, "hidden_size": 512, "intermediate_size": 1024,
+        "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 2, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "output_router_logits": True, "tie_word_embeddings": True,
     },
 }  # fmt: skip
 
@@ -75,6 +85,11 @@ def _cases() -> list[dict[str, Any]]:
         case("wide", "lora", 4, 512, labelled=0.1),
         case("wide", "lora", 4, 512, labelled=0.5, precision="bf16"),
         case("wide", "prompt_tuning", 2, 512),
+        case("seq2seq", "lora", 4, 256),
+        case("seq2seq", "full", 2, 512, recompute="full"),
+        case("seq2seq", "lora", 2, 512, labelled=0.25),
+        case("experts", "lora", 2, 512),
+        case("experts", "dora", 4, 256, precision="bf16"),
         case("capped", "prompt_tuning", 2, 512),
         case("smollm2-135m", "lora", 4, 256, labelled=0.25, precision="bf16"),
         case("capped", "lora", 2, 512),
@@ -101,6 +116,7 @@ def train(case: dict[str, Any]) -> dict[str, int]:
     from accelerate import Accelerator
 
     from adapterlab.core.host import attach
+    from adapterlab.data import Collator
     from adapterlab.plan.planning import make_method
     from adapterlab.train import run  # noqa: F401
     from adapterlab.train.config import Training
@@ -116,14 +132,14 @@ def train(case: dict[str, Any]) -> dict[str, int]:
     bare = round((1 - case["labelled"]) * length)
     rows = [{"input_ids": ids, "labels": [-100] * bare + ids[bare:]}] * count
     training = Training(batch_size=count, steps=3, recompute=case["recompute"])
-    Loop(host, "default", rows, training, accelerator=Accelerator(cpu=True)).run()
+    collate = Collator(0, seq2seq=case["model"] == "seq2seq")
+    Loop(host, "default", rows, training, collate=collate, accelerator=Accelerator(cpu=True)).run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"imported": imported, "loaded": loaded, "peak": peak}
 
 
 def _load(case: dict[str, Any]) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
 
     from adapterlab.models import load_model
     from adapterlab.models.loading import PRECISIONS, _quantization
@@ -132,7 +148,13 @@ def _load(case: dict[str, Any]) -> Any:
         return load_model(case["model"], precision=case["precision"], quantize=case["quantize"], device="cpu")[0]
     dtype = PRECISIONS[case["precision"]]
     options = _quantization(case["quantize"], dtype, torch.device("cpu"))
-    return AutoModelForCausalLM.from_pretrained(case["folder"], dtype=dtype, **options)
+    return _class(case["model"]).from_pretrained(case["folder"], dtype=dtype, **options)
+
+
+def _class(model: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if model == "seq2seq" else AutoModelForCausalLM
 
 
 # ---------------------------------------------------------------------- all cases
@@ -140,12 +162,12 @@ def _load(case: dict[str, Any]) -> Any:
 
 def _write_models(folder: Path) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     for name, shape in SHAPES.items():
         fields = {**shape, **_TOKENS}
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
+        _class(name).from_config(config, dtype=torch.bfloat16).save_pretrained(folder / name)
 
 
 def _predict() -> None:

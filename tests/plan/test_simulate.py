@@ -25,6 +25,8 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2, "tie_word_embeddings": True, "max_position_embeddings": 512, "bos_token_id": 1,
     "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 160, "num_layers": 4, "num_heads": 4, "decoder_start_token_id": 0}
 
 
 def setup(method: Any = "lora", kind: str = "llama", **options: Any) -> Setup:
@@ -51,6 +53,12 @@ def simulate(given: Setup, **options: Any) -> Trace:
         setup("lora", precision="bf16", batch=1, length=160),
         setup("lora", "gemma2", sizes={"head_dim": 16}),
         setup("lora", labelled=0.3),
+        setup("lora", "mixtral", sizes=EXPERTS),
+        setup("dora", "mixtral", precision="bf16", sizes={**EXPERTS, "output_router_logits": True}),
+        setup("lora", "t5", sizes=T5),
+        setup("full", "t5", recompute="full", sizes=T5),
+        setup("lora", "bert", sizes={"is_decoder": True}),
+        setup("lora", "gpt2"),
     ],
     ids=lambda given: f"{given.method.id}-{given.config.model_type}-{given.precision}-{given.training.recompute}",
 )

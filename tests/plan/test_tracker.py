@@ -76,6 +76,20 @@ def test_products_are_counted() -> None:
     assert tracker.flops == 2 * 3 * 5 * 7
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_of_groups_are_counted_in_both_directions(dtype: torch.dtype) -> None:
+    rows = [3, 0, 13]
+    with contentless() as fake, Tracker(fake) as tracker:
+        x = torch.randn(16, 8, dtype=dtype, requires_grad=True)
+        w = torch.randn(3, 8, 24, dtype=dtype, requires_grad=True)
+        out = torch._grouped_mm(x, w, offs=torch.tensor(rows, dtype=torch.int32).cumsum(0, dtype=torch.int32))
+        assert (out.shape, out.dtype) == ((16, 24), dtype)
+        assert tracker.flops == sum(2 * n * 8 * 24 for n in rows)
+        out.backward(torch.ones_like(out))
+        assert (x.grad.shape, w.grad.shape) == (x.shape, w.shape)
+    assert tracker.flops == 3 * sum(2 * n * 8 * 24 for n in rows)
+
+
 @pytest.mark.parametrize("real", [True, False])
 def test_products_inside_own_operators_are_counted(real: bool) -> None:
     with contextlib.nullcontext() if real else contentless() as fake, Tracker(fake) as tracker:

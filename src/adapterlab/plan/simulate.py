@@ -9,6 +9,7 @@ import gc
 import logging
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -39,7 +40,8 @@ NAME = "default"
 BASE, ADAPTER, GRADIENTS, STATE, LOSS = "base weights", "adapter", "gradients", "optimizer state", "logits and loss"
 INPUT, BACKWARD, UPDATE, CHECKS = "inputs and masks", "backward pass", "update", "checks and clipping"
 ACTIVATIONS = "activations"
-_SCALING = {"mul", "mul_", "div", "div_", "tanh", "tanh_", "_to_copy", "slice", "view", "alias", "detach"}
+_SHAPING = {"_to_copy", "slice", "view", "alias", "detach"}
+_SCALING = _SHAPING | {"mul", "mul_", "div", "div_", "tanh", "tanh_"}
 
 
 @dataclass(frozen=True)
@@ -237,33 +239,41 @@ def _settle(tracker: Tracker, grown: int, adapter: int) -> None:
             moment.parts[ADAPTER] = moment.parts.get(ADAPTER, 0) + grown - state
 
 
-class _Since(TorchDispatchMode):
-    """Notes the names of operators after a moment."""
+class _Stages(TorchDispatchMode):
+    """Notes the names of operators by stage."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] | None = None
+        self.names: dict[str, set[str]] = defaultdict(set)
+        self.stage = "backbone"
 
-    def begin(self, *_: Any) -> None:
-        self.names = set()
+    def enter(self, stage: str) -> None:
+        """Begin a stage."""
+        self.stage = stage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.names is not None:
-            self.names.add(func.overloadpacket.__name__)
+        if func.namespace != "prim":  # questions, such as for the device
+            self.names[self.stage].add(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
 def _head_is_all(loss: Loss, head: nn.Module) -> bool:
     """Say whether the logits are those of the head, perhaps scaled and capped; without numbers, operators must tell."""
-    since = _Since()
-    handle = head.register_forward_hook(since.begin)
+    stages = _Stages()
+    backbone = loss.model.base_model
+    handles = [
+        backbone.register_forward_hook(lambda *_: stages.enter("between")),
+        head.register_forward_pre_hook(lambda *_: stages.enter("head")),
+        head.register_forward_hook(lambda *_: stages.enter("after")),
+    ]
     try:
-        with since:
+        with stages:
             loss.model(input_ids=torch.arange(1, 7)[None], use_cache=False)
     finally:
-        handle.remove()
-    return since.names is not None and since.names <= _SCALING
+        for handle in handles:
+            handle.remove()
+    return stages.stage == "after" and stages.names["between"] <= _SHAPING and stages.names["after"] <= _SCALING
 
 
 def _converted(module: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:

@@ -161,6 +161,8 @@ class Tracker(TorchDispatchMode):
                 f"The shape of a result of {func} depends on computed numbers, which a plan does not have. Methods and "
                 "models that choose by value cannot be planned; measure a short run instead."
             )
+        if func is aten._grouped_mm.default:
+            return _grouped(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _really(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -254,6 +256,13 @@ def _positions(indices: Any) -> list[Tensor | None]:
     return found
 
 
+def _grouped(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Products of groups of rows: torch knows their shapes in bfloat16 only, though kernels take other precisions."""
+    dtype = kwargs.get("out_dtype") or a.dtype
+    out: Tensor = aten._grouped_mm.default(a.bfloat16(), b.bfloat16(), *args, **{**kwargs, "out_dtype": None})
+    return out.to(dtype)
+
+
 @contextlib.contextmanager
 def contentless() -> Iterator[FakeTensorMode]:
     """A mode in which floating-point tensors have no contents, for a `Tracker` to run on."""
@@ -269,6 +278,11 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any,
     return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
 
 
+def _grouped_product(a: Tensor, b: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """Each row, or each column where those are in groups, meets one matrix."""
+    return 2 * (a.shape[-2] * b.numel() if a.dim() > b.dim() else a.numel() * b.shape[-1])
+
+
 def _packed_product(a: Tensor, b: Tensor, shape: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
     return 2 * (a.numel() // a.shape[-1]) * int(shape[0]) * int(shape[1])
 
@@ -276,6 +290,7 @@ def _packed_product(a: Tensor, b: Tensor, shape: Any, *args: Any, out_val: Any =
 def _counts() -> dict[Any, Callable[..., int]]:
     """Floating-point operations by operator; bitsandbytes' own where it is loaded."""
     found: dict[Any, Callable[..., int]] = dict(flop_registry)
+    found[aten._grouped_mm] = _grouped_product
     found |= {aten.addmm_: found[aten.addmm], aten.baddbmm_: found[aten.baddbmm]}
     found[aten._scaled_dot_product_flash_attention_for_cpu] = _attention
     found[aten._scaled_dot_product_flash_attention_for_cpu_backward] = _attention_backward
