@@ -60,12 +60,12 @@ class Kind:
 
 
 class Linear(Kind):
-    """`nn.Linear` and its quantized subclasses: y = x Wᵀ."""
+    """`nn.Linear` and those of its subclasses, packed ones among them, that compute y = x Wᵀ."""
 
     name = "linear"
 
     def matches(self, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear)
+        return isinstance(module, nn.Linear) and _keeps_its_word(module)
 
     def shape(self, module: nn.Module) -> tuple[int, int]:
         return module.out_features, module.in_features  # type: ignore[return-value]
@@ -155,6 +155,36 @@ class Norm(Kind):
 
 
 KINDS: tuple[Kind, ...] = (Transposed(), Linear(), Embedding(), Conv(), Norm(), Kind())
+
+
+def _keeps_its_word(module: nn.Linear) -> bool:
+    """Say whether a subclass of `nn.Linear` is one; routers and block-diagonal maps in modelling files are not.
+
+    It is tried, once for each class. Packed layers come from elsewhere and are believed.
+    """
+    cls = plain_class(module)
+    if cls.forward is nn.Linear.forward or not cls.__module__.startswith(_MODELLING) or is_quantized(module):
+        return True
+    if cls not in _TRIED:
+        _TRIED[cls] = _is_linear(cls, module)
+    return _TRIED[cls]
+
+
+_MODELLING = ("transformers.models.", "transformers_modules.")
+_TRIED: dict[type, bool] = {}
+
+
+@torch.no_grad()
+def _is_linear(cls: type[nn.Linear], module: nn.Linear) -> bool:
+    weight = module.weight
+    x = torch.linspace(-1, 1, 3 * module.in_features, device=weight.device, dtype=weight.dtype).view(3, -1)
+    try:
+        y = cls.forward(module, x)
+    except Exception:  # whatever it wants is not what a linear layer takes
+        return False
+    if not isinstance(y, Tensor) or y.shape != (3, module.out_features):
+        return False
+    return weight.is_meta or torch.allclose(y, F.linear(x, weight, module.bias), rtol=1e-2, atol=1e-3)
 
 
 def plain_class(module: nn.Module) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adapterlab.core.site import Site
 from adapterlab.io.hf_peft import HFCodec
 from adapterlab.methods._bases import RandomBases, SlicedDelta, codec, seeded
-from adapterlab.ops.low_rank import autocasts
+from adapterlab.ops.low_rank import autocasts, unfolded
 from adapterlab.registry import register
 
 
@@ -153,7 +153,7 @@ class _Update(torch.autograd.Function):
             y = flat @ (update.T if turned else update)
         else:
             y = (flat @ v.T) @ b.T if turned else (flat @ b) @ v
-        return y.mul_(scale).view(*x.shape[:-1], y.shape[-1])
+        return unfolded(y.mul_(scale), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

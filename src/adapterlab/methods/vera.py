@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adapterlab.core.site import Site
 from adapterlab.io.hf_peft import HFCodec
 from adapterlab.methods._bases import RandomBases, SlicedDelta, codec, seeded
-from adapterlab.ops.low_rank import autocasts
+from adapterlab.ops.low_rank import autocasts, unfolded
 from adapterlab.registry import register
 
 
@@ -107,7 +107,7 @@ class _Scaled(torch.autograd.Function):
         h = x.reshape(-1, x.shape[-1]) @ a.to(x.dtype).T
         ctx.save_for_backward(h, a, b, d, out)
         y = (h * d.to(x.dtype)) @ b.to(x.dtype).T
-        return y.mul_(out.to(x.dtype)).view(*x.shape[:-1], len(b))
+        return unfolded(y.mul_(out.to(x.dtype)), x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

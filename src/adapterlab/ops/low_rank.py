@@ -55,6 +55,15 @@ def autocasts(x: Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type)
 
 
+def unfolded(y: Tensor, x: Tensor) -> Tensor:
+    """Give the rows of a product `[tokens, out]` the leading dimensions of its input `[..., in]`.
+
+    To autograd the result is no view: one that comes out of a node may not be changed in place, as some models do.
+    """
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+    return shaped
+
+
 def _fake_mask(like: Tensor, width: int, p: float, seed: Tensor) -> Tensor:
     return like.new_empty(len(like), width)
 
@@ -120,7 +129,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(flat if need_a else None, h if need_b else None, held, a, b, seed)
         ctx.scale, ctx.p, ctx.again = scale / kept(p), p, again
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return unfolded(y, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterlab.ops.low_rank import low_rank, thin_added
+from adapterlab.ops.low_rank import low_rank, thin_added, unfolded
 from adapterlab.ops.operator import operator
 
 
@@ -118,7 +118,7 @@ class _MagnitudeLinear(torch.autograd.Function):
         held = (t if need else None for t, need in ((flat, need_a), (h, need_b), (z, need_gain), (weight, not again)))
         ctx.save_for_backward(*held, bias, a, b, gain)
         ctx.scale, ctx.again = scale, again
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return unfolded(y, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 from pydantic.fields import FieldInfo
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterlab.core.host import Host, host
 from adapterlab.errors import AdapterlabError, AttachError, ConfigError
@@ -76,9 +76,15 @@ def check_count(case: Case) -> None:
 
 @check("trains")
 def check_gradients(case: Case) -> None:
-    """Every trainable tensor receives a finite gradient."""
+    """Every trainable tensor receives a finite gradient, also where a model changes in place what a module returns."""
     found = case.attach()
-    _check_gradients(found, models.batch(found.model))
+    batch = models.batch(found.model)
+    wanted = _check_gradients(found, batch)
+    for path in {path for key in found.parts("one") for path in found.adapters(key)}:
+        module = found.model.get_submodule(path)
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda _, args, out: out.mul_(1))
+    same(_check_gradients(found, batch), wanted, "gradients with and without changes in place")
 
 
 @check("trains")
@@ -245,13 +251,15 @@ def check_smoke(case: Case) -> None:
     check_detach(case)
 
 
-def _check_gradients(found: Host, batch: dict[str, Tensor]) -> None:
+def _check_gradients(found: Host, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     got = gradients(found, "one", [batch])
     silent = [key for key, grad in got.items() if grad is None]
     require(not silent, f"{len(silent)} trainable tensors get no gradient, for example {', '.join(silent[:4])}")
     wild = [key for key, grad in got.items() if grad is not None and not bool(grad.isfinite().all())]
     require(not wild, f"{len(wild)} gradients are not finite, for example {', '.join(wild[:4])}")
-    require(any(bool(grad.any()) for grad in got.values() if grad is not None), "all gradients are zero")
+    arrived = {key: grad for key, grad in got.items() if grad is not None}
+    require(any(bool(grad.any()) for grad in arrived.values()), "all gradients are zero")
+    return arrived
 
 
 def _loop(found: Host, steps: int, batch_size: int = 4, weight_decay: float = 0.0) -> Loop:
