@@ -27,12 +27,12 @@ from transformers.initialization import no_init_weights
 from adapterlab.core import attention
 from adapterlab.core.host import Host
 from adapterlab.data import Collator
-from adapterlab.errors import ConfigError
+from adapterlab.errors import AdapterlabError, ConfigError
 from adapterlab.models.loading import PRECISIONS
 from adapterlab.ops.loss import Loss
 from adapterlab.plan.packed import pack
 from adapterlab.plan.setup import Setup
-from adapterlab.plan.tracker import Moment, Tracker, contentless
+from adapterlab.plan.tracker import Moment, NeedsNumbers, Tracker, contentless
 from adapterlab.train import rng
 from adapterlab.train.loop import Loop
 
@@ -40,6 +40,7 @@ NAME = "default"
 BASE, ADAPTER, GRADIENTS, STATE, LOSS = "base weights", "adapter", "gradients", "optimizer state", "logits and loss"
 INPUT, BACKWARD, UPDATE, CHECKS = "inputs and masks", "backward pass", "update", "checks and clipping"
 ACTIVATIONS = "activations"
+_LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # a plan is for steps that leave no layer out
 _SHAPING = {"_to_copy", "slice", "view", "alias", "detach"}
 _SCALING = _SHAPING | {"mul", "mul_", "div", "div_", "tanh", "tanh_"}
 
@@ -93,11 +94,26 @@ def simulate(setup: Setup, *, real: bool = False, steps: int = 1) -> Trace:
                 if setup.kind != "cpu":  # tensors without contents are on the CPU, whose own kernels others lack
                     stack.enter_context(patch.object(attention, "pays", lambda *_: False))
             tracker = stack.enter_context(Tracker(fake, setup.granularity, setup.kind))
+            stack.enter_context(_explained(tracker))
             return _Simulation(setup, tracker).run(steps)
     finally:
         rng.restore(before)
         _forget()
         gc.collect()
+
+
+@contextlib.contextmanager
+def _explained(tracker: Tracker) -> Iterator[None]:
+    """Say so when code fails that was given invented numbers."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        if isinstance(error, AdapterlabError) or not tracker.guessed:
+            raise
+        raise NeedsNumbers(
+            f"This model or method reads numbers out of what it computes, which a plan does not have, and fails with "
+            f"others ({type(error).__name__}: {error}). It cannot be planned; measure a short run instead."
+        ) from error
 
 
 @dataclass
@@ -183,9 +199,13 @@ def build(setup: Setup, real: bool = False) -> Any:
     config = setup.config
     kind = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
     dtype = PRECISIONS[setup.precision]
+    config = copy.deepcopy(config)
+    for name in _LAYERDROP:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
     try:
         with contextlib.nullcontext() if real else no_init_weights():
-            model = kind.from_config(copy.deepcopy(config), dtype=dtype)
+            model = kind.from_config(config, dtype=dtype)
         model.tie_weights()
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise ConfigError(
