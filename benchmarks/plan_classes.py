@@ -80,7 +80,7 @@ def compare(kind: str, answer: Any) -> None:
     from transformers.utils import logging
 
     from adapterlab.errors import ConfigError
-    from adapterlab.plan.planning import setup_of
+    from adapterlab.plan.planning import setup_of, trace_of
     from adapterlab.plan.simulate import simulate
 
     warnings.filterwarnings("ignore")
@@ -92,7 +92,7 @@ def compare(kind: str, answer: Any) -> None:
         setup = setup_of(tiny(kind), "lora", batch=2, length=32, precision="fp32")
         real = simulate(setup, real=True, steps=2)
         found = {"state": "failed", "live": real.peak.total, "loss": real.loss}
-        planned = simulate(setup)
+        planned = trace_of(setup, exact=True)
         found["predicted"] = planned.peak.total
         apart = planned.peak.total / real.peak.total - 1, planned.flops / real.flops - 1
         agree = max(map(abs, apart)) <= _TOLERANCE and planned.loss == real.loss

@@ -27,12 +27,12 @@ from transformers.initialization import no_init_weights
 from adapterlab.core import attention
 from adapterlab.core.host import Host
 from adapterlab.data import Collator
-from adapterlab.errors import AdapterlabError, ConfigError
+from adapterlab.errors import ConfigError
 from adapterlab.models.loading import PRECISIONS
 from adapterlab.ops.loss import Loss
 from adapterlab.plan.packed import pack
 from adapterlab.plan.setup import Setup
-from adapterlab.plan.tracker import Moment, NeedsNumbers, Tracker, contentless
+from adapterlab.plan.tracker import Moment, Tracker, contentless
 from adapterlab.train import rng
 from adapterlab.train.loop import Loop
 
@@ -94,26 +94,11 @@ def simulate(setup: Setup, *, real: bool = False, steps: int = 1) -> Trace:
                 if setup.kind != "cpu":  # tensors without contents are on the CPU, whose own kernels others lack
                     stack.enter_context(patch.object(attention, "pays", lambda *_: False))
             tracker = stack.enter_context(Tracker(fake, setup.granularity, setup.kind))
-            stack.enter_context(_explained(tracker))
             return _Simulation(setup, tracker).run(steps)
     finally:
         rng.restore(before)
         _forget()
         gc.collect()
-
-
-@contextlib.contextmanager
-def _explained(tracker: Tracker) -> Iterator[None]:
-    """Say so when code fails that was given invented numbers."""
-    try:
-        yield
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        if isinstance(error, AdapterlabError) or not tracker.guessed:
-            raise
-        raise NeedsNumbers(
-            f"This model or method reads numbers out of what it computes, which a plan does not have, and fails with "
-            f"others ({type(error).__name__}: {error}). It cannot be planned; measure a short run instead."
-        ) from error
 
 
 @dataclass
@@ -323,7 +308,7 @@ def _silence() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("transformers", "bitsandbytes", "torch._subclasses.fake_tensor")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)  # an operator's refusal is logged as an error before it is raised
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # used to notice changes

@@ -59,7 +59,6 @@ class Tracker(TorchDispatchMode):
         live: bytes alive by part; `total` is their sum.
         moments: fullest moment of each window.
         flops: floating-point operations of products.
-        guessed: whether a number was answered that only a computation would give.
     """
 
     def __init__(self, fake: FakeTensorMode | None = None, granularity: int = 1, kind: str = "cpu"):
@@ -67,7 +66,7 @@ class Tracker(TorchDispatchMode):
         self.fake, self.granularity = fake, granularity
         self.live: Counter[str] = Counter()
         self.total = self.flops = 0
-        self.window, self.part, self.guessed = "setup", "other", False
+        self.window, self.part = "setup", "other"
         self.moments: dict[str, Moment] = {}
         self._held: dict[int, tuple[weakref.ref[Any], int, str]] = {}
         self._integers, self._reals = itertools.cycle((0, 1)), itertools.cycle((1.0, 0.01, 10.0))
@@ -179,7 +178,6 @@ class Tracker(TorchDispatchMode):
             self._truths += 1
             # Nothing is found in `any`, and now and then the answer is False: some code repeats while it is not.
             return tensor not in self._searches and bool(self._truths % _PATIENCE)
-        self.guessed = True
         return next(self._reals) if tensor.dtype.is_floating_point else next(self._integers)
 
     def _watch(self, out: Any) -> Any:
