@@ -13,11 +13,18 @@ Names are imported on first use: importing this package loads neither torch nor 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 from adapterlab import methods
 
 __version__ = "0.1.0"
+
+# On a CPU, oneDNN and torch's layer over it keep a thousand kernels each, with their buffers, one for every number of
+# tokens they have met. Packed batches all differ, so hundreds of MiB fill with kernels that are never used again. Both
+# read these limits when they compute for the first time; what the user has set stays.
+for _limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_limit, "128")
 
 # public name -> module that defines it. Method classes (al.LoRA, ...) are found by file, not listed here.
 _PUBLIC = {

@@ -27,7 +27,6 @@ class Heap:
     """
 
     def __init__(self) -> None:
-        self._trim = _malloc_trim()
         self._mark: int | None = None
 
     @contextlib.contextmanager
@@ -38,16 +37,23 @@ class Heap:
 
     def tidy(self) -> None:
         """Give back what is free if the process has grown; to be called at the same place of every round."""
-        if self._trim is None:
+        if _malloc_trim() is None:
             return
         held = resident()
         if self._mark is None:
             self._mark = held
         elif held - self._mark > max(_LEAST, held // _SHARE):
-            self._trim(0)
+            give_back()
             self._mark = None  # what a round takes for itself is not growth: the mark is set after the next one
         else:
             self._mark = min(self._mark, held)
+
+
+def give_back() -> None:
+    """Return free memory of the heap to the system, where the C library can."""
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
 
 
 @functools.cache

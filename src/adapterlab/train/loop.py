@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType, broadcast, gather_object, set_seed
 from torch import Tensor, nn
 
 from adapterlab.core.attention import fast_attention
+from adapterlab.core.heap import give_back
 from adapterlab.core.host import Host
 from adapterlab.core.recompute import offloading
 from adapterlab.core.verify import check_gradient_passes
@@ -136,6 +137,7 @@ class Loop:
             )
         self.collate = collate or Collator(getattr(host.model.config, "pad_token_id", None) or 0)
         self.device = _device(host.model)
+        give_back()  # loading a model converts weights, and leaves the room of the old ones free in the heap
         self.meter = Meter(self.device)
         self.sampler = Sampler(
             [len(row["input_ids"]) for row in rows],
