@@ -228,6 +228,11 @@ def conditions(args: argparse.Namespace, script: str) -> dict[str, Any]:
     }
 
 
+def circumstances() -> dict[str, Any]:
+    """What a result came from where neither threads nor load matter: date, system, versions, revision."""
+    return {"date": now(), "system": platform.platform(), "versions": versions(), "git": _git()}
+
+
 def _options() -> list[str]:
     """What the command line asked for, without the interpreter, which says nothing elsewhere."""
     given = sys.argv[1:]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import platform
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -134,8 +133,8 @@ def main() -> None:
     print(dict(counts))
     if given.classes:
         return
-    conditions = {"date": bench.now(), "system": platform.platform(), "versions": bench.versions(), "git": bench._git()}
-    bench.write(RESULTS, json.dumps({"conditions": conditions, "counts": counts, "classes": found}, indent=1) + "\n")
+    kept = {"conditions": bench.circumstances(), "counts": counts, "classes": found}
+    bench.write(RESULTS, json.dumps(kept, indent=1) + "\n")
     others = [
         [kind, entry["state"], f"{entry.get('bytes', 0):+.1%}" if "bytes" in entry else "", entry.get("why", "")]
         for kind, entry in found.items()

@@ -6,15 +6,14 @@ Every case trains three steps in a process of its own, on a model loaded from di
 From these pairs the constants of `src/adapterlab/plan/process.json` are computed, and the errors: each case is
 predicted with constants that were fitted without it. The cases vary model, method, batch, length, precision, packing,
 recomputation, the share of tokens that bear a loss, and how it is computed: in chunks, or by the model itself (encoder
-and decoder; experts with a loss of their own). Cases that are in benchmarks/results/plan_error.json already
-are not measured again.
+and decoder; experts with a loss of their own). Cases that are in benchmarks/results/plan_error.json already are not
+measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -112,9 +111,9 @@ def train(case: dict[str, Any]) -> dict[str, int]:
     import resource
 
     import datasets  # noqa: F401  (a training run has it loaded)
-    import psutil
     from accelerate import Accelerator
 
+    from adapterlab.core.heap import resident
     from adapterlab.core.host import attach
     from adapterlab.data import Collator
     from adapterlab.plan.planning import make_method
@@ -122,7 +121,6 @@ def train(case: dict[str, Any]) -> dict[str, int]:
     from adapterlab.train.config import Training
     from adapterlab.train.loop import Loop
 
-    resident = lambda: int(psutil.Process().memory_info().rss)  # noqa: E731
     imported = resident()
     model = _load(case)
     loaded = resident()
@@ -222,9 +220,7 @@ def _measure() -> None:
                 raise SystemExit(f"{case} failed:\n{ended.stderr[-1500:]}")
             record = {**case, **json.loads(ended.stdout.splitlines()[-1])}
             done["cases"].append(record)
-            done["conditions"] = {
-                "date": bench.now(), "system": platform.platform(), "versions": bench.versions(), "git": bench._git()
-            }  # fmt: skip
+            done["conditions"] = bench.circumstances()
             bench.write(RESULTS, json.dumps(done, indent=1) + "\n")
             print(f"measured: {json.dumps(record)}", flush=True)
 

@@ -181,10 +181,9 @@ class _Simulation:
 
 def build(setup: Setup, real: bool = False) -> Any:
     """Make the model, with the weights stored as they will be."""
-    config = setup.config
+    config = copy.deepcopy(setup.config)
     kind = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
     dtype = PRECISIONS[setup.precision]
-    config = copy.deepcopy(config)
     for name in _LAYERDROP:
         if hasattr(config, name):
             setattr(config, name, 0.0)
