@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 TESTS ?= tests
 WORKERS ?= 2
 
-.PHONY: help quickstart test check lint types tests docs docs-check clean
+.PHONY: help quickstart test check lint types tests docs docs-check compat lock clean
 
 help:
 	@echo "make quickstart  install, fetch the default model, fine-tune it, show what it learned"
 	@echo "make test        install, then every check: format, lint, types, generated files, tests"
 	@echo "make check       the checks alone, without installing"
 	@echo "make docs        write the generated pages and tables again"
+	@echo "make compat      run the tests that meet other libraries on the oldest and newest versions allowed"
+	@echo "make lock        write down the versions in .venv as the tested ones"
 
 quickstart: $(VENV)/.run
 	$(BIN)/adapterlab quickstart --overwrite
@@ -40,14 +42,20 @@ docs:
 docs-check:
 	$(BIN)/python scripts/generate.py --check
 
-# The stamps make a second call instant; a changed pyproject.toml installs again.
-$(VENV)/.run: pyproject.toml scripts/install.sh
+compat:
+	$(BIN)/python scripts/compat.py
+
+lock:
+	$(BIN)/python scripts/compat.py --lock
+
+# The stamps make a second call instant; changed requirements install again.
+$(VENV)/.run: pyproject.toml requirements/tested.txt scripts/install.sh
 	PYTHON=$(PYTHON) sh scripts/install.sh $(VENV) quickstart
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml scripts/install.sh
+$(VENV)/.dev: pyproject.toml requirements/tested.txt scripts/install.sh
 	PYTHON=$(PYTHON) sh scripts/install.sh $(VENV) quickstart,dev
 	@touch $@ $(VENV)/.run
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .compat build dist .pytest_cache .mypy_cache .ruff_cache

@@ -12,7 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterlab as al
 from adapterlab.errors import AttachError, ConfigError
+from adapterlab.methods import prompt_tuning
 from adapterlab.methods.prompt_tuning import PromptTuning
+from adapterlab.testing import CHECKS, Case, outcome
 
 WORDS = (17, 4, 99, 31, 8)
 QUIET: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -45,7 +47,7 @@ def multitask() -> LlamaForCausalLM:
                     num_attention_heads=2, pad_token_id=None, bos_token_id=None, eos_token_id=None)
     )  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for step in range(100):
+    for step in range(240):
         task = step % TASKS
         x, y = task_batch(task, step)
         tokens = torch.stack([torch.full_like(x, SYMBOLS + task), x], 1)
@@ -211,3 +213,11 @@ def test_bad_settings_say_what_to_do(tiny: Any) -> None:
     al.attach(model, PromptTuning(length=60))
     with pytest.raises(AttachError, match="64 learned"):
         model(ids())
+
+
+def test_a_prompt_put_in_front_at_every_step_fails_the_suites_check_of_generation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prompt_tuning, "companion", lambda cache, key: None)
+    for family in ("llama", "mistral-window"):
+        assert outcome(CHECKS["generate"], Case(PromptTuning, family)).status == "failed"

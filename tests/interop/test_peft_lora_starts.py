@@ -123,16 +123,17 @@ def net(**options: Any) -> Net:
 
 @pytest.mark.parametrize("init", ["kaiming", "pissa"])
 def test_convolutions_have_pefts_layout(init: str, tmp_path: Path) -> None:
-    model, x = net(), torch.randn(2, 4, 6, 6)
+    model, x = net(), torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
     host = al.attach(model, al.LoRA(r=2, targets=["conv", "line"], lora_bias=True, init=init))
     perturb(host)
     live = model(x)
     host.save(tmp_path / "a")
     theirs = peft.PeftModel.from_pretrained(net(), tmp_path / "a").eval()
-    assert torch.allclose(theirs(x), live, atol=1e-5)
+    rounding = 1e-5 * float(live.abs().max())  # a start that moves the base is taken out of it and put back
+    assert (theirs(x) - live).abs().max() < rounding
     assert torch.equal(al.load(net(), tmp_path / "a").model(x), live)
     theirs.save_pretrained(tmp_path / "b")
-    assert torch.allclose(al.load(net(), tmp_path / "b").model(x), live, atol=1e-5)
+    assert (al.load(net(), tmp_path / "b").model(x) - live).abs().max() < rounding
 
 
 @pytest.mark.parametrize("options", [{"groups": 2}, {"dilation": 2}, {"padding_mode": "circular"}])

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,7 +59,7 @@ def test_the_command_line_trains_and_says_what_is_next(
     assert facts["provenance"]["training.lr"] == "command line"
     assert facts["provenance"]["training.steps"] == "run.yaml"
     assert facts["provenance"]["training.clip"] == "default"
-    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["torch"] == version("torch")  # a build may add a label to what torch calls itself
     assert facts["data"]["train_rows"] == 32
     assert facts["model"]["trainable"] == facts["result"]["trainable"] > 0
     assert facts["result"]["memory"]["peak"] >= facts["result"]["memory"]["mean"] > 0

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from adapterlab.core.site import plain_class
 from adapterlab.core.wrapping import ADAPTERS, through
 from adapterlab.errors import AttachError, ConfigError
+from adapterlab.foreign.private_transformers import attention_implementation, attention_mapping, sdpa_attention_forward
 from adapterlab.ops.attention import attention, each_segment, pays, varlen_attention, varlen_works
 
 BOUNDS = "cu_seq_lens_q"
@@ -55,10 +55,8 @@ def bridge(module: nn.Module) -> None:
             "can be attached inside it. Choose a method that wraps modules (low-rank updates, bottleneck adapters, "
             "soft prompts at the input), or a model class that uses the interface."
         )
-    modeling = sys.modules[cls.__module__]
-    interface = getattr(modeling, _INTERFACE)
-    name = getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
-    mapping = interface._local_mapping if name in interface._local_mapping else interface._global_mapping
+    name = attention_implementation(module)
+    mapping = attention_mapping(cls, name)
     if not isinstance(mapping.get(name), _Dispatcher):
         mapping[name] = _Dispatcher(mapping.get(name))
 
@@ -167,7 +165,7 @@ def _packed(
             "lose. Set training.packing to false."
         )
     bounds, longest = kwargs[BOUNDS], kwargs["max_length_q"]
-    implementation, causal = _implementation(module), _is_causal(module, kwargs)
+    implementation, causal = attention_implementation(module), _is_causal(module, kwargs)
     held: Any = module._modules.get(ADAPTERS)
     if held is None or not any(adapter.place == "attention" for adapter in held._modules.values()):
         if "flash" in implementation:
@@ -185,7 +183,7 @@ def _packed(
 
 def _own_mask(module: nn.Module, q: Tensor, causal: bool) -> Tensor | None:
     """The mask that a sample by itself would come with: the eager functions know no causality but their mask's."""
-    if not causal or _implementation(module) != "eager":
+    if not causal or attention_implementation(module) != "eager":
         return None
     return understood(module, q.new_ones(1, 1, q.shape[2], q.shape[2], dtype=torch.bool).tril(), q.dtype)
 
@@ -202,8 +200,8 @@ def prepend(
 ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
     """Put keys and values in front of the real ones, visible to every query.
 
-    Without a mask, causality is implied by a flag that assumes as many keys as queries, so the causal mask is built
-    before the keys are widened.
+    Without a mask, causality is implied by a flag under which query i sees keys 0 to i (a static cache may have empty
+    places behind them), so the causal mask is built before the keys are widened.
 
     Args:
         module: the attention module.
@@ -221,7 +219,7 @@ def prepend(
     count = prefix_k.shape[2]
     if mask is None and q.shape[2] > 1 and _is_causal(module, kwargs):
         size = (q.shape[2], k.shape[2])
-        mask = torch.ones(size, dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])[None, None]
+        mask = torch.ones(size, dtype=torch.bool, device=q.device).tril()[None, None]
         kwargs = {**kwargs, "is_causal": False} if "is_causal" in kwargs else kwargs
     if mask is not None:
         visible = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
@@ -237,7 +235,7 @@ def prepend(
 
 def understood(module: nn.Module, mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a mask in the form that the module's attention function takes: the eager ones add their mask."""
-    if mask.dtype != torch.bool or _implementation(module) != "eager":
+    if mask.dtype != torch.bool or attention_implementation(module) != "eager":
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 

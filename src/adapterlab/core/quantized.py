@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+
+from adapterlab.foreign.private_torch import FakeTensor
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -15,14 +15,12 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from adapterlab.core.heap import Heap
 from adapterlab.errors import ConfigError, nearest
+from adapterlab.foreign.private_torch import DispatchKey, StorageWeakRef, TorchDispatchMode, _SetExcludeDispatchKeyGuard
 
 if TYPE_CHECKING:
     from adapterlab.core.host import Host

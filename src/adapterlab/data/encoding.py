@@ -243,7 +243,7 @@ class _Coder:
     ) -> tuple[list[str], list[list[Span]]]:
         # The renderer below `apply_chat_template`, because only it gives spans in characters: the token mask that
         # `apply_chat_template` makes of them is wrong where tokens trim white space from their offsets.
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from adapterlab.foreign.private_transformers import render_jinja_template
 
         options = {**self.tokenizer.special_tokens_map, "add_bos": self.add_bos}
         options |= {"chat_template": self.template, "add_generation_prompt": reply}

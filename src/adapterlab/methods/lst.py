@@ -13,17 +13,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterlab.core.adapter import Adapter
-from adapterlab.core.companion import accompany, companion
 from adapterlab.core.host import Host
 from adapterlab.core.method import Batches, Method
 from adapterlab.core.site import Site
 from adapterlab.core.state import State
 from adapterlab.core.wrapping import adapters_of
 from adapterlab.errors import AttachError, ConfigError, DataError
+from adapterlab.foreign.cache import (
+    accompany,
+    cache_argument,
+    cache_in,
+    cache_out,
+    companion,
+    plain_mask,
+    without_cache,
+)
 from adapterlab.ops.narrow import cut_layer, narrow_stack, residual_dims
 from adapterlab.registry import register
 
-_OWN = {"input_ids", "inputs_embeds", "token_type_ids", "past_key_values", "encoder_hidden_states", "return_dict"}
+_OWN = {"input_ids", "inputs_embeds", "token_type_ids", "encoder_hidden_states", "return_dict"}
 
 
 @register
@@ -255,18 +263,21 @@ class Ladder(Adapter):
         self._check_alone()
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         as_tuple = kwargs.pop("return_dict", None) is False
-        given = {k: v for k, v in kwargs.items() if k not in _OWN and not k.startswith("output_")}
+        given = without_cache({k: v for k, v in kwargs.items() if k not in _OWN and not k.startswith("output_")})
+        past = companion(cache_in(kwargs), self.key)
+        if "attention_mask" in given:
+            given["attention_mask"] = plain_mask(kwargs, self.site.module.config, past)
         self._split(kwargs, given)
-        given["past_key_values"] = past = companion(kwargs.get("past_key_values"), self.key)
         with torch.no_grad():
             out = run(**kwargs, return_dict=True)
-        lead = out.get("past_key_values")
-        if lead is None:
-            del given["past_key_values"]
-        given |= {"use_cache": True} if lead is not None else {"use_cache": False} if "use_cache" in given else {}
+        lead, name = cache_out(out), cache_argument(self.side)
+        if lead is not None and name is not None:
+            given |= {"use_cache": True, name: past.cache if past is not None else None}
+        elif "use_cache" in given:
+            given["use_cache"] = False
         found = self._climb(given)
         if lead is not None and past is None:
-            accompany(lead, self.key, found.past_key_values)
+            accompany(lead, self.key, cache_out(found), given.get("attention_mask"))
         self._answer(out, found.last_hidden_state)
         return out.to_tuple() if as_tuple else out
 
@@ -295,13 +306,8 @@ class Ladder(Adapter):
                 rung.start = rung.tap = None
 
     def _split(self, kwargs: dict[str, Any], given: dict[str, Any]) -> None:
-        """Take the side encoder's output off the encoder's, behind which it travels; check the mask."""
-        mask, both = kwargs.get("attention_mask"), kwargs.get("encoder_hidden_states")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise AttachError(
-                "LST: the side network builds its own mask from attention_mask [batch, time] and received "
-                f"{type(mask).__name__} {tuple(getattr(mask, 'shape', ()))}. Generate without cache_implementation."
-            )
+        """Take the side encoder's output off the encoder's, behind which it travels."""
+        both = kwargs.get("encoder_hidden_states")
         if both is None:
             return
         wide, narrow = self.into.in_features, self.into.out_features

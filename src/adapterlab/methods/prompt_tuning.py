@@ -16,6 +16,7 @@ from adapterlab.core.method import Method
 from adapterlab.core.roles import role_of
 from adapterlab.core.site import Site, plain_class
 from adapterlab.errors import AttachError, FormatError
+from adapterlab.foreign.cache import accompany, cache_in, cache_out, companion, make_room, plain_mask
 from adapterlab.io.hf_peft import HFCodec
 from adapterlab.methods._soft_prompt import PROMPT, SIZES, peft_prompt, peft_sizes, word_ids
 from adapterlab.registry import register
@@ -94,7 +95,7 @@ class PromptTuning(Method):
             module = host.model.get_encoder()
             host.wrap(name, host.model.get_decoder(), _LongerMask(host.site(host.model.get_decoder())))
         layer = _EncoderLayer if two_stacks else self.Layer
-        host.wrap(name, module, layer(self, host.site(module), self.start(host)))
+        host.wrap(name, module, layer(self, host.site(module), self.start(host), name))
 
     @torch.no_grad()
     def start(self, host: Host) -> Tensor:
@@ -119,8 +120,9 @@ class PromptTuning(Method):
         not_linear: ClassVar[str] = "it adds positions to the input"
         trims: ClassVar[bool] = True
 
-        def __init__(self, method: PromptTuning, site: Site, start: Tensor):
+        def __init__(self, method: PromptTuning, site: Site, start: Tensor, key: str):
             super().__init__(site)
+            self.key = key
             plain: Any = plain_class(site.module)
             self.names = tuple(inspect.signature(plain.forward).parameters)[1:]
             if "inputs_embeds" not in self.names:
@@ -137,9 +139,13 @@ class PromptTuning(Method):
             """Put the prompt in front on the first pass; later passes find it in the cache."""
             given = {**dict(zip(self.names, args, strict=False)), **kwargs}
             as_tuple = given.get("return_dict") is False
-            cache = given.get("past_key_values")
-            first = cache is None or not cache.get_seq_length()
-            output = run(**self.extended(given, first), **({"return_dict": True} if as_tuple else {}))
+            note = companion(cache_in(given), self.key)
+            first = note is None
+            mask = plain_mask(given, self.site.module.config, note, 0 if first else len(self.vectors()))
+            given = self.extended({**given, "attention_mask": mask}, first)
+            output = run(**given, **({"return_dict": True} if as_tuple else {}))
+            if first and cache_out(output) is not None:
+                accompany(cache_out(output), self.key, mask=mask)
             output = self.trimmed(output) if first and self.trims else output
             return output.to_tuple() if as_tuple else output
 
@@ -148,6 +154,7 @@ class PromptTuning(Method):
             given = {key: value for key, value in given.items() if key != "return_dict"}
             prompt = self.vectors()
             if first:
+                make_room(cache_in(given), len(prompt), self.site.module.config)
                 x = given.get("inputs_embeds")
                 if x is None:
                     x = self.site.module.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
@@ -159,9 +166,9 @@ class PromptTuning(Method):
                 if given.get("token_type_ids") is not None:
                     given["token_type_ids"] = _before(given["token_type_ids"], len(prompt), 0)
             count = (given.get("inputs_embeds") if first else given["input_ids"]).shape[1]  # type: ignore[union-attr]
-            mask = given.get("attention_mask")
+            mask = given["attention_mask"]
             if mask is not None:
-                given["attention_mask"] = mask = _before(_flat(mask), len(prompt), 1)
+                given["attention_mask"] = mask = _before(mask, len(prompt), 1)
             if given.get("position_ids") is not None:
                 given["position_ids"] = self.shifted(given["position_ids"], len(prompt), first)
             elif mask is not None and "position_ids" in self.names and self.table_size != -1:
@@ -220,23 +227,18 @@ class _LongerMask(Adapter):
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
         mask, states = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
         if mask is not None and states is not None:
-            given["encoder_attention_mask"] = _before(_flat(mask), states.shape[1] - mask.shape[1], 1)
+            if mask.dim() != 2:
+                raise AttachError(
+                    f"A prompt needs an encoder mask [batch, tokens], and received one that is expanded already, "
+                    f"{list(mask.shape)}. Pass the plain mask."
+                )
+            given["encoder_attention_mask"] = _before(mask, states.shape[1] - mask.shape[1], 1)
         return run(**given)
 
 
 def _before(x: Tensor, count: int, value: int) -> Tensor:
     """Put `count` columns in front of `[batch, tokens]`."""
     return torch.cat([x.new_full((len(x), count), value), x], 1)
-
-
-def _flat(mask: Any) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise AttachError(
-            "A prompt needs an attention mask [batch, tokens], and received one that is expanded already "
-            f"({tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}). Pass the plain mask; "
-            "generate with the default (dynamic) cache."
-        )
-    return mask
 
 
 def _each(value: Any, cut: Callable[[Tensor], Tensor]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from adapterlab.core.adapter import Adapter
-from adapterlab.core.companion import accompany, companion
 from adapterlab.core.host import Host, host
 from adapterlab.core.method import Method
 from adapterlab.core.site import Site
 from adapterlab.errors import AttachError
+from adapterlab.foreign.cache import Companion, accompany, cache_argument, cache_in, cache_out, companion, plain_mask
 from adapterlab.registry import register
 
 _HELD: dict[str, nn.Module] = {}
@@ -150,11 +151,10 @@ class ProxyTuning(Method):
         def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
             as_tuple, labels = kwargs.pop("return_dict", None) is False, kwargs.pop("labels", None)
-            self._check(kwargs)
-            pasts = [companion(kwargs.get("past_key_values"), f"{self.name}/{i}") for i in (0, 1)]
+            pasts = [companion(cache_in(kwargs), f"{self.name}/{i}") for i in (0, 1)]
+            given = self._given(kwargs, pasts[0])
             out = run(**kwargs, return_dict=True)
-            given = {key: kwargs[key] for key in ("input_ids", *_FOR_ALL) if key in kwargs}
-            expert, anti = (self._logits(i, given, pasts[i], out.get("past_key_values"), out.logits) for i in (0, 1))
+            expert, anti = (self._logits(i, given, pasts[i], cache_out(out), out.logits) for i in (0, 1))
             out.logits = out.logits.float() + self.alpha * (expert - anti)
             if labels is not None:
                 module: Any = self.site.module
@@ -164,33 +164,30 @@ class ProxyTuning(Method):
             return out.to_tuple() if as_tuple else out
 
         @torch.no_grad()
-        def _logits(self, i: int, given: dict[str, Any], past: Any, lead: Any, like: Tensor) -> Tensor:
+        def _logits(self, i: int, given: dict[str, Any], past: Companion | None, lead: Any, like: Tensor) -> Tensor:
             """Float32 logits of one small model; its cache goes on beside the base's."""
             model = self.models[i]
             device = next(model.parameters()).device
             given = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in given.items()}
+            given |= {"use_cache": lead is not None}
+            if past is not None:
+                given[str(cache_argument(model))] = past.cache
             carrier = host(model) if i == 1 and model is self.models[0] else None
-            if carrier is None:
-                out = model(**given, past_key_values=past, use_cache=lead is not None)
-            else:
-                with carrier.using():
-                    out = model(**given, past_key_values=past, use_cache=lead is not None)
+            with contextlib.nullcontext() if carrier is None else carrier.using():
+                out = model(**given)
             if lead is not None and past is None:
-                accompany(lead, f"{self.name}/{i}", out.past_key_values)
+                accompany(lead, f"{self.name}/{i}", cache_out(out), given["attention_mask"])
             return out.logits.to(like.device, torch.float32)
 
-        def _check(self, given: dict[str, Any]) -> None:
+        def _given(self, given: dict[str, Any], note: Companion | None) -> dict[str, Any]:
+            """What the small models are called with; they build their own masks."""
             if given.get("input_ids") is None:
                 raise AttachError(
                     "proxy_tuning: the small models read token ids and the base was called without input_ids "
                     f"(received {', '.join(sorted(given))}). Call it with input_ids, or inside host.using()."
                 )
-            mask = given.get("attention_mask")
-            if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-                raise AttachError(
-                    "proxy_tuning: each model builds its own mask from attention_mask [batch, time] and received "
-                    f"{type(mask).__name__} {tuple(getattr(mask, 'shape', ()))}. Generate without cache_implementation."
-                )
+            found = {key: given[key] for key in ("input_ids", *_FOR_ALL) if key in given}
+            return {**found, "attention_mask": plain_mask(given, self.site.module.config, note)}
 
 
 def _load(name: str, base: Any) -> nn.Module:

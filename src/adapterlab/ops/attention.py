@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterlab.foreign.private_torch import softmax_backward
 from adapterlab.ops.operator import operator
 
 varlen_attn: Any
@@ -171,7 +172,7 @@ def softmax_attention_backward(
             queries, p = tiles.probabilities(start, end, seen)
             g = grad.transpose(1, 2)[here][:, :, start:end].contiguous().view(*queries.shape[:2], -1)
             dp = torch.bmm(g, values[:, :seen].mT, out=tiles.view(0, p.shape))
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=dp)
+            ds = softmax_backward(dp, p, dp)
             dq[here][:, :, start:end] = torch.bmm(ds, tiles.keys[:, :seen]).view(*tiles.shape[:2], end - start, -1)
             sums.add(torch.bmm(ds.mT, queries), torch.bmm(p.mT, g))
         for part, total in zip((dk[here], dv[here]), sums.totals, strict=True):

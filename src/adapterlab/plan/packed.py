@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from adapterlab.foreign.private_torch import unset_fake_temporarily
+from adapterlab.foreign.private_transformers import kept_in_float32
 
 BLOCK, OUTER = 64, 256  # entries that share a scale, and scales that share one
 
@@ -20,7 +22,7 @@ def pack(model: Any, kind: str, dtype: torch.dtype) -> None:
         dtype: of the products.
     """
     head = model.get_output_embeddings()
-    left_out = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+    left_out = kept_in_float32(model)
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and module is not head and not path.endswith(left_out or ("\0",)):
             parent, _, leaf = path.rpartition(".")

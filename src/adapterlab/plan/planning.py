@@ -191,7 +191,8 @@ def trace_of(setup: Setup, *, exact: bool = False) -> Trace:
 
 def _traced(setup: Setup, exact: bool) -> Trace:
     import torch
-    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+    from adapterlab.foreign.private_torch import DataDependentOutputException, DynamicOutputShapeException
 
     try:
         return simulate(setup) if exact else extrapolated(setup, simulate)

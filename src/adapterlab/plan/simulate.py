@@ -19,15 +19,14 @@ from unittest.mock import patch
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-from transformers.initialization import no_init_weights
 
 from adapterlab.core import attention
 from adapterlab.core.host import Host
 from adapterlab.data import Collator
 from adapterlab.errors import ConfigError
+from adapterlab.foreign.private_torch import TorchDispatchMode, graph_task_id, tree_iter
+from adapterlab.foreign.private_transformers import no_init_weights
 from adapterlab.models.loading import PRECISIONS
 from adapterlab.ops.loss import Loss
 from adapterlab.plan.packed import pack
@@ -163,11 +162,11 @@ class _Simulation:
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
     def _enters(self, index: int, module: nn.Module, args: Any) -> None:
-        if torch._C._current_graph_task_id() < 0:  # not while the backward pass computes it again
+        if graph_task_id() < 0:  # not while the backward pass computes it again
             self.tracker.enter(f"forward, layer {index}", f"{ACTIVATIONS}, layer {index}")
 
     def _leaves(self, index: int, last: bool, module: nn.Module, args: Any, out: Any) -> None:
-        if torch._C._current_graph_task_id() >= 0:
+        if graph_task_id() >= 0:
             return
         self.tracker.enter(LOSS) if last else self.tracker.enter(INPUT)
         tensor = next((t for t in tree_iter(out) if isinstance(t, Tensor) and t.requires_grad), None)

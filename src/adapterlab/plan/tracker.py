@@ -14,13 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from adapterlab.errors import ConfigError
+from adapterlab.foreign.private_torch import (
+    DispatchKey,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    has_kernel,
+    tree_iter,
+    unset_fake_temporarily,
+)
 
 aten = torch.ops.aten
 _TRANSPARENT = ("adapterlab",)  # operators whose kernels are made of further operators: their inside is followed
@@ -129,7 +135,7 @@ class Tracker(TorchDispatchMode):
             inner._watch((args, kwargs))
             given = inner.total
             with inner:
-                out = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+                out = func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
             peak = max((moment.total for moment in inner.moments.values()), default=0)
             results = {id(leaf.untyped_storage()): leaf for leaf in tree_iter(out) if isinstance(leaf, Tensor)}
             kept = sum(leaf.untyped_storage().nbytes() for leaf in results.values())
@@ -213,8 +219,8 @@ _INSIDES: dict[Any, tuple[int, int]] = {}  # what operators take inside, by oper
 @functools.cache
 def _composite(func: Any) -> bool:
     """Say whether an operator consists of others."""
-    key = torch._C.DispatchKey.CompositeImplicitAutograd
-    return func.namespace == "aten" and bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
+    key = DispatchKey.CompositeImplicitAutograd
+    return func.namespace == "aten" and has_kernel(func, key)
 
 
 def _form(leaf: Any) -> Any:

@@ -140,12 +140,41 @@ def _generate(found: Host, batch: dict[str, Tensor], **options: Any) -> list[Ten
     return [found.model.generate(**given, use_cache=cache, **chosen) for cache in (True, False)]
 
 
-@check(refuses=(AttachError,))
+@check(families=("llama", "mistral-window", "t5"), refuses=(AttachError,))
 def check_generate(case: Case) -> None:
-    """Greedy generation with a key-value cache gives the tokens that it gives without."""
+    """The scores of each step of generation, with a growing cache and one of fixed size, are those of a full pass."""
     found = case.attach()
-    cached, plain = _generate(found, models.batch(found.model, padding=False))
-    require(torch.equal(cached, plain), f"with cache {cached.tolist()}, without {plain.tolist()}")
+    ids = models.batch(found.model, padding=False)["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0  # on the left, as generation has it
+    for cache in ("dynamic", "static"):
+        made = found.model.generate(
+            ids, attention_mask=mask, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0,
+            cache_implementation=cache, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        for step, scores in enumerate(made.logits):
+            wanted, short = (_next_scores(found.model, mask, made.sequences, ids, step, last=n) for n in (None, 1))
+            close(scores, wanted, f"scores of step {step} with a {cache} cache and of a full pass", case.tolerance)
+            told = float((wanted - short).abs().max()) > 100 * case.tolerance * max(1.0, float(wanted.abs().max()))
+            require(told, f"the scores of step {step} hardly depend on the tokens before: nothing could be told")
+
+
+@torch.no_grad()
+def _next_scores(model: Any, mask: Tensor, sequences: Tensor, ids: Tensor, step: int, last: int | None) -> Tensor:
+    """Scores of the next token by one pass without a cache over all tokens so far, or over the last ones alone."""
+    if model.config.is_encoder_decoder:
+        so_far = sequences[:, : 1 + step]
+        given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": so_far}
+        if last is not None:  # the first step of a decoder has one token, and what it reads is the encoder's
+            given |= {"input_ids": ids[:, -last:], "attention_mask": mask[:, -last:]}
+    else:
+        so_far = sequences[:, : ids.shape[1] + step]
+        seen = torch.cat([mask, mask.new_ones(len(mask), step)], 1)
+        places = (seen.cumsum(1) - 1).clamp(min=0)
+        whole = {"input_ids": so_far, "attention_mask": seen, "position_ids": places}
+        given = whole if last is None else {key: value[:, -last:] for key, value in whole.items()}
+    found: Tensor = model(**given, use_cache=False).logits[:, -1]
+    return found.float()
 
 
 @check(refuses=(AttachError,))

@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Qwen2Config,
@@ -30,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from adapterlab.core.site import plain_class
 from adapterlab.errors import ConfigError, nearest
+from adapterlab.foreign.private_transformers import kept_in_float32
 
 VOCABULARY, CLASSES = 128, 3
 _TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -63,10 +66,11 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "mixtral": lambda: MixtralForCausalLM(
         MixtralConfig(**_DECODER, tie_word_embeddings=False, num_local_experts=4, num_experts_per_tok=2)
     ),
+    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**_DECODER, sliding_window=6)),
     "vit": lambda: ViTForImageClassification(ViTConfig(**_ENCODER, image_size=16, patch_size=8)),
 }  # fmt: skip
 
-FAMILIES: tuple[str, ...] = tuple(name for name in MAKERS if "-" not in name)  # "-1": the same with one layer
+FAMILIES: tuple[str, ...] = tuple(name for name in MAKERS if "-" not in name)  # the others serve single checks
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PACKED: tuple[str, ...] = ("nf4", "int8")
 PRECISIONS: tuple[str, ...] = (*_DTYPES, *PACKED)
@@ -76,7 +80,7 @@ def tiny(family: str = "llama", precision: str = "fp32", seed: int = 0) -> Any:
     """Return a fresh copy of a seeded random model in eval mode, whose biases and norms are not trivial.
 
     Args:
-        family: one of `FAMILIES`; "llama-1" is a Llama of one layer.
+        family: one of `FAMILIES`; "llama-1" is a Llama of one layer, "mistral-window" sees six tokens back.
         precision: of the base: one of `PRECISIONS`; `nf4` and `int8` pack the linear layers of the backbone with
             bitsandbytes and leave the rest in float32.
         seed: of the values.
@@ -103,7 +107,7 @@ def _template(family: str, precision: str, seed: int) -> Any:
 
 def _pack(model: Any, precision: str) -> Any:
     """Replace the linear layers of the backbone by packed ones of bitsandbytes."""
-    left_out = model._keep_in_fp32_modules or ()  # transformers does not pack these either
+    left_out = kept_in_float32(model)  # transformers does not pack these either
     for path, module in list(model.base_model.named_modules()):
         parent, _, leaf = path.rpartition(".")
         if type(module) in (nn.Linear, Conv1D) and leaf not in left_out:

@@ -20,6 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from adapterlab.core.host import Host
 from adapterlab.core.verify import check_gradient_passes
 from adapterlab.errors import ConfigError
+from adapterlab.foreign.private_transformers import TRAINABLE_FLAG
 
 
 class AdapterlabCallback(TrainerCallback):
@@ -68,10 +69,9 @@ def hf_trainable(model: nn.Module) -> Iterator[nn.Module]:
 
     The flag is removed afterwards, because it also changes what `save_pretrained` writes.
     """
-    flag = "_hf_peft_config_loaded"
-    before = getattr(model, flag, False)
-    setattr(model, flag, True)
+    before = getattr(model, TRAINABLE_FLAG, False)
+    setattr(model, TRAINABLE_FLAG, True)
     try:
         yield model
     finally:
-        setattr(model, flag, before)
+        setattr(model, TRAINABLE_FLAG, before)

@@ -13,6 +13,7 @@ from adapterlab.core.host import Host
 from adapterlab.core.site import plain_class
 from adapterlab.core.wrapping import adapters_of
 from adapterlab.data.batching import PackingCollator
+from adapterlab.foreign.private_transformers import attention_implementation
 
 if TYPE_CHECKING:
     from adapterlab.train.loop import Loop
@@ -78,7 +79,7 @@ def _fused(host: Host, name: str, *, autocast: bool) -> FastPath:
 
 def _attention(model: Any) -> FastPath:
     """Whether attention may be computed by this package's kernel."""
-    name = getattr(getattr(model, "config", None), "_attn_implementation", None) or "eager"
+    name = attention_implementation(model)
     if not any(uses_interface(plain_class(module)) for module in model.modules()):
         return FastPath("attention", False, f"{type(model).__name__} computes it in its own way")
     device = next(model.parameters()).device.type

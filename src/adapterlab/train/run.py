@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -29,6 +28,7 @@ from adapterlab.core.host import Host
 from adapterlab.data import Collator, Report, encode, fingerprint, load_data, render_sample
 from adapterlab.errors import ConfigError
 from adapterlab.evaluate.generation import window_of
+from adapterlab.foreign.private_transformers import forget_accelerate
 from adapterlab.io.atomic import write_text
 from adapterlab.models import load_model
 from adapterlab.train import folder as files
@@ -266,8 +266,7 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """Make the accelerate object of a run; the one of an earlier run in this process is given up."""
-    if AcceleratorState._shared_state and AcceleratorState().num_processes == 1:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate()
     trackers = list(config.training.trackers)
     return Accelerator(
         mixed_precision="fp16" if config.precision == "fp16" and torch.cuda.is_available() else "no",

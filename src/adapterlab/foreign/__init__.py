@@ -1,0 +1,1 @@
+"""Meetings with torch and transformers: what differs between their versions and models is asked here, once."""

@@ -1,0 +1,53 @@
+"""Every name of torch that we use without a promise behind it; nobody else imports one (tests/core/test_private.py).
+
+| name | what for | what replaces it when it goes |
+|---|---|---|
+| `FakeTensor`, `FakeTensorMode`, `unset_fake_temporarily` | plans run a step on tensors without contents | the meta device, with our own count of what devices would hold |
+| `DataDependentOutputException`, `DynamicOutputShapeException` | a plan says which operator needs numbers | catching RuntimeError, with a vaguer message |
+| `TorchDispatchMode` | counting operators and keeping products | documented in the notes on extending torch, only its place is private |
+| `tree_iter` | tensors among an operator's arguments | ten lines of recursion |
+| `DispatchKey`, `_SetExcludeDispatchKeyGuard` | recomputation leaves views to autograd | none: `recompute: cheap` would fall back to `full` |
+| `StorageWeakRef` | two tensors share memory, without keeping it alive | `untyped_storage().data_ptr()`, compared while both live |
+| `graph_task_id` | whether the backward pass runs now | a flag set by a hook on the loss |
+| `has_kernel` | whether an operator is a composition of others | a list of such operators |
+| `softmax_backward` | the gradient of the attention kernel | p * (dp - (dp * p).sum(-1)), one more copy |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+__all__ = [
+    "DataDependentOutputException", "DispatchKey", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode",
+    "StorageWeakRef", "TorchDispatchMode", "_SetExcludeDispatchKeyGuard", "graph_task_id", "has_kernel",
+    "softmax_backward", "tree_iter", "unset_fake_temporarily",
+]  # fmt: skip
+
+
+def graph_task_id() -> int:
+    """Number of the backward pass that runs on this thread, -1 when none does."""
+    return torch._C._current_graph_task_id()
+
+
+def has_kernel(operator: Any, key: Any) -> bool:
+    """Say whether an operator has a kernel of its own for a dispatch key."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key))
+
+
+def softmax_backward(dp: Tensor, p: Tensor, out: Tensor) -> Tensor:
+    """The gradient of a softmax over the last dimension, written into `out`; `dp` is that of its result `p`."""
+    return torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=out)

@@ -1,0 +1,57 @@
+"""Every name of transformers, accelerate and their kin that we use without a promise behind it.
+
+Nobody else imports one (tests/core/test_private.py). Names of caches are in `cache.py`.
+
+| name | what for | what replaces it when it goes |
+|---|---|---|
+| `sdpa_attention_forward` | recognising the plain attention function, which our kernel may stand for | `ALL_ATTENTION_FUNCTIONS["sdpa"]` at import |
+| `no_init_weights` | plans build a model without drawing its weights | building on the meta device |
+| `render_jinja_template` | which tokens of a conversation the template marks as the model's | `apply_chat_template(..., return_assistant_tokens_mask=True)`, row by row |
+| `attention_implementation` | which attention function a model looks up | the argument given when it was loaded |
+| `attention_mapping` | where an attention function is registered for one model or for all | `ALL_ATTENTION_FUNCTIONS.register`, for all |
+| `kept_in_float32` | modules that quantization leaves out | the quantizer's own list |
+| `forget_accelerate` | a second run in one process starts afresh | a process for each run |
+| `TRAINABLE_FLAG` | Trainer lets a model with packed weights train | none: Trainer refuses such models unless they are PEFT's |
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+from transformers.initialization import no_init_weights
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.chat_template_utils import render_jinja_template
+
+__all__ = [
+    "TRAINABLE_FLAG", "attention_implementation", "attention_mapping", "forget_accelerate", "kept_in_float32",
+    "no_init_weights", "render_jinja_template", "sdpa_attention_forward",
+]  # fmt: skip
+
+TRAINABLE_FLAG = "_hf_peft_config_loaded"
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+
+
+def attention_implementation(module: Any) -> str:
+    """Name of the attention function that a model or attention module looks up: `eager`, `sdpa` and so on."""
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"
+
+
+def attention_mapping(cls: Any, name: str) -> MutableMapping[str, Any]:
+    """The registry in which modules of a class find the attention function of a name."""
+    interface = getattr(sys.modules[cls.__module__], _INTERFACE)
+    return interface._local_mapping if name in interface._local_mapping else interface._global_mapping
+
+
+def kept_in_float32(model: Any) -> tuple[str, ...]:
+    """Names of modules that transformers neither rounds nor packs."""
+    return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
+
+
+def forget_accelerate() -> None:
+    """Let the next accelerator of this process choose its settings anew; other processes keep theirs."""
+    from accelerate.state import AcceleratorState
+
+    if AcceleratorState._shared_state and AcceleratorState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
