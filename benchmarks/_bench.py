@@ -403,8 +403,8 @@ def batch(model: Any, rows: int, length: int) -> dict[str, Any]:
 
 def driver(host: Any, name: str = "default", lr: float = 1e-4) -> Callable[[Mapping[str, Any]], float]:
     """Return a function that trains one step on a batch, with every event of the method, and returns the loss."""
-    from adapterlab.core.attention import fast_attention
-    from adapterlab.ops.loss import Loss
+    from adapterlab.engine.attention import fast_attention
+    from adapterlab.engine.loss import Loss
     from adapterlab.optim import adamw
 
     method = host.methods[name]

@@ -113,9 +113,9 @@ def train(case: dict[str, Any]) -> dict[str, int]:
     import datasets  # noqa: F401  (a training run has it loaded)
     from accelerate import Accelerator
 
-    from adapterlab.core.heap import resident
-    from adapterlab.core.host import attach
     from adapterlab.data import Collator
+    from adapterlab.foreign.process_memory import resident
+    from adapterlab.hosts import attach
     from adapterlab.plan.planning import make_method
     from adapterlab.train import run  # noqa: F401
     from adapterlab.train.config import Training

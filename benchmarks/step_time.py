@@ -134,7 +134,7 @@ def _measured(job: dict[str, Any], attach: Any) -> Figures:
 
 def _beside(job: dict[str, Any], model: Any, batches: Any, shapes: dict[str, Any]) -> None:
     """Add the time that our baseline takes now; its memory would be blurred by what came before."""
-    from adapterlab.core.host import host
+    from adapterlab.hosts import host
 
     carrier = host(model)
     assert carrier is not None

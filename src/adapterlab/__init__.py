@@ -28,9 +28,9 @@ for _limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 
 # public name -> module that defines it. Method classes (al.LoRA, ...) are found by file, not listed here.
 _PUBLIC = {
-    "attach": "adapterlab.core.host",
-    "host": "adapterlab.core.host",
-    "Host": "adapterlab.core.host",
+    "attach": "adapterlab.hosts",
+    "host": "adapterlab.hosts",
+    "Host": "adapterlab.hosts",
     "Method": "adapterlab.core.method",
     "LayerMethod": "adapterlab.core.method",
     "Adapter": "adapterlab.core.adapter",
@@ -40,9 +40,9 @@ _PUBLIC = {
     "State": "adapterlab.core.state",
     "register": "adapterlab.registry",
     "method": "adapterlab.registry",
-    "Loss": "adapterlab.ops.loss",
-    "fast_attention": "adapterlab.core.attention",
-    "load": "adapterlab.io",
+    "Loss": "adapterlab.engine.loss",
+    "fast_attention": "adapterlab.engine.attention",
+    "load": "adapterlab.hosts",
     "load_model": "adapterlab.models",
     "pull": "adapterlab.models",
     "fit": "adapterlab.train",

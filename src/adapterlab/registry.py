@@ -1,4 +1,4 @@
-"""Find methods by file: `methods/<id>.py` defines the method `<id>`; third parties add theirs by entry point.
+"""Find methods by file: `methods/<family>/<id>.py` defines the method `<id>`; third parties add theirs by entry point.
 
 Listing reads file names only, so it imports neither torch nor any method.
 """
@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
-import pkgutil
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from adapterlab import methods as _package
 from adapterlab.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from adapterlab.core.method import Method
 
 GROUP = "adapterlab.methods"
+_PACKAGE = f"{__package__}.methods"
+_FOLDER = Path(__file__).parent / "methods"
 _registered: dict[str, type[Method]] = {}
 M = TypeVar("M", bound="type[Method]")
 
@@ -25,11 +26,16 @@ M = TypeVar("M", bound="type[Method]")
 def register(cls: M) -> M:
     """Class decorator that makes a method known under its id, which is the name of its file.
 
+    Its family is the folder of the file; a method of a third party says its family itself.
+
     Raises:
         ConfigError: another class has that id already.
     """
+    package, _, file = cls.__module__.rpartition(".")
     if "id" not in cls.__dict__:
-        cls.id = cls.__module__.rpartition(".")[2]
+        cls.id = file
+    if package.startswith(f"{_PACKAGE}."):
+        cls.family = package.rpartition(".")[2].replace("_", " ")
     other = _registered.get(cls.id)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ConfigError(
@@ -44,14 +50,28 @@ def _third_party() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
+def families() -> list[str]:
+    """List the folders of methods."""
+    return sorted(folder.name for folder in _FOLDER.iterdir() if (folder / "__init__.py").is_file())
+
+
+def _own() -> dict[str, str]:
+    """The families of our methods by id; files with a leading underscore hold what methods of a family share."""
+    return {
+        file.stem: family
+        for family in families()
+        for file in (_FOLDER / family).glob("*.py")
+        if not file.name.startswith("_")
+    }
+
+
 def ids(pattern: str = "*") -> list[str]:
     """List the ids of all methods that match a wildcard pattern.
 
     Args:
         pattern: shell-style, such as "lora*".
     """
-    own = [info.name for info in pkgutil.iter_modules(_package.__path__) if not info.name.startswith("_")]
-    return sorted(i for i in {*own, *_third_party(), *_registered} if fnmatch.fnmatch(i, pattern))
+    return sorted(i for i in {*_own(), *_third_party(), *_registered} if fnmatch.fnmatch(i, pattern))
 
 
 def method(id: str) -> type[Method]:
@@ -64,7 +84,7 @@ def method(id: str) -> type[Method]:
         if id not in ids():
             raise ConfigError(f"There is no method {id!r}. {nearest(id, ids())} List them with: adapterlab methods.")
         point = _third_party().get(id)
-        point.load() if point else importlib.import_module(f"{_package.__name__}.{id}")
+        point.load() if point else importlib.import_module(f"{_PACKAGE}.{_own()[id]}.{id}")
     return _registered[id]
 
 

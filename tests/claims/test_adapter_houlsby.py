@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adapterlab.core.host import Host, attach
 from adapterlab.core.method import Method
 from adapterlab.errors import AttachError, ConfigError, MergeError
-from adapterlab.methods import _bottleneck
-from adapterlab.methods.adapter_houlsby import AdapterHoulsby
-from adapterlab.methods.full import Full
+from adapterlab.hosts import Host, attach
+from adapterlab.methods.bottleneck import _bottleneck
+from adapterlab.methods.bottleneck.adapter_houlsby import AdapterHoulsby
+from adapterlab.methods.in_place.full import Full
 
 SYMBOLS, TASKS = 16, 4
 FAMILIES = ("llama", "gpt2", "bert-classes", "t5", "mixtral", "vit")

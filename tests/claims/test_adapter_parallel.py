@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapterlab.core.host import attach
 from adapterlab.errors import AttachError, ConfigError, MergeError
-from adapterlab.methods import _bottleneck
-from adapterlab.methods.adapter_parallel import AdapterParallel
-from adapterlab.methods.adapter_pfeiffer import AdapterPfeiffer
+from adapterlab.hosts import attach
+from adapterlab.methods.bottleneck import _bottleneck
+from adapterlab.methods.bottleneck.adapter_parallel import AdapterParallel
+from adapterlab.methods.bottleneck.adapter_pfeiffer import AdapterPfeiffer
 
 FAMILIES = ("llama", "gpt2", "bert-classes", "t5", "mixtral", "vit")
 

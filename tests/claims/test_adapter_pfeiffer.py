@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterlab.core.host import attach
 from adapterlab.core.method import Method
 from adapterlab.errors import ConfigError, MergeError, TargetError
-from adapterlab.methods import _bottleneck
-from adapterlab.methods.adapter_houlsby import AdapterHoulsby
-from adapterlab.methods.adapter_pfeiffer import AdapterPfeiffer
+from adapterlab.hosts import attach
+from adapterlab.methods.bottleneck import _bottleneck
+from adapterlab.methods.bottleneck.adapter_houlsby import AdapterHoulsby
+from adapterlab.methods.bottleneck.adapter_pfeiffer import AdapterPfeiffer
 
 FAMILIES = ("llama", "gpt2", "bert-classes", "t5", "mixtral", "vit")
 

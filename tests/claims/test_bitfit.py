@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 
 import adapterlab as al
 from adapterlab.errors import AttachError, TargetError
-from adapterlab.methods.bitfit import BitFit
+from adapterlab.methods.in_place.bitfit import BitFit
 
 
 def measure(make: Any, method: Any, steps: int = 600) -> float:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import adapterlab as al
-from adapterlab.init import corda
-from adapterlab.init._base import Place, Start
+from adapterlab.methods.low_rank import corda
+from adapterlab.methods.low_rank._starts import Place, Start
 
 IN, OUT, DROPPED = 40, 32, 8
 
@@ -59,12 +59,12 @@ def test_dropping_the_weakest_costs_less() -> None:
 
 
 def test_the_claim_fails_without_the_covariance(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = corda.CorDA.oriented
+    whole = corda.CorDAStart.oriented
 
     def blind(self: Any, place: Place, covariance: Tensor) -> Start:
         return whole(self, place, torch.eye(IN))
 
-    monkeypatch.setattr(corda.CorDA, "oriented", blind)
+    monkeypatch.setattr(corda.CorDAStart, "oriented", blind)
     assert not holds()
 
 

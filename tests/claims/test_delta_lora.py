@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import ConfigError
-from adapterlab.methods.delta_lora import DeltaLoRA
+from adapterlab.methods.schedule.delta_lora import DeltaLoRA
 
 WIDTH, R, START, STEPS, PUSH = 16, 2, 5, 200, 2.0
 

@@ -49,7 +49,7 @@ def test_the_claim_fails_when_the_magnitude_gets_no_gradient(monkeypatch: pytest
     def detached(x: Tensor, w: Tensor, bias: Any, a: Tensor, b: Tensor, scale: float, gain: Tensor) -> Tensor:
         return magnitude_linear(x, w, bias, a, b, scale, gain.detach())
 
-    monkeypatch.setattr("adapterlab.methods.dora.magnitude_linear", detached)
+    monkeypatch.setattr("adapterlab.methods.low_rank.dora.magnitude_linear", detached)
     assert not holds()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import ConfigError
-from adapterlab.methods.dylora import DyLoRA
+from adapterlab.methods.low_rank.dylora import DyLoRA
 
 R, WIDTH = 8, 24
 

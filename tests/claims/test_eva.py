@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError, DataError
-from adapterlab.init import eva
-from adapterlab.init.eva import Components
+from adapterlab.methods.low_rank import eva
+from adapterlab.methods.low_rank.eva import Components
 
 
 class Net(nn.Module):

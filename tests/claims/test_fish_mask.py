@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError, ConfigError, DataError, NotTrainingError, TrainingError
-from adapterlab.methods import _select
+from adapterlab.methods.in_place import _chosen_parameters as _select
 from adapterlab.optim import adamw
 
 DENSITY = 0.005
@@ -170,7 +170,7 @@ def test_expected_fisher_sums_over_all_classes(tiny: Any, batch_for: Any) -> Non
     k = 20
     host = _prepared(model, row, target="expect", density=1.0, exclude=("embeddings", "pooler", "classifier"))
     parameters = {"w": model.bert.encoder.layer[0].attention.self.query.weight}
-    from adapterlab.methods.fish_mask import _every_class
+    from adapterlab.methods.in_place.fish_mask import _every_class
 
     host.detach("default")
     found = _select.accumulate(al.attach(model, al.LoRA(r=1)), parameters, [row], torch.square, losses=_every_class)
@@ -189,7 +189,7 @@ def test_saved_entries_come_back(tiny: Any, batch_for: Any, logits: Any) -> None
     expected, saved = logits(model, batch), host.state_dict("default")
     fresh = tiny("llama-tied")
     base = logits(fresh, batch)
-    from adapterlab.core.host import Host
+    from adapterlab.hosts import Host
 
     other = Host(fresh)
     other.attach(al.FishMask(density=0.02), "default", saved=saved)

@@ -10,8 +10,8 @@ from torch import nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError
-from adapterlab.methods import fourierft
-from adapterlab.methods.fourierft import FourierFT
+from adapterlab.methods.structured import fourierft
+from adapterlab.methods.structured.fourierft import FourierFT
 
 
 def measure(randomise: Any) -> tuple[int, int]:

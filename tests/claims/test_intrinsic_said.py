@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import adapterlab as al
 from adapterlab.errors import AttachError
-from adapterlab.methods import intrinsic_said
-from adapterlab.methods.intrinsic_said import IntrinsicSAID
+from adapterlab.methods.structured import intrinsic_said
+from adapterlab.methods.structured.intrinsic_said import IntrinsicSAID
 
 
 class Net(nn.Module):

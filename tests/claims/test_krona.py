@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError
-from adapterlab.methods import _kronecker
-from adapterlab.methods.krona import KronA
+from adapterlab.methods.structured import _kronecker
+from adapterlab.methods.structured.krona import KronA
 
 
 def train(method: Any, update: Tensor, steps: int = 250) -> tuple[float, Tensor, int]:

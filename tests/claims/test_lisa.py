@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterlab as al
 from adapterlab.errors import AttachError, NotTrainingError
-from adapterlab.methods.lisa import LISA
+from adapterlab.methods.schedule.lisa import LISA
 from adapterlab.optim import adamw
 
 BLOCKS, GAMMA, K, INTERVALS = 8, 2, 2, 12

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import adapterlab as al
-from adapterlab.init import loftq
-from adapterlab.init._normal_float import codes, quantized
+from adapterlab.methods.low_rank import loftq
+from adapterlab.methods.low_rank._normal_float import codes, quantized
 
 
 def measure(iterations: int, bits: int = 2) -> float:

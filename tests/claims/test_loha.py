@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import adapterlab as al
-from adapterlab.methods.loha import LoHa
+from adapterlab.methods.structured.loha import LoHa
 
 
 def measure(randomise: Any) -> tuple[int, int]:

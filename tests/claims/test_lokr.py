@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import TargetError
-from adapterlab.methods import _kronecker
-from adapterlab.methods.lokr import LoKr
+from adapterlab.methods.structured import _kronecker
+from adapterlab.methods.structured.lokr import LoKr
 
 
 def train(method: Any, update: Tensor, steps: int = 300) -> tuple[float, int]:

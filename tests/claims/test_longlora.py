@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import adapterlab as al
-from adapterlab.core.host import Host
 from adapterlab.errors import AttachError, ConfigError, MergeError
-from adapterlab.methods.longlora import LongLoRA
+from adapterlab.hosts import Host
+from adapterlab.methods.composite.longlora import LongLoRA
 
 LENGTH, GROUP, BACK, SYMBOLS = 8, 4, 2, 4
 FIELDS: dict[str, Any] = {"r": 16, "alpha": 32, "group_size": GROUP}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import NotTrainingError
-from adapterlab.methods import lora_drop
+from adapterlab.methods.low_rank import lora_drop
 
 LOUD = {1, 2, 5, 7}
 

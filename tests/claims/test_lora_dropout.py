@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterlab as al
-from adapterlab.methods.lora_dropout import LoRADropout
+from adapterlab.methods.low_rank.lora_dropout import LoRADropout
 
 
 def one(**fields: Any) -> tuple[Any, Any, Any]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import adapterlab as al
-from adapterlab.methods.lora import LoRA
-from adapterlab.methods.lora_fa import LoRAFA, Projected
+from adapterlab.methods.low_rank.lora import LoRA
+from adapterlab.methods.low_rank.lora_fa import LoRAFA, Projected
 from adapterlab.optim import adamw
 
 IN, OUT, R = 256, 64, 8

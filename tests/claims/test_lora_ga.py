@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError, DataError
-from adapterlab.init import lora_ga
+from adapterlab.methods.low_rank import lora_ga
 
 OUT, IN, R = 40, 32, 4
 
@@ -99,7 +99,7 @@ def test_sizes_and_the_start(tiny: Any, batch_for: Any, logits: Any) -> None:
 
 
 def test_the_gradient_is_the_mean_over_batches(tiny: Any, batch_for: Any) -> None:
-    from adapterlab.init._data import mean_gradients
+    from adapterlab.methods.low_rank._shown_data import mean_gradients
 
     model = tiny("gpt2")
     host = al.attach(model, ours(size="unit").replace(targets=["qkv"]))

@@ -10,7 +10,7 @@ from torch import nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError
-from adapterlab.methods.lora_xs import LoRAXS
+from adapterlab.methods.low_rank.lora_xs import LoRAXS
 
 
 def measure(width: int = 32, r: int = 4, steps: int = 300) -> tuple[float, int]:

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterlab as al
-from adapterlab.core.host import host as host_of
 from adapterlab.errors import AttachError, ConfigError, DataError
-from adapterlab.methods.lora import LoRA
-from adapterlab.methods.lst import LST, Ladder, Tap
+from adapterlab.hosts import host as host_of
+from adapterlab.methods.low_rank.lora import LoRA
+from adapterlab.methods.side_network.lst import LST, Ladder, Tap
 
 TOY = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -69,7 +69,7 @@ def test_claim_fails_when_gradients_enter_the_base(monkeypatch):
         return out
 
     def tamper(host):
-        monkeypatch.setattr("adapterlab.methods.lst.torch", Torch())
+        monkeypatch.setattr("adapterlab.methods.side_network.lst.torch", Torch())
         monkeypatch.setattr(Tap, "around", around)
         host.model.get_input_embeddings().weight.requires_grad_(True)
 

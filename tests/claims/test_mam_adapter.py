@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterlab.core.host import attach
 from adapterlab.errors import ConfigError, MergeError
-from adapterlab.methods import prefix_tuning
-from adapterlab.methods.mam_adapter import MAMAdapter
+from adapterlab.hosts import attach
+from adapterlab.methods.composite.mam_adapter import MAMAdapter
+from adapterlab.methods.prompt import prefix_tuning
 
 PATH = "model.layers.0.self_attn"
 

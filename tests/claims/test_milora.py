@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import adapterlab as al
-from adapterlab.init import milora
-from adapterlab.init._base import balanced
+from adapterlab.methods.low_rank import milora
+from adapterlab.methods.low_rank._starts import balanced
 
 WIDTH, TOP = 32, 6
 
@@ -57,7 +57,7 @@ def test_the_claim_fails_on_the_strongest_directions(monkeypatch: pytest.MonkeyP
         u, s, vh = torch.linalg.svd(weight)
         return balanced(u[:, :r], s[:r], vh[:r], scale)
 
-    monkeypatch.setattr(milora.MiLoRA, "factors", strongest)
+    monkeypatch.setattr(milora.MiLoRAStart, "factors", strongest)
     assert not holds()
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError
-from adapterlab.methods.miss import MiSS
+from adapterlab.methods.structured.miss import MiSS
 
 
 def measure() -> tuple[float, float, float]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import adapterlab as al
-from adapterlab.core.host import Host, attach
 from adapterlab.core.method import Method
 from adapterlab.errors import AttachError, ConfigError, MergeError, TargetError
-from adapterlab.methods.lora import LoRA
-from adapterlab.methods.molora import MoLoRA
+from adapterlab.hosts import Host, attach
+from adapterlab.methods.low_rank.lora import LoRA
+from adapterlab.methods.mixture.molora import MoLoRA
 
 CLUSTERS, WIDTH, RANK = 4, 16, 2
 

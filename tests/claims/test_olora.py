@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterlab as al
-from adapterlab.init import olora
+from adapterlab.methods.low_rank import olora
 
 WIDTH = 32
 
@@ -53,7 +53,7 @@ def test_the_claim_fails_with_tiny_factors(monkeypatch: pytest.MonkeyPatch) -> N
         q, upper = torch.linalg.qr(weight)
         return 0.1 * upper[:r], 0.1 * q[:, :r]
 
-    monkeypatch.setattr(olora.OLoRA, "factors", small)
+    monkeypatch.setattr(olora.OLoRAStart, "factors", small)
     assert not holds()
 
 

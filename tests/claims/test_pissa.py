@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError
-from adapterlab.init import pissa
-from adapterlab.init._base import balanced
-from adapterlab.init._normal_float import quantized
+from adapterlab.methods.low_rank import pissa
+from adapterlab.methods.low_rank._normal_float import quantized
+from adapterlab.methods.low_rank._starts import balanced
 
 WIDTH = 96
 
@@ -50,7 +50,7 @@ def test_the_claim_fails_on_the_weakest_directions(monkeypatch: pytest.MonkeyPat
         u, s, vh = torch.linalg.svd(weight)
         return balanced(u[:, -r:], s[-r:], vh[-r:], scale)
 
-    monkeypatch.setattr(pissa.PiSSA, "factors", weakest)
+    monkeypatch.setattr(pissa.PiSSAStart, "factors", weakest)
     assert not holds()
 
 

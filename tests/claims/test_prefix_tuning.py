@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 import adapterlab as al
 from adapterlab.errors import AttachError, ConfigError
-from adapterlab.methods import prefix_tuning
-from adapterlab.methods.prefix_tuning import PrefixTuning
-from adapterlab.methods.prompt_tuning import PromptTuning
+from adapterlab.methods.prompt import prefix_tuning
+from adapterlab.methods.prompt.prefix_tuning import PrefixTuning
+from adapterlab.methods.prompt.prompt_tuning import PromptTuning
 
 WORDS = (17, 4, 99, 31, 8)
 QUIET: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

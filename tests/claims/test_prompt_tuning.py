@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterlab as al
 from adapterlab.errors import AttachError, ConfigError
-from adapterlab.methods import prompt_tuning
-from adapterlab.methods.prompt_tuning import PromptTuning
+from adapterlab.methods.prompt import prompt_tuning
+from adapterlab.methods.prompt.prompt_tuning import PromptTuning
 from adapterlab.testing import CHECKS, Case, outcome
 
 WORDS = (17, 4, 99, 31, 8)

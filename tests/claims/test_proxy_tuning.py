@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterlab as al
 from adapterlab.errors import AttachError, ConfigError
-from adapterlab.methods.lora import LoRA
-from adapterlab.methods.proxy_tuning import _HELD, ProxyTuning
+from adapterlab.methods.low_rank.lora import LoRA
+from adapterlab.methods.side_network.proxy_tuning import _HELD, ProxyTuning
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,8 @@ from torch import nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError, MissingDependencyError
-from adapterlab.init import _normal_float
-from adapterlab.init._normal_float import quantized
+from adapterlab.methods.low_rank import _normal_float
+from adapterlab.methods.low_rank._normal_float import quantized
 from adapterlab.optim import adamw
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterlab as al
-from adapterlab.methods import randlora
+from adapterlab.methods.structured import randlora
 
 D = 64
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import adapterlab as al
 from adapterlab.errors import AttachError, ConfigError
-from adapterlab.methods.road import RoAd
+from adapterlab.methods.multiplicative.road import RoAd
 
 VARIANTS = ["road_1", "road_2", "road_4"]
 

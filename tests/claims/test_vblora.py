@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError, ConfigError, TrainingError
-from adapterlab.methods import vblora
-from adapterlab.methods.vblora import VBLoRA
+from adapterlab.methods.structured import vblora
+from adapterlab.methods.structured.vblora import VBLoRA
 
 SMALL = {"num_vectors": 64, "vector_length": 8, "bank_bound": 0.3}
 

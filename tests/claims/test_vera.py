@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import adapterlab as al
-from adapterlab.methods.vera import _Scaled
+from adapterlab.methods.structured.vera import _Scaled
 
 
 def measure(tiny: Any, batch_for: Any, randomise: Any, logits: Any, folder: Path) -> float:
@@ -35,7 +35,7 @@ def test_the_claim_fails_when_the_seed_is_not_used(
     tiny: Any, batch_for: Any, randomise: Any, logits: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn = iter(range(100))
-    seeded = "adapterlab.methods.vera.seeded"
+    seeded = "adapterlab.methods.structured.vera.seeded"
     monkeypatch.setattr(seeded, lambda seed: torch.Generator().manual_seed(next(drawn)))
     assert not measure(tiny, batch_for, randomise, logits, tmp_path / "a") < 1e-6
 

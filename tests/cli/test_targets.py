@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, T5Config
 
 import adapterlab as al
 from adapterlab.cli import main
-from adapterlab.core.host import Host
+from adapterlab.hosts import Host
 
 
 def run(capsys: Any, *args: object) -> tuple[int, str, str]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from adapterlab import registry
 from adapterlab.core.adapter import Delta
-from adapterlab.core.host import Host
 from adapterlab.core.method import LayerMethod, Method
 from adapterlab.core.site import Site
 from adapterlab.errors import AdapterlabError, AttachError, MergeError
+from adapterlab.hosts import Host
 from adapterlab.testing import CHECKS, Case, attempt, checks_for, outcome, run
 
 

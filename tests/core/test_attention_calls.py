@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import adapterlab as al
-from adapterlab.core.attention import fast_attention
 from adapterlab.data import Collator
+from adapterlab.engine.attention import fast_attention
 from adapterlab.errors import ConfigError
 from adapterlab.evaluate import evaluate_loss
 from adapterlab.registry import method

@@ -8,9 +8,9 @@ import pytest
 from torch import nn
 
 import adapterlab as al
-from adapterlab.core.host import Host
-from adapterlab.core.roles import layer_of, role_of
 from adapterlab.errors import AttachError, ConfigError, TargetError
+from adapterlab.foreign.roles import layer_of, role_of
+from adapterlab.hosts import Host
 
 # family -> role -> number of modules (two layers; T5 has two in the encoder, two in the decoder with cross-attention)
 COUNTS: dict[str, dict[str, int]] = {

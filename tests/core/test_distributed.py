@@ -25,9 +25,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from adapterlab import registry
-from adapterlab.core.host import Host, attach
 from adapterlab.core.method import Method
 from adapterlab.errors import AttachError, MergeError, OutputError
+from adapterlab.hosts import Host, attach
 from adapterlab.testing import Case, batch
 
 WORLD = 2

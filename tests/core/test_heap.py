@@ -9,15 +9,15 @@ import sys
 import pytest
 
 import adapterlab as al
-from adapterlab.core import heap
-from adapterlab.core.heap import Heap
+from adapterlab.foreign import process_memory as heap
+from adapterlab.foreign.process_memory import Heap
 from adapterlab.testing import models
 
 MIB = 1 << 20
 # Large tensors that come and go while small ones stay, as in a backward pass whose gradients stay.
 ROUNDS = """
 import json, sys, torch
-from adapterlab.core.heap import Heap, resident
+from adapterlab.foreign.process_memory import Heap, resident
 torch.set_num_threads(1)
 heap, kept, before = Heap(), [], resident()
 for _ in range(100):

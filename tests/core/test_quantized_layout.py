@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from adapterlab.core.quantized import dense, keep_layout
+from adapterlab.foreign.quantized import dense, keep_layout
 from adapterlab.testing.models import packed
 
 bnb = pytest.importorskip("bitsandbytes")

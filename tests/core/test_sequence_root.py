@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from adapterlab.core.host import Host
 from adapterlab.errors import AttachError
+from adapterlab.hosts import Host
 
 
 def test_shared_tensors_are_refused_on_a_plain_sequence() -> None:

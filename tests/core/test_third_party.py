@@ -15,7 +15,7 @@ from adapterlab.errors import ConfigError
 
 CODE = '''
 from typing import ClassVar
-from adapterlab.methods.lora import LoRA
+from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.registry import register
 
 @register

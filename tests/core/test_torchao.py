@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.convert.merging import merge_into_base
-from adapterlab.core.quantized import compute_dtype, dense, is_quantized
 from adapterlab.errors import AttachError, MergeError, NotTrainingError
-from adapterlab.io import load
+from adapterlab.foreign.quantized import compute_dtype, dense, is_quantized
+from adapterlab.hosts import load
 from adapterlab.registry import method
 from adapterlab.testing import Case, batch, tiny
 from adapterlab.testing.case import gradients, logits, perturb

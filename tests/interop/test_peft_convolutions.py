@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import FormatError
-from adapterlab.methods.dora import DoRA
-from adapterlab.methods.loha import LoHa
-from adapterlab.methods.lokr import LoKr
+from adapterlab.methods.low_rank.dora import DoRA
+from adapterlab.methods.structured.loha import LoHa
+from adapterlab.methods.structured.lokr import LoKr
 
 TOLERANCE = 1e-5
 

@@ -14,8 +14,8 @@ import torch
 
 import adapterlab as al
 from adapterlab.errors import FormatError
-from adapterlab.methods.prefix_tuning import PrefixTuning
-from adapterlab.methods.prompt_tuning import PromptTuning
+from adapterlab.methods.prompt.prefix_tuning import PrefixTuning
+from adapterlab.methods.prompt.prompt_tuning import PromptTuning
 
 TASKS = {"llama": "CAUSAL_LM", "qwen2": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert-classes": "SEQ_CLS",
          "bert-tokens": "TOKEN_CLS", "t5": "SEQ_2_SEQ_LM"}  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel, RoadConfig, get_peft_model
 
 import adapterlab as al
-from adapterlab.methods.road import RoAd
+from adapterlab.methods.multiplicative.road import RoAd
 
 IDS = torch.tensor([[5, 9, 2, 40], [7, 7, 30, 1]])
 

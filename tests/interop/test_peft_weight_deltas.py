@@ -12,12 +12,12 @@ import torch
 
 import adapterlab as al
 from adapterlab.errors import FormatError
-from adapterlab.methods.fourierft import FourierFT
-from adapterlab.methods.krona import KronA
-from adapterlab.methods.loha import LoHa
-from adapterlab.methods.lokr import LoKr
-from adapterlab.methods.miss import MiSS
-from adapterlab.methods.vblora import VBLoRA
+from adapterlab.methods.structured.fourierft import FourierFT
+from adapterlab.methods.structured.krona import KronA
+from adapterlab.methods.structured.loha import LoHa
+from adapterlab.methods.structured.lokr import LoKr
+from adapterlab.methods.structured.miss import MiSS
+from adapterlab.methods.structured.vblora import VBLoRA
 
 TOLERANCE = 1e-5
 pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:fan_in_fan_out is set")

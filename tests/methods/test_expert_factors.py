@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import adapterlab as al
 from adapterlab.convert.extracting import export_lora
 from adapterlab.errors import AttachError, ConfigError, TargetError
-from adapterlab.methods._expert_factors import ExpertFactors
+from adapterlab.methods.low_rank._expert_factors import ExpertFactors
 
 UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 BOTH: dict[str, Any] = {"parameters": (UP, DOWN), "targets": "none", "r": 3, "alpha": 6}

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 import adapterlab as al
-from adapterlab.core.host import Host
+from adapterlab.hosts import Host
 from adapterlab.registry import method
 
 Shape = tuple[int, int]

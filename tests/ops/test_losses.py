@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adapterlab as al
+from adapterlab.engine.loss import Loss
 from adapterlab.errors import ConfigError
 from adapterlab.ops import cross_entropy
 from adapterlab.ops.cross_entropy import linear_cross_entropy, module_cross_entropy
-from adapterlab.ops.loss import Loss
 from adapterlab.train import Loop, Training
 
 CAUSAL = ("llama", "llama-tied", "qwen2", "gpt2", "mixtral", "gemma2", "granite", "cohere")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from adapterlab.core.host import attach
+from adapterlab.hosts import attach
 from adapterlab.plan.apart import called
 from adapterlab.plan.planning import make_method, setup_of
 from adapterlab.plan.setup import Setup

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapterlab.core.host import Host, attach
 from adapterlab.core.method import Method
 from adapterlab.data import Collator
 from adapterlab.errors import ConfigError, DataError, TrainingError
-from adapterlab.methods.full import Full
-from adapterlab.methods.lora import LoRA
+from adapterlab.hosts import Host, attach
+from adapterlab.methods.in_place.full import Full
+from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.train import Listener, Loop, Training, train
 from adapterlab.train.order import Sampler, order
 

@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 from transformers.models.llama import modeling_llama
 
-from adapterlab.core.attention import fast_attention
-from adapterlab.core.host import Host, attach
 from adapterlab.core.method import Method
 from adapterlab.data import Collator, PackingCollator
+from adapterlab.engine.attention import fast_attention
+from adapterlab.engine.loss import Loss
 from adapterlab.errors import ConfigError
 from adapterlab.evaluate.loss import evaluate_loss
-from adapterlab.methods.adapter_houlsby import AdapterHoulsby
-from adapterlab.methods.adapter_parallel import AdapterParallel
-from adapterlab.methods.full import Full
-from adapterlab.methods.ia3 import IA3
-from adapterlab.methods.longlora import LongLoRA
-from adapterlab.methods.lora import LoRA
-from adapterlab.methods.lst import LST
-from adapterlab.methods.prefix_tuning import PrefixTuning
-from adapterlab.methods.prompt_tuning import PromptTuning
-from adapterlab.ops.loss import Loss
+from adapterlab.hosts import Host, attach
+from adapterlab.methods.bottleneck.adapter_houlsby import AdapterHoulsby
+from adapterlab.methods.bottleneck.adapter_parallel import AdapterParallel
+from adapterlab.methods.composite.longlora import LongLoRA
+from adapterlab.methods.in_place.full import Full
+from adapterlab.methods.low_rank.lora import LoRA
+from adapterlab.methods.multiplicative.ia3 import IA3
+from adapterlab.methods.prompt.prefix_tuning import PrefixTuning
+from adapterlab.methods.prompt.prompt_tuning import PromptTuning
+from adapterlab.methods.side_network.lst import LST
 from adapterlab.train import Loop, Training
 from adapterlab.train.packing import choose, obstacle
 
@@ -144,7 +144,7 @@ def test_the_mask_of_all_pairs_is_not_built(tiny: Callable[..., Any], monkeypatc
 
 
 def test_only_this_model_and_only_inside(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from adapterlab.core import attention as bridge
+    from adapterlab.engine import attention as bridge
 
     calls: list[int] = []
     compute = bridge.attention

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapterlab.core.host import Host, attach
 from adapterlab.errors import NotTrainingError
-from adapterlab.methods.full import Full
-from adapterlab.methods.lora import LoRA
+from adapterlab.hosts import Host, attach
+from adapterlab.methods.in_place.full import Full
+from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.train import Loop, Training, train
 
 Rows = list[dict[str, list[int]]]

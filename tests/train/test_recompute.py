@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import adapterlab as al
-from adapterlab.core.recompute import Offload, _contexts, is_product, offloading
+from adapterlab.engine.recompute import Offload, _contexts, is_product, offloading
 from adapterlab.errors import ConfigError
 from adapterlab.ops.operator import operator
 from adapterlab.registry import method

@@ -18,11 +18,10 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from adapterlab.cli import main
-from adapterlab.core.host import Host, attach
 from adapterlab.data import Collator
 from adapterlab.errors import ConfigError, DataError, MissingDependencyError
-from adapterlab.io import load
-from adapterlab.methods.lora import LoRA
+from adapterlab.hosts import Host, attach, load
+from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.models import load_model
 from adapterlab.train import AdapterlabCallback, Listener, Loop, RunResult, fit, hf_trainable
 from adapterlab.train import run as run_module

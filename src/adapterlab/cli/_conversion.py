@@ -13,8 +13,8 @@ from adapterlab.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
     from adapterlab.convert.building import Conversion
-    from adapterlab.core.host import Host
     from adapterlab.evaluate.opening import Opened, Place
+    from adapterlab.hosts import Host
 
 Adapter = Annotated[str, typer.Argument(help="A run folder or an adapter folder.", show_default=False)]
 Output = Annotated[Path, typer.Option(help="Folder to write.", show_default=False)]
@@ -57,7 +57,7 @@ def check_same_base(places: Sequence[Place]) -> None:
 def open_adapters(places: Sequence[Place], device: str | None, precision: str | None) -> tuple[Host, list[str]]:
     """Load the base and put the adapters on it, switched off; return the host and their names."""
     from adapterlab.evaluate.opening import open_target
-    from adapterlab.io import load
+    from adapterlab.hosts import load
 
     opened = open_target(dataclasses.replace(places[0], adapter=None), device=device, precision=precision)
     names: list[str] = []

@@ -75,8 +75,8 @@ def _places(targets: list[str], base: str | None, checkpoint: str) -> list[Place
 def _analyses(places: list[Place], device: str | None, precision: str) -> tuple[dict[str, Analysis], dict[str, float]]:
     from adapterlab.convert import analyze as describe
     from adapterlab.convert.analysis import cosine
-    from adapterlab.core.host import Host, host
     from adapterlab.evaluate.opening import open_target
+    from adapterlab.hosts import Host, host
 
     first = dataclasses.replace(places[0], adapter=None)
     model = open_target(first, device=device, precision=precision).model
@@ -90,7 +90,7 @@ def _analyses(places: list[Place], device: str | None, precision: str) -> tuple[
 
 def _changes(model: Any, place: Place, name: str, device: str | None, precision: str) -> Changes:
     from adapterlab.convert import AdapterChanges, ModelChanges
-    from adapterlab.io import load
+    from adapterlab.hosts import load
     from adapterlab.models import load_model
 
     if place.adapter is None:

@@ -13,9 +13,9 @@ from adapterlab.cli._shared import BaseModel, Checkpoint, Device, Precision, See
 from adapterlab.errors import AdapterlabError, ConfigError, nearest
 
 if TYPE_CHECKING:
-    from adapterlab.core.host import Host
     from adapterlab.evaluate.conversation import Conversation
     from adapterlab.evaluate.opening import Opened, Place
+    from adapterlab.hosts import Host
 
 
 def chat(
@@ -48,7 +48,7 @@ def _open(places: list[Place], device: str | None, precision: str | None) -> Ope
     import dataclasses
 
     from adapterlab.evaluate.opening import open_target
-    from adapterlab.io import load
+    from adapterlab.hosts import load
 
     bases = {place.base for place in places}
     if len(bases) > 1:

@@ -32,7 +32,7 @@ def extract(
     check_free(output, overwrite=overwrite)
 
     from adapterlab.convert import extract_lora
-    from adapterlab.core.host import host
+    from adapterlab.hosts import host
     from adapterlab.models import load_model
 
     before, _ = load_model(base, precision=precision, device=device)

@@ -26,8 +26,8 @@ def targets(
 
     Only the model's configuration is read; no weights are loaded.
     """
-    from adapterlab.core.host import Host
     from adapterlab.evaluate.opening import locate
+    from adapterlab.hosts import Host
 
     base = locate(model).base
     net = _skeleton(base)

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from adapterlab.compare.config import Exams
 from adapterlab.compare.results import Exam, Sample
-from adapterlab.core.attention import fast_attention
 from adapterlab.data import (
     Collator,
     DataConfig,
@@ -27,6 +26,7 @@ from adapterlab.data import (
     scorer_for,
     wilson,
 )
+from adapterlab.engine.attention import fast_attention
 from adapterlab.errors import DataError
 from adapterlab.evaluate import generate, window_of
 from adapterlab.evaluate.generation import evaluating

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from adapterlab.compare.results import Inference
-from adapterlab.core.host import Host
 from adapterlab.data import Collator, placed
+from adapterlab.engine.loss import Loss
 from adapterlab.errors import AdapterlabError, MergeError
 from adapterlab.evaluate.generation import evaluating
-from adapterlab.ops.loss import Loss
+from adapterlab.hosts import Host
 from adapterlab.plan.tracker import Tracker
 
 _REPEATS = 3

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import psutil
 
 from adapterlab.compare.jobs import LOG
-from adapterlab.core.heap import resident
 from adapterlab.errors import require
+from adapterlab.foreign.process_memory import resident
 
 _STOP_SECONDS = 60
 

@@ -51,7 +51,7 @@ def _attach_weightless(model: str, train: TrainConfig) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from adapterlab.core.host import Host
+    from adapterlab.hosts import Host
     from adapterlab.models import resolve
 
     settings = AutoConfig.from_pretrained(resolve(model))

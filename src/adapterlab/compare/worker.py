@@ -24,17 +24,18 @@ from typing import Any
 from accelerate.utils import set_seed
 from filelock import FileLock
 
-from adapterlab import io, registry
+from adapterlab import registry
 from adapterlab.compare import measuring
 from adapterlab.compare.config import CompareConfig
 from adapterlab.compare.exam import Paper, general_loss, set_paper, sit
 from adapterlab.compare.halving import halve, spread
 from adapterlab.compare.jobs import LOCK, Job, JobFolder, Progress
 from adapterlab.compare.results import UNTRAINED, Exam, Memory, Run, Search, Trial
-from adapterlab.core.host import Host
 from adapterlab.data import Collator, encode, load_data, placed
 from adapterlab.errors import AdapterlabError, AttachError, ConfigError, OutputError, TrainingError
 from adapterlab.evaluate import window_of
+from adapterlab.hosts import Host
+from adapterlab.hosts import load as load_adapter
 from adapterlab.io.atomic import write_json
 from adapterlab.models import load_model
 from adapterlab.plan import early
@@ -196,7 +197,7 @@ def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
         comparison.model, precision=comparison.precision, device=comparison.device, quantize=comparison.quantize
     )
     paper = set_paper(comparison.data, comparison.evaluation, model, tokenizer)
-    host = io.load(model, trained.adapter, "best")
+    host = load_adapter(model, trained.adapter, "best")
     best = sit(paper, model, tokenizer)
     general = general_loss(model, tokenizer)
     progress.say(now=True, phase="measuring")
@@ -240,7 +241,7 @@ def _final(trained: RunResult, host: Host, best: Exam, examine: Callable[[], Exa
     if trained.best_step in (None, trained.steps):
         return best
     host.detach("best")
-    io.load(host.model, trained.last, "last")
+    load_adapter(host.model, trained.last, "last")
     return examine()
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from adapterlab.convert.changes import MATRICES, Change, oriented
 from adapterlab.convert.low_rank import Factors, Fit, wide
-from adapterlab.core.host import Host
 from adapterlab.core.targets import Targets
 from adapterlab.errors import MergeError
-from adapterlab.methods.lora import LoRA
+from adapterlab.hosts import Host
+from adapterlab.methods.low_rank.lora import LoRA
 
 
 @dataclass(frozen=True)

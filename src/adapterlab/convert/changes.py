@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from adapterlab.convert.low_rank import Factors, wide
 from adapterlab.core.adapter import Adapter, Copy, Delta
-from adapterlab.core.host import Host
-from adapterlab.core.merge import _check as check_mergeable
-from adapterlab.core.resident import Patch
 from adapterlab.core.site import Site
-from adapterlab.core.substitute import Substitute
-from adapterlab.core.wrapping import adapters_of
+from adapterlab.engine.merge import _check as check_mergeable
+from adapterlab.engine.patches import Patch
+from adapterlab.engine.substitute import Substitute
+from adapterlab.engine.wrapping import adapters_of
 from adapterlab.errors import FormatError
+from adapterlab.hosts import Host
 
 MATRICES = ("linear", "embedding")
 
@@ -87,7 +87,7 @@ class AdapterChanges(Changes):
 
     def __init__(self, host: Host, name: str):
         self.host = host
-        self.keys = host.parts(host._only(name))
+        self.keys = host.parts(host.only(name))
         wrapped: dict[str, list[Adapter]] = {}
         for key in self.keys:
             for path, adapter in host.adapters(key).items():

@@ -13,8 +13,8 @@ from adapterlab.convert.blending import HOWS, SUMS, How, blend
 from adapterlab.convert.building import Conversion, Draft
 from adapterlab.convert.changes import MATRICES, AdapterChanges, Change
 from adapterlab.convert.low_rank import Factors, Fit, check_size, fit, wide
-from adapterlab.core.host import Host
 from adapterlab.errors import ConfigError, nearest
+from adapterlab.hosts import Host
 
 _DENSITY = 0.5
 

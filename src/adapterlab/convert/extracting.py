@@ -12,9 +12,9 @@ from torch import nn
 from adapterlab.convert.building import Conversion, Draft
 from adapterlab.convert.changes import AdapterChanges, Change, Changes, ModelChanges
 from adapterlab.convert.low_rank import Fit, check_size, fit
-from adapterlab.core.host import Host
-from adapterlab.core.host import host as host_of
 from adapterlab.errors import ConfigError
+from adapterlab.hosts import Host
+from adapterlab.hosts import host as host_of
 from adapterlab.io import hf_peft
 from adapterlab.io.atomic import new_folder, write_json
 from adapterlab.io.folder import CONFIG, TENSORS
@@ -134,7 +134,7 @@ def export_peft(host: Host, name: str, folder: str | Path, *, overwrite: bool = 
         ConfigError: PEFT has no such method.
         OutputError: the folder is not empty or cannot be written.
     """
-    method, about = host.methods[host._only(name)], getattr(host.model, "config", None)
+    method, about = host.methods[host.only(name)], getattr(host.model, "config", None)
     base, revision = getattr(about, "_name_or_path", None) or None, getattr(about, "_commit_hash", None)
     found = hf_peft.write(host, name, base, revision) if method.hf is not None else None
     if found is None:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from adapterlab.convert.changes import oriented
 from adapterlab.convert.verifying import TEXTS, Row, Verification, compare, token_rows
-from adapterlab.core.host import Host
 from adapterlab.core.site import plain_class
 from adapterlab.errors import ConfigError, MergeError, nearest
+from adapterlab.hosts import Host
 from adapterlab.io.atomic import check_free, new_folder, write_json
 from adapterlab.models.progress import quiet_transformers
 
@@ -82,7 +82,7 @@ def merge_into_base(
             merged model does not compute what the live one does. Nothing is written then.
         OutputError: the folder is not empty or cannot be written.
     """
-    name = host._only(name)
+    name = host.only(name)
     if quantized not in Quantized.__args__:  # type: ignore[attr-defined]
         raise ConfigError(f"quantized={quantized!r} is unknown. {nearest(quantized, Quantized.__args__)}")  # type: ignore[attr-defined]
     if not hasattr(host.model, "save_pretrained"):

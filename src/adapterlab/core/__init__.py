@@ -1,1 +1,1 @@
-"""How anything attaches to a model: methods, sites, adapters, state and the four verbs."""
+"""The contract: all that the author of a method has to know."""

@@ -67,6 +67,13 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def refer(self, key: str, module: nn.Module) -> None:
+        """Give the adapter an attribute that leads to a module it does not hold: one that is saved elsewhere, once.
+
+        What `Carrier.share` keeps at the root of the model is reached so from the adapters that use it.
+        """
+        self.__dict__[key] = module
+
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """Return (A `[r, in]`, B `[out, r]`) if the adapter adds exactly x Aᵀ Bᵀ in evaluation, else None."""
         return None

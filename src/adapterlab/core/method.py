@@ -17,8 +17,8 @@ from adapterlab.settings import Settings
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from adapterlab.core.host import Host
-    from adapterlab.io.hf_peft import HFCodec
+    from adapterlab.core.carrier import Carrier
+    from adapterlab.core.codec import HFCodec
 
 Batches = Iterable[Mapping[str, Tensor]]
 MakeOptimizer = Callable[[list[dict[str, Any]] | list[nn.Parameter]], "Optimizer"]
@@ -55,19 +55,19 @@ class Method(Settings):
         (), description="modules trained in full beside the adapter, such as a new classifier head"
     )
 
-    def attach(self, host: Host, name: str) -> None:
+    def attach(self, host: Carrier, name: str) -> None:
         """Put the method on the model with the four verbs of `host`."""
         raise NotImplementedError
 
-    def attach_saved(self, host: Host, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def attach_saved(self, host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Put the method on the model as it was when it was saved; the values are copied in afterwards.
 
         Methods whose structure is decided after `attach` (from data, or during training) read it from the names and
-        shapes of `tensors`, which has the keys of `Host.tensors`.
+        shapes of `tensors`, which has the keys of `Carrier.tensors`.
         """
         self.attach(host, name)
 
-    def prepare(self, host: Host, name: str, batches: Batches) -> None:
+    def prepare(self, host: Carrier, name: str, batches: Batches) -> None:
         """Use data before training starts (Fisher masks, data-driven initialisation)."""
         for key, part in host.part_methods(name).items():
             part.prepare(host, key, batches)
@@ -76,38 +76,40 @@ class Method(Settings):
         """Return the same method with the shortest `prepare`: plans simulate it on tensors that hold no numbers."""
         return self
 
-    def optimizer(self, host: Host, name: str, make: MakeOptimizer) -> Optimizer:
+    def optimizer(self, host: Carrier, name: str, make: MakeOptimizer) -> Optimizer:
         """Build the optimizer; `make` takes parameters or parameter groups."""
         return make(host.parameters(name))
 
-    def gradient(self, host: Host, name: str, loss: Callable[[], Tensor], backward: Callable[[Tensor], None]) -> Tensor:
+    def gradient(
+        self, host: Carrier, name: str, loss: Callable[[], Tensor], backward: Callable[[Tensor], None]
+    ) -> Tensor:
         """Compute the loss and its gradients; methods without back-propagation override this."""
         value = loss()
         backward(value)
         return value.detach()
 
-    def penalty(self, host: Host, name: str) -> Tensor | None:
+    def penalty(self, host: Carrier, name: str) -> Tensor | None:
         """An extra loss on the parameters, added once a step."""
         losses = [part.penalty(host, key) for key, part in host.part_methods(name).items()]
         present = [loss for loss in losses if loss is not None]
         return torch.stack(present).sum() if present else None
 
-    def before_step(self, host: Host, name: str, step: int, optimizer: Optimizer) -> None:
+    def before_step(self, host: Carrier, name: str, step: int, optimizer: Optimizer) -> None:
         """Called before the forward pass of a step."""
         for key, part in host.part_methods(name).items():
             part.before_step(host, key, step, optimizer)
 
-    def after_backward(self, host: Host, name: str, step: int) -> None:
+    def after_backward(self, host: Carrier, name: str, step: int) -> None:
         """Called when the gradients of a step are complete."""
         for key, part in host.part_methods(name).items():
             part.after_backward(host, key, step)
 
-    def after_step(self, host: Host, name: str, step: int, optimizer: Optimizer) -> None:
+    def after_step(self, host: Carrier, name: str, step: int, optimizer: Optimizer) -> None:
         """Called after the optimizer's step."""
         for key, part in host.part_methods(name).items():
             part.after_step(host, key, step, optimizer)
 
-    def finish(self, host: Host, name: str) -> None:
+    def finish(self, host: Carrier, name: str) -> None:
         """Called once after training."""
         for key, part in host.part_methods(name).items():
             part.finish(host, key)
@@ -150,10 +152,10 @@ class LayerMethod(Method):
         description="which modules to adapt: roles, module names, patterns or all-linear",
     )
 
-    def attach(self, host: Host, name: str) -> None:
+    def attach(self, host: Carrier, name: str) -> None:
         for site in host.sites(self.targets, self.kinds):
             host.wrap(name, site, self.build(site, host, name))
 
-    def build(self, site: Site, host: Host, name: str) -> Adapter:
+    def build(self, site: Site, host: Carrier, name: str) -> Adapter:
         """Make the adapter for one site."""
         return type(self).Layer(self, site)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from adapterlab.core.quantized import compute_dtype, dense, is_quantized, unpacks_in_training
+from adapterlab.foreign.quantized import compute_dtype, dense, is_quantized, unpacks_in_training
 
 PLAIN = "_adapterlab_plain"  # attribute of a wrapped class that holds the class it was made from
 UNMERGED = "_adapterlab_unmerged"  # attribute of a merged module: a stand-in with the parameters it had before

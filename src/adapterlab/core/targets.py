@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import field_validator, model_validator
 
-from adapterlab.core.roles import ROLES
 from adapterlab.core.site import Site
 from adapterlab.errors import TargetError, nearest
+from adapterlab.foreign.roles import ROLES
 from adapterlab.settings import Settings
 
 ALL_LINEAR = "all-linear"

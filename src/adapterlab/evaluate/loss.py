@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from adapterlab.core.attention import fast_attention
 from adapterlab.data.batching import placed
+from adapterlab.engine.attention import fast_attention
+from adapterlab.engine.loss import Loss
 from adapterlab.errors import DataError
 from adapterlab.evaluate.generation import evaluating
-from adapterlab.ops.loss import Loss
 from adapterlab.train.packing import choose
 
 Row = Mapping[str, Sequence[int]]

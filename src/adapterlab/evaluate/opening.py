@@ -12,7 +12,7 @@ from adapterlab.errors import FormatError, nearest
 from adapterlab.models import check
 
 if TYPE_CHECKING:
-    from adapterlab.core.host import Host
+    from adapterlab.hosts import Host
 
 RUN_FILE = "run.json"
 _ADAPTER_FILES = ("method.json", "adapter_config.json")
@@ -108,7 +108,7 @@ def open_target(place: Place, *, device: str | None = None, precision: str | Non
         ModelError: the base model is unknown or damaged.
         FormatError: the adapter is damaged or was made for another base model.
     """
-    from adapterlab.io import load
+    from adapterlab.hosts import load
     from adapterlab.models import load_model
 
     model, tokenizer = load_model(

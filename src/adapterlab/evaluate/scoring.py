@@ -13,7 +13,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from adapterlab.core.host import Host, host
 from adapterlab.data import (
     Collator,
     DataConfig,
@@ -32,6 +31,7 @@ from adapterlab.evaluate.loss import evaluate_loss
 from adapterlab.evaluate.opening import locate, open_target
 from adapterlab.evaluate.progress import Progress, counter
 from adapterlab.evaluate.result import Evaluation, Figures
+from adapterlab.hosts import Host, host
 from adapterlab.io.atomic import write_json, write_text
 from adapterlab.settings import explain
 

@@ -1,5 +1,5 @@
-"""Adapter folders: written atomically, readable by HF PEFT where PEFT has the method."""
+"""Adapter folders: ours, and HF PEFT's two files; writes are atomic."""
 
-from adapterlab.io.folder import AdapterInfo, load, read_info, save
+from adapterlab.io.folder import AdapterInfo, read_info, save
 
-__all__ = ["AdapterInfo", "load", "read_info", "save"]
+__all__ = ["AdapterInfo", "read_info", "save"]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from adapterlab.engine.summary import summarise
+
 if TYPE_CHECKING:
-    from adapterlab.core.host import Host
+    from adapterlab.engine.attachments import Attachments
 
 
-def model_card(host: Host, name: str, base_model: str | None, peft: bool, notes: dict[str, Any]) -> str:
+def model_card(host: Attachments, name: str, base_model: str | None, peft: bool, notes: dict[str, Any]) -> str:
     """Write the card: metadata for a hub, what was trained, how to load it, and what the caller noted.
 
     Args:
@@ -19,7 +21,7 @@ def model_card(host: Host, name: str, base_model: str | None, peft: bool, notes:
         peft: whether HF PEFT can read the folder.
         notes: facts such as data and results, shown as a list.
     """
-    method, summary = host.methods[name], host.summary(name)
+    method, summary = host.methods[name], summarise(host, name)
     head = {
         "base_model": base_model,
         "library_name": "peft" if peft else "adapterlab",

@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapterlab.core.host import Host, host
 from adapterlab.core.method import Method
-from adapterlab.core.sharding import gathered, leads, whole
+from adapterlab.engine.attachments import Attachments
 from adapterlab.errors import AttachError, ConfigError, FormatError, TargetError
+from adapterlab.foreign.sharding import gathered, leads, whole
 from adapterlab.io import hf_peft
 from adapterlab.io.atomic import new_folder, write_json, write_text
 from adapterlab.io.card import model_card
@@ -61,7 +61,7 @@ class AdapterInfo:
 
 
 def save(
-    host: Host,
+    host: Attachments,
     folder: str | Path,
     name: str | None = None,
     *,
@@ -85,7 +85,7 @@ def save(
         OutputError: the folder is not empty or cannot be written, or the model is sharded by FSDP1, whose slices cannot
             be gathered; what was there stays as it was.
     """
-    name = host._only(name)
+    name = host.only(name)
     method = host.methods[name]
     about = getattr(host.model, "config", None)
     base_model = base_model or getattr(about, "_name_or_path", None) or None
@@ -154,25 +154,10 @@ def read_info(folder: str | Path) -> AdapterInfo:
     )
 
 
-def load(model: nn.Module, folder: str | Path, name: str | None = None, *, active: bool | None = None) -> Host:
-    """Put a saved adapter on a model: one of ours, or one that HF PEFT wrote.
-
-    Args:
-        model: the base model.
-        folder: of the adapter.
-        name: to give it; default: the name it was saved under.
-        active: whether it becomes live beside the active ones; default: only if the model carries no other adapter.
-
-    Returns:
-        The model's host.
-
-    Raises:
-        FormatError: the folder is damaged, uses options that cannot be reproduced, or was made for another base
-            model. The model is left as it was.
-    """
+def load(target: Attachments, folder: str | Path, name: str | None = None, *, active: bool | None = None) -> None:
+    """Attach a saved adapter; see `adapterlab.hosts.load`."""
     info = read_info(folder)
     tensors = _tensors(info)
-    target = host(model) or Host(model)
     name = name or info.name
     active = not target.methods if active is None else active
     try:
@@ -181,20 +166,19 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, activ
         saved, like = (tensors, None) if method.hf is None else (None, hf_peft.like(method, target, tensors))
         target.attach(method, name, active=active, saved=saved, like=like)
     except (TargetError, ConfigError) as error:
-        raise FormatError(_foreign(info, model, str(error))) from None
+        raise FormatError(_foreign(info, target.model, str(error))) from None
     except AttachError as error:
         if name in target.methods:
             raise
-        raise FormatError(_foreign(info, model, str(error))) from None
+        raise FormatError(_foreign(info, target.model, str(error))) from None
     try:
         _fill(target, name, info, method, tensors)
     except BaseException:
         target.detach(name)
         raise
-    return target
 
 
-def _fill(target: Host, name: str, info: AdapterInfo, method: Method, tensors: dict[str, Tensor]) -> None:
+def _fill(target: Attachments, name: str, info: AdapterInfo, method: Method, tensors: dict[str, Tensor]) -> None:
     if info.modules and set(info.modules) != set(target.adapters(name)):
         gone = sorted({*info.modules} ^ {*target.adapters(name)})
         raise FormatError(_foreign(info, target.model, f"adapted modules differ, for example {', '.join(gone[:4])}"))
@@ -207,7 +191,7 @@ def _fill(target: Host, name: str, info: AdapterInfo, method: Method, tensors: d
         raise FormatError(_foreign(info, target.model, str(error))) from None
 
 
-def _method(info: AdapterInfo, tensors: dict[str, Tensor], host: Host) -> Method:
+def _method(info: AdapterInfo, tensors: dict[str, Tensor], host: Attachments) -> Method:
     """The method with its settings; for a PEFT folder the targets are what its tensors are called."""
     try:
         cls = method_by_id(info.method)

@@ -1,146 +1,27 @@
-"""HF PEFT's folder format, as data: each method declares how PEFT names its options and tensors."""
+"""HF PEFT's folder format: writing and reading adapters by the codecs of their methods."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.core.adapter import Copy
-from adapterlab.core.substitute import Substitute
+from adapterlab.core.codec import PREFIX, HFCodec
+from adapterlab.engine.substitute import Substitute
 from adapterlab.errors import FormatError, nearest
+from adapterlab.registry import ids
+from adapterlab.registry import method as method_by_id
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from adapterlab.core.host import Host
     from adapterlab.core.method import Method
-    from adapterlab.core.site import Site
-
-PREFIX = "base_model.model."
-Rename = str | tuple[str, Mapping[Any, Any]]
-
-# Options that say where PEFT puts adapters or how it prints them. The tensors' own names say where they belong.
-_PLACEMENT = {
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "modules_to_save",
-    "megatron_core", "qalora_group_size",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class HFCodec:
-    """How HF PEFT stores a method.
-
-    Attributes:
-        peft_type: PEFT's name of the method.
-        fields: our field -> PEFT's option, or (option, {our value: PEFT's value}).
-        tensors: our tensor -> suffix of PEFT's key, or {kind of module: suffix}.
-        shared: our `<key>.<tensor>` of `Host.share` -> PEFT's key; PEFT may repeat such a tensor at every module.
-        when: options that select this method among those that share the type.
-        accepts: other options -> values that mean nothing here and may be present.
-        subsets: options that list some of the adapted modules -> attribute of our adapters that says which.
-        parameters: (field of ours, PEFT's option) that lists bare parameters. PEFT does not name what holds them among
-            its modules, and wraps it once for each; what the inner wrappers hold is called `base_layer.<tensor>`.
-        ignores: options that may have any value.
-        implies: fields of ours that every adapter of PEFT's has at this value.
-        prefix: what PEFT's keys of modules begin with.
-        pack: for methods that PEFT stores as a whole instead of by module: (host, name) -> (further options, tensors by
-            PEFT's keys), or None for what PEFT does not have.
-        unpack: its inverse: (host, name, PEFT's tensors) -> tensors by the keys of `Host.tensors`.
-        outward: for adapters whose tensors are not PEFT's: (method, adapters by path) -> (further options, tensors by
-            path and name), or None for what PEFT does not have.
-        inward: its inverse for one module: (method, site, tensors by name) -> ours by name.
-    """
-
-    peft_type: str
-    fields: Mapping[str, Rename]
-    tensors: Mapping[str, str | Mapping[str, str]]
-    shared: Mapping[str, str] = field(default_factory=dict)
-    when: Mapping[str, Any] = field(default_factory=dict)
-    accepts: Mapping[str, Sequence[Any]] = field(default_factory=dict)
-    subsets: Mapping[str, str] = field(default_factory=dict)
-    parameters: tuple[str, str] | None = None
-    ignores: Collection[str] = ()
-    implies: Mapping[str, Any] = field(default_factory=dict)
-    prefix: str = PREFIX
-    pack: Callable[[Host, str], tuple[dict[str, Any], dict[str, Tensor]] | None] | None = None
-    unpack: Callable[[Host, str, Mapping[str, Tensor]], dict[str, Tensor]] | None = None
-    outward: Callable[[Any, Mapping[str, Any]], tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None] | None = (
-        None
-    )
-    inward: Callable[[Any, Site, dict[str, Tensor]], dict[str, Tensor]] | None = None
-
-    def claims(self, config: Mapping[str, Any]) -> bool:
-        """Say whether a PEFT configuration is of this method."""
-        return config.get("peft_type") == self.peft_type and all(config.get(k) == v for k, v in self.when.items())
-
-    def suffix(self, tensor: str, kind: str) -> str:
-        """PEFT's suffix for one of our tensors on one kind of module."""
-        outer, base, leaf = tensor.rpartition("base_layer.")
-        found = self.tensors[leaf]
-        return outer + base + (found if isinstance(found, str) else found[kind])
-
-    def locate(self, key: str) -> tuple[str, str, str] | None:
-        """Read PEFT's key of a module's tensor: (path of the module, our tensor, PEFT's suffix); None for others."""
-        names = {s: ours for ours, t in self.tensors.items() for s in ([t] if isinstance(t, str) else t.values())}
-        suffix = next((s for s in names if key.endswith("." + s)), None)
-        if suffix is None:
-            return None
-        path, tensor = key.removeprefix(PREFIX).removesuffix("." + suffix), names[suffix]
-        while path.endswith(".base_layer"):
-            path, tensor = path.removesuffix(".base_layer"), "base_layer." + tensor
-        return path, tensor, suffix
-
-    def options(self, method: Method) -> dict[str, Any]:
-        """Write the method's fields as PEFT options."""
-        options = dict(self.when)
-        for ours, theirs in self.fields.items():
-            name, table = theirs if isinstance(theirs, tuple) else (theirs, None)
-            value = getattr(method, ours)
-            options[name] = table[value] if table else value
-        if self.parameters and (bare := getattr(method, self.parameters[0])):
-            options[self.parameters[1]] = list(bare)
-        return options
-
-    def settings(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Read PEFT options as fields of the method.
-
-        Raises:
-            FormatError: options that this method does not have, all of them at once.
-        """
-        settings: dict[str, Any] = dict(self.implies)
-        known = {*_PLACEMENT, *self.when, *self.ignores}
-        refused = []
-        if self.parameters:
-            known.add(self.parameters[1])
-            settings[self.parameters[0]] = tuple(config.get(self.parameters[1]) or ())
-        for ours, theirs in self.fields.items():
-            name, table = theirs if isinstance(theirs, tuple) else (theirs, None)
-            known.add(name)
-            if name not in config:
-                continue
-            value = config[name]
-            if table is None:
-                settings[ours] = value
-            elif (match := [k for k, v in table.items() if v == value and type(v) is type(value)]) != []:
-                settings[ours] = match[0]
-            elif value not in self.accepts.get(name, ()):
-                refused.append(f"{name}={value!r} (supported: {', '.join(repr(v) for v in table.values())})")
-        for name, value in config.items():
-            if name not in known and value not in (None, False, {}, [], "") and value not in self.accepts.get(name, ()):
-                refused.append(f"{name}={value!r}")
-        if refused:
-            raise FormatError(
-                f"This PEFT adapter ({self.peft_type}) uses options that adapterlab does not reproduce, so its outputs "
-                "would differ: " + "; ".join(refused) + ". Load it with PEFT itself and merge it there, or retrain."
-            )
-        return settings
+    from adapterlab.engine.attachments import Attachments
 
 
 def write(
-    host: Host, name: str, base_model: str | None, revision: str | None
+    host: Attachments, name: str, base_model: str | None, revision: str | None
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """Return an adapter as PEFT's configuration and tensors, or None when PEFT has no such adapter.
 
@@ -194,7 +75,7 @@ def write(
     return config, {_peft_key(key, parts, codec): value.detach() for key, value in tensors.items()}
 
 
-def like(method: Method, host: Host, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+def like(method: Method, host: Attachments, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """Return the modules' tensors by the keys of `Host.tensors`, before anything is attached.
 
     None when the structure of the method's adapters does not depend on them.
@@ -217,7 +98,7 @@ def like(method: Method, host: Host, tensors: Mapping[str, Tensor]) -> dict[str,
     }
 
 
-def read(method: Method, host: Host, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read(method: Method, host: Attachments, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename PEFT's tensors to those of an attached adapter.
 
     Tensors of the base that PEFT stores beside embeddings are compared with the base and left out.
@@ -274,7 +155,7 @@ def modules(method: type[Method], tensors: Iterable[str]) -> dict[str, str]:
     return {path: suffix for path, _, suffix in located}
 
 
-def holding(method: type[Method], fields: Mapping[str, Any], host: Host) -> dict[str, tuple[str, ...]]:
+def holding(method: type[Method], fields: Mapping[str, Any], host: Attachments) -> dict[str, tuple[str, ...]]:
     """Return the modules that hold bare parameters among what a PEFT adapter adapts; see `Host.holding`."""
     field = method.hf.parameters[0] if method.hf is not None and method.hf.parameters else None
     return host.holding(fields[field]) if field is not None else {}
@@ -340,7 +221,7 @@ def _is_repeated(key: str, tensors: Mapping[str, Tensor], codec: HFCodec) -> boo
     return any(root != key and root.rpartition(".")[2] == leaf and root in tensors for root in codec.shared.values())
 
 
-def _is_base_copy(host: Host, key: str, value: Tensor) -> bool:
+def _is_base_copy(host: Attachments, key: str, value: Tensor) -> bool:
     path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     base = dict(host.model.named_parameters()).get(path)
     if base is None:
@@ -354,7 +235,7 @@ def _is_base_copy(host: Host, key: str, value: Tensor) -> bool:
     return True
 
 
-def _task(host: Host, parts: Mapping[str, Any]) -> str | None:
+def _task(host: Attachments, parts: Mapping[str, Any]) -> str | None:
     name = re.sub(r"^.*For", "For", type(host.model).__name__)
     known = {
         "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
@@ -376,9 +257,7 @@ def find_method(config: Mapping[str, Any]) -> type[Method]:
     Raises:
         FormatError: no method of the registry stores itself under this type.
     """
-    from adapterlab.registry import ids, method
-
-    classes = [method(i) for i in ids()]
+    classes = [method_by_id(i) for i in ids()]
     fitting = [cls for cls in classes if "hf" in vars(cls) and cls.hf is not None and cls.hf.claims(config)]
     if not fitting:
         types = {cls.hf.peft_type for cls in classes if cls.hf is not None}

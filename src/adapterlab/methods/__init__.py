@@ -1,4 +1,7 @@
-"""One file per method. The package can be called: `al.methods("lora*")` lists the matching ids."""
+"""A folder for each family, one file for each method. The package can be called: `al.methods("lora*")` lists ids.
+
+A file whose name begins with an underscore holds what the methods of its family share; it lies beside them.
+"""
 
 from __future__ import annotations
 

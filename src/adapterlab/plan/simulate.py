@@ -21,14 +21,14 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from adapterlab.core import attention
-from adapterlab.core.host import Host
 from adapterlab.data import Collator
+from adapterlab.engine import attention
+from adapterlab.engine.loss import Loss
 from adapterlab.errors import ConfigError
 from adapterlab.foreign.private_torch import TorchDispatchMode, graph_task_id, tree_iter
 from adapterlab.foreign.private_transformers import no_init_weights
+from adapterlab.hosts import Host
 from adapterlab.models.loading import PRECISIONS
-from adapterlab.ops.loss import Loss
 from adapterlab.plan.packed import pack
 from adapterlab.plan.setup import Setup
 from adapterlab.plan.tracker import Moment, Tracker, contentless

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterlab.core.host import Host, host
 from adapterlab.core.method import Method
+from adapterlab.hosts import Host, host
 from adapterlab.optim import adamw
 from adapterlab.testing import models
 

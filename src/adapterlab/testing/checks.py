@@ -14,9 +14,8 @@ import torch
 from pydantic.fields import FieldInfo
 from torch import Tensor, nn
 
-from adapterlab.core.host import Host, host
 from adapterlab.errors import AdapterlabError, AttachError, ConfigError
-from adapterlab.io import load
+from adapterlab.hosts import Host, host, load
 from adapterlab.testing import models
 from adapterlab.testing.case import (
     Case,

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterlab.core.host import Host
 from adapterlab.errors import AttachError, ConfigError, MergeError
-from adapterlab.io import load
+from adapterlab.hosts import Host, load
 from adapterlab.testing import models
 from adapterlab.testing.case import (
     Case,

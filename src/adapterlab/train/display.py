@@ -15,7 +15,7 @@ from rich.text import Text
 from adapterlab.train.loop import Listener, Loop, Record
 
 if TYPE_CHECKING:
-    from adapterlab.core.summary import Summary
+    from adapterlab.engine.summary import Summary
     from adapterlab.train.run import RunResult
 
 _SMOOTHING = 0.9  # weight of the past in the loss that is shown

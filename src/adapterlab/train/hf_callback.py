@@ -17,10 +17,10 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from adapterlab.core.host import Host
-from adapterlab.core.verify import check_gradient_passes
+from adapterlab.engine.verify import check_gradient_passes
 from adapterlab.errors import ConfigError
 from adapterlab.foreign.private_transformers import TRAINABLE_FLAG
+from adapterlab.hosts import Host
 
 
 class AdapterlabCallback(TrainerCallback):

@@ -14,15 +14,15 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, gather_object, set_seed
 from torch import Tensor, nn
 
-from adapterlab.core.attention import fast_attention
-from adapterlab.core.heap import give_back
-from adapterlab.core.host import Host
-from adapterlab.core.recompute import offloading
-from adapterlab.core.verify import check_gradient_passes
 from adapterlab.data import Collator, placed
+from adapterlab.engine.attention import fast_attention
+from adapterlab.engine.loss import Loss
+from adapterlab.engine.recompute import offloading
+from adapterlab.engine.verify import check_gradient_passes
 from adapterlab.errors import ConfigError, DataError, TrainingError
 from adapterlab.evaluate.loss import evaluate_loss
-from adapterlab.ops.loss import Loss
+from adapterlab.foreign.process_memory import give_back
+from adapterlab.hosts import Host
 from adapterlab.optim import adamw, schedule
 from adapterlab.train import rng
 from adapterlab.train.config import Training

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from adapterlab.core.heap import resident
+from adapterlab.foreign.process_memory import resident
 
 
 @dataclass

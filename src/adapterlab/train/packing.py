@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from adapterlab.core.attention import fast_attention, uses_interface
-from adapterlab.core.host import host
 from adapterlab.core.site import plain_class
 from adapterlab.data.batching import Collator, PackingCollator, placed
+from adapterlab.engine.attention import fast_attention, uses_interface
+from adapterlab.engine.loss import Loss
 from adapterlab.errors import ConfigError
 from adapterlab.evaluate.generation import evaluating
-from adapterlab.ops.loss import Loss
+from adapterlab.hosts import host
 
 Row = Mapping[str, Sequence[int]]
 Collate = Callable[[Sequence[Row]], Mapping[str, Any]]

@@ -7,13 +7,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adapterlab.core.anatomy import base_modules
-from adapterlab.core.attention import uses_interface
-from adapterlab.core.host import Host
 from adapterlab.core.site import plain_class
-from adapterlab.core.wrapping import adapters_of
 from adapterlab.data.batching import PackingCollator
+from adapterlab.engine.anatomy import base_modules
+from adapterlab.engine.attention import uses_interface
+from adapterlab.engine.wrapping import adapters_of
 from adapterlab.foreign.private_transformers import attention_implementation
+from adapterlab.hosts import Host
 
 if TYPE_CHECKING:
     from adapterlab.train.loop import Loop

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from adapterlab.core.host import Host
 from adapterlab.errors import NotTrainingError
+from adapterlab.hosts import Host
 from adapterlab.optim import master
 
 _SHOWN = 8

@@ -23,12 +23,12 @@ from rich.text import Text
 from torch import Tensor
 
 import adapterlab
-from adapterlab.core.attention import fast_attention
-from adapterlab.core.host import Host
 from adapterlab.data import Collator, Report, encode, fingerprint, load_data, render_sample
+from adapterlab.engine.attention import fast_attention
 from adapterlab.errors import ConfigError
 from adapterlab.evaluate.generation import window_of
 from adapterlab.foreign.private_transformers import forget_accelerate
+from adapterlab.hosts import Host
 from adapterlab.io.atomic import write_text
 from adapterlab.models import load_model
 from adapterlab.train import folder as files

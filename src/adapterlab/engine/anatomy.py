@@ -1,0 +1,167 @@
+"""Looking at a model: its backbone, layers, attention modules, and every module as a site."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from adapterlab.core.site import Site, plain_class
+from adapterlab.core.targets import Targets, select
+from adapterlab.engine.attention import bridge, uses_interface
+from adapterlab.engine.wrapping import ADAPTERS, SHARED
+from adapterlab.errors import AttachError, TargetError, nearest
+from adapterlab.foreign.roles import layer_of, role_of
+
+
+class Anatomy:
+    """A model, seen without the adapters it may carry."""
+
+    def __init__(self, model: nn.Module):
+        self.model: Any = model  # a model of transformers has methods that nn.Module does not declare
+
+    @functools.cached_property
+    def backbone(self) -> nn.Module:
+        """The model without its output or task head."""
+        found: nn.Module = getattr(self.model, "base_model", self.model)
+        return found
+
+    @property
+    def attentions(self) -> list[nn.Module]:
+        """The attention modules that `attend` can reach, in order.
+
+        Raises:
+            AttachError: there are none.
+        """
+        found = [module for _, module in base_modules(self.model) if uses_interface(plain_class(module))]
+        if not found:
+            bridge(next((m for m in self.model.modules() if "attention" in type(m).__name__.lower()), self.model))
+        return found
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The repeated blocks: the longest `ModuleList`s of the backbone (two for an encoder-decoder), in order."""
+        lists = outer_lists(self.backbone)
+        if not lists:
+            raise AttachError(
+                f"{type(self.model).__name__} has no list of layers; name the modules by pattern instead."
+            )
+        longest = max(lists, key=lambda path: len(lists[path]))
+        last = longest.rpartition(".")[2]  # encoder and decoder call theirs alike
+        return [block for path, blocks in lists.items() if path.rpartition(".")[2] == last for block in blocks]
+
+    def path_of(self, module: nn.Module) -> str:
+        """Return the dotted name of a module of the model.
+
+        Raises:
+            AttachError: it is not part of the model.
+        """
+        for path, found in self.model.named_modules():
+            if found is module:
+                return str(path)
+        raise AttachError(f"This {type(module).__name__} is not part of the {type(self.model).__name__} of this host.")
+
+    def all_sites(self) -> list[Site]:
+        """Return every base module as a site, adapters and shared tensors left out."""
+        backbone = {id(m) for m in self.backbone.modules()} if self.backbone is not self.model else None
+        output = getattr(self.model, "get_output_embeddings", lambda: None)()
+        shared = Counter(id(p) for m in base_modules(self.model) for p in m[1]._parameters.values() if p is not None)
+        sites = []
+        for path, module in base_modules(self.model):
+            is_head = module is output or (backbone is not None and id(module) not in backbone)
+            weight = module._parameters.get("weight")
+            tied = weight is not None and shared[id(weight)] > 1
+            role = "head" if module is output else role_of(path)
+            sites.append(Site(path, module, layer_of(path), role, is_head, tied))
+        return sites
+
+    def site(self, module: nn.Module) -> Site:
+        """Return the site of one module."""
+        path = self.path_of(module)
+        return next(s for s in self.all_sites() if s.path == path)
+
+    def sites(self, targets: Targets, kinds: Sequence[str] | None = None) -> list[Site]:
+        """Return the sites that targets mean, in model order; see `Targets`.
+
+        Raises:
+            TargetError: an entry matches nothing, or only kinds that the method cannot adapt.
+        """
+        return select(targets, self.all_sites(), kinds, type(self.model).__name__)
+
+    def holding(self, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Return the modules that hold the parameters that names mean, and what these call them, in their order.
+
+        Args:
+            names: paths of parameters, or the last parts of them such as `mlp.experts.down_proj`.
+
+        Raises:
+            TargetError: one of them matches nothing.
+        """
+        every = {
+            (path, leaf): f"{path}.{leaf}"
+            for path, m in base_modules(self.model)
+            for leaf, p in m._parameters.items()
+            if p is not None
+        }
+        for name in names:
+            if not any(ends_in(full, name) for full in every.values()):
+                short = {re.sub(r"^.*\.\d+\.", "", full) for full in every.values()}
+                bare = {found for found in short if found.rpartition(".")[2] not in ("weight", "bias")}
+                raise TargetError(
+                    f"parameters: {name!r} matches no parameter of {type(self.model).__name__}. "
+                    f"{nearest(name, bare or short)} Modules with a weight of their own go into targets."
+                )
+        found: dict[str, tuple[str, ...]] = {}
+        for (path, leaf), full in every.items():
+            if any(ends_in(full, name) for name in names):
+                found[path] = (*found.get(path, ()), leaf)
+        return found
+
+    def base_parameters(self, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+        """Return the base's own parameters by name, a tied one once, adapters' left out.
+
+        Args:
+            exclude: modules whose parameters are left out: roles, names or patterns, as in `Targets.include`.
+        """
+        excluded = self.sites(Targets(include=tuple(exclude))) if exclude else []
+        left_out = {id(p) for site in excluded for p in site.module.parameters()}
+        named = self.model.named_parameters()
+        return {path: p for path, p in named if id(p) not in left_out and not self.is_adapter_path(path)}
+
+    def is_adapter_path(self, path: str) -> bool:
+        """Say whether a parameter's name belongs to an adapter and not to the base."""
+        return not {ADAPTERS, SHARED}.isdisjoint(path.split("."))
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Walk over a model's own modules, adapters left out; a module that is reached twice is named once."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None and name not in (ADAPTERS, SHARED):
+                yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, "")
+
+
+def ends_in(path: str, name: str) -> bool:
+    """Say whether a path ends in a name, at a dot."""
+    return path == name or path.endswith("." + name)
+
+
+def outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return the non-empty lists of modules by path, without lists inside lists: parts of a block, experts."""
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in base_modules(model):
+        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{p}.") for p in found):
+            found[path] = module
+    return found

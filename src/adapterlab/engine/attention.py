@@ -1,0 +1,249 @@
+"""The bridge into the attention core of `transformers`: adapters that see queries, keys and values.
+
+The attention functions that models look up by name are replaced, once for a process, by dispatchers. A dispatcher
+finds adapters through the attention module it is given, never through a closure: a function registered for one model
+must not serve another model's adapters. For modules without adapters it costs one dictionary look-up.
+
+Inside `fast_attention(model)` the dispatchers of that model's modules also compute the attention by the fastest exact
+way, and understand batches whose samples are packed behind each other: a sample is then a batch of one to the adapters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterlab.core.site import plain_class
+from adapterlab.engine.wrapping import ADAPTERS, through
+from adapterlab.errors import AttachError, ConfigError
+from adapterlab.foreign.private_transformers import attention_implementation, attention_mapping, sdpa_attention_forward
+from adapterlab.ops.attention import attention, each_segment, pays, varlen_attention, varlen_works
+
+BOUNDS = "cu_seq_lens_q"
+PACKED = (BOUNDS, "cu_seq_lens_k", "max_length_q", "max_length_k")  # what flash attention in transformers calls them
+_FAST = "_adapterlab_attention"  # attribute of the attention modules, and of the model, while it is fast
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+_EAGER = "eager_attention_forward"
+
+
+@functools.cache
+def uses_interface(cls: Any) -> bool:
+    """Say whether modules of this class compute attention through the interface of `transformers`."""
+    try:
+        return f"{_INTERFACE}.get_interface(" in inspect.getsource(cls.forward)
+    except (OSError, TypeError):
+        return False
+
+
+def bridge(module: nn.Module) -> None:
+    """Make the attention function that a module will look up consult its adapters.
+
+    Raises:
+        AttachError: the module does not compute attention through the interface.
+    """
+    cls = plain_class(module)
+    if not uses_interface(cls):
+        raise AttachError(
+            f"{cls.__name__} does not compute attention through the attention interface of transformers, so nothing "
+            "can be attached inside it. Choose a method that wraps modules (low-rank updates, bottleneck adapters, "
+            "soft prompts at the input), or a model class that uses the interface."
+        )
+    name = attention_implementation(module)
+    mapping = attention_mapping(cls, name)
+    if not isinstance(mapping.get(name), _Dispatcher):
+        mapping[name] = _Dispatcher(mapping.get(name))
+
+
+@contextlib.contextmanager
+def fast_attention(model: nn.Module) -> Iterator[None]:
+    """Compute a model's attention by the fastest exact way inside the context, and let it take packed batches.
+
+    Forward and backward pass belong into the same context, as checkpointing runs forward passes in the backward one.
+    Other models are not affected, nor is anything left behind but idle dispatchers. Batches that name the borders of
+    their samples (see `PACKED`) get no mask: `transformers` would build one of tokens × tokens from the positions.
+    Outside the context it does, unless it makes a cache: with `use_cache=False` packed batches are right there too,
+    only slow.
+    """
+    within = _FAST in model.__dict__
+    modules = [] if within else [m for m in model.modules() if uses_interface(plain_class(m))]
+    if not modules:
+        yield
+        return
+    backbone: Any = getattr(model, "base_model", model)
+    hook = backbone.register_forward_pre_hook(_without_mask, with_kwargs=True)
+    for module in (model, *modules):
+        module.__dict__[_FAST] = True
+    try:
+        for module in modules:
+            bridge(module)
+        yield
+    finally:
+        hook.remove()
+        for module in (model, *modules):
+            module.__dict__.pop(_FAST, None)
+
+
+def _without_mask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """A mask of four dimensions goes through `transformers` as it is; the dispatchers do not look at it."""
+    if kwargs.get(BOUNDS) is None or kwargs.get("attention_mask") is not None:
+        return None
+    return args, {**kwargs, "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=kwargs[BOUNDS].device)}
+
+
+_NAMES = ("query", "key", "value", "attention_mask")  # some models give some of them by name
+
+
+class _Dispatcher:
+    """An attention function that passes the original through the adapters of the module it is called for."""
+
+    def __init__(self, original: Callable[..., Any] | None):
+        self.original = original
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # "eager" is not one function: every modelling file brings its own.
+        original = self.original or getattr(sys.modules[plain_class(module).__module__], _EAGER)
+        fast = _FAST in module.__dict__
+        run = functools.partial(_computed if fast else _plainly, module, original)
+        args = (*args, *(kwargs.pop(name) for name in _NAMES[len(args) :] if name in kwargs))
+        if fast and kwargs.get(BOUNDS) is not None:
+            return _packed(module, original, run, *args, **kwargs)
+        if ADAPTERS not in module._modules:
+            return run(*args, **kwargs)
+        return through("attention", module, run, *args, **kwargs)
+
+
+def _plainly(module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return original(module, *args, **kwargs)
+
+
+def _computed(
+    module: nn.Module,
+    original: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The attention core itself, by the kernel of this package where that is the same and faster."""
+    if mask is None and _is_plain(original, kwargs) and pays(q, k, v):
+        return attention(q, k, v, kwargs.get("scaling"), causal=_is_causal(module, kwargs)), None
+    return original(module, q, k, v, mask, **kwargs)
+
+
+def _is_plain(original: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Say whether a call asks for a softmax and nothing else, of all that the `sdpa` function can do."""
+    special = ("position_bias", "cache", "softcap")
+    return (
+        original is sdpa_attention_forward
+        and not kwargs.get("dropout")
+        and all(kwargs.get(name) is None for name in special)
+    )
+
+
+def _packed(
+    module: nn.Module,
+    original: Callable[..., Any],
+    run: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Attention inside each sample of a packed batch; the mask is the one that hides nothing."""
+    if mask is not None and mask.numel() > 1:
+        raise ConfigError(
+            f"{type(module).__name__} makes an attention mask of its own, {list(mask.shape)}, which packed rows would "
+            "lose. Set training.packing to false."
+        )
+    bounds, longest = kwargs[BOUNDS], kwargs["max_length_q"]
+    implementation, causal = attention_implementation(module), _is_causal(module, kwargs)
+    held: Any = module._modules.get(ADAPTERS)
+    if held is None or not any(adapter.place == "attention" for adapter in held._modules.values()):
+        if "flash" in implementation:
+            return original(module, q, k, v, None, **kwargs)
+        if _is_plain(original, kwargs) and pays(q, k, v, bounds):
+            return attention(q, k, v, kwargs.get("scaling"), causal=causal, bounds=bounds), None
+        if _is_plain(original, kwargs) and varlen_works(q, v):
+            return varlen_attention(q, k, v, bounds, longest, kwargs.get("scaling"), causal=causal), None
+    # What speaks of the whole batch means nothing to one sample.
+    given = {name: value for name, value in kwargs.items() if name not in (*PACKED, "position_ids")}
+    call = run if held is None else functools.partial(through, "attention", module, run)
+    outputs = [call(*part, _own_mask(module, part[0], causal), **given)[0] for part in each_segment(q, k, v, bounds)]
+    return torch.cat(outputs, 1), None
+
+
+def _own_mask(module: nn.Module, q: Tensor, causal: bool) -> Tensor | None:
+    """The mask that a sample by itself would come with: the eager functions know no causality but their mask's."""
+    if not causal or attention_implementation(module) != "eager":
+        return None
+    return understood(module, q.new_ones(1, 1, q.shape[2], q.shape[2], dtype=torch.bool).tril(), q.dtype)
+
+
+def prepend(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
+    """Put keys and values in front of the real ones, visible to every query.
+
+    Without a mask, causality is implied by a flag under which query i sees keys 0 to i (a static cache may have empty
+    places behind them), so the causal mask is built before the keys are widened.
+
+    Args:
+        module: the attention module.
+        q: `[batch, heads, queries, head_dim]`.
+        k: `[batch, kv_heads, keys, head_dim]`, heads not yet repeated.
+        v: likewise.
+        mask: `[batch or 1, heads or 1, queries, keys]`, boolean (true = visible) or additive, or None.
+        prefix_k: `[batch or 1, kv_heads, prefix, head_dim]`.
+        prefix_v: likewise.
+        kwargs: of the attention call; a `position_bias` gets zero columns.
+
+    Returns:
+        (keys, values, mask, kwargs) with `prefix` more columns.
+    """
+    count = prefix_k.shape[2]
+    if mask is None and q.shape[2] > 1 and _is_causal(module, kwargs):
+        size = (q.shape[2], k.shape[2])
+        mask = torch.ones(size, dtype=torch.bool, device=q.device).tril()[None, None]
+        kwargs = {**kwargs, "is_causal": False} if "is_causal" in kwargs else kwargs
+    if mask is not None:
+        visible = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
+        mask = torch.cat([visible((*mask.shape[:-1], count)), mask[..., : k.shape[2]]], -1)
+    mask = mask if mask is None else understood(module, mask, q.dtype)
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        kwargs = {**kwargs, "position_bias": torch.cat([bias.new_zeros(*bias.shape[:-1], count), bias], -1)}
+    k = torch.cat([prefix_k.expand(len(k), -1, -1, -1).to(k.dtype), k], 2)
+    v = torch.cat([prefix_v.expand(len(v), -1, -1, -1).to(v.dtype), v], 2)
+    return k, v, mask, kwargs
+
+
+def understood(module: nn.Module, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a mask in the form that the module's attention function takes: the eager ones add their mask."""
+    if mask.dtype != torch.bool or attention_implementation(module) != "eager":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    given = kwargs.get("is_causal")
+    return bool(given if given is not None else getattr(module, "is_causal", True))
+
+
+def _implementation(module: nn.Module) -> str:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"

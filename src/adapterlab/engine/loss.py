@@ -1,0 +1,186 @@
+"""The loss of one batch, by the cheapest way that is right for the model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import noop_context_fn
+
+from adapterlab.engine.attachments import attachments
+from adapterlab.engine.recompute import recomputation
+from adapterlab.engine.wrapping import adapters_of
+from adapterlab.errors import ConfigError
+from adapterlab.ops.cross_entropy import (
+    IGNORED,
+    PLAIN,
+    TokenForm,
+    linear_cross_entropy,
+    logits_cross_entropy,
+    module_cross_entropy,
+)
+
+_HUGE, _TINY = 6e4, 2.0**-14  # one meets a cap, the other does not feel it; both exist in half precision
+
+
+class Loss:
+    """Token cross-entropy of a language model, normalised by a number of tokens that the caller gives.
+
+    For a decoder whose logits are `head(backbone(x))`, scaled or capped or as they are, only the positions that bear a
+    label reach the head, chunk by chunk. Whether that holds (some models add other losses, some adapters change the
+    whole model) is not guessed from the class: it is tried once on a few tokens, and scale and cap are measured.
+
+    Args:
+        model: a language model of transformers, with or without adapters.
+        smoothing: label smoothing, as in `TokenForm`.
+        z_loss: coefficient of the squared logsumexp of the logits.
+
+    Attributes:
+        form: the loss of a token, with the model's scale and cap; without them on the path `model`.
+        path: `chunked`, or `model` when the model's own forward computes the loss.
+        why: the reason, for the log line of a run.
+    """
+
+    path: Literal["chunked", "model"]
+    why: str
+
+    form: TokenForm
+
+    def __init__(self, model: nn.Module, smoothing: float = 0.0, z_loss: float = 0.0):
+        self.model: Any = model
+        self.form = PLAIN._replace(smoothing=smoothing, z_loss=z_loss)
+        self.seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
+        self.why = self._obstacle()
+        self.path = "model" if self.why else "chunked"
+        self.why = self.why or "logits exist for label-bearing positions only, one chunk at a time" + self._shape()
+
+    def __call__(self, batch: Mapping[str, Tensor], total: int | Tensor | None = None) -> Tensor:
+        """Return (sum of the batch's token losses) / total.
+
+        Args:
+            batch: `input_ids`, `attention_mask`, `labels` (−100 bears no label), and whatever the model takes.
+            total: number of label-bearing tokens of the whole optimizer step; default: of this batch.
+
+        Raises:
+            ConfigError: smoothing or z_loss are set for a model that computes its own loss and gives no logits for it.
+        """
+        count = self.tokens(batch)
+        total = count if total is None else total
+        if self.path == "model":
+            output = self.model(**batch)
+            loss: Tensor = output.loss * (count / total)
+            return loss if self.form == PLAIN else loss + self._surplus(output, batch["labels"]) / total
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        hidden = self.model.base_model(**inputs, use_cache=False)[0]
+        labels = batch["labels"][:, 1:]
+        bears = labels != IGNORED
+        return self._head_loss(hidden[:, :-1][bears], labels[bears]) / total
+
+    def tokens(self, batch: Mapping[str, Tensor]) -> int:
+        """Number of positions of a batch that bear a label."""
+        labels = batch["labels"] if self.seq2seq else batch["labels"][:, 1:]
+        return int((labels != IGNORED).sum())
+
+    def _surplus(self, output: Any, labels: Tensor) -> Tensor:
+        """What smoothing and z_loss add to the model's own loss, which may have further terms and keeps them."""
+        logits = getattr(output, "logits", None)
+        if logits is None or logits.shape[:-1] != labels.shape:
+            given = "no logits" if logits is None else f"logits {list(logits.shape)} for labels {list(labels.shape)}"
+            raise ConfigError(
+                f"label_smoothing={self.form.smoothing:g} and z_loss={self.form.z_loss:g} need the logits of every "
+                f"label. {type(self.model).__name__} computes its own loss ({self.why}) and gives {given}. Set "
+                "training.label_smoothing and training.z_loss to 0."
+            )
+        if not self.seq2seq:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        bears = labels != IGNORED
+        logits, labels = logits[bears], labels[bears]
+        return logits_cross_entropy(logits, labels, self.form) - logits_cross_entropy(logits, labels)
+
+    def _head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        head = self.model.get_output_embeddings()
+        hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__
+        if type(head) is nn.Linear and not hooked:
+            return linear_cross_entropy(hidden.to(head.weight.dtype), head.weight, head.bias, labels, self.form)
+        carrier = attachments(self.model)
+        contexts = noop_context_fn if carrier is None else functools.partial(recomputation, carrier)
+        return module_cross_entropy(hidden, head, labels, head.out_features, contexts, self.form)
+
+    def _shape(self) -> str:
+        scale, cap = self.form.scale, self.form.cap
+        scaled = "" if scale == 1 else f"; the model multiplies them by {scale:g}"
+        return scaled if cap is None else f"{scaled}; the model caps them at {cap:g}"
+
+    def _obstacle(self) -> str:
+        """Return why the chunked way cannot be used, or ""."""
+        head: Any = getattr(self.model, "get_output_embeddings", lambda: None)()
+        backbone: Any = getattr(self.model, "base_model", self.model)
+        if self.seq2seq:
+            return "an encoder-decoder computes its own loss"
+        if not isinstance(head, nn.Linear) or backbone is self.model:
+            return f"{type(self.model).__name__} has no linear output head on a backbone"
+        if adapters_of(self.model):
+            return "an adapter stands around the whole model"
+        return "" if self._agrees(head) else f"{type(self.model).__name__} does more to its logits than its output head"
+
+    @torch.no_grad()
+    def _agrees(self, head: nn.Module) -> bool:
+        """Put known logits in the head's place: the model must return them scaled and capped, and their plain loss.
+
+        The known logits are float32, so that scale and cap are exact for models in half precision too.
+        """
+        vocabulary = self.model.config.get_text_config().vocab_size
+        ids = torch.arange(1, 7, device=next(self.model.parameters()).device)[None] % vocabulary
+        seen: list[Tensor] = []
+        probes: list[Tensor] = []
+
+        def replace(_: nn.Module, args: Any, logits: Tensor) -> Tensor:
+            seen.append(args[0])
+            probes.append(_known(logits))
+            return probes[-1]
+
+        mode = self.model.training
+        self.model.eval()
+        handle = head.register_forward_hook(replace)
+        try:
+            found = self.model(input_ids=ids, labels=ids, use_cache=False)
+            handle.remove()
+            hidden = self.model.base_model(input_ids=ids, use_cache=False)[0]
+        finally:
+            handle.remove()
+            self.model.train(mode)
+        if len(seen) != 1 or seen[0].shape != hidden.shape or probes[0].shape[:2] != ids.shape:
+            return False
+        if not torch.allclose(seen[0], hidden.to(seen[0].dtype), rtol=1e-3, atol=1e-4):
+            return False
+        form = _measure(found.logits[0, -1])
+        plain = logits_cross_entropy(probes[0][0, :-1], ids[0, 1:], form) / (ids.shape[1] - 1)
+        agrees = torch.allclose(found.loss.float(), plain, rtol=1e-5)  # auxiliary losses can be small
+        agrees &= torch.allclose(found.logits.float(), _apply(form, probes[0]), rtol=1e-5, atol=1e-5)
+        if agrees:
+            self.form = self.form._replace(scale=form.scale, cap=form.cap)
+        return agrees
+
+
+def _known(logits: Tensor) -> Tensor:
+    """Logits that betray what is done to them; the last position, whose loss is not asked for, is for measuring."""
+    steps = torch.arange(logits.numel(), device=logits.device).view(logits.shape)
+    known = 30 * steps.sin()
+    known[0, -1, 0], known[0, -1, 1] = _HUGE, _TINY
+    return known.to(logits.dtype).float()  # survives a cast to the model's dtype
+
+
+def _measure(found: Tensor) -> TokenForm:
+    """Scale and cap, to six digits, from what became of a huge and a tiny logit."""
+    huge, tiny = found[:2].tolist()
+    scale = float(f"{tiny / _TINY:.6g}")
+    capped = abs(huge) < 0.5 * abs(scale) * _HUGE
+    return TokenForm(scale, float(f"{huge:.6g}") if capped and huge > 0 else None)
+
+
+def _apply(form: TokenForm, logits: Tensor) -> Tensor:
+    scaled = form.scale * logits
+    return scaled if form.cap is None else form.cap * (scaled / form.cap).tanh()

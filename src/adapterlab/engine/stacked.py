@@ -1,0 +1,119 @@
+"""Many low-rank adapters in one batch without a loop over them: slots and a row map.
+
+Every module that any of the adapters touches gets stacked factors A `[slots, r, in]` and B `[slots, out, r]`, padded
+with zeros to the largest rank, and a tensor says for each row of the batch which slot is its own. Shapes do not depend
+on who is in the batch, so a compiled model keeps one graph for every mix; switching by name costs a graph for each set
+of names, up to the compiler's limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from adapterlab.core.adapter import Adapter, Delta
+from adapterlab.core.site import Site
+from adapterlab.engine.wrapping import put, take
+from adapterlab.errors import AttachError, nearest
+from adapterlab.foreign.quantized import compute_dtype
+
+if TYPE_CHECKING:
+    from adapterlab.engine.attachments import Attachments
+
+_KEY = "_slots"
+
+
+class Slots(Delta):
+    """The stacked factors of one module; slot 0 is the plain base."""
+
+    linear: ClassVar[bool] = False
+    not_linear: ClassVar[str] = "each row of a batch has its own update"
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, site: Site, parts: Sequence[tuple[Tensor, Tensor] | None], rows: Tensor):
+        super().__init__(site)
+        out, in_ = site.shape
+        # In the dtype that the products run in: to cast the factors of all slots in every call costs more than these.
+        like = next(part[0] for part in parts if part is not None).to(compute_dtype(site.module))
+        rank = max(len(part[0]) for part in parts if part is not None)
+        self.register_buffer("A", like.new_zeros(len(parts) + 1, rank, in_), persistent=False)
+        self.register_buffer("B", like.new_zeros(len(parts) + 1, out, rank), persistent=False)
+        for slot, part in enumerate(parts, 1):
+            if part is not None:
+                a, b = part
+                self.A[slot, : len(a)] = a.detach()
+                self.B[slot, :, : len(a)] = b.detach()
+        self.rows = rows
+
+    def added(self, x: Tensor) -> Tensor:
+        """(x Aᵀ) Bᵀ with each row's own factors, in the dtype of x: `[batch, ..., out]`."""
+        repeats = x.shape[0] // len(self.rows)  # beam search repeats each row
+        slot = self.rows.repeat_interleave(repeats) if repeats > 1 else self.rows
+        a, b = (factors.index_select(0, slot).to(x.dtype) for factors in (self.A, self.B))
+        flat = x.reshape(x.shape[0], -1, x.shape[-1])
+        return (flat @ a.mT @ b.mT).view(*x.shape[:-1], -1)
+
+
+class Stack:
+    """Handle on stacked adapters; `rows` says who is in the next batch."""
+
+    def __init__(self, names: Sequence[str], slots: Sequence[Slots], device: torch.device):
+        self.names, self.slots, self.device = tuple(names), slots, device
+
+    def rows(self, names: Sequence[str | None]) -> None:
+        """Give each row of the next batches its adapter; None is the plain base.
+
+        Raises:
+            AttachError: a name is not in the stack.
+        """
+        for name in names:
+            if name is not None and name not in self.names:
+                raise AttachError(f"{name!r} is not in this stack. {nearest(name, self.names)}")
+        index = [0 if name is None else self.names.index(name) + 1 for name in names]
+        rows = torch.tensor(index, device=self.device)
+        for slot in self.slots:
+            slot.rows = rows
+
+
+@contextlib.contextmanager
+def stacked(host: Attachments, names: Sequence[str]) -> Iterator[Stack]:
+    """Put stacked factors on the model in place of the adapters; see `Host.stack`."""
+    paths = {path: None for name in names for path in host.adapters(name)}
+    extra = [n for n in names if len(host.parts(n)) > 1 or host.patches[n] or host.shared(n)]
+    if extra:
+        raise AttachError(f"{extra[0]!r} ({host.methods[extra[0]].id}) is more than low-rank updates. {_NEXT}")
+    plan: list[tuple[Site, list[tuple[Tensor, Tensor] | None]]] = []
+    for path in paths:
+        here = [host.adapters(name).get(path) for name in names]
+        plan.append((next(a.site for a in here if a is not None), [_factored(a, path) for a in here]))
+    before, device = host.active, next(host.model.parameters()).device
+    rows = torch.zeros(1, dtype=torch.int64, device=device)
+    slots = [Slots(site, parts, rows) for site, parts in plan]
+    host.activate()
+    try:
+        for slot in slots:
+            put(slot.site.module, _KEY, slot.eval(), host.state)
+        host.state.active = (_KEY,)
+        yield Stack(names, slots, device)
+    finally:
+        for slot in slots:
+            take(slot.site.module, _KEY)
+        host.activate(*before)
+
+
+_NEXT = "Use host.rows, which mixes any row-wise adapters."
+
+
+def _factored(adapter: Any, path: str) -> tuple[Tensor, Tensor] | None:
+    if adapter is None:
+        return None
+    found = adapter.low_rank() if isinstance(adapter, Adapter) else None
+    if found is None:
+        raise AttachError(f"The {type(adapter).__qualname__} at {path} is not a plain low-rank update. {_NEXT}")
+    return found  # type: ignore[no-any-return]

@@ -1,0 +1,168 @@
+"""Class swap in place + continuation: how a module learns to call its adapters.
+
+The module keeps its name, its weight, its base state-dict keys and every `isinstance`; only its class becomes a
+subclass whose forward passes the rest of the computation, `run`, through the adapters attached to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from adapterlab.core.adapter import Adapter
+from adapterlab.core.site import PLAIN, plain_class
+from adapterlab.core.state import State
+from adapterlab.engine.mixed_batch import mixed
+
+ADAPTERS = "_adapters"  # name of the submodule that holds them; it lives in the module so that FSDP shards it there
+STATE = "_adapterlab_state"
+SHARED = "_adapterlab_shared"  # name of the submodule of the root that holds what adapters share
+
+
+class Base:
+    """The module's own computation, the innermost `run`. An adapter that sees it may fuse its product with it."""
+
+    def __init__(self, forward: Callable[..., Any], module: nn.Module):
+        self.forward = forward
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(self.module, *args, **kwargs)
+
+
+def dispatch(module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a module's own computation through its live adapters; attached first means innermost."""
+    return through("call", module, run, *args, **kwargs)
+
+
+def through(place: str, module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call `run` through the live adapters of a module that stand at one place (`call` or `attention`)."""
+    state = module.__dict__[STATE]
+    held: Any = module._modules[ADAPTERS]._modules  # type: ignore[union-attr]
+    if state.rows is not None:
+        here = {name: a for name, a in held.items() if a.place == place}
+        return mixed(here, state, run, *args, **kwargs) if here else run(*args, **kwargs)
+    for name, adapter in held.items():
+        if name in state.active and adapter.place == place and not adapter.is_merged:
+            run = functools.partial(_around(adapter), run)
+    return run(*args, **kwargs)
+
+
+def _around(adapter: Any) -> Callable[..., Any]:
+    """Return the adapter's `around`, with its tensors fetched first when accelerate keeps them elsewhere.
+
+    accelerate's hook stands around `forward`, which `around` does not go through.
+    """
+    hook = adapter.__dict__.get("_hf_hook")
+    if hook is None:
+        return adapter.around
+
+    def fetched(*args: Any, **kwargs: Any) -> Any:
+        hook.pre_forward(adapter)
+        try:
+            return adapter.around(*args, **kwargs)
+        finally:
+            hook.post_forward(adapter, None)
+
+    return fetched
+
+
+@functools.cache
+def wrapped(cls: Any) -> type[nn.Module]:
+    """Return the subclass of `cls` that consults adapters.
+
+    It has the name and the forward signature of `cls`, because `save_pretrained` writes the name into the config
+    and `Trainer` reads the signature to decide which columns of a dataset to keep.
+    """
+    plain = cls.forward
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if ADAPTERS not in self._modules:  # a hook set in between still holds this method after a detach
+            return plain(self, *args, **kwargs)
+        return dispatch(self, Base(plain, self), *args, **kwargs)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
+        # A class made at run time cannot be imported by name: pickle the plain class and swap again on loading.
+        _, _, *rest = super(made, self).__reduce_ex__(protocol)
+        return (_rebuild, (cls,), *rest)
+
+    namespace = {
+        "forward": forward,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        PLAIN: cls,
+    }
+    made: Any = type(cls.__name__, (cls,), namespace)
+    return made
+
+
+def _rebuild(cls: Any) -> nn.Module:
+    made: Any = wrapped(cls)
+    return made.__new__(made)
+
+
+def adapters_of(module: nn.Module) -> dict[str, Adapter]:
+    """Return the adapters of a module by name, in order of attachment."""
+    held = module._modules.get(ADAPTERS)
+    return dict(held._modules) if held is not None else {}  # type: ignore[arg-type]
+
+
+def put(module: nn.Module, name: str, adapter: Adapter, state: State) -> None:
+    """Attach an adapter to a module, wrapping the module if it is not wrapped yet."""
+    if ADAPTERS not in module._modules:
+        module.add_module(ADAPTERS, nn.ModuleDict())
+        module.__dict__[STATE] = state
+        cls: Any = type(module)
+        module.__class__ = wrapped(cls)
+        _rebind(module)
+    module._modules[ADAPTERS].add_module(name, adapter)  # type: ignore[union-attr]
+
+
+def take(module: nn.Module, name: str) -> None:
+    """Remove an adapter; the last one restores the module's class and attributes."""
+    held = module._modules[ADAPTERS]
+    del held._modules[name]  # type: ignore[union-attr]
+    if not held._modules:  # type: ignore[union-attr]
+        del module._modules[ADAPTERS]
+        del module.__dict__[STATE]
+        module.__class__ = plain_class(module)
+        _unbind(module)
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """Return a deep copy of a module without the adapters it may carry."""
+    bare = copy.copy(module)
+    bare.__class__ = plain_class(module)
+    bare.__dict__ = {key: value for key, value in module.__dict__.items() if key != STATE}
+    bare.__dict__["_modules"] = {key: child for key, child in module._modules.items() if key != ADAPTERS}
+    return copy.deepcopy(bare)
+
+
+def _rebind(module: nn.Module) -> None:
+    """Reach modules whose `forward` was patched on the instance, which hides the swapped class.
+
+    accelerate's hooks keep the forward they replaced in `_old_forward`; adapters go inside, where the hook has
+    already brought the weights to their device. Any other patch is called as the innermost computation.
+    """
+    for slot in ("_old_forward", "forward"):
+        inner = module.__dict__.get(slot)
+        if inner is not None:
+            bound = functools.partial(dispatch, module, inner)
+            module.__dict__[slot] = functools.update_wrapper(bound, inner)
+            return
+
+
+def _unbind(module: nn.Module) -> None:
+    for slot in ("_old_forward", "forward"):
+        bound = module.__dict__.get(slot)
+        if isinstance(bound, functools.partial) and bound.func is dispatch:
+            module.__dict__[slot] = bound.args[1]
+            if slot == "forward" and getattr(bound.args[1], "__func__", None) is plain_class(module).forward:
+                del module.__dict__[slot]  # a hook that was removed meanwhile left the plain method here

@@ -1,0 +1,162 @@
+"""The handle on a model that carries adapters: what users call, on top of what is attached.
+
+The file is called hosts and not host because `adapterlab.host` is the function that finds one again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from torch import Tensor, nn
+
+from adapterlab.core.method import Method
+from adapterlab.engine.attachments import Attachments, attachments
+from adapterlab.engine.merge import merge
+from adapterlab.engine.recompute import Mode, recompute
+from adapterlab.engine.stacked import Stack, stacked
+from adapterlab.engine.summary import Summary, summarise
+from adapterlab.engine.verify import verify
+from adapterlab.io import folder as adapter_folder
+
+
+def attach(model: nn.Module, method: Method, name: str = "default") -> Host:
+    """Put a method on a model, in place, and return the model's host.
+
+    The base is frozen; the adapter becomes active, beside any that are active already.
+
+    Args:
+        model: any PyTorch model; role names and saving are made for those of `transformers`.
+        method: for example `al.LoRA(r=16)`.
+        name: of the adapter.
+
+    Raises:
+        TargetError: a target matches nothing.
+        AttachError: the name is taken, or the method cannot work on this model. The model is left as it was.
+    """
+    found = host(model) or Host(model)
+    found.attach(method, name)
+    return found
+
+
+def host(model: nn.Module) -> Host | None:
+    """Return the host of a model that carries adapters, also after `copy.deepcopy`, else None."""
+    return cast("Host | None", attachments(model))
+
+
+def load(model: nn.Module, folder: str | Path, name: str | None = None, *, active: bool | None = None) -> Host:
+    """Put a saved adapter on a model: one of ours, or one that HF PEFT wrote.
+
+    Args:
+        model: the base model.
+        folder: of the adapter.
+        name: to give it; default: the name it was saved under.
+        active: whether it becomes live beside the active ones; default: only if the model carries no other adapter.
+
+    Returns:
+        The model's host.
+
+    Raises:
+        FormatError: the folder is damaged, uses options that cannot be reproduced, or was made for another base
+            model. The model is left as it was.
+    """
+    found = host(model) or Host(model)
+    adapter_folder.load(found, folder, name, active=active)
+    return found
+
+
+class Host(Attachments):
+    """A model and the adapters on it. Made by `attach` and `load`; `host(model)` finds it again."""
+
+    def summary(self, name: str | None = None) -> Summary:
+        """Count what an adapter trains; without a name, the one that is attached alone."""
+        return summarise(self, self.only(name))
+
+    def stack(self, *names: str) -> contextlib.AbstractContextManager[Stack]:
+        """Serve many low-rank adapters from stacked slots inside the context; see `core.slots`.
+
+        `stack.rows(["a", None, "b"])` says who is in the next batch. It computes no loop over adapters, and under
+        `torch.compile` every mix runs the same graph. The factors are copied: it is for inference.
+
+        Raises:
+            AttachError: an adapter is not made of plain low-rank updates of linear layers.
+        """
+        for name in names:
+            self.check(name)
+        return stacked(self, names)
+
+    # ------------------------------------------------------------------ merging
+
+    def merge(
+        self,
+        name: str | None = None,
+        *,
+        tied: Literal["error", "untie"] = "error",
+        quantized: Literal["error", "dequantize"] = "error",
+    ) -> None:
+        """Write an adapter into the base's weights; it costs nothing at inference then.
+
+        The merged weight is computed in float32 and rounded once.
+
+        Args:
+            name: of the adapter; needed when there are several.
+            tied: what to do where a weight is shared with another module: refuse, or give the module its own.
+            quantized: what to do with packed weights: refuse, or replace them by plain ones.
+
+        Raises:
+            MergeError: the adapter is not linear, a non-additive one stands inside it, or a weight is tied or packed
+                and it was not said how to merge. Nothing is changed then.
+        """
+        name = self.only(name)
+        if name not in self.state.active:
+            self.activate(*self.active, name)
+        self.merged[name] = merge(self, name, tied, quantized)
+        config = getattr(self.model, "config", None)
+        if tied == "untie" and getattr(config, "tie_word_embeddings", False):
+            output, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+            self.model.config.tie_word_embeddings = output is None or output.weight is inputs.weight
+
+    # ------------------------------------------------------------------ checks, recomputation, saving
+
+    def recompute(self, mode: Mode = "full", *, compiled: bool = False) -> None:
+        """Choose what the model computes again in the backward pass instead of keeping it.
+
+        Gradients are the same in every mode. State that changes between two forward passes is recorded with each and
+        shown again during its recomputation.
+
+        Args:
+            mode: `none` keeps everything; `cheap` keeps the results of products and attention and computes the rest
+                (norms, activations, casts) again; `full` keeps the input of each block alone.
+            compiled: use the form that works under `torch.compile`; it keeps no record of the state.
+
+        Raises:
+            ConfigError: the mode is unknown, or the model has no blocks that can be computed again.
+        """
+        recompute(self, mode, compiled=compiled)
+
+    def verify(self, batch: Mapping[str, Tensor]) -> None:
+        """Run one forward and backward pass and check that nothing attached is bypassed; see `core.verify`.
+
+        Args:
+            batch: arguments of the model, with labels.
+
+        Raises:
+            NotTrainingError: nothing is trainable, an adapted module was never called, or a trainable tensor got no
+                gradient.
+        """
+        verify(self, batch)
+
+    def save(self, folder: str | Path, name: str | None = None, **options: Any) -> Path:
+        """Write the adapter to a folder; see `adapterlab.io.save`."""
+        return adapter_folder.save(self, folder, self.only(name), **options)
+
+    def save_base(self, folder: str | Path) -> None:
+        """Write the base model without any adapter's tensors, as `save_pretrained` does for a plain model.
+
+        `model.save_pretrained` itself would write the adapters' tensors among the base's.
+        """
+        with self.using():
+            base = {k: v for k, v in self.model.state_dict().items() if not self.is_adapter_path(k)}
+            self.model.save_pretrained(folder, state_dict=base)

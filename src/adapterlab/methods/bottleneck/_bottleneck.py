@@ -1,0 +1,249 @@
+"""Bottleneck adapters in one form: s · (W_u f(W_d z + b_d) + b_u); a method chooses the places, z, s and the start."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapterlab.core.adapter import Adapter
+from adapterlab.core.carrier import Carrier
+from adapterlab.core.method import Method
+from adapterlab.core.site import Site
+from adapterlab.core.state import State
+from adapterlab.core.targets import Targets
+from adapterlab.errors import AttachError
+
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class Projections(Adapter):
+    """The two projections; subclasses say what they read and where the result goes."""
+
+    linear: ClassVar[bool] = False
+    not_linear: ClassVar[str] = "a nonlinear function stands between its two projections"
+    tokenwise: ClassVar[bool | None] = True
+
+    def __init__(self, method: Bottleneck, site: Site, width: int, out: int | None = None):
+        """Make the projections.
+
+        Args:
+            method: gives their size, start, scale, nonlinearity and dropout.
+            site: where they are attached.
+            width: of what they read.
+            out: width of what they add to; the same by default.
+        """
+        super().__init__(site)
+        out, m = out or width, method.size(width)
+        self.down, self.down_bias = site.parameter(m, width), site.parameter(m)
+        self.up, self.up_bias = site.parameter(out, m), site.parameter(out)
+        self.activation, self.p = method.activation, method.dropout
+        self.scale = method.scaling(site)
+        method.start(self.down, self.up)
+
+    def share(self, z: Tensor) -> Tensor:
+        """S · (W_u drop(f(W_d z + b_d)) + b_u), computed in the adapter's dtype and returned in that of z."""
+        h = ACTIVATIONS[self.activation](F.linear(z.to(self.dtype), self.down, self.down_bias))
+        h = F.dropout(h, self.p, self.training)
+        return (self.scale * F.linear(h, self.up, self.up_bias)).to(z.dtype)
+
+
+class After(Projections):
+    """Sequential: y = h + share(h) with h = run(x)."""
+
+    def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        y = run(*args, **kwargs)
+        return plus(y, self.share(first(y)))
+
+
+class Beside(Projections):
+    """Parallel: y = run(x) + share(x)."""
+
+    def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        y = run(*args, **kwargs)
+        return plus(y, self.share(args[0] if args else next(iter(kwargs.values()))))
+
+
+class AroundNorm(Projections):
+    """Sequential, at the norm behind a residual sum z: y = LN(z + share(LN(z)))."""
+
+    def around(self, run: Callable[..., Any], z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return run(z + self.share(run(z, *args, **kwargs)), *args, **kwargs)
+
+
+class Tap(Adapter):
+    """Leaves the input of its module for a `Tapped` one further on in the same layer."""
+
+    linear: ClassVar[bool] = False
+    not_linear: ClassVar[str] = Projections.not_linear
+    tokenwise: ClassVar[bool | None] = True
+    rowwise: ClassVar[bool] = False  # the rows of a mixed batch may be grouped otherwise at the other module
+
+    def __init__(self, site: Site, state: State, key: str):
+        super().__init__(site)
+        self.state, self.key = state, key
+
+    def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the module as it is."""
+        self.state.taps[self.key] = x
+        return run(x, *args, **kwargs)
+
+
+class Tapped(Projections):
+    """Parallel to everything between two modules: y = run(x) + share(what `Tap` left)."""
+
+    rowwise: ClassVar[bool] = False
+
+    def __init__(self, method: Bottleneck, site: Site, width: int, out: int, state: State, key: str):
+        super().__init__(method, site, width, out)
+        self.state, self.key = state, key
+
+    def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        y = run(*args, **kwargs)
+        return plus(y, self.share(self.state.taps.pop(self.key)))
+
+
+class Bottleneck(Method):
+    """What the methods with bottleneck adapters share. Subclasses define `start` and may choose other places.
+
+    Attributes:
+        Layer: the adapter at one place.
+        kinds: of modules that `targets` may name.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "block")
+    Layer: ClassVar[Callable[..., Projections]] = After
+
+    m: int | None = Field(None, ge=1, description="width of the bottleneck; by default the model's width / reduction")
+    reduction: float = Field(16.0, ge=1, description="width of the model over that of the bottleneck, when m is unset")
+    activation: Activation = Field("relu", description="nonlinearity between the projections")
+    scale: float = Field(1.0, gt=0, description="factor s on what the adapter adds")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout in the bottleneck, after the nonlinearity")
+    targets: Targets | None = Field(
+        None, description="modules to adapt: roles, names or patterns; by default the method's own places"
+    )
+
+    def attach(self, host: Carrier, name: str) -> None:
+        """Wrap the chosen places."""
+        sites = host.all_sites()
+        for site in host.sites(self.targets, self.kinds) if self.targets else self.places(sites):
+            self.put(host, name, site, sites)
+
+    def put(self, host: Carrier, name: str, site: Site, sites: Sequence[Site]) -> None:
+        """Attach the adapter of one place."""
+        host.wrap(name, site, type(self).Layer(self, site, width_of(site, sites)))
+
+    def places(self, sites: Sequence[Site]) -> list[Site]:
+        """Where the method attaches by itself."""
+        return feed_forwards(sites)
+
+    def start(self, down: Tensor, up: Tensor) -> None:
+        """Fill the projections `[m, d]` and `[d, m]`; they are zero before, as the biases are."""
+        raise NotImplementedError
+
+    def size(self, width: int) -> int:
+        """Width of the bottleneck where the model's is `width`."""
+        return self.m or max(1, int(width / self.reduction))
+
+    def scaling(self, site: Site) -> float | nn.Parameter:
+        """The factor s at one place."""
+        return self.scale
+
+
+def first(y: Any) -> Tensor:
+    """The hidden states in what a block returns."""
+    hidden: Tensor = y[0] if isinstance(y, tuple) else y
+    return hidden
+
+
+def plus(y: Any, share: Tensor) -> Any:
+    """Add to the hidden states in what a block returns."""
+    return (y[0] + share, *y[1:]) if isinstance(y, tuple) else y + share.to(y.dtype)
+
+
+def attention_outputs(sites: Sequence[Site]) -> list[Site]:
+    """The output projections of all attention sublayers.
+
+    Raises:
+        AttachError: there are none.
+    """
+    return _some([s for s in sites if _inside(s) and s.role == "o"], "attention output projections", '["o_proj"]')
+
+
+def feed_forwards(sites: Sequence[Site]) -> list[Site]:
+    """The feed-forward sublayers: their blocks, and where there is no block of its own the second projections.
+
+    Experts are inside a block, which stands for all of them.
+
+    Raises:
+        AttachError: there are none.
+    """
+    found = [s for s in sites if _inside(s) and (s.role == "mlp" or (s.role == "down" and s.kind == "linear"))]
+    outer = [s for s in found if not any(s.path.startswith(f"{o.path}.") for o in found)]
+    return _some(outer, "feed-forward blocks", '["down_proj"]')
+
+
+def entrance(site: Site, sites: Sequence[Site]) -> Site:
+    """The first projection of the feed-forward sublayer whose second one is `site`; both gates read the same.
+
+    Raises:
+        AttachError: it cannot be found.
+    """
+    found = [s for s in sites if s.role in ("up", "gate_up") and s.kind == "linear" and s.layer == site.layer]
+    if not found:
+        raise AttachError(
+            f"{site.path} is the end of a feed-forward sublayer whose first projection cannot be told by its name, so "
+            "its input is out of reach. Name a module with that input as target: the whole block, or the projection."
+        )
+    return max(found, key=lambda s: _common(s.path, site.path))
+
+
+def width_of(site: Site, sites: Sequence[Site]) -> int:
+    """Width of what a module returns; for a block that of its second projection, or of the norm beside it.
+
+    Raises:
+        AttachError: neither is there.
+    """
+    if site.kind == "linear":
+        return site.shape[0]
+    if site.kind == "norm":
+        return site.module.get_parameter("weight").shape[0]
+    parent = site.path.rpartition(".")[0]
+    inner = [s for s in sites if s.path.startswith(f"{site.path}.") and s.role in ("down", "o") and s.kind == "linear"]
+    beside = [s for s in sites if s.kind == "norm" and s.path.rpartition(".")[0] == parent]
+    for found in (*inner, *beside):
+        return width_of(found, sites)
+    raise AttachError(
+        f"The width of {site.path} ({type(site.module).__name__}) cannot be told from what it holds. Name a linear "
+        "layer inside it as target instead."
+    )
+
+
+def _inside(site: Site) -> bool:
+    return site.layer is not None and not site.is_head
+
+
+def _common(a: str, b: str) -> int:
+    parts = zip(a.split("."), b.split("."), strict=False)
+    return next((i for i, (p, q) in enumerate(parts) if p != q), min(a.count("."), b.count(".")) + 1)
+
+
+def _some(found: list[Site], what: str, example: str) -> list[Site]:
+    if not found:
+        raise AttachError(
+            f"This model has no {what} that can be told by their names. Name the modules to adapt, for example "
+            f"targets={example}; list them with: adapterlab targets MODEL."
+        )
+    return found

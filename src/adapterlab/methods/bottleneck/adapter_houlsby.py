@@ -1,0 +1,72 @@
+"""Bottleneck adapters after attention and after the feed-forward sublayer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from adapterlab.core.adapter import Copy
+from adapterlab.core.carrier import Carrier
+from adapterlab.core.site import Site
+from adapterlab.engine.wrapping import plain_copy
+from adapterlab.methods.bottleneck._bottleneck import Activation, Bottleneck, attention_outputs, feed_forwards
+from adapterlab.registry import register
+
+
+@register
+class AdapterHoulsby(Bottleneck):
+    """Put a small two-layer network with a skip connection behind every sublayer, and train the norms with it.
+
+    y = h + s · (W_u f(W_d h + b_d) + b_u), where h is the sublayer's output before the residual sum; W_d `[m, d]`,
+    W_u `[d, m]`, f = GELU, s = 1.
+
+    Where it attaches: the output projection of every attention sublayer (cross-attention too) and the feed-forward
+    block, or its second projection where it is not a module of its own. Mixture-of-experts blocks get one adapter for
+    all experts. A sublayer's dropout that is a module outside these runs after the adapter, not before it. Norms train
+    as copies, which leave the base's untouched and are switched with the adapter.
+
+    Start: W_d and W_u from a normal distribution with deviation `init_std`, cut at two deviations, biases 0: nearly the
+    base's output.
+
+    Trainable parameters: 2 m d + m + d for each sublayer, and the norms' own.
+
+    Inference: not mergeable, since f is not linear; two thin products more for each sublayer.
+
+    Reference: "Parameter-Efficient Transfer Learning for NLP", arXiv 1902.00751.
+
+    Example:
+        >>> from adapterlab.methods.bottleneck.adapter_houlsby import AdapterHoulsby
+        >>> AdapterHoulsby(m=None, reduction=16).size(768)
+        48
+    """
+
+    paper: ClassVar[str] = "Parameter-Efficient Transfer Learning for NLP"
+    year: ClassVar[int] = 2019
+    arxiv: ClassVar[str] = "1902.00751"
+    formula: ClassVar[str] = "2 m d + m + d for each sublayer + norms"
+    typical_lr: ClassVar[float] = 0.001
+    starts_at_base: ClassVar[bool] = False
+
+    m: int | None = Field(64, ge=1, description="width of the bottleneck; None: the model's width / reduction")
+    activation: Activation = Field("gelu", description="nonlinearity between the projections")
+    init_std: float = Field(1e-3, ge=0, description="deviation of the projections at the start; above 1e-2 it hurts")
+    norms: bool = Field(True, description="train copies of all layer norms; without them about 4 points are lost")
+
+    def attach(self, host: Carrier, name: str) -> None:
+        """Wrap the sublayers, and give the adapter norms of its own."""
+        super().attach(host, name)
+        for site in host.all_sites() if self.norms else []:
+            if site.kind == "norm" and not site.is_head and site.module._parameters["weight"] is not None:
+                host.wrap(name, site, Copy(site, plain_copy(site.module)))
+
+    def places(self, sites: Sequence[Site]) -> list[Site]:
+        """Every attention and feed-forward sublayer."""
+        return [*attention_outputs(sites), *feed_forwards(sites)]
+
+    def start(self, down: Tensor, up: Tensor) -> None:
+        """Truncated normal."""
+        for weight in (down, up):
+            nn.init.trunc_normal_(weight, std=self.init_std, a=-2 * self.init_std, b=2 * self.init_std)

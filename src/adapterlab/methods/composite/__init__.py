@@ -1,0 +1,1 @@
+"""Several methods attached as one: parts are switched, saved and removed together."""

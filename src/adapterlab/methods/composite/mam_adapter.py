@@ -1,0 +1,68 @@
+"""Mix-and-match: a short prefix in attention and a large parallel adapter beside the feed-forward sublayer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from adapterlab.core.carrier import Carrier
+from adapterlab.core.method import Method
+from adapterlab.methods.bottleneck.adapter_parallel import AdapterParallel
+from adapterlab.methods.prompt.prefix_tuning import PrefixTuning
+from adapterlab.registry import register
+
+
+@register
+class MAMAdapter(Method):
+    """Spend few parameters on attention, as a prefix, and most on the feed-forward sublayer, as a parallel adapter.
+
+    Attention: K ← [P_k ; K], V ← [P_v ; V], with l pairs in every attention module. For a query q that is
+    (1 − λ) · Attn(q, K, V) + λ · softmax(q P_kᵀ / √hd) P_v, λ the prefix's part of the softmax mass.
+    Feed-forward: y = FFN(x) + s · (W_u relu(W_d x + b_d) + b_u), W_d `[m, d]`, W_u `[d, m]`.
+
+    Where it attaches: inside every attention module (of an encoder-decoder three kinds), and beside every feed-forward
+    sublayer. The prefix takes places in the key-value cache and no positions.
+
+    Start: the adapter's is the base's output; the prefix draws attention to itself from the beginning.
+
+    Trainable parameters: 2 l n_kv hd for each attention module, and 2 m d + m + d for each feed-forward sublayer.
+
+    Inference: not mergeable; l more keys, and one bottleneck network that can run at the same time as the sublayer.
+
+    Reference: "Towards a Unified View of Parameter-Efficient Transfer Learning", arXiv 2110.04366.
+
+    Example:
+        >>> from adapterlab.methods.composite.mam_adapter import MAMAdapter
+        >>> MAMAdapter(length=16, m=16, scale=2).length
+        16
+    """
+
+    paper: ClassVar[str] = "Towards a Unified View of Parameter-Efficient Transfer Learning"
+    year: ClassVar[int] = 2021
+    arxiv: ClassVar[str] = "2110.04366"
+    formula: ClassVar[str] = "2 l n_kv hd for each attention + 2 m d + m + d for each block"
+    starts_at_base: ClassVar[bool] = False
+
+    length: int = Field(30, ge=1, description="number of key-value pairs l in front of the real ones")
+    init: Literal["words", "normal", "zeros"] = Field(
+        "words", description="start of the prefix: keys and values of real words, standard normal numbers, or zeros"
+    )
+    hidden: int | None = Field(
+        None, ge=1, description="width of the network that makes the prefix; none by default, 800 in the paper"
+    )
+    m: int = Field(512, ge=1, description="width of the bottleneck")
+    scale: float = Field(4.0, gt=0, description="factor s of the adapter; 4 suits m = 512, 2 suits m = 16")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout in the bottleneck")
+
+    def attach(self, host: Carrier, name: str) -> None:
+        """Compose the two parts."""
+        prefix = PrefixTuning(length=self.length, init=self.init, hidden=self.hidden, offset=0)
+        host.compose(name, "prefix", prefix)
+        host.compose(name, "adapter", AdapterParallel(m=self.m, scale=self.scale, dropout=self.dropout))
+
+    def attach_saved(self, host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Attach without looking for a good start."""
+        self.replace(init="zeros").attach(host, name)

@@ -1,0 +1,185 @@
+"""FishMask: train the entries with the largest Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from adapterlab.core.carrier import Carrier
+from adapterlab.core.method import Batches, MakeOptimizer, Method
+from adapterlab.errors import AttachError, ConfigError, NotTrainingError
+from adapterlab.foreign.quantized import is_plain
+from adapterlab.methods.in_place import _chosen_parameters as chosen
+from adapterlab.registry import register
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+@register
+class FishMask(Method):
+    """Choose once, before training, the share ρ of all base entries that the loss depends on most; train only those.
+
+    Score of entry i: F_i = Σ_j (∂ log p(y_j | x_j) / ∂θ_i)², over single samples. The k highest train, in place.
+
+    Where it attaches: all parameters, embeddings, norms and biases included, a tied one once; one top-k over all of
+    them. Nothing trains until `prepare` has seen data (selection by magnitude or at random needs none).
+
+    Start: the base's values.
+
+    Trainable parameters: ⌊ρ N⌋ of N, a new head in `modules_to_save` included (its entries are charged to the budget
+    unless `charge_head` is off). With scope `tensor`: the sum of ⌊ρ N_t⌋ over the tensors.
+
+    Inference: nothing to merge, no cost. Memory: 20 bytes for each trained entry; the gradient of one tensor at a time.
+    During scoring 4 bytes for each entry of the base.
+
+    One sample of a language model is one row, and its loss the mean over its target tokens. Scores are computed in eval
+    mode. Use two to ten times the learning rate of full fine-tuning, without weight decay.
+
+    Reference: "Training Neural Networks with Fixed Sparse Masks", arXiv 2111.09839.
+
+    Example:
+        >>> from adapterlab.methods.in_place.fish_mask import FishMask
+        >>> FishMask(density=0.01).samples
+        1024
+    """
+
+    paper: ClassVar[str] = "Training Neural Networks with Fixed Sparse Masks"
+    year: ClassVar[int] = 2021
+    arxiv: ClassVar[str] = "2111.09839"
+    formula: ClassVar[str] = "⌊ρ N⌋"
+    typical_lr: ClassVar[float] = 0.0002
+
+    density: float = Field(0.005, gt=0, le=1, description="share ρ of the entries that train")
+    samples: int = Field(1024, ge=1, description="rows that the scores are computed from, one backward pass each")
+    selection: Literal["fisher", "magnitude", "random"] = Field(
+        "fisher", description="what an entry is scored by; the last two need no data and are baselines"
+    )
+    target: Literal["label", "expect"] = Field(
+        "label", description="gradient of the true label, or the expectation over the model's own (classifiers only)"
+    )
+    power: Literal["square", "absolute"] = Field("square", description="what of a gradient is summed")
+    scope: Literal["global", "tensor"] = Field("global", description="one top-k over all tensors, or one for each")
+    exclude: tuple[str, ...] = Field((), description="modules to leave frozen: roles, names or patterns")
+    charge_head: bool = Field(True, description="count the entries of modules_to_save towards the budget")
+    offload_scores: bool = Field(False, description="keep the scores in main memory while they are computed")
+    seed: int = Field(0, ge=0, lt=1 << 31, description="of the random selection")
+
+    @classmethod
+    def example(cls, model: nn.Module) -> dict[str, Any]:
+        """Train one entry in twenty, chosen on few rows."""
+        return {"density": 0.05, "samples": 8}
+
+    def attach(self, host: Carrier, name: str) -> None:
+        """Check that there is something to choose, and choose at once if no data is needed."""
+        parameters = self.eligible(host)
+        self.budgets(host, parameters)
+        if self.selection == "magnitude":
+            self._choose(host, name, parameters, chosen.magnitude(parameters))
+        elif self.selection == "random":
+            self._choose(host, name, parameters, chosen.noise(parameters, self.seed))
+
+    def attach_saved(self, host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Train the entries that were chosen when the adapter was saved."""
+        saved = chosen.saved_entries(tensors)
+        if not saved:
+            self.attach(host, name)
+        chosen.own_entries(host, name, saved)
+
+    def prepare(self, host: Carrier, name: str, batches: Batches) -> None:
+        """Score all entries and choose; an adapter that has its entries keeps them."""
+        if self._chosen(host, name):
+            return
+        parameters = self.eligible(host)
+        given = chosen.rows(batches, self.samples)
+        shown = track(given, "scoring", self.samples, transient=True, console=Console(stderr=True))
+        scores = chosen.accumulate(
+            host,
+            parameters,
+            shown,
+            torch.square if self.power == "square" else torch.abs,
+            losses=_every_class if self.target == "expect" else chosen.own_loss,
+            device=torch.device("cpu") if self.offload_scores else None,
+        )
+        self._choose(host, name, parameters, lambda path: scores[path])
+
+    def optimizer(self, host: Carrier, name: str, make: MakeOptimizer) -> Optimizer:
+        """The usual one, over vectors of the chosen entries."""
+        self._check_chosen(host, name)
+        return make(host.parameters(name))
+
+    def before_step(self, host: Carrier, name: str, step: int, optimizer: Optimizer) -> None:
+        """Refuse to train a head alone, in a loop that did not call `prepare`."""
+        self._check_chosen(host, name)
+
+    def eligible(self, host: Carrier) -> dict[str, nn.Parameter]:
+        """Return the parameters that entries are chosen from.
+
+        Raises:
+            AttachError: some are stored packed.
+        """
+        parameters = host.base_parameters((*self.exclude, *self.modules_to_save))
+        for path, p in parameters.items():
+            if not is_plain(p) or not p.dtype.is_floating_point:
+                raise AttachError(
+                    f"{path} is stored packed ({type(p).__name__}, {p.dtype}), and {self.id} trains entries in place. "
+                    "Load the base without quantization, exclude the packed modules (exclude=['all-linear']), or "
+                    "choose a method that adds tensors beside the weights."
+                )
+        return parameters
+
+    def budgets(self, host: Carrier, parameters: Mapping[str, nn.Parameter]) -> list[tuple[list[str], int]]:
+        """Return groups of parameters with the number of entries to choose in each.
+
+        Raises:
+            AttachError: that leaves no entry.
+        """
+        sizes = {path: p.numel() for path, p in parameters.items()}
+        if self.scope == "tensor":
+            shares = [([path], int(self.density * size)) for path, size in sizes.items()]
+            left = [share for share in shares if share[1]]
+        else:
+            every = sum(p.numel() for p in host.base_parameters(self.exclude).values())
+            free = sum(sizes.values())
+            k = int(self.density * every) - (every - free) if self.charge_head else int(self.density * free)
+            left = [(list(sizes), k)] if k > 0 else []
+        if not left:
+            raise AttachError(
+                f"{self.id}: density={self.density} of {sum(sizes.values()):,} entries leaves none to train. Raise "
+                "density, or set charge_head=False so that modules_to_save are not counted."
+            )
+        return left
+
+    def _choose(self, host: Carrier, name: str, parameters: Mapping[str, nn.Parameter], score: chosen.Score) -> None:
+        for paths, k in self.budgets(host, parameters):
+            chosen.own_entries(host, name, chosen.top(paths, score, k))
+
+    def _chosen(self, host: Carrier, name: str) -> bool:
+        return any(patch.index is not None for patch in host.patches[name].values())
+
+    def _check_chosen(self, host: Carrier, name: str) -> None:
+        if not self._chosen(host, name):
+            raise NotTrainingError(
+                f"The {self.id} adapter {name!r} has not chosen its entries yet, so nothing would train. Call "
+                f"host.methods[{name!r}].prepare(host, {name!r}, batches) with labelled batches before training; the "
+                "training loop of adapterlab does it by itself."
+            )
+
+
+def _every_class(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, float]]:
+    """The loss of each possible label of one row, weighted with the model's probability for it."""
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    if logits.dim() != 2:
+        raise ConfigError(
+            "fish_mask: target='expect' sums over all labels, which only a classifier of whole rows has; this model's "
+            f"logits are {list(logits.shape)}. Use target='label'."
+        )
+    logs = logits.float().log_softmax(-1)[0]
+    for log in logs:
+        yield -log, float(log.detach().exp())

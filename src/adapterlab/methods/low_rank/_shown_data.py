@@ -1,0 +1,121 @@
+"""Running the model on data to see what enters its modules, and which gradients their weights get."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from adapterlab.core.carrier import Carrier
+from adapterlab.errors import DataError
+from adapterlab.methods.low_rank._starts import Place
+
+Batch = Mapping[str, Tensor]
+
+
+def shown(batches: Iterable[Batch], count: int, what: str) -> Iterator[Batch]:
+    """Yield `count` batches at most, with a progress bar.
+
+    Raises:
+        DataError: there is none.
+    """
+    given = 0
+    for batch in track(_first(batches, count), what, count, transient=True, console=Console(stderr=True)):
+        given += 1
+        yield batch
+    if not given:
+        raise DataError(f"{what} needs data, and there are no batches. Pass some to prepare(host, name, batches).")
+
+
+def _first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
+    yield from (batch for _, batch in zip(range(count), batches, strict=False))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off inside the context."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def inputs(host: Carrier, places: Mapping[str, Place], batch: Batch, see: Callable[[str, Tensor], None]) -> None:
+    """Run the model once and show what enters each module, as float32 rows `[tokens, in]`.
+
+    Tokens that bear no loss are left out where rows can be told apart: by the labels, else by the attention mask.
+    """
+
+    def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: see(path, _rows(args[0].detach(), batch))
+
+    handles = [host.model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in places]
+    try:
+        with torch.no_grad(), evaluating(host.model):
+            host.model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _rows(x: Tensor, batch: Batch) -> Tensor:
+    labels = batch.get("labels")
+    masks = [None if labels is None else labels != -100, batch.get("attention_mask")]
+    for mask in masks:
+        if mask is not None and mask.dim() > 1 and mask.shape == x.shape[:-1]:
+            return x[mask.bool()].float()
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def mean_gradients(host: Carrier, places: Mapping[str, Place], batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Average the gradient of the loss over batches: float32 `[out, in]` by path, for weights that are frozen.
+
+    Each gradient is added up and freed as soon as it is complete, so only one lives beside the sums.
+
+    Raises:
+        DataError: a batch bears no labels.
+    """
+    sums = {path: torch.zeros(place.site.shape, device=place.site.device) for path, place in places.items()}
+    count, handles = 0, []
+
+    def hook(path: str) -> Callable[[Tensor], None]:
+        def collect(weight: Tensor) -> None:
+            assert weight.grad is not None
+            sums[path] += places[path].site.matrix(weight.grad).float()
+            weight.grad = None
+
+        return collect
+
+    weights = {path: place.site.module._parameters["weight"] for path, place in places.items()}
+    others = [p for p in host.model.parameters() if p.requires_grad]
+    try:
+        for p in others:
+            p.requires_grad_(False)
+        for path, weight in weights.items():
+            assert weight is not None
+            weight.requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(hook(path)))
+        with evaluating(host.model):
+            for batch in batches:
+                if "labels" not in batch:
+                    raise DataError(f"A gradient needs batches with labels; one has only {', '.join(batch)}.")
+                count += 1
+                with torch.enable_grad():
+                    host.model(**batch).loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for weight in weights.values():
+            assert weight is not None
+            weight.requires_grad_(False)
+        for p in others:
+            p.requires_grad_(True)
+    return {path: total / max(1, count) for path, total in sums.items()}

@@ -1,0 +1,277 @@
+"""Low-rank adaptation."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+from torch.nn import functional as F
+
+from adapterlab.core.adapter import Adapter
+from adapterlab.core.carrier import Carrier
+from adapterlab.core.codec import HFCodec
+from adapterlab.core.site import Site
+from adapterlab.engine.wrapping import Base
+from adapterlab.errors import AttachError, TargetError, nearest
+from adapterlab.methods.low_rank import _expert_factors
+from adapterlab.methods.low_rank import _peft_forms as _lora_forms
+from adapterlab.methods.low_rank._factors import Factors, LowRank
+from adapterlab.methods.low_rank._starts import Place, Start
+from adapterlab.ops.low_rank import autocasts, low_rank_linear
+from adapterlab.registry import register
+
+
+@register
+class LoRA(LowRank):
+    """Freeze the weight and learn an additive update that is a product of two thin matrices.
+
+    y = W x + b + s · B A drop(x), with s = alpha / r (`scale="linear"`) or alpha / √r (`scale="sqrt"`, rsLoRA).
+    A `[r, in]`, B `[out, r]`. For an embedding table `[V, d]`, `in = V` and `out = d`: y = E[ids] + s · B A[:, ids].
+
+    Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too), embeddings, and convolutions, whose
+    kernels count as `[out, in / groups · prod(k)]`.
+
+    Fused modules: with `blocks`, each block of rows (q, k, v) of a module with that many rows has factors of its own,
+    as in the original MergedLinear; the blocks need not be equal, and `enable` leaves some out.
+
+    Stacked weights of experts, which no linear layer holds: `parameters` names them, such as `mlp.experts.down_proj`
+    `[E, out, in]`; each expert has factors of its own, and the module computes with W + s · B A. With `targets="none"`
+    they alone are adapted. Any other bare matrix works too.
+
+    Start: B = 0 (for embeddings A = 0), so the first output equals the base's. Other values of `init` may put a part of
+    the base weight into the factors; the base then holds the rest while the adapter is live. The original weight is
+    kept beside it, and saving converts to an ordinary LoRA of rank 2r on the original base.
+
+    Trainable parameters: r (in + out) for each module; r (n in + out of the n enabled blocks) for fused ones;
+    E r (in + out) for stacked ones.
+
+    Inference: W + s B A can be merged, at no cost.
+
+    The factors are float32 on half-precision and quantized bases; the products run in the dtype of x, so that x is
+    never copied, and the gradients arrive in float32.
+
+    Reference: "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; the square-root scale:
+    "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732.
+
+    Example:
+        >>> from adapterlab.methods.low_rank.lora import LoRA
+        >>> LoRA(r=4, targets=["q", "v"]).scaling("model.layers.0.self_attn.q_proj")
+        4.0
+    """
+
+    paper: ClassVar[str] = "LoRA: Low-Rank Adaptation of Large Language Models"
+    year: ClassVar[int] = 2021
+    arxiv: ClassVar[str] = "2106.09685"
+    formula: ClassVar[str] = "r (in + out)"
+
+    r: int = Field(8, ge=1, description="rank of the update")
+    alpha: float = Field(16.0, gt=0, description="scale numerator; twice the rank is a common choice")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input; embeddings have none")
+    scale: Literal["linear", "sqrt"] = Field("linear", description="alpha / r, or alpha / √r, which suits large ranks")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="base biases to train as well: none, all, or those of adapted modules"
+    )
+    lora_bias: bool = Field(False, description="give B a trainable bias, scaled like the update")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="other ranks for modules whose path ends in a match of the key"
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="likewise for alpha"
+    )
+    blocks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="rows of each block of a fused module, such as those of q, k and v"
+    )
+    enable: tuple[bool, ...] = Field((), description="which of the blocks are adapted; default: all")
+    parameters: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="names of bare parameters to adapt as well, such as mlp.experts.gate_up_proj"
+    )
+
+    hf: ClassVar[HFCodec | None] = HFCodec(
+        "LORA",
+        fields={
+            "r": "r",
+            "alpha": "lora_alpha",
+            "dropout": "lora_dropout",
+            "scale": ("use_rslora", {"linear": False, "sqrt": True}),
+            "bias": "bias",
+            "lora_bias": "lora_bias",
+            "rank_pattern": "rank_pattern",
+            "alpha_pattern": "alpha_pattern",
+        },
+        tensors={
+            "A": {"embedding": "lora_embedding_A", **dict.fromkeys(("linear", "conv", "block"), "lora_A.weight")},
+            "B": {"embedding": "lora_embedding_B", **dict.fromkeys(("linear", "conv", "block"), "lora_B.weight")},
+            "bias": "lora_B.bias",
+        },
+        parameters=("parameters", "target_parameters"),
+        # How the factors began does not matter once they are trained, unless the base was changed with them.
+        accepts={"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")},
+        outward=_lora_forms.outward,
+        inward=_lora_forms.inward,
+    )
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _readable(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"{key!r} is not a valid regular expression ({error})") from None
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.enable and (len(self.enable) != len(self.blocks) or not any(self.enable)):
+            raise ValueError(f"enable={self.enable} should say yes or no for each of blocks={self.blocks}, one yes")
+        if self.blocks and (type(self).Layer is not LoRA.Layer or self.init.moves_base or self.init.needs_data):
+            raise ValueError("blocks work with plain LoRA and init='kaiming' or 'gaussian' only")
+        if self.init.moves_base and not type(self).Layer.additive:  # type: ignore[attr-defined]
+            raise ValueError(f"init={self.init.name!r} changes the base weight, which {self.id} computes from")
+        _expert_factors.check(self, plain=type(self).Layer is LoRA.Layer)
+        return self
+
+    def rank(self, path: str) -> int:
+        """Rank at one module."""
+        return int(_pattern(self.rank_pattern, path, self.r))
+
+    def scaling(self, path: str) -> float:
+        """The factor s at one module."""
+        alpha = _pattern(self.alpha_pattern, path, self.alpha)
+        return alpha / (self.rank(path) if self.scale == "linear" else math.sqrt(self.rank(path)))
+
+    def attach(self, host: Carrier, name: str) -> None:
+        """Wrap the targets and what holds bare parameters, then own the biases that the option asks for."""
+        if self.targets.include != _expert_factors.NONE:
+            super().attach(host, name)
+        adapted = host.adapters(name)
+        self._check_patterns([*adapted, *_expert_factors.attach(self, host, name)])
+        if self.blocks and not any(isinstance(layer, Blocks) for layer in adapted.values()):
+            rows = sorted({layer.site.shape[0] for layer in adapted.values()})
+            raise TargetError(f"lora: blocks={self.blocks} make {sum(self.blocks)} rows; the targets have {rows}.")
+        # Modules that are copied whole bring their own bias.
+        for path in host.base_parameters(self.modules_to_save) if self.bias != "none" else ():
+            module, _, leaf = path.rpartition(".")
+            if leaf == "bias" and (self.bias == "all" or module in adapted):
+                host.own(name, path)
+
+    def place(self, site: Site) -> Place:
+        """Rank and scale at one module."""
+        return Place(site, self.rank(site.path), self.scaling(site.path))
+
+    def build(self, site: Site, host: Carrier, name: str) -> Adapter:
+        """Make the factors for one site, block by block where it is a fused module."""
+        fused = self.blocks and site.kind == "linear" and site.shape[0] == sum(self.blocks)
+        return Blocks(self, site) if fused else super().build(site, host, name)
+
+    def _check_patterns(self, adapted: Iterable[str]) -> None:
+        for field in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, field):
+                if not any(matches(key, path) for path in adapted):
+                    names = {path.rpartition(".")[2] for path in adapted}
+                    raise TargetError(
+                        f"lora: {field} names {key!r}, which no adapted module has. {nearest(key, names)}"
+                    )
+
+    class Layer(Factors):
+        """The two factors at one module."""
+
+        def __init__(self, method: LoRA, site: Site):
+            super().__init__(method, site)
+            embedding = site.kind == "embedding"
+            self.p = 0.0 if embedding else method.dropout
+            self.bias = site.parameter(site.shape[0]) if method.lora_bias and not embedding else None
+            if self.bias is not None and site.grouped:
+                raise AttachError(
+                    f"lora_bias does not work with the groups of {site.path}: exclude it, or leave it off."
+                )
+
+        def forward(self, x: Tensor) -> Tensor:
+            """S · (B A drop(x) + bias) in the dtype of x (of the factors for token ids)."""
+            return self.product(F.dropout(x, self.p) if self.training and self.p else x)
+
+        def product(self, x: Tensor) -> Tensor:
+            """S · (B A x + bias), without dropout."""
+            dtype = x.dtype if x.is_floating_point() else self.dtype
+            a, b = (factor.to(dtype) for factor in self.factors())
+            if self.site.grouped:
+                return self.scale * self.site.op(x, b @ a)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return self.scale * self.site.mix(self.site.op(x, a), b, bias)
+
+        def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """Fuse with the base product when nothing stands between, else add to what `run` returns."""
+            if not (isinstance(run, Base) and self.fuses(x)):
+                return super().around(run, x, *args, **kwargs)
+            weight, *again = self.site.frozen_weight(x.dtype)
+            p = self.p if self.training else 0.0
+            return low_rank_linear(x, weight, self._shift(), *self.factors(), self.scale, p, *again)
+
+        def _shift(self) -> Tensor | None:
+            """The base's bias and that of B."""
+            own = self.site.bias
+            if self.bias is None:
+                return own
+            return self.scale * self.bias if own is None else own + self.scale * self.bias
+
+        def low_rank(self) -> tuple[Tensor, Tensor] | None:
+            """A and s · B, where the update is nothing else."""
+            if not self.additive or self.bias is not None or self.site.grouped or self.site.kind != "linear":
+                return None
+            a, b = self.factors()
+            return a, self.scale * b
+
+        def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            """W + ΔW; the bias of B joins the base's."""
+            weight, bias = super().merged(weight, bias)
+            if self.bias is None:
+                return weight, bias
+            shift = self.scale * self.bias.to(weight.dtype)
+            return weight, shift if bias is None else bias + shift
+
+        def added(self, x: Tensor) -> Tensor:
+            """The factors follow the dtype of x, which is therefore not copied."""
+            share: Tensor = self(x)
+            return share
+
+        def slow_because(self) -> str:
+            """What keeps base and update from being one node in training."""
+            own = type(self).around is not LoRA.Layer.around or type(self).fuses is not LoRA.Layer.fuses
+            return super().slow_because() if own else self.site.why_apart()
+
+        def fuses(self, x: Tensor) -> bool:
+            """Whether base and update can be one node: a linear layer whose frozen weight is at hand or unpacks."""
+            return self.site.at_hand(x.dtype) and not autocasts(x)
+
+
+class Blocks(LoRA.Layer):
+    """A pair of factors for each enabled block of rows of a fused module.
+
+    A `[n r, in]` has those of the n blocks below each other, B `[rows of the n blocks, r]` likewise.
+    """
+
+    def __init__(self, method: LoRA, site: Site):
+        super().__init__(method, site)
+        self.blocks, self.enable = method.blocks, method.enable or (True,) * len(method.blocks)
+        r, n = method.rank(site.path), sum(self.enable)
+        start = method.init.start(Place(site, n * r, self.scale))
+        rows = sum(size for size, on in zip(self.blocks, self.enable, strict=True) if on)
+        self.begin(Start(start.A, start.B.new_zeros(rows, r)))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A, and the B `[out, n r]` that has the blocks' own where they belong and zeros elsewhere."""
+        return self.A, _lora_forms.spread(self.B, self.blocks, self.enable)
+
+
+def matches(key: str, path: str) -> bool:
+    """Say whether a pattern matches the end of a path, at a dot."""
+    return re.match(rf"(.*\.)?({key})$", path) is not None
+
+
+def _pattern(table: dict[str, Any], path: str, default: float) -> float:
+    """Look a module up in a table of patterns; the first that matches counts."""
+    return next((value for key, value in table.items() if matches(key, path)), default)

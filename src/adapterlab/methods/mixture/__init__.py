@@ -1,0 +1,1 @@
+"""Several adapters at one module and a gate that weighs them, token by token."""

@@ -1,0 +1,1 @@
+"""Methods that act on training over time: which layers train, what gradients pass, what a step changes."""

@@ -1,0 +1,96 @@
+"""LoRA whose steps are passed on to the weight."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from adapterlab.core.carrier import Carrier
+from adapterlab.core.codec import HFCodec
+from adapterlab.core.site import Site
+from adapterlab.methods.low_rank.lora import LoRA
+from adapterlab.registry import register
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+@register
+class DeltaLoRA(LoRA):
+    """Push the change that each step makes to B A into the weight as well, without a gradient or moments for it.
+
+    y = W x + b + s · B A x, and after each step t > `start`: W ← W + push · s · (B A − B' A'), where B' A' is the
+    product before the step. s as in LoRA.
+
+    With a constant `push` the changes of W add up to push · s · (B A − B₀ A₀), A₀ and B₀ being the factors before the
+    first of them. So W itself is left alone: A₀ and B₀ are kept, and the sum is added to the output, without gradient
+    to A and B. It is exact, loses nothing in half precision, works on packed weights, and the end result
+    s · ((1 + push) B A − push B₀ A₀) is a LoRA of rank 2r.
+
+    Where it attaches: as LoRA. Dropout would break the identity of the two gradients and is not available.
+
+    Start: B = 0 (for embeddings A = 0), so the first output equals the base's.
+
+    Trainable parameters: r (in + out) for each module.
+
+    Inference: can be merged, at no cost.
+
+    Reference: "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices", arXiv 2309.02411.
+
+    Example:
+        >>> from adapterlab.methods.schedule.delta_lora import DeltaLoRA
+        >>> DeltaLoRA(r=4, start=100).push
+        2.0
+    """
+
+    paper: ClassVar[str] = "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices"
+    year: ClassVar[int] = 2023
+    arxiv: ClassVar[str] = "2309.02411"
+    hf: ClassVar[HFCodec | None] = None
+
+    dropout: float = Field(0.0, ge=0, le=0, description="not available: it would break the identity of the gradients")
+    push: float = Field(2.0, gt=0, description="factor λ of the changes that the weight receives")
+    start: int = Field(500, ge=0, description="number K of steps before the first such change")
+
+    @classmethod
+    def example(cls, model: nn.Module) -> dict[str, Any]:
+        """Begin at once."""
+        return {"start": 1}
+
+    def before_step(self, host: Carrier, name: str, step: int, optimizer: Optimizer) -> None:
+        """Keep the factors from before the first step that the weight follows."""
+        for layer in host.adapters(name).values():
+            if isinstance(layer, DeltaLoRA.Layer) and step >= self.start:
+                layer.anchor(self.push)
+
+    class Layer(LoRA.Layer):
+        """The factors, those at the anchor, and `pushed`: 0 before the first change of the weight, then λ."""
+
+        A_kept: Tensor
+        B_kept: Tensor
+        pushed: Tensor
+
+        def __init__(self, method: LoRA, site: Site):
+            super().__init__(method, site)
+            self.register_buffer("A_kept", torch.zeros_like(self.A))
+            self.register_buffer("B_kept", torch.zeros_like(self.B))
+            self.register_buffer("pushed", self.A.new_zeros(()).detach())
+
+        @torch.no_grad()
+        def anchor(self, push: float) -> None:
+            """Let the weight follow from the factors as they are now, unless it does already."""
+            if not self.pushed:
+                self.A_kept.copy_(self.A)
+                self.B_kept.copy_(self.B)
+                self.pushed.fill_(push)
+
+        def factors(self) -> tuple[Tensor, Tensor]:
+            """[A; A₀] and [(1 + λ) B, −λ B₀]; the gradients of A and B are those of s · B A alone."""
+            # The product reaches A through (1 + λ) B, so its gradient is divided by that; through λ B none reaches B.
+            still = self.A.detach()
+            a = still + (self.A - still) / (1 + self.pushed)
+            b = self.B + self.pushed * self.B.detach()
+            return torch.cat([a, self.A_kept]), torch.cat([b, -self.pushed * self.B_kept], 1)

@@ -1,0 +1,148 @@
+"""Fourier transform fine-tuning."""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from adapterlab.core.carrier import Carrier
+from adapterlab.core.codec import HFCodec
+from adapterlab.core.method import LayerMethod
+from adapterlab.core.site import Site
+from adapterlab.errors import AttachError
+from adapterlab.methods.low_rank._patterns import Pattern, check_patterns, look_up
+from adapterlab.methods.structured._rebuilt_updates import Rebuilt
+from adapterlab.registry import register
+
+
+@register
+class FourierFT(LayerMethod):
+    """Learn a few Fourier coefficients of the weight's update, at random frequencies.
+
+    y = W x + b + ΔW x, ΔW = alpha · Re(ifft2(F)), F `[out, in]` zero but for n trained real values at fixed random
+    places; ifft2 divides by out · in. ΔW has full rank. It is built by a real transform of half the spectrum, for each
+    call and again for the backward pass.
+
+    Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too).
+
+    Start: values N(0, 1) as in the paper, which changes the model from the start; `start="zeros"` equals the base.
+
+    Trainable parameters: n for each module.
+
+    Inference: W + ΔW can be merged, at no cost. The places are not saved: `seed` gives them again.
+
+    The update's size is about alpha √(n / (2 out in)): small layers need a smaller alpha. It wants large rates.
+
+    Cost of a step: two inverse FFTs of out · in numbers and one FFT of ΔW's gradient in float32, and three products
+    with ΔW, 6 t out in operations; LoRA's large products are 4 t out in for t tokens.
+
+    Reference: "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", arXiv 2405.03003.
+
+    Example:
+        >>> from adapterlab.methods.structured.fourierft import FourierFT
+        >>> FourierFT(n=500, n_pattern={"v_proj": 100}).count("model.layers.0.self_attn.v_proj")
+        100
+    """
+
+    paper: ClassVar[str] = "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform"
+    year: ClassVar[int] = 2024
+    arxiv: ClassVar[str] = "2405.03003"
+    formula: ClassVar[str] = "n"
+    typical_lr: ClassVar[float] = 0.005
+    starts_at_base: ClassVar[bool] = False
+
+    n: int = Field(1000, ge=1, description="trained values for each module")
+    alpha: float = Field(150.0, gt=0, description="factor on the update; 300 for layers of 4096")
+    seed: int = Field(777, ge=0, description="of the random places; the same in all layers of one shape")
+    start: Literal["normal", "zeros"] = Field("normal", description="values to start from: N(0, 1), or the base itself")
+    n_pattern: dict[Pattern, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict, description="other n for modules whose path ends in a match of the key"
+    )
+
+    hf: ClassVar[HFCodec | None] = HFCodec(
+        "FOURIERFT",
+        fields={
+            "n": "n_frequency",
+            "alpha": "scaling",
+            "seed": "random_loc_seed",
+            "start": ("init_weights", {"normal": False, "zeros": True}),
+            "n_pattern": "n_frequency_pattern",
+        },
+        tensors={"spectrum": "fourierft_spectrum"},
+        accepts={"bias": ("none",)},
+    )
+
+    @classmethod
+    def example(cls, model: nn.Module) -> dict[str, Any]:
+        """Fewer values than a small layer has entries, and a factor to match."""
+        return {"n": 64, "alpha": 20.0}
+
+    def count(self, path: str) -> int:
+        """Number of trained values at one module."""
+        return look_up(self.n_pattern, path, self.n)
+
+    def attach(self, host: Carrier, name: str) -> None:
+        """Wrap the targets.
+
+        Raises:
+            TargetError: a pattern matches none of them.
+        """
+        super().attach(host, name)
+        check_patterns(self.id, {"n_pattern": self.n_pattern}, host.adapters(name))
+
+    class Layer(Rebuilt):
+        """The coefficients `spectrum` `[n]` of one module."""
+
+        share: Tensor
+        target: Tensor
+
+        def __init__(self, method: FourierFT, site: Site):
+            super().__init__(site)
+            out, in_ = site.shape
+            n = method.count(site.path)
+            if n > out * in_:
+                raise AttachError(
+                    f"fourierft: {site.path} has {out} x {in_} = {out * in_} frequencies, fewer than n = {n}. Lower n, "
+                    f"or n_pattern={{{site.path.rpartition('.')[2]!r}: ...}} for this module, or exclude it."
+                )
+            self.alpha, self.shape = method.alpha, (out, in_)
+            self.spectrum = site.parameter(n)
+            if method.start == "normal":
+                nn.init.normal_(self.spectrum)
+            share, target = half_places(out, in_, n, method.seed)
+            self.register_buffer("share", share.to(site.device, site.dtype), persistent=False)
+            self.register_buffer("target", target.to(site.device), persistent=False)
+
+        def delta(self) -> Tensor:
+            """ΔW = alpha · Re(ifft2(F)) `[out, in]`."""
+            out, in_ = self.shape
+            values = (self.alpha * self.spectrum).repeat(2) * self.share
+            half = values.new_zeros(out * (in_ // 2 + 1)).index_add(0, self.target, values)
+            return torch.fft.irfft2(half.view(out, -1), s=self.shape)
+
+
+@functools.lru_cache(maxsize=64)
+def places(out: int, in_: int, n: int, seed: int) -> Tensor:
+    """Draw n places in a spectrum `[out, in]`: flat row-major positions `[n]`."""
+    return torch.randperm(out * in_, generator=torch.Generator().manual_seed(seed))[:n].clone()
+
+
+def half_places(out: int, in_: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return where the values stand in the half `[out, in // 2 + 1]` of a spectrum that gives the real part.
+
+    Re(ifft2(F)) is the transform of the symmetric part, ½ F(r, c) + ½ F(−r, −c), of which half the columns say all.
+
+    Returns:
+        (share of each value `[2 n]`, flat positions in the half spectrum `[2 n]`): the values and the values again
+        are added there by half, or by nothing where the position is in the other half.
+    """
+    flat = places(out, in_, n, seed)
+    rows, columns = flat // in_, flat % in_
+    rows, columns = torch.cat([rows, -rows % out]), torch.cat([columns, -columns % in_])
+    width = in_ // 2 + 1
+    seen = columns < width
+    return 0.5 * seen, (rows * width + columns) * seen
