@@ -172,7 +172,7 @@ def _predict() -> None:
     """Simulate the measured cases that have no prediction yet."""
     from transformers import AutoConfig
 
-    from adapterlab.plan.apart import apart
+    from adapterlab.plan.child import apart
     from adapterlab.plan.planning import setup_of, trace_of
 
     done = json.loads(RESULTS.read_text())

@@ -145,7 +145,7 @@ def _trl(job: dict[str, Any], tokenizer: Any, rows: list[dict[str, list[int]]]) 
     from trl import SFTConfig, SFTTrainer
 
     from adapterlab.train.config import Training
-    from adapterlab.train.order import Sampler
+    from adapterlab.train.sampler import Sampler
 
     disable_progress_bars()
     training = Training(steps=job["steps"], batch_size=job["batch"], seed=job["seed"])

@@ -17,8 +17,7 @@ import os
 from typing import Any
 
 from adapterlab import methods
-
-__version__ = "0.1.0"
+from adapterlab.version import __version__
 
 # On a CPU, oneDNN and torch's layer over it keep a thousand kernels each, with their buffers, one for every number of
 # tokens they have met. Packed batches all differ, so hundreds of MiB fill with kernels that are never used again. Both

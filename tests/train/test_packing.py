@@ -16,6 +16,7 @@ from adapterlab.core.method import Method
 from adapterlab.data import Collator, PackingCollator
 from adapterlab.engine.attention import fast_attention
 from adapterlab.engine.loss import Loss
+from adapterlab.engine.packing import choose, obstacle
 from adapterlab.errors import ConfigError
 from adapterlab.evaluate.loss import evaluate_loss
 from adapterlab.hosts import Host, attach
@@ -29,7 +30,6 @@ from adapterlab.methods.prompt.prefix_tuning import PrefixTuning
 from adapterlab.methods.prompt.prompt_tuning import PromptTuning
 from adapterlab.methods.side_network.lst import LST
 from adapterlab.train import Loop, Training
-from adapterlab.train.packing import choose, obstacle
 
 Rows = list[dict[str, list[int]]]
 METHODS: dict[str, Method] = {

@@ -14,8 +14,8 @@ import adapterlab as al
 from adapterlab.registry import method
 from adapterlab.testing import models
 from adapterlab.train import Training
+from adapterlab.train.fast_paths import FastPath, fast_paths
 from adapterlab.train.loop import Loop
-from adapterlab.train.paths import FastPath, fast_paths
 from adapterlab.train.run import fit
 
 Rows = list[dict[str, list[int]]]

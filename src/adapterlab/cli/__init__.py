@@ -38,7 +38,7 @@ def build() -> typer.Typer:
         version: bool = typer.Option(False, "--version", help="Print the version and leave."),
     ) -> None:
         if version:
-            from adapterlab import __version__
+            from adapterlab.version import __version__
 
             typer.echo(f"adapterlab {__version__}")
             raise typer.Exit

@@ -77,7 +77,7 @@ def _subject(
 
     chosen: dict[str, Any] = {"name": method or USUAL}
     if config is not None:
-        from adapterlab.plan.early import early_plan
+        from adapterlab.plan.before_run import early_plan
         from adapterlab.plan.planning import arguments
         from adapterlab.train.config import load_config
 
@@ -108,7 +108,7 @@ def _one(
     from rich.console import Console
 
     from adapterlab.plan.advice import changes, largest_batch, largest_length
-    from adapterlab.plan.apart import apart
+    from adapterlab.plan.child import apart
     from adapterlab.plan.planning import plan as make
     from adapterlab.plan.report import changes_table, save, show
 

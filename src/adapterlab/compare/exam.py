@@ -27,9 +27,9 @@ from adapterlab.data import (
     wilson,
 )
 from adapterlab.engine.attention import fast_attention
+from adapterlab.engine.modes import evaluating
 from adapterlab.errors import DataError
 from adapterlab.evaluate import generate, window_of
-from adapterlab.evaluate.generation import evaluating
 
 Row = Mapping[str, Sequence[int]]
 _SPARE = 8  # tokens an answer may have beyond twice the longest reference

@@ -12,8 +12,8 @@ import torch
 from adapterlab.compare.results import Inference
 from adapterlab.data import Collator, placed
 from adapterlab.engine.loss import Loss
+from adapterlab.engine.modes import evaluating
 from adapterlab.errors import AdapterlabError, MergeError
-from adapterlab.evaluate.generation import evaluating
 from adapterlab.hosts import Host
 from adapterlab.plan.tracker import Tracker
 

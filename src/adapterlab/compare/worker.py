@@ -38,12 +38,13 @@ from adapterlab.hosts import Host
 from adapterlab.hosts import load as load_adapter
 from adapterlab.io.atomic import write_json
 from adapterlab.models import load_model
-from adapterlab.plan import early
+from adapterlab.plan import before_run
 from adapterlab.train import folder as files
 from adapterlab.train.config import TrainConfig
 from adapterlab.train.loop import Listener, Loop, Record
 from adapterlab.train.memory import Meter
-from adapterlab.train.run import NAME, RunResult, fit, load, make_accelerator
+from adapterlab.train.result import RunResult
+from adapterlab.train.run import NAME, fit, load, make_accelerator
 from adapterlab.train.signals import Interrupted
 
 TRIALS, TRAIN = "trials.json", "train"
@@ -104,7 +105,7 @@ class Session:
         self.comparison, self.contender = job.settings(), job.contender
         self.output = folder.path / TRAIN
         self.config = self._config(1, 0.0)
-        early.check(self.config, print)
+        before_run.check(self.config, print)
         self.accelerator = make_accelerator(self.config)
         self.loaded = load(self.config, self.accelerator)
         self.loaded.host.detach(NAME)
@@ -223,7 +224,7 @@ def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
 
 def _fit(config: TrainConfig, progress: Progress) -> RunResult:
     """Train, or continue; a run that another version or place of the folder began is started anew."""
-    early.check(config, print)  # for its reason: without it, the system would end the process for want of memory
+    before_run.check(config, print)  # for its reason: without it, the system would end the process for want of memory
     if config.output.is_dir() and not (config.output / files.RUN).is_file():
         files.clear(config.output)  # killed before anything was trained
     try:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterlab.engine.modes import evaluating
 from adapterlab.errors import DataError
-from adapterlab.evaluate.generation import evaluating, window_of
+from adapterlab.evaluate.generation import window_of
 
 Row = Mapping[str, Any]
 IGNORED = -100

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from adapterlab.data import DataConfig, Example, prompt_of
+from adapterlab.engine.modes import evaluating
 from adapterlab.errors import ConfigError, DataError
 
 Ids = list[int]
@@ -130,19 +130,6 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
     ends = model.generation_config.eos_token_id
     found = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends]), _end_of_turn(tokenizer)}
     return sorted(i for i in found if i is not None)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode without gradients, and each of its modules back into its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Noise(LogitsProcessor):

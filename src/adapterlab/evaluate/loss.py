@@ -8,9 +8,9 @@ from typing import Any
 from adapterlab.data.batching import placed
 from adapterlab.engine.attention import fast_attention
 from adapterlab.engine.loss import Loss
+from adapterlab.engine.modes import evaluating
+from adapterlab.engine.packing import choose
 from adapterlab.errors import DataError
-from adapterlab.evaluate.generation import evaluating
-from adapterlab.train.packing import choose
 
 Row = Mapping[str, Sequence[int]]
 

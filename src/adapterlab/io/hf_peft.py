@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterlab.core.adapter import Copy
 from adapterlab.core.codec import PREFIX, HFCodec
+from adapterlab.core.patterns import matches
 from adapterlab.engine.substitute import Substitute
 from adapterlab.errors import FormatError, nearest
 from adapterlab.registry import ids
@@ -164,7 +165,7 @@ def holding(method: type[Method], fields: Mapping[str, Any], host: Attachments) 
 def used_patterns(fields: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
     """Return the tables of patterns (`rank_pattern`, ...) without keys that match no module: PEFT ignores those."""
     return {
-        name: {k: v for k, v in table.items() if any(re.match(rf"(.*\.)?({k})$", path) for path in paths)}
+        name: {k: v for k, v in table.items() if any(matches(k, path) for path in paths)}
         for name, table in fields.items()
         if name.endswith("_pattern") and isinstance(table, Mapping)
     }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adapterlab.models.entries import DEFAULT, Entry, catalogue, home
+from adapterlab.models.catalogue import DEFAULT, Entry, catalogue, home
 from adapterlab.models.pulling import check, pull, resolve
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from adapterlab.errors import ConfigError, ModelError, nearest, require
-from adapterlab.models.entries import DEFAULT
+from adapterlab.models.catalogue import DEFAULT
 from adapterlab.models.progress import quiet_transformers
 from adapterlab.models.pulling import resolve
 

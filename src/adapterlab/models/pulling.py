@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from adapterlab.errors import ConfigError, ModelError, nearest
-from adapterlab.models.entries import DEFAULT, catalogue
+from adapterlab.models.catalogue import DEFAULT, catalogue
 from adapterlab.models.folder import check_folder
 from adapterlab.models.progress import bars
 from adapterlab.models.source import Hub, Source

@@ -11,7 +11,7 @@ from adapterlab.core.method import Method
 from adapterlab.errors import AdapterlabError, ConfigError, nearest
 from adapterlab.models.loading import PRECISIONS, QUANTIZATIONS
 from adapterlab.plan import process
-from adapterlab.plan.apart import called, each
+from adapterlab.plan.child import called, each
 from adapterlab.plan.device import Device
 from adapterlab.plan.extrapolate import extrapolated
 from adapterlab.plan.result import Plan

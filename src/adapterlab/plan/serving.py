@@ -12,7 +12,7 @@ import torch
 from adapterlab.core.method import Method
 from adapterlab.errors import ConfigError
 from adapterlab.models.loading import PRECISIONS
-from adapterlab.plan.apart import called
+from adapterlab.plan.child import called
 from adapterlab.plan.device import Device
 from adapterlab.plan.planning import USUAL, setup_of, trace_of
 from adapterlab.plan.setup import Setup

@@ -16,7 +16,7 @@ _PUBLIC = {
     "Training": "config",
     "load_config": "config",
     "fit": "run",
-    "RunResult": "run",
+    "RunResult": "result",
     "train": "loop",
     "Loop": "loop",
     "Listener": "loop",

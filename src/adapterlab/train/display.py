@@ -16,7 +16,7 @@ from adapterlab.train.loop import Listener, Loop, Record
 
 if TYPE_CHECKING:
     from adapterlab.engine.summary import Summary
-    from adapterlab.train.run import RunResult
+    from adapterlab.train.result import RunResult
 
 _SMOOTHING = 0.9  # weight of the past in the loss that is shown
 

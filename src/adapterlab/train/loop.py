@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from adapterlab.data import Collator, placed
 from adapterlab.engine.attention import fast_attention
 from adapterlab.engine.loss import Loss
+from adapterlab.engine.packing import choose
 from adapterlab.engine.recompute import offloading
 from adapterlab.engine.verify import check_gradient_passes
 from adapterlab.errors import ConfigError, DataError, TrainingError
@@ -27,9 +28,8 @@ from adapterlab.optim import adamw, schedule
 from adapterlab.train import rng
 from adapterlab.train.config import Training
 from adapterlab.train.memory import Meter
-from adapterlab.train.order import Sampler
-from adapterlab.train.packing import choose
 from adapterlab.train.proof import Proof
+from adapterlab.train.sampler import Sampler
 from adapterlab.train.signals import Interrupted, stop_on_signals
 
 Row = Mapping[str, Sequence[int]]

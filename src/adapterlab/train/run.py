@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-import adapterlab
 from adapterlab.data import Collator, Report, encode, fingerprint, load_data, render_sample
 from adapterlab.engine.attention import fast_attention
 from adapterlab.errors import ConfigError
@@ -35,62 +34,16 @@ from adapterlab.train import folder as files
 from adapterlab.train.config import Provenance, TrainConfig, flatten
 from adapterlab.train.config import provenance as provenance_of
 from adapterlab.train.display import Display, config_table, proof_table, result_table
+from adapterlab.train.fast_paths import fast_paths
 from adapterlab.train.folder import RunFolder
 from adapterlab.train.loop import Listener, Loop, Row
-from adapterlab.train.paths import fast_paths
+from adapterlab.train.result import RunResult
 from adapterlab.train.signals import Interrupted
 from adapterlab.train.trackers import Trackers, check_trackers
+from adapterlab.version import __version__
 
 NAME = "default"
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "bitsandbytes", "reasoning-gym")
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run came to.
-
-    Attributes:
-        folder: of the run.
-        best: folder of the adapter with the lowest evaluation loss; None without evaluation.
-        last: folder of the final adapter.
-        steps: optimizer steps done, before an interruption included.
-        epochs: passes over the training rows.
-        train_loss: of the last step, in nats a token.
-        eval_loss: at the end; None without evaluation.
-        best_loss: lowest evaluation loss.
-        best_step: where it was.
-        stopped_early: whether patience ended it.
-        tokens: input tokens trained on, padding not counted.
-        seconds: spent in training steps; evaluation and saving not counted.
-        tokens_per_second: the ratio of the two.
-        memory: bytes: `loaded`, `peak`, `peak_beyond_loaded`, `mean` of resident memory; `gpu_peak`.
-        proven: number of tensors seen to train in the first steps of the last process.
-        trainable: number of trainable scalars.
-        total: number of scalars of model and adapter.
-    """
-
-    folder: Path
-    best: Path | None
-    last: Path
-    steps: int
-    epochs: float
-    train_loss: float
-    eval_loss: float | None
-    best_loss: float | None
-    best_step: int | None
-    stopped_early: bool
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    memory: dict[str, Any]
-    proven: int
-    trainable: int
-    total: int
-
-    @property
-    def adapter(self) -> Path:
-        """Folder of the adapter to use: the best, or the last where nothing was evaluated."""
-        return self.best or self.last
 
 
 @dataclass(frozen=True)
@@ -190,7 +143,7 @@ def _announced(
     """Say what the run needs, and refuse what cannot fit, before the weights are loaded; plans are of one process."""
     if accelerator.num_processes > 1:
         return contextlib.nullcontext()
-    from adapterlab.plan.early import announced
+    from adapterlab.plan.before_run import announced
 
     tell = functools.partial(console.print, highlight=False)
     return announced(config, tell, force=force, make=not console.quiet)
@@ -335,7 +288,7 @@ def _facts(config: TrainConfig, job: Job, sources: Provenance) -> dict[str, Any]
 
 def versions() -> dict[str, str]:
     """Versions of Python, of this package and of those it stands on."""
-    found = {"python": platform.python_version(), "adapterlab": adapterlab.__version__}
+    found = {"python": platform.python_version(), "adapterlab": __version__}
     for package in _PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)

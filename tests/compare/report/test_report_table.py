@@ -7,7 +7,7 @@ import statistics
 import pytest
 from fabricate import fabricate
 
-from adapterlab.compare.report import charts, peft, table, units
+from adapterlab.compare.report import amounts, charts, peft, table
 from adapterlab.compare.report.join import alike, join
 from adapterlab.compare.report.svg import Axis
 from adapterlab.compare.results import UNTRAINED
@@ -80,7 +80,7 @@ def test_the_classic_markdown_table_is_complete():
     assert len({line.count(" | ") for line in first}) == 1
     for line in lines:
         trained = not any(f" {label} " in line for label in (UNTRAINED, "lora r=512"))
-        assert trained == all(cell.strip() != units.MISSING for cell in line.split("|")[1:-1])
+        assert trained == all(cell.strip() != amounts.MISSING for cell in line.split("|")[1:-1])
 
 
 def test_markdown_cells_cannot_break_the_table():
@@ -190,12 +190,12 @@ def test_a_logarithmic_axis():
 @pytest.mark.parametrize(
     ("form", "value", "text"),
     [
-        (units.size, 0, "0 B"), (units.size, 1490 << 20, "1,490 MiB"), (units.size, 24 << 30, "24.0 GiB"),
-        (units.time, 0.0123, "12.3 ms"), (units.time, 59.94, "59.9 s"), (units.time, 185, "3 min 05 s"),
-        (units.time, 7800, "2 h 10 min"), (units.share, 0.000343, "0.034 %"), (units.share, 0.0, "0 %"),
-        (units.share, 0.034, "3.4 %"), (units.share, 1.0, "100 %"), (units.rate, 0.001, "1e-3"),
-        (units.rate, 0.00025, "2.5e-4"), (units.rate, 0, "0"), (units.short, 2.6e13, "26.0 T"),
-        (units.points, -0.045, "-4.5"), (units.percent, 0.655, "65.5 %"),
+        (amounts.size, 0, "0 B"), (amounts.size, 1490 << 20, "1,490 MiB"), (amounts.size, 24 << 30, "24.0 GiB"),
+        (amounts.time, 0.0123, "12.3 ms"), (amounts.time, 59.94, "59.9 s"), (amounts.time, 185, "3 min 05 s"),
+        (amounts.time, 7800, "2 h 10 min"), (amounts.share, 0.000343, "0.034 %"), (amounts.share, 0.0, "0 %"),
+        (amounts.share, 0.034, "3.4 %"), (amounts.share, 1.0, "100 %"), (amounts.rate, 0.001, "1e-3"),
+        (amounts.rate, 0.00025, "2.5e-4"), (amounts.rate, 0, "0"), (amounts.short, 2.6e13, "26.0 T"),
+        (amounts.points, -0.045, "-4.5"), (amounts.percent, 0.655, "65.5 %"),
     ],
 )  # fmt: skip
 def test_numbers_as_people_read_them(form, value, text):

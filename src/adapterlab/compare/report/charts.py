@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from adapterlab.compare.report import units
+from adapterlab.compare.report import amounts
 from adapterlab.compare.report.svg import Axis, Plot
 from adapterlab.compare.report.table import COLUMNS, Row
 from adapterlab.compare.results import Comparison, Difference, Search
@@ -59,7 +59,7 @@ def tradeoff(rows: Sequence[Row], key: str) -> Figure | None:
         return None
     base = [r for r in rows if r.series is None and r.cells[judge].value is not None]
     ends = [end for r in drawn for end in r.cells[judge].interval or ()]
-    y_form = _whole_percent if higher else units.plain
+    y_form = _whole_percent if higher else amounts.plain
     y = Axis.over([*ends, *(_value(r, judge) for r in [*drawn, *base])], title, form=y_form)
     scale, unit = cost_unit(key, max(_value(r, key) for r in drawn))
     at = {r.name: (_value(r, key) / scale, _value(r, judge)) for r in drawn}
@@ -118,7 +118,7 @@ def losses(rows: Sequence[Row], which: str) -> Figure | None:
     values = [y for *_, many in drawn for end in (min, max) for _, y in across(many, end)]
     log = min(values) > 0 and max(values) > 8 * min(values)
     y = Axis.over(values, f"{which} loss (nats/token)", log=log)
-    plot = Plot(f"{which} loss", Axis.over([x for _, line, _ in drawn for x, _ in line], "step", form=units.plain), y)
+    plot = Plot(f"{which} loss", Axis.over([x for _, line, _ in drawn for x, _ in line], "step", form=amounts.plain), y)
     for row, line, many in drawn:
         if len(many) > 1:
             plot.band(across(many, min), across(many, max), f"band series {row.css}")
@@ -126,7 +126,7 @@ def losses(rows: Sequence[Row], which: str) -> Figure | None:
     if which == "evaluation":
         for row, line, _ in drawn:
             for step, value in line if len(line) <= 24 else []:
-                tip = f"{row.name}, step {step:g}: {units.loss(value)}"
+                tip = f"{row.name}, step {step:g}: {amounts.loss(value)}"
                 plot.dot((step, value), f"dot series {row.css}", tip, row.shape, 3)
     seeds = " Bands show the range over seeds." if any(len(many) > 1 for *_, many in drawn) else ""
     how = " Smoothed." if which == "training" else ""
@@ -167,23 +167,23 @@ def learning_rate(search: Search, row: Row) -> Figure | None:
     if not known:
         return None
     values = [t.loss for t in known if t.loss is not None]
-    x = Axis.over([t.lr for trials in search.rounds for t in trials], "learning rate", log=True, form=units.rate)
+    x = Axis.over([t.lr for trials in search.rounds for t in trials], "learning rate", log=True, form=amounts.rate)
     log = min(values) > 0 and max(values) > 8 * min(values)
     y = Axis.over(values, "evaluation loss", log=log)
     plot = Plot(f"learning-rate search of {row.name}", x, y, width=340, height=250)
     if search.chosen:
-        plot.upright(search.chosen, "chosen", f"chosen: {units.rate(search.chosen)}")
+        plot.upright(search.chosen, "chosen", f"chosen: {amounts.rate(search.chosen)}")
     for number, trials in enumerate(search.rounds, 1):
         strength = " early" if number < len(search.rounds) else ""
         plot.line([(t.lr, t.loss) for t in trials if t.loss is not None], f"line series {row.css}{strength}")
         for t in trials:
-            tip = f"{units.rate(t.lr)}, {t.steps} steps: "
+            tip = f"{amounts.rate(t.lr)}, {t.steps} steps: "
             if t.loss is None:
                 plot.dot((t.lr, y.high), "failed", tip + (t.reason or "failed"), 3, 4)
             else:
-                plot.dot((t.lr, t.loss), f"dot series {row.css}{strength}", tip + units.loss(t.loss), row.shape, 4)
+                plot.dot((t.lr, t.loss), f"dot series {row.css}{strength}", tip + amounts.loss(t.loss), row.shape, 4)
     steps = ", then ".join(f"{trials[0].steps}" for trials in search.rounds if trials)
-    note = f"Chosen: {units.rate(search.chosen)}." if search.chosen else "No rate worked."
+    note = f"Chosen: {amounts.rate(search.chosen)}." if search.chosen else "No rate worked."
     broken = " Red: training failed." if any(t.loss is None for trials in search.rounds for t in trials) else ""
     return Figure(row.name, plot.to_html(), f"{note} Rounds of {steps} steps.{broken}")
 
@@ -215,7 +215,7 @@ def _forest(comparison: Comparison, reference: Row, others: Sequence[Row]) -> Fi
     found = [(row, d) for row in others if (d := between(comparison, row.key, reference.key)) is not None]
     if not found:
         return None
-    form = units.points if comparison.higher_is_better else units.signed
+    form = amounts.points if comparison.higher_is_better else amounts.signed
     unit = "percentage points" if comparison.higher_is_better else "nats/token"
     ends = [end for _, d in found for end in d.interval]
     x = Axis.over([0.0, *ends], f"difference of the {comparison.judge} ({unit})", form=form)

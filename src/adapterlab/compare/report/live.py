@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from adapterlab.compare.report import units
+from adapterlab.compare.report import amounts
 from adapterlab.compare.results import Comparison, Run
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ class LiveView:
             table.add_row(Text(job.name), "", name, *rest)
         ended = sum(run.status in ("finished", "failed") for run in runs)
         left = remaining(runs, at_work, max(1, len(active)))
-        text = f"{ended} of {len(runs)} runs ended, {units.time(self.clock() - self.begun)} spent"
-        return Group(table, Text(text + (f", about {units.time(left)} left" if left else "")))
+        text = f"{ended} of {len(runs)} runs ended, {amounts.time(self.clock() - self.begun)} spent"
+        return Group(table, Text(text + (f", about {amounts.time(left)} left" if left else "")))
 
     def _fitting(self, runs: Sequence[Run], others: int) -> Sequence[Run]:
         room = max(3, self.console.height - 7 - others)
@@ -123,15 +123,15 @@ def _row(run: Run, job: Active | None) -> list[RenderableType]:
     status = Text(run.status, _STYLES[run.status])
     if run.status == "failed":
         status.append(f": {run.reason[:_REASON]}", "dim")
-    loss = "" if run.best_loss is None else units.loss(run.best_loss)
-    score = "" if run.best is None or run.best.score is None else units.percent(run.best.score)
-    spent = "" if run.wall_seconds is None else units.time(run.wall_seconds)
+    loss = "" if run.best_loss is None else amounts.loss(run.best_loss)
+    score = "" if run.best is None or run.best.score is None else amounts.percent(run.best.score)
+    spent = "" if run.wall_seconds is None else amounts.time(run.wall_seconds)
     return [Text(run.label), str(run.seed), status, "", loss, score, spent, ""]
 
 
 def _at_work(job: Active) -> list[RenderableType]:
     left = _left(job)
     bar = ProgressBar(total=job.total, completed=job.step, width=16) if job.total else ""
-    loss = "" if job.loss is None else units.loss(job.loss)
+    loss = "" if job.loss is None else amounts.loss(job.loss)
     phase = Text(job.phase, _STYLES["running"])
-    return [phase, bar, loss, "", units.time(job.elapsed), "" if left is None else units.time(left)]
+    return [phase, bar, loss, "", amounts.time(job.elapsed), "" if left is None else amounts.time(left)]

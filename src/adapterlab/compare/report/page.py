@@ -11,7 +11,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from adapterlab.compare.report import charts, svg, table, units
+from adapterlab.compare.report import amounts, charts, svg, table
 from adapterlab.compare.report.charts import Figure
 from adapterlab.compare.report.join import alike
 from adapterlab.compare.report.table import COLOURS, COLUMNS, Cell, Column, Row
@@ -83,7 +83,7 @@ def page(comparisons: Sequence[Comparison], rows: Sequence[Row] | None = None) -
         loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
     environment.filters["breakable"] = _breakable
-    environment.globals.update(sample=lambda css, shape: Markup(svg.sample(css, shape)), rate=units.rate)
+    environment.globals.update(sample=lambda css, shape: Markup(svg.sample(css, shape)), rate=amounts.rate)
     return environment.get_template("page.html.j2").render(
         title=_title(comparisons),
         css=_css(),
@@ -167,7 +167,7 @@ def _group(rows: Sequence[Row]) -> Group:
     whole = rows[0].comparison
     drawn = [charts.tradeoff(rows, key) for key in ("peak_memory_bytes", "train_seconds")]
     drawn += [charts.losses(rows, which) for which in ("evaluation", "training")]
-    form = units.points if whole.higher_is_better else units.signed
+    form = amounts.points if whole.higher_is_better else amounts.signed
     return Group(
         name=whole.name,
         level=whole.level,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from adapterlab.compare.report import units
+from adapterlab.compare.report import amounts
 from adapterlab.compare.report.join import alike, join, joined_label, score_interval
 from adapterlab.compare.results import UNTRAINED, Comparison, Interval, Run, Standing, mean
 
@@ -120,43 +120,43 @@ class Row:
 
 
 COLUMNS: tuple[Column, ...] = (
-    Column("score_best", "score, best", lambda r: r.best.score if r.best else None, units.percent, "classic", "high",
+    Column("score_best", "score, best", lambda r: r.best.score if r.best else None, amounts.percent, "classic", "high",
            "Share of right answers at the checkpoint with the lowest evaluation loss, with a 95 % interval."),
-    Column("score_final", "score, final", lambda r: r.final.score if r.final else None, units.percent, "classic",
+    Column("score_final", "score, final", lambda r: r.final.score if r.final else None, amounts.percent, "classic",
            "high", "Share of right answers after the last step, with a 95 % interval."),
-    Column("best_eval_loss_nats", "best eval loss", lambda r: r.best_loss, units.loss, "classic", "low",
+    Column("best_eval_loss_nats", "best eval loss", lambda r: r.best_loss, amounts.loss, "classic", "low",
            "Lowest mean loss of the labelled tokens of the evaluation rows, in nats a token."),
-    Column("best_step", "best step", lambda r: r.best_step, units.count, "classic", "",
+    Column("best_step", "best step", lambda r: r.best_step, amounts.count, "classic", "",
            "Step of the lowest evaluation loss."),
-    Column("final_train_loss_nats", "final train loss", lambda r: r.train_loss, units.loss, "classic", "low",
+    Column("final_train_loss_nats", "final train loss", lambda r: r.train_loss, amounts.loss, "classic", "low",
            "Mean loss of the last ten training steps, in nats a token."),
-    Column("peak_memory_bytes", "peak memory", lambda r: r.peak_memory, units.size, "classic", "low",
+    Column("peak_memory_bytes", "peak memory", lambda r: r.peak_memory, amounts.size, "classic", "low",
            "Largest memory of the training process; of the GPU's allocator where there is a GPU."),
-    Column("mean_memory_bytes", "mean memory", lambda r: r.memory.mean if r.memory else None, units.size, "classic",
+    Column("mean_memory_bytes", "mean memory", lambda r: r.memory.mean if r.memory else None, amounts.size, "classic",
            "low", "Mean resident memory of the training process over the steps."),
-    Column("train_seconds", "training time", lambda r: r.train_seconds, units.time, "classic", "low",
+    Column("train_seconds", "training time", lambda r: r.train_seconds, amounts.time, "classic", "low",
            "Time in training steps alone, without loading and measuring."),
-    Column("trainable_parameters", "trainable", lambda r: r.trainable, units.count, "more", "low",
+    Column("trainable_parameters", "trainable", lambda r: r.trainable, amounts.count, "more", "low",
            "Number of trainable parameters."),
-    Column("trainable_share", "share", lambda r: r.share, units.share, "more", "low",
+    Column("trainable_share", "share", lambda r: r.share, amounts.share, "more", "low",
            "Trainable share of all parameters."),
-    Column("step_seconds", "step time", lambda r: r.step_seconds, units.time, "more", "low",
+    Column("step_seconds", "step time", lambda r: r.step_seconds, amounts.time, "more", "low",
            "Mean time of a training step."),
-    Column("tokens_per_second", "tokens/s", lambda r: r.tokens_per_second, units.count, "more", "high",
+    Column("tokens_per_second", "tokens/s", lambda r: r.tokens_per_second, amounts.count, "more", "high",
            "Trained input tokens a second, padding not counted."),
-    Column("wall_seconds", "wall time", lambda r: r.wall_seconds, units.time, "more", "low",
+    Column("wall_seconds", "wall time", lambda r: r.wall_seconds, amounts.time, "more", "low",
            "From the start of the run's process to its end: loading, training and measuring."),
-    Column("forgetting_nats", "forgetting", lambda r: r.forgetting, units.signed, "more", "low",
+    Column("forgetting_nats", "forgetting", lambda r: r.forgetting, amounts.signed, "more", "low",
            "Change of the mean token loss on general English text against the untrained model; above 0 is worse."),
-    Column("adapter_bytes", "adapter size", lambda r: r.adapter_bytes, units.size, "more", "low",
+    Column("adapter_bytes", "adapter size", lambda r: r.adapter_bytes, amounts.size, "more", "low",
            "Size of the adapter's folder on disk."),
     Column("inference_unmerged", "inference, unmerged", lambda r: r.inference.unmerged if r.inference else None,
-           units.factor, "more", "low",
+           amounts.factor, "more", "low",
            "Time of a forward pass with the adapter beside the weights; the plain base model takes 1."),
     Column("inference_merged", "inference, merged", lambda r: r.inference.merged if r.inference else None,
-           units.factor, "more", "low",
+           amounts.factor, "more", "low",
            "The same with the adapter written into the weights; empty where that cannot be done."),
-    Column("training_flops", "FLOPs", lambda r: r.flops, units.short, "more", "low",
+    Column("training_flops", "FLOPs", lambda r: r.flops, amounts.short, "more", "low",
            "Floating point operations of the whole training."),
 )  # fmt: skip
 _CLASSIC = (  # the order in which the classic table is usually given
@@ -236,7 +236,7 @@ def cell(runs: Sequence[Run], column: Column, interval: Interval | None = None) 
     """
     value = mean(column.figure(run) for run in runs)
     if value is None:
-        return Cell(None, units.MISSING)
+        return Cell(None, amounts.MISSING)
     if interval is None and column.key in ("score_best", "score_final"):
         exams = {run.seed: run.best if column.key == "score_best" else run.final for run in runs}
         found = {seed: exam for seed, exam in exams.items() if exam is not None}
@@ -275,7 +275,7 @@ def _grid(rows: Sequence[Row], shown: Sequence[Column], *, rank: bool, many: boo
     aligned = ["---"] * many + ["---:"] * rank + ["---"] + ["---:"] * len(shown)
     lines = [header, aligned]
     for row in rows:
-        cells = [_escape(row.folder)] * many + [str(row.rank or units.MISSING)] * rank + [_escape(row.label)]
+        cells = [_escape(row.folder)] * many + [str(row.rank or amounts.MISSING)] * rank + [_escape(row.label)]
         lines.append([*cells, *(str(row.cells[column.key]) for column in shown)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

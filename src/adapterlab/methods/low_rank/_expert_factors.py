@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,10 @@ from adapterlab.errors import AttachError
 from adapterlab.foreign.quantized import is_plain
 from adapterlab.methods.low_rank._starts import Place
 
-if TYPE_CHECKING:
-    from adapterlab.methods.low_rank.lora import LoRA
-
 NONE = ("none",)  # as targets: nothing but the bare parameters is adapted
 
 
-def check(method: LoRA, plain: bool) -> None:
+def check(method: Any, plain: bool) -> None:
     """Refuse options that have no meaning for an update of a parameter.
 
     Args:
@@ -50,7 +47,7 @@ def check(method: LoRA, plain: bool) -> None:
         raise ValueError(f"{named} with init={method.init.name!r}: they start with 'kaiming' or 'gaussian' only")
 
 
-def attach(method: LoRA, host: Carrier, name: str) -> list[str]:
+def attach(method: Any, host: Carrier, name: str) -> list[str]:
     """Wrap the modules that hold the method's bare parameters, and return the paths of these."""
     if not method.parameters:
         return []
@@ -60,7 +57,7 @@ def attach(method: LoRA, host: Carrier, name: str) -> list[str]:
     return [f"{path}.{leaf}" for path, leaves in held.items() for leaf in leaves]
 
 
-def adapted(method: LoRA, site: Site) -> tuple[str, ...]:
+def adapted(method: Any, site: Site) -> tuple[str, ...]:
     """The bare parameters of one module that the method adapts."""
     every = ((leaf, f"{site.path}.{leaf}") for leaf, p in site.module._parameters.items() if p is not None)
     return tuple(leaf for leaf, path in every if any(ends_in(path, name) for name in method.parameters))
@@ -69,7 +66,7 @@ def adapted(method: LoRA, site: Site) -> tuple[str, ...]:
 class Pair(nn.Module):
     """The factors of one parameter: A `[E, r, in]` and B `[E, out, r]` for E experts, 1 if it is a plain matrix."""
 
-    def __init__(self, method: LoRA, site: Site, leaf: str):
+    def __init__(self, method: Any, site: Site, leaf: str):
         super().__init__()
         stored = site.module._parameters[leaf]
         path = f"{site.path}.{leaf}"
@@ -109,7 +106,7 @@ class ExpertFactors(Substitute):
 
     tokenwise: ClassVar[bool | None] = True
 
-    def __init__(self, method: LoRA, site: Site, names: tuple[str, ...]):
+    def __init__(self, method: Any, site: Site, names: tuple[str, ...]):
         super().__init__(site)
         self.names = names
         self.factors = nn.ModuleDict({name: Pair(method, site, name) for name in names})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from adapterlab.core.carrier import Carrier
+from adapterlab.engine.modes import dropout_off, evaluating
 from adapterlab.errors import DataError
 from adapterlab.methods.low_rank._starts import Place
 
@@ -36,18 +36,6 @@ def _first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
     yield from (batch for _, batch in zip(range(count), batches, strict=False))
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside the context."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def inputs(host: Carrier, places: Mapping[str, Place], batch: Batch, see: Callable[[str, Tensor], None]) -> None:
     """Run the model once and show what enters each module, as float32 rows `[tokens, in]`.
 
@@ -59,7 +47,7 @@ def inputs(host: Carrier, places: Mapping[str, Place], batch: Batch, see: Callab
 
     handles = [host.model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in places]
     try:
-        with torch.no_grad(), evaluating(host.model):
+        with evaluating(host.model):
             host.model(**batch)
     finally:
         for handle in handles:
@@ -103,7 +91,7 @@ def mean_gradients(host: Carrier, places: Mapping[str, Place], batches: Iterable
             assert weight is not None
             weight.requires_grad_(True)
             handles.append(weight.register_post_accumulate_grad_hook(hook(path)))
-        with evaluating(host.model):
+        with dropout_off(host.model):
             for batch in batches:
                 if "labels" not in batch:
                     raise DataError(f"A gradient needs batches with labels; one has only {', '.join(batch)}.")

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
+from adapterlab.core.patterns import Pattern, check_patterns, look_up
 from adapterlab.core.site import Site
 from adapterlab.engine.wrapping import Base
-from adapterlab.errors import AttachError, TargetError, nearest
+from adapterlab.errors import AttachError, TargetError
 from adapterlab.methods.low_rank import _expert_factors
 from adapterlab.methods.low_rank import _peft_forms as _lora_forms
 from adapterlab.methods.low_rank._factors import Factors, LowRank
@@ -76,10 +76,10 @@ class LoRA(LowRank):
         "none", description="base biases to train as well: none, all, or those of adapted modules"
     )
     lora_bias: bool = Field(False, description="give B a trainable bias, scaled like the update")
-    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+    rank_pattern: dict[Pattern, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="other ranks for modules whose path ends in a match of the key"
     )
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="likewise for alpha"
     )
     blocks: tuple[Annotated[int, Field(ge=1)], ...] = Field(
@@ -114,16 +114,6 @@ class LoRA(LowRank):
         inward=_lora_forms.inward,
     )
 
-    @field_validator("rank_pattern", "alpha_pattern")
-    @classmethod
-    def _readable(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for key in value:
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ValueError(f"{key!r} is not a valid regular expression ({error})") from None
-        return value
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.enable and (len(self.enable) != len(self.blocks) or not any(self.enable)):
@@ -137,11 +127,11 @@ class LoRA(LowRank):
 
     def rank(self, path: str) -> int:
         """Rank at one module."""
-        return int(_pattern(self.rank_pattern, path, self.r))
+        return int(look_up(self.rank_pattern, path, self.r))
 
     def scaling(self, path: str) -> float:
         """The factor s at one module."""
-        alpha = _pattern(self.alpha_pattern, path, self.alpha)
+        alpha = look_up(self.alpha_pattern, path, self.alpha)
         return alpha / (self.rank(path) if self.scale == "linear" else math.sqrt(self.rank(path)))
 
     def attach(self, host: Carrier, name: str) -> None:
@@ -149,7 +139,8 @@ class LoRA(LowRank):
         if self.targets.include != _expert_factors.NONE:
             super().attach(host, name)
         adapted = host.adapters(name)
-        self._check_patterns([*adapted, *_expert_factors.attach(self, host, name)])
+        tables: dict[str, Iterable[str]] = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        check_patterns(self.id, tables, [*adapted, *_expert_factors.attach(self, host, name)])
         if self.blocks and not any(isinstance(layer, Blocks) for layer in adapted.values()):
             rows = sorted({layer.site.shape[0] for layer in adapted.values()})
             raise TargetError(f"lora: blocks={self.blocks} make {sum(self.blocks)} rows; the targets have {rows}.")
@@ -167,15 +158,6 @@ class LoRA(LowRank):
         """Make the factors for one site, block by block where it is a fused module."""
         fused = self.blocks and site.kind == "linear" and site.shape[0] == sum(self.blocks)
         return Blocks(self, site) if fused else super().build(site, host, name)
-
-    def _check_patterns(self, adapted: Iterable[str]) -> None:
-        for field in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self, field):
-                if not any(matches(key, path) for path in adapted):
-                    names = {path.rpartition(".")[2] for path in adapted}
-                    raise TargetError(
-                        f"lora: {field} names {key!r}, which no adapted module has. {nearest(key, names)}"
-                    )
 
     class Layer(Factors):
         """The two factors at one module."""
@@ -265,13 +247,3 @@ class Blocks(LoRA.Layer):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A, and the B `[out, n r]` that has the blocks' own where they belong and zeros elsewhere."""
         return self.A, _lora_forms.spread(self.B, self.blocks, self.enable)
-
-
-def matches(key: str, path: str) -> bool:
-    """Say whether a pattern matches the end of a path, at a dot."""
-    return re.match(rf"(.*\.)?({key})$", path) is not None
-
-
-def _pattern(table: dict[str, Any], path: str, default: float) -> float:
-    """Look a module up in a table of patterns; the first that matches counts."""
-    return next((value for key, value in table.items() if matches(key, path)), default)

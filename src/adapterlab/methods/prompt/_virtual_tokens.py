@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.carrier import Carrier
+from adapterlab.engine.modes import evaluating
 from adapterlab.engine.wrapping import put, take
 from adapterlab.errors import ConfigError, FormatError
 
@@ -94,21 +95,17 @@ def recorded_keys_and_values(host: Carrier, modules: Sequence[nn.Module], ids: T
     """
     key = "_recorder"
     recorders = [_Recorder(host.site(module)) for module in modules]
-    modes = [(module, module.training) for module in host.model.modules()]
     inputs = {"input_ids": ids[None]}
     if getattr(host.model.config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids[None]
     for module, recorder in zip(modules, recorders, strict=True):
         put(module, key, recorder, host.state)
     active, host.state.active = host.state.active, (key,)
-    host.model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(host.model):
             host.backbone(**inputs, use_cache=False)
     finally:
         host.state.active = active
-        for module, mode in modes:
-            module.training = mode
         for module in modules:
             take(module, key)
     return [recorder.__dict__["kept"] for recorder in recorders]

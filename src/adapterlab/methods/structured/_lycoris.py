@@ -12,9 +12,9 @@ from torch import Tensor
 from adapterlab.core.adapter import Adapter, Delta
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import LayerMethod
+from adapterlab.core.patterns import Pattern, check_patterns, look_up
 from adapterlab.core.site import Site
 from adapterlab.errors import FormatError
-from adapterlab.methods.low_rank._patterns import Pattern, check_patterns, look_up
 from adapterlab.methods.structured._convolutions import along_channels, kernel, pads_otherwise
 
 FIELDS = {

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
 from adapterlab.core.method import LayerMethod
+from adapterlab.core.patterns import Pattern, check_patterns, look_up
 from adapterlab.core.site import Site
 from adapterlab.errors import AttachError
-from adapterlab.methods.low_rank._patterns import Pattern, check_patterns, look_up
 from adapterlab.methods.structured._rebuilt_updates import Rebuilt
 from adapterlab.registry import register
 

@@ -9,9 +9,13 @@ from typing import Annotated, TypeVar
 from pydantic import AfterValidator
 
 from adapterlab.errors import TargetError, nearest
-from adapterlab.methods.low_rank.lora import matches
 
 T = TypeVar("T")
+
+
+def matches(key: str, path: str) -> bool:
+    """Say whether a pattern matches the end of a path, at a dot."""
+    return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
 def _compiles(key: str) -> str:

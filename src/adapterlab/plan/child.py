@@ -3,7 +3,7 @@
     with apart():
         plan(...)          # simulations inside run in a child
 
-Children are started as `python -m adapterlab.plan.apart`, so a script that plans needs no guard around its main part.
+Children are started as `python -m adapterlab.plan.child`, so a script that plans needs no guard around its main part.
 Requests and answers are pickled; only a parent and its own child exchange them.
 """
 
@@ -29,7 +29,7 @@ from adapterlab.errors import AdapterlabError, ConfigError
 _MOST = 60  # calls that a process answers before a fresh one takes its place
 _TRIES = 2
 _LENGTH = struct.Struct("!Q")
-_MODULE = "adapterlab.plan.apart"
+_MODULE = "adapterlab.plan.child"
 
 
 class Child:

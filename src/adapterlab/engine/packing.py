@@ -9,11 +9,11 @@ import torch
 
 from adapterlab.core.site import plain_class
 from adapterlab.data.batching import Collator, PackingCollator, placed
+from adapterlab.engine.attachments import attachments
 from adapterlab.engine.attention import fast_attention, uses_interface
 from adapterlab.engine.loss import Loss
+from adapterlab.engine.modes import evaluating
 from adapterlab.errors import ConfigError
-from adapterlab.evaluate.generation import evaluating
-from adapterlab.hosts import host
 
 Row = Mapping[str, Sequence[int]]
 Collate = Callable[[Sequence[Row]], Mapping[str, Any]]
@@ -57,7 +57,7 @@ def obstacle(model: Any, collate: Collate, longest: int) -> str:
 
 
 def _mixing(model: Any) -> str:
-    carrier = host(model)
+    carrier = attachments(model)
     for key in carrier.state.active if carrier else ():
         for path, adapter in carrier.adapters(key).items():  # type: ignore[union-attr]
             if not adapter.packs:

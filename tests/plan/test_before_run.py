@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapterlab.errors import ConfigError
-from adapterlab.plan import Device, Plan, early, plan
-from adapterlab.plan.early import announced, early_plan, least_weights, remember
+from adapterlab.plan import Device, Plan, before_run, plan
+from adapterlab.plan.before_run import announced, early_plan, least_weights, remember
 from adapterlab.plan.planning import arguments, setup_of
 from adapterlab.train.config import TrainConfig
 
@@ -45,8 +45,8 @@ class Never:
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     monkeypatch.setenv("ADAPTERLAB_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(early, "home", lambda: tmp_path / "home")
-    monkeypatch.setattr(early, "Beside", Never)
+    monkeypatch.setattr(before_run, "home", lambda: tmp_path / "home")
+    monkeypatch.setattr(before_run, "Beside", Never)
     monkeypatch.setattr(Never, "instances", [])
     monkeypatch.setattr(Never, "found", None)
     AutoConfig.for_model("llama", **SIZES).save_pretrained(tmp_path / "model")
@@ -79,7 +79,7 @@ def test_a_kept_plan_is_told_before_the_weights_load_and_starts_nothing(make: Ma
     wanted = keep(config)
     first, second = shown(config, force=True)
     assert second == "loading"
-    assert early.size(wanted.process) in first
+    assert before_run.size(wanted.process) in first
     assert not Never.instances
 
 
@@ -91,10 +91,10 @@ def test_a_run_waits_only_where_the_weights_may_not_fit(make: Make) -> None:
 
 
 def test_a_run_waits_for_a_moment_where_they_may_not(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(early, "_STAKE", 0.0)
+    monkeypatch.setattr(before_run, "_STAKE", 0.0)
     assert shown(make("cpu:10MB")) == ["loading"]
-    assert Never.instances[0].waited == [early.WAIT, 0.0]
-    assert early.WAIT <= 2
+    assert Never.instances[0].waited == [before_run.WAIT, 0.0]
+    assert before_run.WAIT <= 2
 
 
 def test_a_late_plan_is_told_when_all_is_loaded(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

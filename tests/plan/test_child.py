@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from adapterlab.errors import ConfigError
-from adapterlab.plan.apart import Child, apart, called, each
+from adapterlab.plan.child import Child, apart, called, each
 from adapterlab.plan.device import Device
 
 

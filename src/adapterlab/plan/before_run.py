@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-import adapterlab
 from adapterlab.errors import AdapterlabError, ConfigError
 from adapterlab.io.atomic import write_text
-from adapterlab.models.entries import home
+from adapterlab.models.catalogue import home
 from adapterlab.models.loading import PRECISIONS
 from adapterlab.plan import process
-from adapterlab.plan.apart import Child
+from adapterlab.plan.child import Child
 from adapterlab.plan.device import Device
 from adapterlab.plan.extrapolate import extrapolated
 from adapterlab.plan.planning import arguments, described, setup_of
@@ -30,6 +29,7 @@ from adapterlab.plan.report import size
 from adapterlab.plan.result import Plan
 from adapterlab.plan.setup import Setup
 from adapterlab.plan.simulate import Trace, build, simulate
+from adapterlab.version import __version__
 
 if TYPE_CHECKING:
     from adapterlab.train.config import TrainConfig
@@ -281,7 +281,7 @@ def _file(setup: Setup, place: Device) -> Path:
     parts = [
         setup.config.to_json_string(), setup.method.id, setup.method.model_dump(mode="json"), training, setup.batch,
         setup.length, setup.labelled, setup.precision, setup.quantize, place.kind, place.memory, process.figures(),
-        adapterlab.__version__, torch.__version__, transformers.__version__, _newest(),
+        __version__, torch.__version__, transformers.__version__, _newest(),
     ]  # fmt: skip
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
     return home() / "plans" / f"{digest[:32]}.json"
@@ -289,4 +289,4 @@ def _file(setup: Setup, place: Device) -> Path:
 
 def _newest() -> int:
     """When a file of the package changed last."""
-    return max(file.stat().st_mtime_ns for file in Path(adapterlab.__file__).parent.rglob("*.py"))
+    return max(file.stat().st_mtime_ns for file in Path(__file__).parents[1].rglob("*.py"))
