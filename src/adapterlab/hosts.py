@@ -19,6 +19,7 @@ from adapterlab.engine.recompute import Mode, recompute
 from adapterlab.engine.stacked import Stack, stacked
 from adapterlab.engine.summary import Summary, summarise
 from adapterlab.engine.verify import verify
+from adapterlab.foreign.model import input_table, output_head
 from adapterlab.io import folder as adapter_folder
 
 
@@ -115,7 +116,7 @@ class Host(Attachments):
         self.merged[name] = merge(self, name, tied, quantized)
         config = getattr(self.model, "config", None)
         if tied == "untie" and getattr(config, "tie_word_embeddings", False):
-            output, inputs = self.model.get_output_embeddings(), self.model.get_input_embeddings()
+            output, inputs = output_head(self.model), input_table(self.model)
             self.model.config.tie_word_embeddings = output is None or output.weight is inputs.weight
 
     # ------------------------------------------------------------------ checks, recomputation, saving

@@ -15,6 +15,7 @@ from adapterlab.compare import CompareConfig, compare, pools
 from adapterlab.compare.halving import halve, spread
 from adapterlab.compare.jobs import JobFolder
 from adapterlab.compare.results import UNTRAINED, Exam, Run, Trial
+from adapterlab.plan import before_run
 
 
 def pretend(folder: Path) -> int:

@@ -21,6 +21,7 @@ from adapterlab.cli._shared import (
     read_lines,
 )
 from adapterlab.errors import ConfigError
+from adapterlab.foreign.model import is_encoder_decoder
 
 
 def generate(
@@ -55,7 +56,7 @@ def generate(
     opened = open_target(place, device=device, precision=precision)
     system = system if system is not None else place.system
     before = [{"role": "system", "content": system}] if system else []
-    seq2seq = bool(opened.model.config.is_encoder_decoder)
+    seq2seq = is_encoder_decoder(opened.model)
     ids = [chat_ids(opened.tokenizer, [*before, {"role": "user", "content": text}], seq2seq=seq2seq) for text in asked]
 
     def answers(phase: str) -> list[str]:

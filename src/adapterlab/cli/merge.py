@@ -9,6 +9,7 @@ import typer
 from adapterlab.cli._conversion import Adapter, Output, Overwrite, adapter_place
 from adapterlab.cli._shared import AsJson, BaseModel, Checkpoint, Device, print_json, read_lines, settings
 from adapterlab.errors import ConfigError, nearest
+from adapterlab.foreign.model import is_encoder_decoder
 
 if TYPE_CHECKING:
     from adapterlab.convert.merging import MergedModel
@@ -76,7 +77,7 @@ def _rows(given: dict[str, Any], place: Place, opened: Opened) -> list[Any]:
     from adapterlab.evaluate.scoring import _data as data_of
 
     cfg = data_of(given, place.data)
-    seq2seq = bool(opened.model.config.is_encoder_decoder)
+    seq2seq = is_encoder_decoder(opened.model)
     examples = load_data(cfg).eval[:_ROWS]
     window = window_of(opened.model, opened.tokenizer)
     return list(encode(examples, opened.tokenizer, cfg, window=window, seq2seq=seq2seq).rows)

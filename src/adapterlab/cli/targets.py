@@ -11,6 +11,7 @@ import typer
 
 from adapterlab.cli._shared import AsJson, print_json
 from adapterlab.errors import ModelError
+from adapterlab.foreign.model import is_encoder_decoder
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -48,7 +49,7 @@ def _skeleton(name: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(where)
         with torch.device("meta"):
-            kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            kind = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
             return kind.from_config(config)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(

@@ -30,6 +30,7 @@ from adapterlab.engine.attention import fast_attention
 from adapterlab.engine.modes import evaluating
 from adapterlab.errors import DataError
 from adapterlab.evaluate import generate, window_of
+from adapterlab.foreign.model import input_device, is_encoder_decoder
 
 Row = Mapping[str, Sequence[int]]
 _SPARE = 8  # tokens an answer may have beyond twice the longest reference
@@ -74,7 +75,7 @@ def set_paper(data: DataConfig, settings: Exams, model: Any, tokenizer: Any) -> 
     if not examples:
         raise DataError(f"There are no evaluation rows in {splits.eval_source}. Set data.eval_size above 0.")
     scorer = scorer_for(data, dataclasses.replace(splits, eval=examples))
-    seq2seq, window = bool(model.config.is_encoder_decoder), window_of(model, tokenizer)
+    seq2seq, window = is_encoder_decoder(model), window_of(model, tokenizer)
     encoded = encode(examples, tokenizer, data, window=window, seq2seq=seq2seq)
     if encoded.report.dropped:
         raise DataError(
@@ -118,9 +119,9 @@ def row_losses(model: Any, rows: Sequence[Row], tokenizer: Any, batch_size: int)
         tokenizer: for its padding token.
         batch_size: rows computed at once.
     """
-    seq2seq = bool(model.config.is_encoder_decoder)
+    seq2seq = is_encoder_decoder(model)
     collate = Collator(tokenizer.pad_token_id or 0, seq2seq=seq2seq)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     losses, tokens = [0.0] * len(rows), [0] * len(rows)
     with evaluating(model), fast_attention(model):
@@ -148,7 +149,7 @@ def _sums(model: Any, batch: Mapping[str, Tensor], seq2seq: bool) -> list[tuple[
 
 def general_loss(model: Any, tokenizer: Any) -> float | None:
     """Compute the mean token loss on the general English text of the package; None for a model with an encoder."""
-    if model.config.is_encoder_decoder:
+    if is_encoder_decoder(model):
         return None
     text = resources.files("adapterlab.compare").joinpath("general.txt").read_text(encoding="utf-8")
     ids = tokenizer(text, verbose=False)["input_ids"]

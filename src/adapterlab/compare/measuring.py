@@ -14,6 +14,7 @@ from adapterlab.data import Collator, placed
 from adapterlab.engine.loss import Loss
 from adapterlab.engine.modes import evaluating
 from adapterlab.errors import AdapterlabError, MergeError
+from adapterlab.foreign.model import input_device, is_encoder_decoder
 from adapterlab.hosts import Host
 from adapterlab.plan.tracker import Tracker
 
@@ -65,8 +66,8 @@ def base_inference(model: Any, batch: dict[str, torch.Tensor]) -> Inference:
 
 def sample_batch(model: Any, tokenizer: Any, rows: Sequence[Any], size: int = 8) -> dict[str, torch.Tensor]:
     """Make a fixed batch of evaluation rows to time: inputs only, for a model with an encoder with labels."""
-    seq2seq = bool(model.config.is_encoder_decoder)
-    device = model.get_input_embeddings().weight.device
+    seq2seq = is_encoder_decoder(model)
+    device = input_device(model)
     batch = Collator(tokenizer.pad_token_id or 0, seq2seq=seq2seq)(rows[:size])
     return placed({key: value for key, value in batch.items() if seq2seq or key != "labels"}, device)
 

@@ -17,6 +17,7 @@ from adapterlab.compare.jobs import CONFIG
 from adapterlab.compare.results import FILE, UNTRAINED
 from adapterlab.data import Example, fingerprint, load_data, scorer_for
 from adapterlab.errors import AttachError, ConfigError, DataError, FormatError, OutputError
+from adapterlab.foreign.model import is_encoder_decoder
 from adapterlab.io.atomic import explained, write_json, write_text
 from adapterlab.train.config import TrainConfig
 
@@ -55,7 +56,7 @@ def _attach_weightless(model: str, train: TrainConfig) -> None:
     from adapterlab.models import resolve
 
     settings = AutoConfig.from_pretrained(resolve(model))
-    kind = AutoModelForSeq2SeqLM if settings.is_encoder_decoder else AutoModelForCausalLM
+    kind = AutoModelForSeq2SeqLM if is_encoder_decoder(settings) else AutoModelForCausalLM
     with torch.device("meta"):
         host = Host(kind.from_config(settings))
         try:

@@ -34,6 +34,7 @@ from adapterlab.compare.results import UNTRAINED, Exam, Memory, Run, Search, Tri
 from adapterlab.data import Collator, encode, load_data, placed
 from adapterlab.errors import AdapterlabError, AttachError, ConfigError, OutputError, TrainingError
 from adapterlab.evaluate import window_of
+from adapterlab.foreign.model import is_encoder_decoder
 from adapterlab.hosts import Host
 from adapterlab.hosts import load as load_adapter
 from adapterlab.io.atomic import write_json
@@ -92,7 +93,7 @@ def untrained(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]
 def _mean_tokens(config: CompareConfig, model: Any, tokenizer: Any) -> float:
     """Mean length of the training rows, found as training finds it."""
     data = config.train_data()
-    seq2seq = bool(model.config.is_encoder_decoder)
+    seq2seq = is_encoder_decoder(model)
     rows = encode(load_data(data).train, tokenizer, data, window=window_of(model, tokenizer), seq2seq=seq2seq)
     return rows.report.mean_length
 
@@ -249,7 +250,7 @@ def _final(trained: RunResult, host: Host, best: Exam, examine: Callable[[], Exa
 def _step_flops(host: Host, paper: Paper, tokenizer: Any) -> float | None:
     """Work of training on one token, from one batch."""
     rows = paper.rows[:8]
-    batch = Collator(tokenizer.pad_token_id or 0, seq2seq=bool(host.model.config.is_encoder_decoder))(rows)
+    batch = Collator(tokenizer.pad_token_id or 0, seq2seq=is_encoder_decoder(host.model))(rows)
     device = next(host.model.parameters()).device
     found = measuring.step_flops(host, "best", placed(batch, device))
     return None if found is None else found / int(batch["attention_mask"].sum())

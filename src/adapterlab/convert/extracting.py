@@ -13,6 +13,7 @@ from adapterlab.convert.building import Conversion, Draft
 from adapterlab.convert.changes import AdapterChanges, Change, Changes, ModelChanges
 from adapterlab.convert.low_rank import Fit, check_size, fit
 from adapterlab.errors import ConfigError
+from adapterlab.foreign.model import base_name, base_revision
 from adapterlab.hosts import Host
 from adapterlab.hosts import host as host_of
 from adapterlab.io import hf_peft
@@ -134,9 +135,10 @@ def export_peft(host: Host, name: str, folder: str | Path, *, overwrite: bool = 
         ConfigError: PEFT has no such method.
         OutputError: the folder is not empty or cannot be written.
     """
-    method, about = host.methods[host.only(name)], getattr(host.model, "config", None)
-    base, revision = getattr(about, "_name_or_path", None) or None, getattr(about, "_commit_hash", None)
-    found = hf_peft.write(host, name, base, revision) if method.hf is not None else None
+    method = host.methods[host.only(name)]
+    found = (
+        hf_peft.write(host, name, base_name(host.model), base_revision(host.model)) if method.hf is not None else None
+    )
     if found is None:
         raise ConfigError(
             f"HF PEFT cannot store this {method.id} adapter. Write it as a LoRA adapter instead, which PEFT reads: "

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from adapterlab.convert.changes import oriented
 from adapterlab.convert.verifying import TEXTS, Row, Verification, compare, token_rows
-from adapterlab.core.site import plain_class
 from adapterlab.errors import ConfigError, MergeError, nearest
+from adapterlab.foreign.model import base_name, plain_class
 from adapterlab.hosts import Host
 from adapterlab.io.atomic import check_free, new_folder, write_json
 from adapterlab.models.progress import quiet_transformers
@@ -107,7 +107,7 @@ def merge_into_base(
             raise MergeError(_lost(verification, host.model.dtype))
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
-        base = getattr(host.model.config, "_name_or_path", None) or None
+        base = base_name(host.model)
         dtype = str(host.model.dtype).removeprefix("torch.")
         report = MergedModel(Path(folder), host.methods[name].id, base, dtype, untied, verification, dequantized)
         write_json(work / REPORT, {k: v for k, v in report.to_dict().items() if k != "folder"})

@@ -14,6 +14,7 @@ from torch import Tensor
 from adapterlab.engine.modes import evaluating
 from adapterlab.errors import DataError
 from adapterlab.evaluate.generation import window_of
+from adapterlab.foreign.model import is_encoder_decoder
 
 Row = Mapping[str, Any]
 IGNORED = -100
@@ -126,7 +127,7 @@ def _run(model: Any, row: Row) -> tuple[Tensor, float, int]:
     device = next(model.parameters()).device
     out = model(**{key: torch.as_tensor(value, device=device)[None] for key, value in row.items()})
     labels = torch.as_tensor(row["labels"]) if "labels" in row else torch.full((1,), IGNORED)
-    shifted = labels if model.config.is_encoder_decoder else labels[1:]
+    shifted = labels if is_encoder_decoder(model) else labels[1:]
     count = int((shifted != IGNORED).sum())
     return out.logits.float(), float(out.loss) if count else 0.0, count
 

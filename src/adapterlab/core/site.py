@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from adapterlab.foreign.model import plain_class
 from adapterlab.foreign.quantized import compute_dtype, dense, is_quantized, unpacks_in_training
 
-PLAIN = "_adapterlab_plain"  # attribute of a wrapped class that holds the class it was made from
 UNMERGED = "_adapterlab_unmerged"  # attribute of a merged module: a stand-in with the parameters it had before
 
 
@@ -187,11 +187,6 @@ def _is_linear(cls: type[nn.Linear], module: nn.Linear) -> bool:
     return weight.is_meta or torch.allclose(y, F.linear(x, weight, module.bias), rtol=1e-2, atol=1e-3)
 
 
-def plain_class(module: nn.Module) -> Any:
-    """Return the class the module had before it was wrapped."""
-    return getattr(type(module), PLAIN, type(module))
-
-
 def kind_of(module: nn.Module) -> Kind:
     """Return the first kind that matches."""
     return next(kind for kind in KINDS if kind.matches(module))
@@ -204,10 +199,13 @@ class Site:
     Attributes:
         path: dotted name of the module in the model.
         module: the module itself.
-        layer: index of the layer it belongs to, or None.
+        layer: index of the layer it belongs to in its stack of layers, or None.
         role: `q`, `v`, `down`, ... or None.
         is_head: it lies outside the backbone, or is the output embedding.
         tied: its weight is shared with another module.
+        stack: path of the list of layers it belongs to, or None.
+        bypassed: class of a module that reads its weight and never calls it, so that no adapter here would run; or "".
+        overtaken: a module of torch around it reads its weight on a fast path, which hooks switch off.
     """
 
     path: str
@@ -216,6 +214,9 @@ class Site:
     role: str | None = None
     is_head: bool = False
     tied: bool = False
+    stack: str | None = None
+    bypassed: str = ""
+    overtaken: bool = False
 
     @property
     def kind(self) -> str:

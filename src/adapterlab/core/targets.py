@@ -23,7 +23,7 @@ class Targets(Settings):
     An entry of `include` or `exclude` is one of
 
     - a role: `q`, `k`, `v`, `o`, `qkv`, `gate`, `up`, `gate_up`, `down`, `embed`, `position`, `head`;
-    - `all-linear`: every linear layer of the backbone, without output and task heads;
+    - `all-linear`: every linear layer of the backbone that is called, without output and task heads;
     - the last parts of a module path: `q_proj`, `self_attn.q_proj`, `layers.3.mlp.down_proj`;
     - a regular expression that matches a whole path: `.*layers\\.[0-3]\\..*_proj`.
 
@@ -32,7 +32,9 @@ class Targets(Settings):
     Attributes:
         include: entries to adapt.
         exclude: entries to leave out.
-        layers: only these layers: indices, or ranges such as "0-3, -2" (negative ones count from the end).
+        layers: only these layers: indices, or ranges such as "0-3, -2". Each stack of layers is counted by itself,
+            negative numbers from its end. "encoder: 0-3, decoder: -1" says which of several stacks is meant, by a part
+            of its path.
     """
 
     include: tuple[str, ...]
@@ -92,8 +94,8 @@ def select(targets: Targets, sites: Sequence[Site], kinds: Sequence[str] | None,
         for site in _matching(entry, sites, None, model, "targets.exclude"):
             chosen.pop(site.path, None)
     if targets.layers is not None:
-        wanted = _layers(targets.layers, sites)
-        chosen = {path: site for path, site in chosen.items() if site.layer in wanted}
+        wanted = _layers(targets.layers, sites, {site.stack for site in chosen.values() if site.stack is not None})
+        chosen = {path: site for path, site in chosen.items() if (site.stack, site.layer) in wanted}
     if not chosen:
         raise TargetError(
             f"{targets!r} leaves no module of {model}: the exclusions and the layer range remove everything that "
@@ -109,7 +111,7 @@ def matcher(entry: str) -> Callable[[Site], bool]:
         TargetError: the entry is a malformed regular expression.
     """
     if entry == ALL_LINEAR:
-        return lambda site: site.kind == "linear" and not site.is_head
+        return lambda site: site.kind == "linear" and not site.is_head and not site.bypassed
     if entry in ROLES:
         return lambda site: site.role == entry or site.path.rpartition(".")[2] == entry
     if _REGEX.search(entry):
@@ -143,24 +145,51 @@ def _wrong_kind(entry: str, matched: Sequence[Site], sites: Sequence[Site], kind
     )
 
 
-def _layers(layers: tuple[int, ...] | str, sites: Sequence[Site]) -> set[int]:
-    count = max((s.layer for s in sites if s.layer is not None), default=-1) + 1
-    ranges = _parse_layers(layers) if isinstance(layers, str) else [(i, i) for i in layers]
-    wanted: set[int] = set()
-    for first, last in ranges:
-        low, high = (i + count if i < 0 else i for i in (first, last))
-        if not 0 <= low <= high < count:
-            raise TargetError(f"targets.layers: {first}-{last} is not within the model's layers 0-{count - 1}.")
-        wanted.update(range(low, high + 1))
+def _layers(layers: tuple[int, ...] | str, sites: Sequence[Site], chosen: set[str]) -> set[tuple[str, int]]:
+    """The layers that are meant, as (stack, index); a range without a stack means every stack that is targeted."""
+    depths: dict[str, int] = {}
+    for site in sites:
+        if site.stack is not None and site.layer is not None:
+            depths[site.stack] = max(depths.get(site.stack, 0), site.layer + 1)
+    ranges = _parse_layers(layers) if isinstance(layers, str) else [(None, i, i) for i in layers]
+    wanted: set[tuple[str, int]] = set()
+    for name, first, last in ranges:
+        stacks = [stack for stack in depths if stack in chosen] if name is None else _named(name, depths)
+        if not stacks:
+            raise TargetError(f"targets.layers={layers!r}, and no target lies in a list of layers.")
+        for stack in stacks:
+            low, high = (i + depths[stack] if i < 0 else i for i in (first, last))
+            if not 0 <= low <= high < depths[stack]:
+                raise TargetError(_out_of_range(first, last, stack, {s: depths[s] for s in depths if s in chosen}))
+            wanted.update((stack, i) for i in range(low, high + 1))
     return wanted
 
 
-def _parse_layers(text: str) -> list[tuple[int, int]]:
+def _named(name: str, depths: dict[str, int]) -> list[str]:
+    found = [stack for stack in depths if f".{name}." in f".{stack}."]
+    if not found:
+        parts = {part for stack in depths for part in (stack, *stack.split("."))}
+        raise TargetError(f"targets.layers: no stack of layers is called {name!r}. {nearest(name, parts)}")
+    return found
+
+
+def _out_of_range(first: int, last: int, stack: str, depths: dict[str, int]) -> str:
+    shown = str(first) if first == last else f"{first}-{last}"
+    text = f"targets.layers: {shown} is not within the layers 0-{depths.get(stack, 0) - 1} of {stack}."
+    if len(depths) > 1:
+        others = ", ".join(f"{path} has {count}" for path, count in depths.items())
+        text += f" The stacks differ: {others}. Say which one, as in '{stack}: 0-{depths[stack] - 1}'."
+    return text
+
+
+def _parse_layers(text: str) -> list[tuple[str | None, int, int]]:
     ranges = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(-?\d+)\s*(?:-\s*(-?\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*(?:([\w.]+)\s*:)?\s*(-?\d+)\s*(?:-\s*(-?\d+)\s*)?", part)
         if not match:
-            raise ValueError(f"{part!r} is neither a layer nor a range; write for example '0-3, 8, -1'")
-        first = int(match.group(1))
-        ranges.append((first, int(match.group(2)) if match.group(2) else first))
+            raise ValueError(
+                f"{part!r} is neither a layer nor a range; write for example '0-3, 8' or 'encoder: 0-3, decoder: -1'"
+            )
+        first = int(match[2])
+        ranges.append((match[1], first, int(match[3]) if match[3] else first))
     return ranges

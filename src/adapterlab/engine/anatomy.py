@@ -5,17 +5,28 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from adapterlab.core.site import Site, plain_class
+from adapterlab.core.site import Site
 from adapterlab.core.targets import Targets, select
 from adapterlab.engine.attention import bridge, uses_interface
-from adapterlab.engine.wrapping import ADAPTERS, SHARED
 from adapterlab.errors import AttachError, TargetError, nearest
-from adapterlab.foreign.roles import layer_of, role_of
+from adapterlab.foreign.model import (
+    ADAPTERS,
+    SHARED,
+    backbone_of,
+    base_modules,
+    main_stacks,
+    output_head,
+    place_in_stack,
+    plain_class,
+    stacks,
+    weight_reads,
+)
+from adapterlab.foreign.roles import role_of
 
 
 class Anatomy:
@@ -27,7 +38,7 @@ class Anatomy:
     @functools.cached_property
     def backbone(self) -> nn.Module:
         """The model without its output or task head."""
-        found: nn.Module = getattr(self.model, "base_model", self.model)
+        found: nn.Module = backbone_of(self.model)
         return found
 
     @property
@@ -44,15 +55,26 @@ class Anatomy:
 
     @property
     def layers(self) -> list[nn.Module]:
-        """The repeated blocks: the longest `ModuleList`s of the backbone (two for an encoder-decoder), in order."""
-        lists = outer_lists(self.backbone)
-        if not lists:
+        """The repeated blocks that text, or whatever the model reads, goes through; encoder first, then decoder.
+
+        Raises:
+            AttachError: the model has no list of layers.
+        """
+        found = main_stacks(self.model)
+        if not found:
             raise AttachError(
                 f"{type(self.model).__name__} has no list of layers; name the modules by pattern instead."
             )
-        longest = max(lists, key=lambda path: len(lists[path]))
-        last = longest.rpartition(".")[2]  # encoder and decoder call theirs alike
-        return [block for path, blocks in lists.items() if path.rpartition(".")[2] == last for block in blocks]
+        return [block for stack in found for block in stack]
+
+    @functools.cached_property
+    def stacks(self) -> dict[str, nn.ModuleList]:
+        """Every stack of layers of the model by path, towers beside the language model included."""
+        return stacks(self.model)
+
+    def layer_of(self, path: str) -> tuple[str | None, int | None]:
+        """Return the stack that a module or parameter belongs to, and its layer's index there, or (None, None)."""
+        return place_in_stack(path, self.stacks)
 
     def path_of(self, module: nn.Module) -> str:
         """Return the dotted name of a module of the model.
@@ -68,15 +90,19 @@ class Anatomy:
     def all_sites(self) -> list[Site]:
         """Return every base module as a site, adapters and shared tensors left out."""
         backbone = {id(m) for m in self.backbone.modules()} if self.backbone is not self.model else None
-        output = getattr(self.model, "get_output_embeddings", lambda: None)()
-        shared = Counter(id(p) for m in base_modules(self.model) for p in m[1]._parameters.values() if p is not None)
+        output = output_head(self.model)
+        modules = dict(base_modules(self.model))
+        shared = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
+        read = weight_reads(modules)
         sites = []
-        for path, module in base_modules(self.model):
+        for path, module in modules.items():
             is_head = module is output or (backbone is not None and id(module) not in backbone)
             weight = module._parameters.get("weight")
             tied = weight is not None and shared[id(weight)] > 1
             role = "head" if module is output else role_of(path)
-            sites.append(Site(path, module, layer_of(path), role, is_head, tied))
+            stack, layer = self.layer_of(path)
+            by, overtaken = read.get(path, ("", False))
+            sites.append(Site(path, module, layer, role, is_head, tied, stack, "" if overtaken else by, overtaken))
         return sites
 
     def site(self, module: nn.Module) -> Site:
@@ -137,31 +163,6 @@ class Anatomy:
         return not {ADAPTERS, SHARED}.isdisjoint(path.split("."))
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Walk over a model's own modules, adapters left out; a module that is reached twice is named once."""
-    seen: set[int] = set()
-
-    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        yield path, module
-        for name, child in module._modules.items():
-            if child is not None and name not in (ADAPTERS, SHARED):
-                yield from walk(child, f"{path}.{name}" if path else name)
-
-    return walk(model, "")
-
-
 def ends_in(path: str, name: str) -> bool:
     """Say whether a path ends in a name, at a dot."""
     return path == name or path.endswith("." + name)
-
-
-def outer_lists(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """Return the non-empty lists of modules by path, without lists inside lists: parts of a block, experts."""
-    found: dict[str, nn.ModuleList] = {}
-    for path, module in base_modules(model):
-        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{p}.") for p in found):
-            found[path] = module
-    return found

@@ -15,12 +15,13 @@ from adapterlab.core.method import Method
 from adapterlab.core.site import UNMERGED, Site
 from adapterlab.core.state import State
 from adapterlab.core.targets import Targets
-from adapterlab.engine.anatomy import Anatomy, base_modules
+from adapterlab.engine.anatomy import Anatomy
 from adapterlab.engine.attention import bridge
 from adapterlab.engine.patches import Patch
 from adapterlab.engine.sparse import Entries
-from adapterlab.engine.wrapping import SHARED, adapters_of, plain_copy, put, take
+from adapterlab.engine.wrapping import adapters_of, plain_copy, put, take
 from adapterlab.errors import AttachError, MergeError, nearest
+from adapterlab.foreign.model import SHARED, base_modules
 from adapterlab.foreign.quantized import is_plain, is_quantized, keep_layout
 from adapterlab.foreign.sharding import fill, is_sharded, whole
 
@@ -167,6 +168,11 @@ class Attachments(Anatomy):
             AttachError: the adapter `name` has something at this module already.
         """
         module = where.module if isinstance(where, Site) else where
+        if adapter.place == "call" and adapter.site.bypassed:
+            raise AttachError(
+                f"{adapter.site.path}: {adapter.site.bypassed} reads its weight and never calls it, so an adapter "
+                "around it would have no effect. Leave it out of the targets, or choose a method that trains in place."
+            )
         if name in adapters_of(module):
             raise AttachError(f"{name!r} is attached to {self.path_of(module)} already: one adapter a module and name.")
         put(module, name, adapter.train(module.training), self.state)

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterlab.core.site import plain_class
-from adapterlab.engine.wrapping import ADAPTERS, through
+from adapterlab.engine.wrapping import through
 from adapterlab.errors import AttachError, ConfigError
+from adapterlab.foreign.model import ADAPTERS, plain_class
 from adapterlab.foreign.private_transformers import attention_implementation, attention_mapping, sdpa_attention_forward
 from adapterlab.ops.attention import attention, each_segment, pays, varlen_attention, varlen_works
 

@@ -14,6 +14,7 @@ from adapterlab.engine.attachments import attachments
 from adapterlab.engine.recompute import recomputation
 from adapterlab.engine.wrapping import adapters_of
 from adapterlab.errors import ConfigError
+from adapterlab.foreign.model import is_encoder_decoder, output_head, text_config
 from adapterlab.ops.cross_entropy import (
     IGNORED,
     PLAIN,
@@ -52,7 +53,7 @@ class Loss:
     def __init__(self, model: nn.Module, smoothing: float = 0.0, z_loss: float = 0.0):
         self.model: Any = model
         self.form = PLAIN._replace(smoothing=smoothing, z_loss=z_loss)
-        self.seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
+        self.seq2seq = is_encoder_decoder(model)
         self.why = self._obstacle()
         self.path = "model" if self.why else "chunked"
         self.why = self.why or "logits exist for label-bearing positions only, one chunk at a time" + self._shape()
@@ -101,7 +102,7 @@ class Loss:
         return logits_cross_entropy(logits, labels, self.form) - logits_cross_entropy(logits, labels)
 
     def _head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        head = self.model.get_output_embeddings()
+        head = output_head(self.model)
         hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__
         if type(head) is nn.Linear and not hooked:
             return linear_cross_entropy(hidden.to(head.weight.dtype), head.weight, head.bias, labels, self.form)
@@ -116,7 +117,7 @@ class Loss:
 
     def _obstacle(self) -> str:
         """Return why the chunked way cannot be used, or ""."""
-        head: Any = getattr(self.model, "get_output_embeddings", lambda: None)()
+        head: Any = output_head(self.model)
         backbone: Any = getattr(self.model, "base_model", self.model)
         if self.seq2seq:
             return "an encoder-decoder computes its own loss"
@@ -132,7 +133,7 @@ class Loss:
 
         The known logits are float32, so that scale and cap are exact for models in half precision too.
         """
-        vocabulary = self.model.config.get_text_config().vocab_size
+        vocabulary = text_config(self.model).vocab_size
         ids = torch.arange(1, 7, device=next(self.model.parameters()).device)[None] % vocabulary
         seen: list[Tensor] = []
         probes: list[Tensor] = []

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from adapterlab.core.site import plain_class
 from adapterlab.data.batching import Collator, PackingCollator, placed
 from adapterlab.engine.attachments import attachments
 from adapterlab.engine.attention import fast_attention, uses_interface
 from adapterlab.engine.loss import Loss
 from adapterlab.engine.modes import evaluating
 from adapterlab.errors import ConfigError
+from adapterlab.foreign.model import is_encoder_decoder, plain_class, text_config
 
 Row = Mapping[str, Sequence[int]]
 Collate = Callable[[Sequence[Row]], Mapping[str, Any]]
@@ -49,7 +49,7 @@ def obstacle(model: Any, collate: Collate, longest: int) -> str:
     """Return why rows of a model cannot be packed, or ""."""
     if type(collate) is not Collator:
         return f"{type(collate).__name__} makes the batches"
-    if collate.seq2seq or getattr(model.config, "is_encoder_decoder", False):
+    if collate.seq2seq or is_encoder_decoder(model):
         return "an encoder-decoder has two texts in a row"
     if not any(uses_interface(plain_class(module)) for module in model.modules()):
         return f"{type(model).__name__} computes attention in its own way"
@@ -67,7 +67,7 @@ def _mixing(model: Any) -> str:
 
 def _window(model: Any, longest: int) -> str:
     """A short probe cannot see what happens beyond a window of attention, whose mask packed rows do without."""
-    config = model.config.get_text_config()
+    config = text_config(model)
     for name in ("sliding_window", "attention_chunk_size"):
         width = getattr(config, name, None)
         if width and longest > width:
@@ -81,7 +81,7 @@ def _disagreement(model: Any, collate: Collate) -> str:
 
     The second repeats a part of the first, which helps a model that sees it, and it alone bears labels.
     """
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = text_config(model).vocab_size
     ids = [(7 * i * i + 3 * i + 1) % vocabulary for i in range(_PROBE)]
     rows = [
         {"input_ids": ids, "labels": [-100] * _PROBE},

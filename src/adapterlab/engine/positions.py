@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.carrier import Carrier
-from adapterlab.core.site import Site, plain_class
+from adapterlab.core.site import Site
 from adapterlab.errors import AttachError
+from adapterlab.foreign.model import plain_class
 
 _POSITIONS = "position_ids"
 

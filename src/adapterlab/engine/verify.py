@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from adapterlab.engine.anatomy import base_modules
 from adapterlab.errors import NotTrainingError
+from adapterlab.foreign.model import base_modules
 from adapterlab.foreign.quantized import stops_gradient
 
 if TYPE_CHECKING:

@@ -14,13 +14,11 @@ from typing import Any
 from torch import nn
 
 from adapterlab.core.adapter import Adapter
-from adapterlab.core.site import PLAIN, plain_class
 from adapterlab.core.state import State
 from adapterlab.engine.mixed_batch import mixed
+from adapterlab.foreign.model import ADAPTERS, PLAIN, plain_class
 
-ADAPTERS = "_adapters"  # name of the submodule that holds them; it lives in the module so that FSDP shards it there
 STATE = "_adapterlab_state"
-SHARED = "_adapterlab_shared"  # name of the submodule of the root that holds what adapters share
 
 
 class Base:
@@ -122,7 +120,13 @@ def put(module: nn.Module, name: str, adapter: Adapter, state: State) -> None:
         cls: Any = type(module)
         module.__class__ = wrapped(cls)
         _rebind(module)
+        if adapter.site.overtaken:
+            module.register_forward_pre_hook(_watched)
     module._modules[ADAPTERS].add_module(name, adapter)  # type: ignore[union-attr]
+
+
+def _watched(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing: where one stands, torch leaves the fast paths that call no submodule."""
 
 
 def take(module: nn.Module, name: str) -> None:
@@ -133,6 +137,9 @@ def take(module: nn.Module, name: str) -> None:
         del module._modules[ADAPTERS]
         del module.__dict__[STATE]
         module.__class__ = plain_class(module)
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hook is _watched]:
+            del hooks[key]
         _unbind(module)
 
 

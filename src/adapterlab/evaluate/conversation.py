@@ -8,6 +8,7 @@ from typing import Any
 
 from adapterlab.errors import DataError
 from adapterlab.evaluate.generation import chat_ids, stream, window_of
+from adapterlab.foreign.model import is_encoder_decoder
 
 Message = dict[str, str]
 
@@ -73,7 +74,7 @@ class Conversation:
         """Drop the oldest question and answer until the rest leaves room for an answer."""
         window = window_of(self.model, self.tokenizer)
         system = [{"role": "system", "content": self.system}] if self.system else []
-        seq2seq = bool(self.model.config.is_encoder_decoder)
+        seq2seq = is_encoder_decoder(self.model)
         while True:
             ids = chat_ids(self.tokenizer, [*system, *turns], seq2seq=seq2seq)
             if window is None or len(ids) + (0 if seq2seq else self.max_new_tokens) <= window:

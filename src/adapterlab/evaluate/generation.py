@@ -14,6 +14,7 @@ from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 from adapterlab.data import DataConfig, Example, prompt_of
 from adapterlab.engine.modes import evaluating
 from adapterlab.errors import ConfigError, DataError
+from adapterlab.foreign.model import input_device, is_encoder_decoder, text_config
 
 Ids = list[int]
 _NO_LIMIT = 10**9  # tokenizers that know no limit report a huge one
@@ -120,7 +121,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[dict[str, str]], *, seq2seq: boo
 
 def window_of(model: Any, tokenizer: Any) -> int | None:
     """Return the most tokens a model has positions for, or None when nothing limits them."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(text_config(model), "max_position_embeddings", None)
     limit = positions or tokenizer.model_max_length
     return int(limit) if limit < _NO_LIMIT else None
 
@@ -188,7 +189,7 @@ def _run(
 ) -> Tensor:
     """Generate for one batch; returns the new tokens `[batch, time]` alone."""
     width = max(map(len, rows))
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     ids = torch.tensor([[config.pad_token_id] * (width - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
     # What the model's own generation config sets (sampling, penalties) would be mixed into ours, with warnings.
@@ -204,7 +205,7 @@ def _run(
             )
     finally:
         model.generation_config = before
-    return output[:, 1 if model.config.is_encoder_decoder else width :]
+    return output[:, 1 if is_encoder_decoder(model) else width :]
 
 
 def _texts(output: Tensor, tokenizer: Any, config: GenerationConfig) -> list[str]:
@@ -242,7 +243,7 @@ def _check_settings(max_new_tokens: int, temperature: float, top_p: float, seed:
 
 def _check_room(model: Any, tokenizer: Any, rows: Sequence[Ids], max_new_tokens: int) -> None:
     window = window_of(model, tokenizer)
-    apart = model.config.is_encoder_decoder  # prompt and answer have positions of their own there
+    apart = is_encoder_decoder(model)  # prompt and answer have positions of their own there
     for number, row in enumerate(rows, 1):
         if not row:
             raise DataError(f"Prompt {number} of {len(rows)} is empty. Give it at least one token.")

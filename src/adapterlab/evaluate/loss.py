@@ -11,6 +11,7 @@ from adapterlab.engine.loss import Loss
 from adapterlab.engine.modes import evaluating
 from adapterlab.engine.packing import choose
 from adapterlab.errors import DataError
+from adapterlab.foreign.model import input_device
 
 Row = Mapping[str, Sequence[int]]
 
@@ -41,7 +42,7 @@ def evaluate_loss(
         DataError: no token bears a label.
         ConfigError: packing is asked for and impossible.
     """
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     order = sorted(rows, key=lambda row: -len(row["input_ids"]))  # rows of like length share a batch: little padding
     total, tokens = 0.0, 0
     collate, _ = choose(model, collator, len(order[0]["input_ids"]) if order else 0, packing)

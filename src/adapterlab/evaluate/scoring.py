@@ -31,6 +31,7 @@ from adapterlab.evaluate.loss import evaluate_loss
 from adapterlab.evaluate.opening import locate, open_target
 from adapterlab.evaluate.progress import Progress, counter
 from adapterlab.evaluate.result import Evaluation, Figures
+from adapterlab.foreign.model import is_encoder_decoder
 from adapterlab.hosts import Host, host
 from adapterlab.io.atomic import write_json, write_text
 from adapterlab.settings import explain
@@ -206,7 +207,7 @@ def _exam(
             "data.eval_size above 0."
         )
     scorer = scorer_for(cfg, dataclasses.replace(splits, eval=examples))
-    seq2seq = bool(model.config.is_encoder_decoder)
+    seq2seq = is_encoder_decoder(model)
     window = window_of(model, tokenizer)
     encoded = encode(examples, tokenizer, cfg, window=window, seq2seq=seq2seq)
     prompts = [prompt_of(e, tokenizer, cfg, seq2seq=seq2seq) for e in examples] if scorer else []
@@ -249,7 +250,7 @@ def _answer_limit(
 def _sit(exam: _Exam, model: Any, tokenizer: Any, progress: Progress | None, prefix: str) -> _Sheet:
     """Take the exam with the model as it stands."""
     rows, n = exam.encoded.rows, len(exam.examples)
-    collator = Collator(tokenizer.pad_token_id or 0, seq2seq=bool(model.config.is_encoder_decoder))
+    collator = Collator(tokenizer.pad_token_id or 0, seq2seq=is_encoder_decoder(model))
     loss, tokens = evaluate_loss(
         model, rows, collator, exam.batch_size, progress=_counter(progress, prefix + "loss", len(rows))
     )

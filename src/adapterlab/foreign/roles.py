@@ -7,8 +7,6 @@ of the module's parent (lower case, without underscores), and such longer aliase
 
 from __future__ import annotations
 
-import re
-
 ROLES: dict[str, tuple[str, ...]] = {
     "q": ("q_proj", "query", "q", "linear_q", "to_q", "q_lin", "wq", "query_proj"),
     "k": ("k_proj", "key", "k", "linear_k", "to_k", "k_lin", "wk", "key_proj"),
@@ -51,9 +49,3 @@ def role_of(path: str) -> str | None:
         if name == alias and flat.endswith(suffix):
             return role
     return _BY_NAME.get(name)
-
-
-def layer_of(path: str) -> int | None:
-    """Return the index of the layer that a module belongs to: the first number in its path."""
-    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
-    return int(match.group(1)) if match else None

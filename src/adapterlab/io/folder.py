@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from adapterlab.core.method import Method
 from adapterlab.engine.attachments import Attachments
 from adapterlab.errors import AttachError, ConfigError, FormatError, TargetError
+from adapterlab.foreign.model import base_name, base_revision
 from adapterlab.foreign.sharding import gathered, leads, whole
 from adapterlab.io import hf_peft
 from adapterlab.io.atomic import new_folder, write_json, write_text
@@ -87,9 +88,7 @@ def save(
     """
     name = host.only(name)
     method = host.methods[name]
-    about = getattr(host.model, "config", None)
-    base_model = base_model or getattr(about, "_name_or_path", None) or None
-    revision = getattr(about, "_commit_hash", None)
+    base_model, revision = base_model or base_name(host.model), base_revision(host.model)
     held = list(host.tensors(name).values())
     with gathered(host.model, held):
         written = hf_peft.write(host, name, base_model, revision) if method.hf is not None else None
@@ -250,7 +249,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _foreign(info: AdapterInfo, model: nn.Module, detail: str) -> str:
-    here = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    here = base_name(model) or type(model).__name__
     made = f"{info.base_model!r}" if info.base_model else "another base model"
     return (
         f"The adapter in {info.folder} was made for {made} and does not fit {here!r} ({type(model).__name__}): {detail}"

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from adapterlab.errors import ConfigError, ModelError, nearest, require
+from adapterlab.foreign.model import is_encoder_decoder
 from adapterlab.models.catalogue import DEFAULT
 from adapterlab.models.progress import quiet_transformers
 from adapterlab.models.pulling import resolve
@@ -129,7 +130,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _load_weights(folder: Path, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder)
-        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        kind = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
         # Wrong shapes are let through here and reported below together with what is missing.
         model, report = kind.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options

@@ -17,6 +17,7 @@ import torch
 import transformers
 
 from adapterlab.errors import AdapterlabError, ConfigError
+from adapterlab.foreign.model import output_head, text_config
 from adapterlab.io.atomic import write_text
 from adapterlab.models.catalogue import home
 from adapterlab.models.loading import PRECISIONS
@@ -152,7 +153,7 @@ def least_weights(setup: Setup) -> int:
     """Count the bytes that the base weights take at least, without making them."""
     with torch.device("meta"):
         model = build(replace(setup, quantize=None), real=True)
-    head = model.get_output_embeddings()
+    head = output_head(model)
     packed = {"nf4": 0.5, "int8": 1.0}.get(setup.quantize or "")
     shrunk = {
         id(module.weight)
@@ -243,7 +244,7 @@ def _within(end: float) -> Any:
     def run(setup: Setup) -> Trace:
         nonlocal last
         began = time.perf_counter()
-        layers = setup.config.get_text_config().num_hidden_layers
+        layers = text_config(setup).num_hidden_layers
         if began + last > end or layers > 12:
             raise _Late
         trace = simulate(setup)
@@ -260,7 +261,7 @@ def _matters(setup: Setup, place: Device) -> bool:
 
 def _guessed(setup: Setup) -> float:
     """Bytes of the weights, roughly, without building the model."""
-    text: Any = setup.config.get_text_config()
+    text: Any = text_config(setup)
     width, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     weights = text.num_hidden_layers * (3 * width * inner + 2 * width * width) + text.vocab_size * width
     return float(weights * {"nf4": 0.56, "int8": 1.0}.get(setup.quantize or "", PRECISIONS[setup.precision].itemsize))

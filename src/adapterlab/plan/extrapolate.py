@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from adapterlab.errors import AdapterlabError
+from adapterlab.foreign.model import is_encoder_decoder, text_config
 from adapterlab.plan.setup import Setup
 from adapterlab.plan.simulate import ACTIVATIONS, Trace
 from adapterlab.plan.tracker import Moment, NeedsNumbers
@@ -25,9 +26,9 @@ def extrapolated(setup: Setup, run: Callable[[Setup], Trace]) -> Trace:
         setup: what to train.
         run: simulates a step.
     """
-    depth, period = setup.config.get_text_config().num_hidden_layers, _period(setup.config)
+    depth, period = text_config(setup).num_hidden_layers, _period(setup.config)
     first = FEWEST + (depth - FEWEST) % period if period else depth
-    if period == 0 or getattr(setup.config, "is_encoder_decoder", False) or depth <= 3 * (first + period):
+    if period == 0 or is_encoder_decoder(setup) or depth <= 3 * (first + period):
         return run(setup)
     depths = [first + i * period for i in range(3)]
     try:
@@ -45,7 +46,7 @@ def extrapolated(setup: Setup, run: Callable[[Setup], Trace]) -> Trace:
 def cut(config: Any, layers: int) -> Any:
     """Return a configuration with the first layers only."""
     short = copy.deepcopy(config)
-    text = short.get_text_config()
+    text = text_config(short)
     text.num_hidden_layers = layers
     for name in _PER_LAYER:
         if getattr(text, name, None):
@@ -55,7 +56,7 @@ def cut(config: Any, layers: int) -> Any:
 
 def _period(config: Any) -> int:
     """After how many layers the pattern of layers repeats; 0 if it does not."""
-    text = config.get_text_config()
+    text = text_config(config)
     lists = [list(value) for name in _PER_LAYER if (value := getattr(text, name, None))]
     depth = text.num_hidden_layers
     fits = (

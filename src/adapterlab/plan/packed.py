@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapterlab.foreign.model import output_head
 from adapterlab.foreign.private_torch import unset_fake_temporarily
 from adapterlab.foreign.private_transformers import kept_in_float32
 
@@ -21,7 +22,7 @@ def pack(model: Any, kind: str, dtype: torch.dtype) -> None:
         kind: "nf4" or "int8".
         dtype: of the products.
     """
-    head = model.get_output_embeddings()
+    head = output_head(model)
     left_out = kept_in_float32(model)
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and module is not head and not path.endswith(left_out or ("\0",)):

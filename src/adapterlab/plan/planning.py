@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterlab.core.method import Method
 from adapterlab.errors import AdapterlabError, ConfigError, nearest
+from adapterlab.foreign.model import text_config
 from adapterlab.models.loading import PRECISIONS, QUANTIZATIONS
 from adapterlab.plan import process
 from adapterlab.plan.child import called, each
@@ -273,7 +274,7 @@ def _tidy(parts: Mapping[str, int], count: int) -> tuple[dict[str, int], list[in
 
 
 def _notes(setup: Setup) -> Iterator[str]:
-    longest = getattr(setup.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(text_config(setup), "max_position_embeddings", None)
     if longest and setup.length > longest:
         yield f"The model was made for {longest:,} positions; rows of {setup.length:,} tokens go beyond."
     if type(setup.method).capabilities()["needs_data"]:

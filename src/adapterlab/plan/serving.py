@@ -11,6 +11,7 @@ import torch
 
 from adapterlab.core.method import Method
 from adapterlab.errors import ConfigError
+from adapterlab.foreign.model import text_config
 from adapterlab.models.loading import PRECISIONS
 from adapterlab.plan.child import called
 from adapterlab.plan.device import Device
@@ -127,7 +128,7 @@ def cache_bytes(config: PretrainedConfig, length: int, itemsize: int) -> int:
         length: tokens.
         itemsize: bytes of a number.
     """
-    text: Any = config.get_text_config()
+    text: Any = text_config(config)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import ModelError, nearest
+from adapterlab.foreign.model import text_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -182,7 +183,7 @@ def _read(where: str | Path, revision: str | None = None) -> PretrainedConfig:
 
 def _checked(config: PretrainedConfig, what: str) -> PretrainedConfig:
     """Refuse a configuration of something that is no language model."""
-    text = config.get_text_config()
+    text = text_config(config)
     lacking = [name for name in ("vocab_size", "hidden_size", "num_hidden_layers") if not getattr(text, name, None)]
     if lacking:
         raise ModelError(

@@ -25,6 +25,7 @@ from adapterlab.data import Collator
 from adapterlab.engine import attention
 from adapterlab.engine.loss import Loss
 from adapterlab.errors import ConfigError
+from adapterlab.foreign.model import is_encoder_decoder, text_config
 from adapterlab.foreign.private_torch import TorchDispatchMode, graph_task_id, tree_iter
 from adapterlab.foreign.private_transformers import no_init_weights
 from adapterlab.hosts import Host
@@ -143,11 +144,11 @@ class _Simulation:
     def _loop(self, host: Host) -> Loop:
         setup = self.setup
         accelerator: Any = Alone(self.tracker)
-        vocabulary = setup.config.get_text_config().vocab_size
+        vocabulary = text_config(setup).vocab_size
         ids = [i % vocabulary for i in range(1, setup.length + 1)]
         bare = round((1 - setup.labelled) * setup.length)
         rows = [{"input_ids": ids, "labels": [-100] * bare + ids[bare:]}] * (setup.batch * setup.accumulation)
-        seq2seq = bool(getattr(setup.config, "is_encoder_decoder", False))
+        seq2seq = is_encoder_decoder(setup)
         loop = Loop(
             host, NAME, rows, setup.training, collate=Collator(0, seq2seq=seq2seq), accelerator=accelerator,
         )  # fmt: skip
@@ -181,7 +182,7 @@ class _Simulation:
 def build(setup: Setup, real: bool = False) -> Any:
     """Make the model, with the weights stored as they will be."""
     config = copy.deepcopy(setup.config)
-    kind = AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
+    kind = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
     dtype = PRECISIONS[setup.precision]
     for name in _LAYERDROP:
         if hasattr(config, name):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterlab.core.method import Method
+from adapterlab.foreign.model import is_encoder_decoder
 from adapterlab.hosts import Host, host
 from adapterlab.optim import adamw
 from adapterlab.testing import models
@@ -84,7 +85,7 @@ def perturb(host: Host, name: str, seed: int = 0, size: float = 0.1) -> None:
 def logits(model: Any, batch: Batch) -> Tensor:
     """What a model answers in eval mode; labels are kept for encoder-decoders only, whose decoder reads them."""
     model.eval()
-    given = {k: v for k, v in batch.items() if k != "labels" or model.config.is_encoder_decoder}
+    given = {k: v for k, v in batch.items() if k != "labels" or is_encoder_decoder(model)}
     found: Tensor = model(**given).logits
     return found.clone()
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adapterlab.errors import AttachError, ConfigError, MergeError
+from adapterlab.foreign.model import is_encoder_decoder
 from adapterlab.hosts import Host, load
 from adapterlab.testing import models
 from adapterlab.testing.case import (
@@ -161,7 +162,7 @@ def check_generate(case: Case) -> None:
 @torch.no_grad()
 def _next_scores(model: Any, mask: Tensor, sequences: Tensor, ids: Tensor, step: int, last: int | None) -> Tensor:
     """Scores of the next token by one pass without a cache over all tokens so far, or over the last ones alone."""
-    if model.config.is_encoder_decoder:
+    if is_encoder_decoder(model):
         so_far = sequences[:, : 1 + step]
         given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": so_far}
         if last is not None:  # the first step of a decoder has one token, and what it reads is the encoder's

@@ -30,8 +30,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from adapterlab.core.site import plain_class
 from adapterlab.errors import ConfigError, nearest
+from adapterlab.foreign.model import is_encoder_decoder, plain_class
 from adapterlab.foreign.private_transformers import kept_in_float32
 
 VOCABULARY, CLASSES = 128, 3
@@ -159,7 +159,7 @@ def batch(model: Any, rows: int = 2, length: int = 9, seed: int = 1, padding: bo
         return {**tokens, "labels": classes}
     if kind.endswith("ForTokenClassification"):
         return {**tokens, "labels": torch.randint(0, CLASSES, (rows, length), generator=draw)}
-    if model.config.is_encoder_decoder:
+    if is_encoder_decoder(model):
         return {**tokens, "labels": torch.randint(3, VOCABULARY, (rows, 6), generator=draw)}
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, :2] = -100

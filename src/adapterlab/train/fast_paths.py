@@ -7,11 +7,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adapterlab.core.site import plain_class
 from adapterlab.data.batching import PackingCollator
-from adapterlab.engine.anatomy import base_modules
 from adapterlab.engine.attention import uses_interface
 from adapterlab.engine.wrapping import adapters_of
+from adapterlab.foreign.model import base_modules, is_encoder_decoder, plain_class
 from adapterlab.foreign.private_transformers import attention_implementation
 from adapterlab.hosts import Host
 
@@ -99,7 +98,7 @@ def _optimizer(optimizer: Any) -> FastPath:
 def _lowest(host: Host, name: str) -> FastPath:
     """Where the backward pass can stop: below the lowest layer that holds something to train."""
     trained = [path for key in host.parts(name) for path in (*host.adapters(key), *host.patches[key])]
-    if any(host.shared(key) for key in host.parts(name)) or getattr(host.model.config, "is_encoder_decoder", False):
+    if any(host.shared(key) for key in host.parts(name)) or is_encoder_decoder(host.model):
         return FastPath("gradient stops", False, "it may be needed down to the input")
     place = {path: i for i, (path, _) in enumerate(base_modules(host.model))}
     first = min((i for path, i in place.items() if _LAYER.search(path)), default=0)

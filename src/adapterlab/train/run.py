@@ -26,6 +26,7 @@ from adapterlab.data import Collator, Report, encode, fingerprint, load_data, re
 from adapterlab.engine.attention import fast_attention
 from adapterlab.errors import ConfigError
 from adapterlab.evaluate.generation import window_of
+from adapterlab.foreign.model import is_encoder_decoder
 from adapterlab.foreign.private_transformers import forget_accelerate
 from adapterlab.hosts import Host
 from adapterlab.io.atomic import write_text
@@ -195,7 +196,7 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
     model, tokenizer = load_model(config.model, precision=config.precision, device=device, quantize=config.quantize)
     if config.precision == "fp16" and next(model.parameters()).device.type == "cpu":
         raise ConfigError("precision=fp16 trains on a GPU only, and there is none. Set precision to bf16 or fp32.")
-    seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
+    seq2seq = is_encoder_decoder(model)
     splits = load_data(config.data)
     tokens = functools.partial(
         encode, tokenizer=tokenizer, cfg=config.data, window=window_of(model, tokenizer), seq2seq=seq2seq

@@ -18,6 +18,7 @@ from adapterlab.core.targets import Targets
 from adapterlab.engine.attention import understood
 from adapterlab.engine.positions import Positions, position_sites
 from adapterlab.errors import AttachError
+from adapterlab.foreign.model import is_encoder_decoder
 from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.registry import register
 
@@ -70,7 +71,7 @@ class LongLoRA(Method):
     def attach(self, host: Carrier, name: str) -> None:
         """Compose the parts."""
         attentions = [m for m in host.attentions if self.fits(m)]
-        if not attentions or getattr(host.model.config, "is_encoder_decoder", False):
+        if not attentions or is_encoder_decoder(host.model):
             raise AttachError(
                 f"LongLoRA groups the causal self-attention of a decoder, and {type(host.model).__name__} is none. "
                 "Choose LoRA with modules_to_save for its norms and embeddings instead."

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import MakeOptimizer, Method
-from adapterlab.foreign.roles import layer_of
 from adapterlab.registry import register
 
 if TYPE_CHECKING:
@@ -62,14 +61,18 @@ class Full(Method):
         if self.layer_decay == 1.0:
             return make(host.parameters(name))
         named = {path.removeprefix("base."): p for path, p in host.named_parameters(name).items()}
-        last = max((layer_of(path) or 0 for path in named), default=0)
+        places = {path: host.layer_of(path) for path in named}
+        last: dict[str | None, int] = {}
+        for stack, layer in places.values():
+            last[stack] = max(last.get(stack, 0), layer or 0)
         above = {id(p) for site in host.all_sites() if site.is_head for p in site.module._parameters.values()}
         groups: dict[float, list[Tensor]] = {}
         started = False
         for path, p in named.items():
-            layer = layer_of(path)
+            stack, layer = places[path]
             started = started or layer is not None
-            depth = last - layer if layer is not None else 0 if started or id(p) in above else last + 1
+            below = max(last.values(), default=0) + 1
+            depth = last[stack] - layer if layer is not None else 0 if started or id(p) in above else below
             groups.setdefault(self.layer_decay**depth, []).append(p)
         return make([{"params": members, "lr_factor": factor} for factor, members in groups.items()])
 

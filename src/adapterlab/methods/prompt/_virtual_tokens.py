@@ -13,6 +13,7 @@ from adapterlab.core.carrier import Carrier
 from adapterlab.engine.modes import evaluating
 from adapterlab.engine.wrapping import put, take
 from adapterlab.errors import ConfigError, FormatError
+from adapterlab.foreign.model import input_table, is_encoder_decoder
 
 # Options of PEFT that repeat the sizes of the model.
 SIZES = ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
@@ -30,9 +31,9 @@ def peft_sizes(submodules: int, token_dim: int, heads: int, layers: int) -> dict
     }
 
 
-def input_table(host: Carrier) -> nn.Module | None:
+def token_table(host: Carrier) -> nn.Module | None:
     """Return the embedding of the input tokens, or None for a model that reads no tokens."""
-    table = getattr(host.model, "get_input_embeddings", lambda: None)()
+    table = input_table(host.model)
     return table if isinstance(table, nn.Embedding) else None
 
 
@@ -45,7 +46,7 @@ def word_ids(host: Carrier, words: Sequence[int], length: int) -> Tensor | None:
     Raises:
         ConfigError: an id is not in the vocabulary, or there are words and the model reads none.
     """
-    table: Any = input_table(host)
+    table: Any = token_table(host)
     if table is None:
         if words:
             raise ConfigError(f"{type(host.model).__name__} reads no tokens, so a prompt cannot start from words.")
@@ -96,7 +97,7 @@ def recorded_keys_and_values(host: Carrier, modules: Sequence[nn.Module], ids: T
     key = "_recorder"
     recorders = [_Recorder(host.site(module)) for module in modules]
     inputs = {"input_ids": ids[None]}
-    if getattr(host.model.config, "is_encoder_decoder", False):
+    if is_encoder_decoder(host.model):
         inputs["decoder_input_ids"] = ids[None]
     for module, recorder in zip(modules, recorders, strict=True):
         put(module, key, recorder, host.state)

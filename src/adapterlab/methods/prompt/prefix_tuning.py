@@ -20,6 +20,7 @@ from adapterlab.core.targets import Targets
 from adapterlab.engine.attention import prepend
 from adapterlab.engine.positions import Positions, position_sites
 from adapterlab.errors import AttachError, FormatError
+from adapterlab.foreign.model import is_encoder_decoder
 from adapterlab.foreign.roles import role_of
 from adapterlab.methods.prompt._virtual_tokens import (
     PROMPT,
@@ -245,7 +246,7 @@ def _pack(host: Carrier, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] 
     shapes = {layer.sizes for layer in layers.values()}
     whole = len(layers) == len(host.attentions) and len(shapes) == 1 and method.first_position == method.length
     config = host.model.config
-    if not whole or config.is_encoder_decoder or not getattr(config, "vocab_size", None):
+    if not whole or is_encoder_decoder(config) or not getattr(config, "vocab_size", None):
         return None
     (length, heads, width), *_ = shapes
     flat = [layer.pairs().detach().permute(2, 0, 1, 3).reshape(length, -1) for layer in layers.values()]
@@ -260,7 +261,7 @@ def _unpack(host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> dict[str
     found, layers = peft_prompt(tensors), _layers(host, name)
     length, heads, width = next(iter(layers.values())).sizes
     expected = (length, 2 * len(layers) * heads * width)
-    if host.model.config.is_encoder_decoder:
+    if is_encoder_decoder(host.model):
         raise FormatError(
             "PEFT's prefix for an encoder-decoder reaches the decoder's self-attention alone, and shares it between "
             "layers; it cannot be read as three prefixes. Use it with PEFT itself, or train a new one here."

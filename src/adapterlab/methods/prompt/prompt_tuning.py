@@ -14,9 +14,10 @@ from adapterlab.core.adapter import Adapter
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
 from adapterlab.core.method import Method
-from adapterlab.core.site import Site, plain_class
+from adapterlab.core.site import Site
 from adapterlab.errors import AttachError, FormatError
 from adapterlab.foreign.cache import accompany, cache_in, cache_out, companion, make_room, plain_mask
+from adapterlab.foreign.model import input_table, is_encoder_decoder, plain_class
 from adapterlab.foreign.roles import role_of
 from adapterlab.methods.prompt._virtual_tokens import PROMPT, SIZES, peft_prompt, peft_sizes, word_ids
 from adapterlab.registry import register
@@ -89,7 +90,7 @@ class PromptTuning(Method):
     def attach(self, host: Carrier, name: str) -> None:
         """Wrap the backbone, or the encoder and what must know that its output is longer."""
         module = host.backbone
-        two_stacks = bool(getattr(host.model.config, "is_encoder_decoder", False))
+        two_stacks = is_encoder_decoder(host.model)
         if two_stacks:
             module = host.model.get_encoder()
             host.wrap(name, host.model.get_decoder(), _LongerMask(host.site(host.model.get_decoder())))
@@ -105,7 +106,7 @@ class PromptTuning(Method):
                 f"{type(host.model).__name__} reads no tokens, so there is no input to put virtual tokens before. "
                 "Choose a method inside the layers, such as PrefixTuning, LoRA or an adapter."
             )
-        table = host.model.get_input_embeddings()
+        table = input_table(host.model)
         # The module's output and not its weight: some models scale it there.
         rows: Tensor = table(ids).float()
         for i, label in enumerate(self.labels):
@@ -156,7 +157,7 @@ class PromptTuning(Method):
                 make_room(cache_in(given), len(prompt), self.site.module.config)
                 x = given.get("inputs_embeds")
                 if x is None:
-                    x = self.site.module.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
+                    x = input_table(self.site.module)(given["input_ids"])  # type: ignore[operator]
                 self.check_room(x.shape[1] + len(prompt))
                 given |= {
                     "input_ids": None,
@@ -273,7 +274,7 @@ def _unpack(host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> dict[str
     """Take the first P rows: of an encoder-decoder PEFT stores as many again, which it does not use."""
     (path, layer), found = _layer(host, name), peft_prompt(tensors)
     length, width = layer.prompt.shape
-    twice = bool(host.model.config.is_encoder_decoder) and len(found) == 2 * length
+    twice = is_encoder_decoder(host.model) and len(found) == 2 * length
     if found.dim() != 2 or found.shape[1] != width or (len(found) != length and not twice):
         raise FormatError(f"{PROMPT} is {tuple(found.shape)}, and this model needs {(length, width)}.")
     return {f"adapter.{path}.prompt": found[:length]}

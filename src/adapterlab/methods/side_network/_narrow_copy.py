@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterlab.core.site import Site, plain_class
+from adapterlab.core.site import Site
 from adapterlab.errors import AttachError
+from adapterlab.foreign.model import plain_class
 from adapterlab.foreign.roles import role_of
 
 Score = Callable[[nn.Module], Tensor]  # importance [out, in] of a module's weight

@@ -28,6 +28,7 @@ from adapterlab.foreign.cache import (
     plain_mask,
     without_cache,
 )
+from adapterlab.foreign.model import input_table, is_encoder_decoder
 from adapterlab.methods.side_network._narrow_copy import cut_layer, narrow_stack, residual_dims
 from adapterlab.registry import register
 
@@ -162,7 +163,7 @@ class LST(Method):
 
     def _cut(self, host: Carrier, name: str, score: Callable[[nn.Module], Tensor]) -> None:
         """Fill the side blocks with the important rows and columns of the base's."""
-        table = host.model.get_input_embeddings()
+        table = input_table(host.model)
         for ladder in host.adapters(name).values():
             if not isinstance(ladder, Ladder):
                 continue
@@ -338,13 +339,13 @@ def _stacks(host: Carrier) -> list[nn.Module]:
             f"LST: the side network is built from a transformer's configuration, which {type(host.model).__name__} "
             "has not. Choose a method that wraps single modules, such as a bottleneck adapter."
         )
-    if getattr(host.model.config, "is_encoder_decoder", False):
+    if is_encoder_decoder(host.model):
         return [host.model.get_encoder(), host.model.get_decoder()]
     return [host.backbone]
 
 
 def _is_encoder_of_two(stack: Any) -> bool:
-    return bool(stack.config.is_encoder_decoder and not stack.config.is_decoder)
+    return bool(is_encoder_decoder(stack) and not stack.config.is_decoder)
 
 
 def _rows(batch: Any) -> int:

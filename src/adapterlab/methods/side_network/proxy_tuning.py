@@ -20,6 +20,7 @@ from adapterlab.engine.attachments import attachments
 from adapterlab.engine.wrapping import plain_copy
 from adapterlab.errors import AttachError
 from adapterlab.foreign.cache import Companion, accompany, cache_argument, cache_in, cache_out, companion, plain_mask
+from adapterlab.foreign.model import is_encoder_decoder, output_head
 from adapterlab.registry import register
 
 _HELD: dict[str, nn.Module] = {}
@@ -210,8 +211,8 @@ def _vocabulary(model: Any, label: str) -> int:
     Raises:
         AttachError: it is not one.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None or getattr(model.config, "is_encoder_decoder", False):
+    head = output_head(model)
+    if head is None or is_encoder_decoder(model):
         raise AttachError(
             f"proxy_tuning: {label} is {type(model).__name__}, and next-token logits are added up for decoder-only "
             "language models (...ForCausalLM). Load the model with its language-model head."

@@ -1,0 +1,183 @@
+"""Facts about a model of transformers, or any other, asked in one place.
+
+They come from the model's configuration and its structure: from what holds what and what calls what, never from the
+names of classes or the look of a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapterlab.foreign.calls import calls
+
+# Names of the submodules that hold adapters: in the module they adapt, where FSDP shards them, and at the root.
+ADAPTERS, SHARED = "_adapters", "_adapterlab_shared"
+PLAIN = "_adapterlab_plain"  # attribute of a wrapped class that holds the class it was made from
+
+
+def plain_class(module: nn.Module) -> Any:
+    """Return the class that a module had before adapters came to it."""
+    return getattr(type(module), PLAIN, type(module))
+
+
+# ---------------------------------------------------------------------- configuration
+
+
+def config_of(model: Any) -> Any:
+    """Return the configuration of a model, or None; a configuration is its own."""
+    return model if hasattr(model, "get_text_config") and not isinstance(model, nn.Module) else (
+        getattr(model, "config", None)
+    )  # fmt: skip
+
+
+def text_config(model: Any) -> Any:
+    """Return the configuration of the language model inside a model or configuration; its own if there is no other."""
+    config = config_of(model)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Say whether a model, or the model of a configuration, has an encoder whose output a decoder attends to."""
+    return bool(getattr(config_of(model), "is_encoder_decoder", False))
+
+
+def base_name(model: Any) -> str | None:
+    """Return the hub id or folder that a model was loaded from, or None."""
+    return getattr(config_of(model), "_name_or_path", None) or None
+
+
+def base_revision(model: Any) -> str | None:
+    """Return the revision of the hub repository that a model was loaded from, or None."""
+    return getattr(config_of(model), "_commit_hash", None)
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def output_head(model: Any) -> Any:
+    """Return the module that makes logits over the vocabulary, or None."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def input_table(model: Any) -> Any:
+    """Return the module that embeds what the model reads, or None."""
+    try:
+        return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except NotImplementedError:
+        return None
+
+
+def input_device(model: Any) -> torch.device:
+    """Return the device that a batch has to be on."""
+    table = input_table(model)
+    first = next(model.parameters()) if table is None else next(table.parameters())
+    device: torch.device = first.device
+    return device
+
+
+def backbone_of(model: Any) -> Any:
+    """Return the model without its output or task head: the module that the head's model calls.
+
+    Some heads call a part of what transformers names the base model, past its own forward.
+    """
+    base = getattr(model, "base_model", model)
+    if base is model:
+        return model
+    path, called = model.base_model_prefix, calls(plain_class(model)).called
+    inner = [name for name in called if name.startswith(f"{path}.")]
+    if path in called or not inner:
+        return base
+    found = [module for name in inner if (module := _submodule(model, name)) is not None and stacks(module)]
+    return found[0] if len(found) == 1 else base
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Walk over a model's own modules, adapters left out; a module that is reached twice is named once."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None and name not in (ADAPTERS, SHARED):
+                yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, "")
+
+
+def weight_reads(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, bool]]:
+    """Return which modules' weights are read without a call of the module.
+
+    Args:
+        modules: every module of a model by path.
+
+    Returns:
+        By path: the class of the reader, and whether the module is called too, by torch, on another path.
+    """
+    found: dict[str, tuple[str, bool]] = {}
+    called: set[str] = set()
+    for path, module in modules.items():
+        by = plain_class(module)
+        seen, lead = calls(by), f"{path}." if path else ""
+        called |= {lead + name for name in seen.called}
+        for name in seen.read:
+            if lead + name in modules:
+                found[lead + name] = (by.__name__, by.__module__.startswith("torch."))
+    return {path: (by, path in called) for path, (by, torchs) in found.items() if torchs or path not in called}
+
+
+# ---------------------------------------------------------------------- layers
+
+
+def stacks(model: nn.Module) -> dict[str, nn.ModuleList]:
+    """Return the stacks of layers by path: lists of modules that lie in no other list, such as parts of a block."""
+    found: dict[str, nn.ModuleList] = {}
+    for path, module in base_modules(model):
+        if isinstance(module, nn.ModuleList) and len(module) and not any(path.startswith(f"{p}.") for p in found):
+            found[path] = module
+    return found
+
+
+def place_in_stack(path: str, among: dict[str, nn.ModuleList]) -> tuple[str | None, int | None]:
+    """Return the stack a module belongs to, and the index of its layer there; (None, None) outside all stacks."""
+    for stack in among:
+        lead = f"{stack}." if stack else ""
+        if path.startswith(lead):
+            index = path[len(lead) :].partition(".")[0]
+            return stack, int(index)
+    return None, None
+
+
+def main_stacks(model: Any) -> list[nn.ModuleList]:
+    """Return the stacks that a model's text, or whatever it reads, goes through: two for an encoder-decoder.
+
+    Of a model with several towers it is that of the language model: the part whose configuration is the text's.
+    """
+    if is_encoder_decoder(model):
+        halves = [model.get_encoder(), model.get_decoder()]
+        return [stack for half in halves for stack in _longest(half)]
+    whole, text = config_of(model), text_config(model)
+    if text is not whole:
+        inside = [m for _, m in base_modules(model) if m is not model and getattr(m, "config", None) is text]
+        held = next((m for m in inside if stacks(m)), None)
+        if held is not None:
+            return _longest(held)
+    return _longest(backbone_of(model))
+
+
+def _longest(module: nn.Module) -> list[nn.ModuleList]:
+    found = list(stacks(module).values())
+    return [max(found, key=len)] if found else []
