@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterlab as al
 from adapterlab.errors import AttachError, ConfigError
+from adapterlab.foreign.cache import cache_argument, cache_out
 from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.methods.side_network.proxy_tuning import _HELD, ProxyTuning
 
@@ -203,11 +205,15 @@ def test_a_copied_or_cropped_cache_stays_in_step(models):
     ids = torch.randint(3, 128, (1, 6))
     with torch.no_grad():
         whole = base(ids).logits
-        past = base(ids[:, :5], use_cache=True).past_key_values
-        again = copy.deepcopy(past)
+        past = cache_out(base(ids[:, :5], use_cache=True))
+        again, third = copy.deepcopy(past), copy.deepcopy(past)
         past.crop(-2)
-        assert torch.allclose(base(ids[:, 3:], past_key_values=past).logits, whole[:, 3:], atol=1e-4)
-        assert torch.allclose(base(ids[:, 5:], past_key_values=again).logits, whole[:, 5:], atol=1e-4)
+        name = str(cache_argument(base))
+        assert torch.allclose(base(ids[:, 3:], **{name: past}).logits, whole[:, 3:], atol=1e-4)
+        assert torch.allclose(base(ids[:, 5:], **{name: again}).logits, whole[:, 5:], atol=1e-4)
+        with warnings.catch_warnings():  # users go on calling the argument what it was called
+            warnings.simplefilter("ignore", FutureWarning)
+            assert torch.allclose(base(ids[:, 5:], past_key_values=third).logits, whole[:, 5:], atol=1e-4)
 
 
 def test_a_foreign_cache_and_embeddings_are_refused(models):

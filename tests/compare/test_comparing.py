@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import adapterlab as al
 from adapterlab import io
 from adapterlab.compare import CompareConfig, compare, load
 from adapterlab.compare.results import UNTRAINED
@@ -65,7 +66,7 @@ def test_figures_agree_with_the_evaluation_of_the_same_adapter(whole: Any, field
     base = score(model, tokenizer, data=DataConfig(**fields["data"]), max_new_tokens=4)
     untrained = whole.runs_of(UNTRAINED)[0]
     assert untrained.best.loss == pytest.approx(base.loss, abs=1e-5)
-    host = io.load(model, folder)
+    host = al.load(model, folder)
     found = score(host, tokenizer, data=DataConfig(**fields["data"]), max_new_tokens=4)
     assert run.best.loss == pytest.approx(found.loss, abs=1e-5)
     assert run.best.score == found.score

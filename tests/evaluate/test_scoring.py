@@ -157,3 +157,23 @@ def test_a_prompt_that_leaves_no_room_for_an_answer(model: Any, tokenizer: Any, 
     with pytest.raises(DataError, match=r"row 1 has 4\d\d of the 512 tokens.*longest reference has 31"):
         score(model, tokenizer, data=data)
     assert score(model, tokenizer, data=data, max_new_tokens=4).n == 1
+
+
+def test_examples_that_training_drops_are_asked_of_nobody_and_counted(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [
+        {"question": "when", "answer": "now"},
+        {"question": "q" * 90, "answer": "x"},
+        {"question": "who", "answer": "me"},
+    ]
+    for name, kept in (("all", rows), ("short", rows[::2])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    settings = {"scorer": "exact", "max_length": 64, "too_long": "drop"}
+    found, wanted = (
+        score(model, tokenizer, data={"eval_path": str(tmp_path / f"{name}.jsonl"), **settings}, max_new_tokens=3)
+        for name in ("all", "short")
+    )
+    assert (found.left_out, wanted.left_out) == (1, 0)
+    assert (found.n, found.loss, found.tokens) == (wanted.n, pytest.approx(wanted.loss, rel=1e-6), wanted.tokens)
+    assert [row["row"] for row in found.samples] == [1, 3]

@@ -83,6 +83,11 @@ def _show(found: Evaluation) -> None:
         console.print(f"Against the base: {found.fixed} answers fixed, {found.broken} broken.")
     if found.why_no_score:
         console.print(f"There is no score: {found.why_no_score}.")
+    if found.left_out:
+        console.print(
+            f"{found.left_out} examples leave no room for an answer within data.max_length and were left out, as in "
+            "training."
+        )
     _show_samples(console, found)
     scorer = f", scored by {found.scorer}" if found.scorer else ""
     console.print(f"{found.target} on {found.source}{scorer}; {found.tokens:,} tokens, {found.seconds:.1f} s.")

@@ -49,6 +49,7 @@ class Exam(Record):
         loss: mean cross-entropy of the labelled tokens, in nats.
         losses: summed cross-entropy of each row, in nats.
         tokens: labelled tokens of each row.
+        left_out: rows that leave no room for an answer within the longest row, and were asked of nobody.
         score: share of right answers; None where answers are not scored.
         interval: 95 % Wilson interval of the score.
         right: 1 or 0 for each row; empty where answers are not scored.
@@ -58,6 +59,7 @@ class Exam(Record):
     loss: float
     losses: list[float]
     tokens: list[int]
+    left_out: int = 0
     score: float | None = None
     interval: Interval | None = None
     right: list[int] = []

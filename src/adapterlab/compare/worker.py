@@ -27,13 +27,14 @@ from filelock import FileLock
 from adapterlab import registry
 from adapterlab.compare import measuring
 from adapterlab.compare.config import CompareConfig
-from adapterlab.compare.exam import Paper, general_loss, set_paper, sit
+from adapterlab.compare.exam import general_loss, recorded
 from adapterlab.compare.halving import halve, spread
 from adapterlab.compare.jobs import LOCK, Job, JobFolder, Progress
 from adapterlab.compare.results import UNTRAINED, Exam, Memory, Run, Search, Trial
 from adapterlab.data import Collator, encode, load_data, placed
 from adapterlab.errors import AdapterlabError, AttachError, ConfigError, OutputError, TrainingError
 from adapterlab.evaluate import window_of
+from adapterlab.evaluate.examination import Paper, set_paper, sit
 from adapterlab.foreign.model import is_encoder_decoder
 from adapterlab.hosts import Host
 from adapterlab.hosts import load as load_adapter
@@ -73,8 +74,8 @@ def untrained(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]
     )
     meter = Meter(next(model.parameters()).device)
     progress.say(now=True, phase="answering")
-    paper = set_paper(config.data, config.evaluation, model, tokenizer)
-    exam = sit(paper, model, tokenizer)
+    paper = _paper(config, model, tokenizer)
+    exam = recorded(paper, sit(paper, model, tokenizer), config.evaluation.samples)
     meter.sample()
     memory = meter.report()
     total = sum(p.numel() for p in model.parameters())
@@ -198,16 +199,20 @@ def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
     model, tokenizer = load_model(
         comparison.model, precision=comparison.precision, device=comparison.device, quantize=comparison.quantize
     )
-    paper = set_paper(comparison.data, comparison.evaluation, model, tokenizer)
+    paper = _paper(comparison, model, tokenizer)
+
+    def examine() -> Exam:
+        return recorded(paper, sit(paper, model, tokenizer), comparison.evaluation.samples)
+
     host = load_adapter(model, trained.adapter, "best")
-    best = sit(paper, model, tokenizer)
+    best = examine()
     general = general_loss(model, tokenizer)
     progress.say(now=True, phase="measuring")
     cost = None
     with contextlib.suppress(AttachError):  # a method that kept no original values cannot be compared with the base
         cost = measuring.inference(host, "best", measuring.sample_batch(model, tokenizer, paper.rows))
     step = _step_flops(host, paper, tokenizer)
-    final = _final(trained, host, best, lambda: sit(paper, model, tokenizer))
+    final = _final(trained, host, best, examine)
     train, held = _curves(output)
     last = [loss for _, loss in train[-_LAST:]]
     mean = trained.tokens / max(1, trained.steps)
@@ -221,6 +226,11 @@ def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
         adapter_bytes=measuring.folder_bytes(trained.adapter), inference=cost,
         step_flops=step and step * mean, flops=step and step * trained.tokens, train_curve=train, eval_curve=held,
     ).model_dump(mode="json")  # fmt: skip
+
+
+def _paper(config: CompareConfig, model: Any, tokenizer: Any) -> Paper:
+    asked = config.evaluation.model_dump(exclude={"samples"})
+    return set_paper(config.data, model, tokenizer, **asked)
 
 
 def _fit(config: TrainConfig, progress: Progress) -> RunResult:

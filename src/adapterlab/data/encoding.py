@@ -70,10 +70,17 @@ class Report:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token rows, each with `input_ids` and `labels` (-100 where nothing is trained), and the report on them."""
+    """Token rows, each with `input_ids` and `labels` (-100 where nothing is trained), and the report on them.
+
+    Attributes:
+        rows: what was kept, in order.
+        report: on the rows.
+        kept: which of the examples each row is made of.
+    """
 
     rows: list[dict[str, Ids]]
     report: Report
+    kept: list[int]
 
 
 @dataclass(frozen=True)
@@ -135,7 +142,8 @@ def encode(
         mask_by=mask_by,
         template=coder.template_name if examples[0].messages is not None else "none",
     )
-    return Encoded(cut, report)
+    place = {id(row): i for i, row in enumerate(rows)}
+    return Encoded(cut, report, [place[id(row)] for row in fitting])
 
 
 def prompt_of(example: Example, tokenizer: Any, cfg: DataConfig, *, seq2seq: bool = False) -> Ids:

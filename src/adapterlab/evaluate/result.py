@@ -53,6 +53,7 @@ class Evaluation(Figures):
     Attributes:
         target: what was evaluated.
         source: where the examples come from.
+        left_out: examples that leave no room for an answer within the longest row, and were not asked.
         scorer: name of the scorer, or None.
         why_no_score: the reason when answers are not scored, else "".
         max_new_tokens: longest answer allowed, in tokens; None when none were generated.
@@ -66,6 +67,7 @@ class Evaluation(Figures):
 
     target: str
     source: str
+    left_out: int = 0
     scorer: str | None
     why_no_score: str = ""
     max_new_tokens: int | None = None

@@ -197,6 +197,9 @@ def _facts(comparison: Comparison) -> list[tuple[str, str]]:
     conditions = comparison.conditions
     facts = [("model", _named(comparison.model)), ("data", _named(comparison.data)), ("judged by", judge)]
     facts += [(key, _text(conditions[key])) for key in ("budget", "evaluation rows", "device") if key in conditions]
+    left_out = max((run.best.left_out for run in comparison.runs if run.best), default=0)
+    if left_out:
+        facts.append(("evaluation rows too long to be asked", str(left_out)))
     return [*facts, ("runs", f"{done} of {len(comparison.runs)} finished"), ("started", _moment(comparison.started))]
 
 

@@ -1,0 +1,258 @@
+"""The one examination: the same rows, loss and answers for whoever asks how good a model is."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from adapterlab.data import (
+    Collator,
+    DataConfig,
+    Example,
+    Scorer,
+    encode,
+    load_data,
+    placed,
+    prompt_of,
+    scorer_for,
+    wilson,
+)
+from adapterlab.engine.attention import fast_attention
+from adapterlab.engine.modes import evaluating
+from adapterlab.errors import ConfigError, DataError
+from adapterlab.evaluate.generation import generate, window_of
+from adapterlab.evaluate.progress import Progress, counter
+from adapterlab.foreign.model import input_device, is_encoder_decoder, plain_class
+
+Row = Mapping[str, Sequence[int]]
+
+_SHORTEST = 64  # tokens an answer may have at least, so that a model that explains itself is not cut off at once
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What every model is asked, the same for all.
+
+    Attributes:
+        examples: evaluation examples.
+        rows: their tokens and labels.
+        prompts: their tokens up to the answer; empty without a scorer.
+        scorer: None where answers are not scored.
+        why: the reason when they are not, else "".
+        max_new_tokens: longest answer; 0 without a scorer.
+        batch_size: examples computed at once.
+        source: where the examples come from.
+        left_out: number of examples that leave no room for an answer within the longest row; nobody is asked those.
+    """
+
+    examples: list[Example]
+    rows: list[dict[str, list[int]]]
+    prompts: list[list[int]]
+    scorer: Scorer | None
+    why: str
+    max_new_tokens: int
+    batch_size: int
+    source: str
+    left_out: int
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What one model made of a paper; without a scorer there are no answers.
+
+    Attributes:
+        losses: summed cross-entropy of each row, in nats.
+        tokens: labelled tokens of each row.
+        answers: of the model.
+        right: whether each is.
+    """
+
+    losses: list[float]
+    tokens: list[int]
+    answers: list[str]
+    right: list[bool]
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy of the labelled tokens of all rows, in nats."""
+        return sum(self.losses) / sum(self.tokens)
+
+    @property
+    def score(self) -> float | None:
+        """Share of right answers; None where they are not scored."""
+        return sum(self.right) / len(self.right) if self.right else None
+
+    @cached_property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % Wilson interval of the score."""
+        return wilson(sum(self.right), len(self.right)) if self.right else None
+
+
+def set_paper(
+    data: DataConfig,
+    model: Any,
+    tokenizer: Any,
+    *,
+    limit: int | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int | None = None,
+) -> Paper:
+    """Prepare the examination of a model.
+
+    Args:
+        data: where the evaluation examples come from, and how answers are scored.
+        model: to be examined.
+        tokenizer: its tokenizer.
+        limit: use the first n examples only.
+        batch_size: examples computed at once.
+        max_new_tokens: longest answer; default: twice the longest reference, and at least 64 tokens.
+
+    Raises:
+        ConfigError: the limit is below 1.
+        DataError: there are no evaluation examples, or none that leaves room for an answer.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be 1 or more; received {limit}. Leave it out to use all examples.")
+    splits = load_data(data)
+    examples = splits.eval[:limit]
+    if not examples:
+        raise DataError(
+            f"There are no evaluation examples in {splits.eval_source}. Set data.eval_path, data.eval_split or a "
+            "data.eval_size above 0."
+        )
+    scorer = scorer_for(data, dataclasses.replace(splits, eval=examples))
+    seq2seq, window = is_encoder_decoder(model), window_of(model, tokenizer)
+    encoded = encode(examples, tokenizer, data, window=window, seq2seq=seq2seq)
+    kept = set(encoded.kept)
+    examples = [example for i, example in enumerate(examples) if i in kept]
+    prompts = [prompt_of(e, tokenizer, data, seq2seq=seq2seq) for e in examples] if scorer else []
+    tokens = _answer_limit(examples, tokenizer, prompts, None if seq2seq else window, max_new_tokens) if scorer else 0
+    why = "" if scorer else _why(data, examples)
+    return Paper(
+        examples, encoded.rows, prompts, scorer, why, tokens, batch_size, splits.eval_source, encoded.report.dropped
+    )
+
+
+def _why(data: DataConfig, examples: Sequence[Example]) -> str:
+    if data.scorer == "none":
+        return "data.scorer is none"
+    if examples[0].messages is None:
+        return "plain text has no prompt to answer"
+    return "the reference answers are long free text, for which only the loss tells"
+
+
+def _answer_limit(
+    examples: Sequence[Example], tokenizer: Any, prompts: Sequence[list[int]], window: int | None, asked: int | None
+) -> int:
+    """Longest answer in tokens: as asked, else room for twice the longest reference."""
+    if asked is not None:
+        return asked
+    texts = [e.messages[-1]["content"] for e in examples if e.messages]
+    needed = max(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]) + 1
+    wanted = max(_SHORTEST, 2 * needed)
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    room = wanted if window is None else window - len(prompts[longest])
+    if room < needed:
+        raise DataError(
+            f"The prompt of evaluation row {examples[longest].row} has {len(prompts[longest])} of the {window} tokens "
+            f"of the model's window, which leaves {max(room, 0)} for an answer; the longest reference has {needed}. "
+            "Shorten or remove the row, or set max_new_tokens lower."
+        )
+    return min(wanted, room)
+
+
+def sit(paper: Paper, model: Any, tokenizer: Any, progress: Progress | None = None, prefix: str = "") -> Sheet:
+    """Let a model take the examination as it stands.
+
+    Args:
+        paper: what is asked.
+        model: with the adapters that are live.
+        tokenizer: its tokenizer.
+        progress: called with what is being done, how many examples are done, and their number.
+        prefix: of what is being done.
+
+    Raises:
+        DataError: no token bears a label.
+    """
+    count = len(paper.examples)
+    losses, tokens = row_losses(
+        model, paper.rows, tokenizer, paper.batch_size, counter(progress, prefix + "loss", count) if progress else None
+    )
+    if not sum(tokens):
+        raise DataError(
+            f"None of the {count} evaluation rows has a token with a label, so there is no loss. "
+            "Check data.train_on and data.max_length."
+        )
+    if paper.scorer is None:
+        return Sheet(losses, tokens, [], [])
+    answers = generate(
+        model,
+        tokenizer,
+        paper.prompts,
+        max_new_tokens=paper.max_new_tokens,
+        batch_size=paper.batch_size,
+        progress=counter(progress, prefix + "answers", count) if progress else None,
+    )
+    right = [paper.scorer(answer, e) >= 1 for answer, e in zip(answers, paper.examples, strict=True)]
+    return Sheet(losses, tokens, answers, right)
+
+
+def row_losses(
+    model: Any,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[list[float], list[int]]:
+    """Compute the summed cross-entropy and the number of labelled tokens of each row.
+
+    Args:
+        model: a language model of transformers, with or without adapters.
+        rows: rows of `adapterlab.data.encode`.
+        tokenizer: for its padding token.
+        batch_size: rows computed at once.
+        progress: called with the number of rows that each batch adds.
+    """
+    seq2seq = is_encoder_decoder(model)
+    collate = Collator(tokenizer.pad_token_id or 0, seq2seq=seq2seq)
+    device = input_device(model)
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))  # little padding
+    losses, tokens = [0.0] * len(rows), [0] * len(rows)
+    with evaluating(model), fast_attention(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = placed(collate([rows[i] for i in chosen]), device)
+            for i, (value, count) in zip(chosen, _sums(model, batch, seq2seq), strict=True):
+                losses[i], tokens[i] = value, count
+            if progress:
+                progress(len(chosen))
+    return losses, tokens
+
+
+def _sums(model: Any, batch: Mapping[str, Tensor], seq2seq: bool) -> list[tuple[float, int]]:
+    labels = batch["labels"]
+    if seq2seq:
+        logits = model(**batch).logits
+    else:
+        labels = labels[:, 1:]
+        given = {key: value for key, value in batch.items() if key != "labels"}
+        if "logits_to_keep" in inspect.signature(plain_class(model).forward).parameters:
+            # The vocabulary is large, and no row needs what follows a prompt's tokens.
+            wanted = (labels != -100).any(0).nonzero().flatten()
+            labels, given = labels[:, wanted], {**given, "logits_to_keep": wanted}
+            logits = model(**given, use_cache=False).logits
+        else:
+            logits = model(**given, use_cache=False).logits[:, :-1]
+    bears = labels != -100
+    each = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
+    # Only positions with a label become float32.
+    each[bears] = F.cross_entropy(logits[bears].float(), labels[bears], reduction="none").double()
+    return list(zip(each.sum(dim=1).tolist(), bears.sum(dim=1).tolist(), strict=True))
