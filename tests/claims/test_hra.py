@@ -58,7 +58,7 @@ def test_an_orthogonal_low_rank_change_is_learned() -> None:
 
 def test_the_claim_fails_when_the_reflections_are_not_chained(monkeypatch: pytest.MonkeyPatch) -> None:
     # Without T the columns are reflected side by side: no longer orthogonal.
-    monkeypatch.setattr(al.HRA.Layer, "factors", lambda self: (self.directions(), 2 * self.directions()))
+    monkeypatch.setattr(al.HRA.Layer, "reflectors", lambda self: (self.directions(), 2 * self.directions()))
     assert not holds()
 
 

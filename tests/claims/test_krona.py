@@ -54,8 +54,8 @@ def test_claim() -> None:
 
 
 def test_claim_fails_when_a_factor_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = KronA.Layer.factors
-    monkeypatch.setattr(KronA.Layer, "factors", lambda self: ((torch.eye(12),), plain(self)[1]))
+    plain = KronA.Layer.sides
+    monkeypatch.setattr(KronA.Layer, "sides", lambda self: ((torch.eye(12),), plain(self)[1]))
     assert not holds()
 
 

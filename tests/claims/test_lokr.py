@@ -55,8 +55,8 @@ def test_claim() -> None:
 
 
 def test_claim_fails_when_the_product_is_taken_the_other_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = LoKr.Layer.factors
-    monkeypatch.setattr(LoKr.Layer, "factors", lambda self: plain(self)[::-1])
+    plain = LoKr.Layer.sides
+    monkeypatch.setattr(LoKr.Layer, "sides", lambda self: plain(self)[::-1])
     assert not holds()
 
 

@@ -47,8 +47,8 @@ def test_claim_mixed_batches_are_exact_and_free_of_matrix_products(tiny, randomi
 
 
 def test_claim_fails_when_rows_get_the_wrong_factors(tiny, randomise, monkeypatch):
-    plain, calls = RoAd.Layer.factors, iter(range(10**6))
-    monkeypatch.setattr(RoAd.Layer, "factors", lambda self: tuple((1 + next(calls) % 3) * f for f in plain(self)))
+    plain, calls = RoAd.Layer.turns, iter(range(10**6))
+    monkeypatch.setattr(RoAd.Layer, "turns", lambda self: tuple((1 + next(calls) % 3) * f for f in plain(self)))
     assert measure(tiny, randomise)[0] > 1e-4
 
 

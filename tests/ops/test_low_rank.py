@@ -12,6 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import adapterlab as al
+from adapterlab.engine import fusion
+from adapterlab.engine.fusion import may_fuse
+from adapterlab.methods.low_rank import dora
 from adapterlab.ops.low_rank import low_rank_linear
 from adapterlab.registry import method as method_of
 from adapterlab.testing.models import packed
@@ -228,6 +231,12 @@ def packed_layer(kind: str, dtype: torch.dtype) -> nn.Sequential:
     return nn.Sequential(made.to("cpu"))
 
 
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute base and adapter one after the other from now on."""
+    for module in (fusion, dora):
+        monkeypatch.setattr(module, "may_fuse", lambda adapter, x: False)
+
+
 def torchao_config() -> Any:
     return pytest.importorskip("torchao.quantization").Int8WeightOnlyConfig()
 
@@ -235,18 +244,20 @@ def torchao_config() -> Any:
 @pytest.mark.parametrize("kind", ["nf4", "torchao"])
 @pytest.mark.parametrize("id", ["lora", "dora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights(kind: str, id: str, dtype: torch.dtype, randomise: Any) -> None:
+def test_packed_weights(
+    kind: str, id: str, dtype: torch.dtype, randomise: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = packed_layer(kind, dtype)
     host = al.attach(model, method(id, r=4, targets=["0"]))
     randomise(host)
     model.train()
     layer: Any = host.adapters("default")["0"]
     x = torch.randn(10, 128, dtype=dtype, requires_grad=True)
-    assert layer.fuses(x)
+    assert may_fuse(layer, x)
     out = torch.randn(10, 64, dtype=dtype)
     fused = model(x)
     found = torch.autograd.grad((fused * out).sum(), (x, *host.parameters("default")))
-    layer.fuses = lambda x: False
+    apart(monkeypatch)
     plain = model(x)
     wanted = torch.autograd.grad((plain * out).sum(), (x, *host.parameters("default")))
     close = 1e-5 if dtype == torch.float32 else 0.03
@@ -272,26 +283,25 @@ def test_an_unpacked_weight_is_not_kept(kind: str, id: str) -> None:
 def test_layers_that_round_their_input_are_left_to_themselves() -> None:
     model = packed_layer("int8", torch.float32)
     host = al.attach(model, al.LoRA(r=4, targets=["0"]))
-    assert not host.adapters("default")["0"].fuses(torch.randn(3, 128))
+    assert not may_fuse(host.adapters("default")["0"], torch.randn(3, 128))
     dynamic = nn.Sequential(nn.Linear(128, 64))
     ao = pytest.importorskip("torchao.quantization")
     ao.quantize_(dynamic, ao.Int8DynamicActivationInt8WeightConfig())
     host = al.attach(dynamic, al.LoRA(r=4, targets=["0"]))
-    assert not host.adapters("default")["0"].fuses(torch.randn(3, 128))
+    assert not may_fuse(host.adapters("default")["0"], torch.randn(3, 128))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "bert-classes"])
 @pytest.mark.parametrize("lora_bias", [False, True])
 def test_fused_and_unfused_layers_agree(
-    family: str, lora_bias: bool, tiny: Any, batch_for: Any, randomise: Any
+    family: str, lora_bias: bool, tiny: Any, batch_for: Any, randomise: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny(family)
     host = al.attach(model, al.LoRA(r=4, lora_bias=lora_bias))
     randomise(host, size=0.1)
     fused = model(**batch_for(model)).loss
     grads = torch.autograd.grad(fused, host.parameters("default"))
-    for adapter in host.adapters("default").values():
-        adapter.fuses = lambda x: False  # type: ignore[method-assign]
+    apart(monkeypatch)
     unfused = model(**batch_for(model)).loss
     assert torch.allclose(fused, unfused, atol=1e-6)
     others = torch.autograd.grad(unfused, host.parameters("default"))
@@ -310,15 +320,14 @@ def test_autocast_is_left_to_torch(tiny: Any, batch_for: Any, randomise: Any) ->
     assert {p.grad.dtype for p in host.parameters("default")} == {torch.float32}
 
 
-def test_a_trained_base_bias_gets_its_gradient(tiny: Any, batch_for: Any) -> None:
+def test_a_trained_base_bias_gets_its_gradient(tiny: Any, batch_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("qwen2")
     host = al.attach(model, al.LoRA(r=4, targets=["q"], bias="lora_only"))
     model(**batch_for(model)).loss.backward()
     biases = {k: p for k, p in host.named_parameters("default").items() if k.startswith("base.")}
     assert len(biases) == 2
     found = [p.grad for p in biases.values()]
-    for adapter in host.adapters("default").values():
-        adapter.fuses = lambda x: False  # type: ignore[method-assign]
+    apart(monkeypatch)
     wanted = torch.autograd.grad(model(**batch_for(model)).loss, list(biases.values()))
     assert all(g.abs().max() > 0 and torch.allclose(f, g, atol=1e-6) for f, g in zip(found, wanted, strict=True))
 
@@ -336,7 +345,7 @@ def test_one_graph(id: str, fields: dict[str, Any], randomise: Any) -> None:
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         torch.manual_seed(4)
         results.append(torch.autograd.grad(run(x).square().sum(), host.parameters("default")))
-    assert all(torch.allclose(g, h, atol=1e-5) for g, h in zip(*results, strict=True))
+    assert all((g - h).abs().max() <= 1e-5 * g.abs().max() for g, h in zip(*results, strict=True))
 
 
 class Products(TorchDispatchMode):

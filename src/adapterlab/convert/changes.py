@@ -233,14 +233,12 @@ def _factors(parts: list[Adapter], delta: Tensor) -> Factors | None:
     return None
 
 
-def _made(part: Any) -> tuple[Any, ...]:
+def _made(part: Delta) -> tuple[Tensor, ...]:
     """The tensors that an adapter says it makes its update of, when these are not its parameters."""
-    if not hasattr(part, "factors"):
-        return ()
     mode = part.training
-    made: tuple[Any, ...] = tuple(part.eval().factors())
+    made = part.eval().factors()
     part.train(mode)
-    return made
+    return made or ()
 
 
 def _stored_eps(weight: Tensor) -> float:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adapterlab.core.site import Site
 
@@ -74,10 +75,6 @@ class Adapter(nn.Module):
         """
         self.__dict__[key] = module
 
-    def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """Return (A `[r, in]`, B `[out, r]`) if the adapter adds exactly x Aᵀ Bᵀ in evaluation, else None."""
-        return None
-
     def slow_because(self) -> str:
         """Return why training does not compute the adapter in one node with the module's own product, or ""."""
         return f"{'adds to' if self.additive else 'works on'} what the base returns"
@@ -112,21 +109,72 @@ class Adapter(nn.Module):
 
 
 class Delta(Adapter):
-    """An adapter that adds a matrix to the weight: y = run(x) + op(x, ΔW)."""
+    """An adapter that adds a matrix to the weight: y = run(x) + op(x, ΔW).
+
+    A subclass gives `factors`, or `delta` for an update of another form; `forward` is overridden for a cheaper one.
+
+    Attributes:
+        scale: the factor s of an update s · B A.
+        p: dropout on the input of an update with factors, in training.
+        fused: an update with factors may be computed in one node with the module's own product; None: if the class has
+            no `forward` and no `added` of its own, which would not be called then.
+        is_its_factors: what follows from that and from having no `around` of its own.
+        casts: `forward` gets x in the adapter's own dtype; otherwise as it came, and casts what is smaller.
+    """
 
     additive: ClassVar[bool] = True
+    fused: ClassVar[bool | None] = None
+    is_its_factors: bool = True
+    casts: ClassVar[bool] = True
+    scale: float = 1.0
+    p: float = 0.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = cls.forward is not Delta.forward or cls.added is not Delta.added
+        cls.is_its_factors = cls.around is Delta.around and (not own if cls.fused is None else cls.fused)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return (A `[r, in]`, B `[out, r]`) with ΔW = s · B A, or None for an update of another form."""
+        return None
+
+    @property
+    def added_bias(self) -> Tensor | None:
+        """What is added to the output beside the update `[out]`, or None."""
+        return None
 
     def delta(self) -> Tensor:
         """The update ΔW `[out, in]`."""
-        raise NotImplementedError
+        found = self.factors()
+        if found is None:
+            raise NotImplementedError(f"{type(self).__qualname__} gives neither factors nor a delta")
+        return self.scale * (found[1] @ found[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """The update's share of the output; override it with a cheaper factored form."""
-        return self.site.op(x, self.delta())
+        """The update's share of the output; override it with a cheaper form."""
+        return self.product(F.dropout(x, self.p) if self.training and self.p else x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The same without dropout, in the dtype of x (of the adapter for token ids)."""
+        dtype = x.dtype if x.is_floating_point() else self.dtype
+        found = self.factors()
+        if found is None:
+            return self.site.op(x, self.delta().to(dtype))
+        a, b = found[0].to(dtype), (self.scale * found[1]).to(dtype)
+        if self.site.grouped:
+            return self.site.op(x, b @ a)
+        return self.site.mix(self.site.op(x, a), b, None if self.added_bias is None else self.added_bias.to(dtype))
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """Return (A, s · B) if the adapter adds exactly x Aᵀ (s B)ᵀ in evaluation, else None."""
+        found = self.factors() if self.additive and self.added_bias is None else None
+        if found is None or self.site.grouped or self.site.kind != "linear":
+            return None
+        return found[0], self.scale * found[1]
 
     def added(self, x: Tensor) -> Tensor:
-        """What is added for an input as the module received it; computed in the adapter's own dtype."""
-        share: Tensor = self(x.to(self.dtype) if x.is_floating_point() else x)
+        """What is added for an input as the module received it."""
+        share: Tensor = self(x.to(self.dtype) if self.casts and x.is_floating_point() else x)
         return share
 
     def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -135,8 +183,11 @@ class Delta(Adapter):
         return y + self.added(x).to(y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """W + ΔW, with the bias as it was."""
-        return weight + self.delta().to(weight.dtype), bias
+        """W + ΔW; what is added beside it joins the bias."""
+        shift = None if self.added_bias is None else self.added_bias.to(weight.dtype)
+        if shift is not None and bias is not None:
+            shift = bias + shift
+        return weight + self.delta().to(weight.dtype), bias if shift is None else shift
 
 
 class Copy(Adapter):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from adapterlab.core.adapter import Adapter, Delta
+from adapterlab.core.adapter import Delta
 from adapterlab.core.site import Site
 from adapterlab.engine.wrapping import put, take
 from adapterlab.errors import AttachError, nearest
@@ -113,7 +113,7 @@ _NEXT = "Use host.rows, which mixes any row-wise adapters."
 def _factored(adapter: Any, path: str) -> tuple[Tensor, Tensor] | None:
     if adapter is None:
         return None
-    found = adapter.low_rank() if isinstance(adapter, Adapter) else None
+    found = adapter.low_rank() if isinstance(adapter, Delta) else None
     if found is None:
         raise AttachError(f"The {type(adapter).__qualname__} at {path} is not a plain low-rank update. {_NEXT}")
     return found  # type: ignore[no-any-return]

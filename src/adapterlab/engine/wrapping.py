@@ -15,21 +15,11 @@ from torch import nn
 
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.state import State
+from adapterlab.engine.fusion import Base, computed
 from adapterlab.engine.mixed_batch import mixed
 from adapterlab.foreign.model import ADAPTERS, PLAIN, plain_class
 
 STATE = "_adapterlab_state"
-
-
-class Base:
-    """The module's own computation, the innermost `run`. An adapter that sees it may fuse its product with it."""
-
-    def __init__(self, forward: Callable[..., Any], module: nn.Module):
-        self.forward = forward
-        self.module = module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(self.module, *args, **kwargs)
 
 
 def dispatch(module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -51,18 +41,18 @@ def through(place: str, module: nn.Module, run: Callable[..., Any], *args: Any, 
 
 
 def _around(adapter: Any) -> Callable[..., Any]:
-    """Return the adapter's `around`, with its tensors fetched first when accelerate keeps them elsewhere.
+    """Return how an adapter is computed, with its tensors fetched first when accelerate keeps them elsewhere.
 
     accelerate's hook stands around `forward`, which `around` does not go through.
     """
     hook = adapter.__dict__.get("_hf_hook")
     if hook is None:
-        return adapter.around
+        return functools.partial(computed, adapter)
 
     def fetched(*args: Any, **kwargs: Any) -> Any:
         hook.pre_forward(adapter)
         try:
-            return adapter.around(*args, **kwargs)
+            return computed(adapter, *args, **kwargs)
         finally:
             hook.post_forward(adapter, None)
 

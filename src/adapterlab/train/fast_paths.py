@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterlab.data.batching import PackingCollator
 from adapterlab.engine.attention import uses_interface
+from adapterlab.engine.fusion import why_apart
 from adapterlab.engine.wrapping import adapters_of
 from adapterlab.foreign.model import base_modules, is_encoder_decoder, plain_class
 from adapterlab.foreign.private_transformers import attention_implementation
@@ -67,7 +68,7 @@ def _fused(host: Host, name: str, *, autocast: bool) -> FastPath:
                 continue
             live = [n for n in adapters_of(host.model.get_submodule(path)) if n in host.state.active]
             before = live[: live.index(key)] if key in live else []
-            reason = f"{before[-1]!r} stands between" if before else adapter.slow_because()
+            reason = f"{before[-1]!r} stands between" if before else why_apart(adapter)
             reasons[reason or ("autocast changes dtypes" if autocast else "")] += 1
     fused, total = reasons.pop("", 0), reasons.total()
     if not fused + total:

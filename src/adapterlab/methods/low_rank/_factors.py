@@ -130,8 +130,3 @@ class Factors(Delta):
     def factors(self) -> tuple[Tensor, Tensor]:
         """The A and B that every product uses; variants make others of their tensors."""
         return self.A, self.B
-
-    def delta(self) -> Tensor:
-        """ΔW = s · B A `[out, in]`."""
-        a, b = self.factors()
-        return self.scale * (b @ a)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from adapterlab.core.codec import HFCodec
 from adapterlab.core.site import Site
-from adapterlab.engine.wrapping import Base
+from adapterlab.engine.fusion import Base, may_fuse
 from adapterlab.methods.low_rank import _peft_forms as _lora_forms
 from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.methods.structured._convolutions import along_channels
@@ -137,7 +137,9 @@ class DoRA(LoRA):
 
         def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Rescale the base's product and the update's, the bias left out."""
-            if isinstance(run, Base) and self.fuses(x):
+            # Dropout makes W x̃ a second product with the base.
+            alone = not (self.training and self.p) and self.site.unmerged is self.site
+            if isinstance(run, Base) and alone and may_fuse(self, x):
                 weight, *again = self.site.frozen_weight(x.dtype)
                 gain = self.m / self.norms(weight)
                 return magnitude_linear(x, weight, self.site.bias, self.A, self.B, self.scale, gain, *again)
@@ -159,10 +161,6 @@ class DoRA(LoRA):
             if self.p or self.site.unmerged is not self.site:
                 return "dropout" if self.p else "another adapter is merged"
             return self.site.why_apart()
-
-        def fuses(self, x: Tensor) -> bool:
-            """As LoRA, without dropout: W x̃ is a second product with the base; and where nothing has been merged."""
-            return not (self.training and self.p) and self.site.unmerged is self.site and super().fuses(x)
 
         def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
             """Diag(m/c) (W + s B A); the base's own bias is not rescaled."""

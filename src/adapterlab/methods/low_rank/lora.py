@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Iterable
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.nn import functional as F
 
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
 from adapterlab.core.patterns import Pattern, check_patterns, look_up
 from adapterlab.core.site import Site
-from adapterlab.engine.wrapping import Base
 from adapterlab.errors import AttachError, TargetError
 from adapterlab.methods.low_rank import _expert_factors
 from adapterlab.methods.low_rank import _peft_forms as _lora_forms
 from adapterlab.methods.low_rank._factors import Factors, LowRank
 from adapterlab.methods.low_rank._starts import Place, Start
-from adapterlab.ops.low_rank import autocasts, low_rank_linear
 from adapterlab.registry import register
 
 
@@ -162,6 +159,8 @@ class LoRA(LowRank):
     class Layer(Factors):
         """The two factors at one module."""
 
+        casts: ClassVar[bool] = False
+
         def __init__(self, method: LoRA, site: Site):
             super().__init__(method, site)
             embedding = site.kind == "embedding"
@@ -172,62 +171,10 @@ class LoRA(LowRank):
                     f"lora_bias does not work with the groups of {site.path}: exclude it, or leave it off."
                 )
 
-        def forward(self, x: Tensor) -> Tensor:
-            """S · (B A drop(x) + bias) in the dtype of x (of the factors for token ids)."""
-            return self.product(F.dropout(x, self.p) if self.training and self.p else x)
-
-        def product(self, x: Tensor) -> Tensor:
-            """S · (B A x + bias), without dropout."""
-            dtype = x.dtype if x.is_floating_point() else self.dtype
-            a, b = (factor.to(dtype) for factor in self.factors())
-            if self.site.grouped:
-                return self.scale * self.site.op(x, b @ a)
-            bias = None if self.bias is None else self.bias.to(dtype)
-            return self.scale * self.site.mix(self.site.op(x, a), b, bias)
-
-        def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            """Fuse with the base product when nothing stands between, else add to what `run` returns."""
-            if not (isinstance(run, Base) and self.fuses(x)):
-                return super().around(run, x, *args, **kwargs)
-            weight, *again = self.site.frozen_weight(x.dtype)
-            p = self.p if self.training else 0.0
-            return low_rank_linear(x, weight, self._shift(), *self.factors(), self.scale, p, *again)
-
-        def _shift(self) -> Tensor | None:
-            """The base's bias and that of B."""
-            own = self.site.bias
-            if self.bias is None:
-                return own
-            return self.scale * self.bias if own is None else own + self.scale * self.bias
-
-        def low_rank(self) -> tuple[Tensor, Tensor] | None:
-            """A and s · B, where the update is nothing else."""
-            if not self.additive or self.bias is not None or self.site.grouped or self.site.kind != "linear":
-                return None
-            a, b = self.factors()
-            return a, self.scale * b
-
-        def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-            """W + ΔW; the bias of B joins the base's."""
-            weight, bias = super().merged(weight, bias)
-            if self.bias is None:
-                return weight, bias
-            shift = self.scale * self.bias.to(weight.dtype)
-            return weight, shift if bias is None else bias + shift
-
-        def added(self, x: Tensor) -> Tensor:
-            """The factors follow the dtype of x, which is therefore not copied."""
-            share: Tensor = self(x)
-            return share
-
-        def slow_because(self) -> str:
-            """What keeps base and update from being one node in training."""
-            own = type(self).around is not LoRA.Layer.around or type(self).fuses is not LoRA.Layer.fuses
-            return super().slow_because() if own else self.site.why_apart()
-
-        def fuses(self, x: Tensor) -> bool:
-            """Whether base and update can be one node: a linear layer whose frozen weight is at hand or unpacks."""
-            return self.site.at_hand(x.dtype) and not autocasts(x)
+        @property
+        def added_bias(self) -> Tensor | None:
+            """S · bias, if B has one."""
+            return None if self.bias is None else self.scale * self.bias
 
 
 class Blocks(LoRA.Layer):

@@ -102,7 +102,7 @@ class HRA(LayerMethod):
             unit = F.normalize(self.u, dim=0)
             return (torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device) - unit.T @ unit).square().sum()
 
-        def factors(self) -> tuple[Tensor, Tensor]:
+        def reflectors(self) -> tuple[Tensor, Tensor]:
             """U and U T `[in, r]` with H₁ ⋯ H_r = I − U T Uᵀ."""
             unit = self.directions()
             if self.gram_schmidt:
@@ -113,6 +113,6 @@ class HRA(LayerMethod):
 
         def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Reflect the input."""
-            unit, mixed = (factor.to(x.dtype) for factor in self.factors())
+            unit, mixed = (factor.to(x.dtype) for factor in self.reflectors())
             y: Tensor = run(x - F.linear(F.linear(x, unit.T), mixed).to(x.dtype), *args, **kwargs)
             return y

@@ -104,7 +104,7 @@ class RoAd(LayerMethod):
             self.theta, self.alpha = site.parameter(count), site.parameter(count)
             nn.init.ones_(self.alpha)
 
-        def factors(self) -> tuple[Tensor, Tensor]:
+        def turns(self) -> tuple[Tensor, Tensor]:
             """The factors c and t, each `[groups, 2, size / 2]`."""
             # The stored order is group after group: (1 or) 2 halves of c, then for `road_4` those of t.
             shape = (-1, {"road_1": 1, "road_2": 2, "road_4": 4}[self.variant], self.size // 2)
@@ -115,7 +115,7 @@ class RoAd(LayerMethod):
         def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Rotate and scale what `run` returns."""
             y: Tensor = run(x, *args, **kwargs)
-            c, t = self.factors()
+            c, t = self.turns()
             half = self.size // 2
             scaled = (c - 1).expand(-1, 2, half).flatten()  # near 1, half precision would lose what was learned
             swapped = torch.cat([-t[:, :1], t[:, -1:]], 1).flatten()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -77,28 +78,23 @@ class KroneckerLayer(Delta):
         scale: s.
     """
 
-    scale: float
+    casts: ClassVar[bool] = False
 
-    def factors(self) -> tuple[Factor, Factor]:
+    def sides(self) -> tuple[Factor, Factor]:
         """The matrices whose products are L and R."""
         raise NotImplementedError
 
     def delta(self) -> Tensor:
         """ΔW = s · L ⊗ R `[out, in]`."""
-        left, right = (functools.reduce(torch.matmul, factor) for factor in self.factors())
+        left, right = (functools.reduce(torch.matmul, factor) for factor in self.sides())
         return self.scale * torch.kron(left, right)
 
     def forward(self, x: Tensor) -> Tensor:
         """The update's share of the output, in the dtype of x (of the factors for token ids)."""
         if not x.is_floating_point():
-            return self.scale * kronecker_columns(x, *self.factors()) * self.site.gain
-        left, right = ([matrix.to(x.dtype) for matrix in factor] for factor in self.factors())
+            return self.scale * kronecker_columns(x, *self.sides()) * self.site.gain
+        left, right = ([matrix.to(x.dtype) for matrix in factor] for factor in self.sides())
         return self.scale * kronecker_linear(x, left, right)
-
-    def added(self, x: Tensor) -> Tensor:
-        """The factors follow the dtype of x, which is therefore not copied."""
-        share: Tensor = self(x)
-        return share
 
 
 def _columns(ids: Tensor, factor: Factor) -> Tensor:

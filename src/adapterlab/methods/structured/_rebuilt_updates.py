@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ class Rebuilt(Delta):
     Kept by autograd, the matrices of all layers, and what they are made of, would take more memory than the model.
     Subclasses define `delta`, and `sources` if it is made of more than the adapter's own parameters.
     """
+
+    casts: ClassVar[bool] = False
 
     def sources(self) -> list[Tensor]:
         """The trained tensors that ΔW is made of."""
@@ -37,11 +39,6 @@ class Rebuilt(Delta):
             return made
         y: Tensor = checkpoint(self.product, x, use_reentrant=False, preserve_rng_state=False)
         return y
-
-    def added(self, x: Tensor) -> Tensor:
-        """The matrix follows the dtype of x, which is therefore not copied."""
-        share: Tensor = self(x)
-        return share
 
 
 class _Product(torch.autograd.Function):

@@ -111,7 +111,7 @@ class KronA(LayerMethod):
             self.A, self.B = (site.parameter(*size) for size in method.sizes(*site.shape))
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
-        def factors(self) -> tuple[Factor, Factor]:
+        def sides(self) -> tuple[Factor, Factor]:
             """A and B."""
             return (self.A,), (self.B,)
 

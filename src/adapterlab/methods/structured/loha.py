@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
+from adapterlab.core.adapter import Delta
 from adapterlab.core.codec import HFCodec
 from adapterlab.core.site import Site
-from adapterlab.engine.wrapping import Base
 from adapterlab.methods.structured._convolutions import tucker
 from adapterlab.methods.structured._lycoris import FIELDS, Lycoris, LycorisLayer, inward, outward
 from adapterlab.methods.structured._rebuilt_updates import Rebuilt
-from adapterlab.ops.low_rank import autocasts, low_rank_linear
 from adapterlab.registry import register
 
 
@@ -68,6 +66,8 @@ class LoHa(Lycoris):
     class Layer(LycorisLayer, Rebuilt):
         """The four factors of one module, and perhaps the two cores."""
 
+        fused: ClassVar[bool | None] = True  # `forward` and the dropout of `added` act where there are no factors
+
         def __init__(self, method: LoHa, site: Site):
             super().__init__(method, site, rescales=True)
             out, in_ = site.shape
@@ -99,32 +99,17 @@ class LoHa(Lycoris):
             out, in_ = self.site.shape
             return self.site.kind == "linear" and self.w1_a.shape[1] ** 2 * (out + in_) < out * in_
 
-        def factors(self) -> tuple[Tensor, Tensor]:
+        def factors(self) -> tuple[Tensor, Tensor] | None:
             """A `[r², in]` and B `[out, r²]` with s B A = ΔW: row and column i j are products of the i-th and j-th.
 
-            Of (Σ_i a_i b_iᵀ) ⊙ (Σ_j c_j d_jᵀ) = Σ_ij (a_i ⊙ c_j) (b_i ⊙ d_j)ᵀ.
+            Of (Σ_i a_i b_iᵀ) ⊙ (Σ_j c_j d_jᵀ) = Σ_ij (a_i ⊙ c_j) (b_i ⊙ d_j)ᵀ. None where that costs more than ΔW, or
+            where rows of it are dropped.
             """
+            if not self.thin or (self.training and (self.rank_dropout or self.module_dropout)):
+                return None
             a = (self.w1_b[:, None] * self.w2_b).flatten(0, 1)
             return a, (self.w1_a[:, :, None] * self.w2_a[:, None]).flatten(1)
 
         def forward(self, x: Tensor) -> Tensor:
-            """The update's share of the output, in the dtype of x."""
-            if not self.thin:
-                return super().forward(x)
-            a, b = self.factors()
-            return (x @ a.to(x.dtype).T) @ (self.scale * b).to(x.dtype).T
-
-        def slow_because(self) -> str:
-            """What keeps base and update from being one node in training."""
-            if self.rank_dropout or self.module_dropout:
-                return "dropout"
-            return self.site.why_apart() if self.thin else super().slow_because()
-
-        def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            """Fuse with the base product when nothing stands between, else add to what `run` returns."""
-            drops = self.training and (self.rank_dropout or self.module_dropout)
-            fuses = isinstance(run, Base) and self.thin and not drops
-            if not (fuses and self.site.at_hand(x.dtype) and not autocasts(x)):
-                return super().around(run, x, *args, **kwargs)
-            weight, *again = self.site.frozen_weight(x.dtype)
-            return low_rank_linear(x, weight, self.site.bias, *self.factors(), self.scale, 0.0, *again)
+            """The update's share of the output, in the dtype of x: by thin factors, or without keeping ΔW."""
+            return Delta.product(self, x) if self.thin else super().forward(x)

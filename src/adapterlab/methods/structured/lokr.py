@@ -112,7 +112,7 @@ class LoKr(Lycoris):
                 nn.init.kaiming_uniform_(self.get_parameter(key), a=math.sqrt(5))
             return tuple(made)
 
-        def factors(self) -> tuple[Factor, Factor]:
+        def sides(self) -> tuple[Factor, Factor]:
             """The matrices whose products are w1 and w2."""
             first, second = ([self.get_parameter(name) for name in names] for names in self.names)
             return first, [tucker(*second)] if len(second) == 3 else [matrix.flatten(1) for matrix in second]

@@ -140,6 +140,8 @@ class VBLoRA(LayerMethod):
 
         bank: _Bank
 
+        casts: ClassVar[bool] = False
+
         def __init__(self, method: VBLoRA, site: Site):
             super().__init__(site)
             (out, in_), b, h = site.shape, method.vector_length, method.num_vectors
@@ -158,22 +160,6 @@ class VBLoRA(LayerMethod):
         def factors(self) -> tuple[Tensor, Tensor]:
             """A `[r, in]` and B `[out, r]`."""
             return self.mixes(self.logits_A).flatten(1), self.mixes(self.logits_B).transpose(1, 2).flatten(0, 1)
-
-        def delta(self) -> Tensor:
-            """ΔW = B A `[out, in]`."""
-            a, b = self.factors()
-            return b @ a
-
-        def forward(self, x: Tensor) -> Tensor:
-            """B A drop(x) in the dtype of x."""
-            a, b = self.factors()
-            x = F.dropout(x, self.p, self.training)
-            return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
-
-        def added(self, x: Tensor) -> Tensor:
-            """The factors follow the dtype of x, which is therefore not copied."""
-            share: Tensor = self(x)
-            return share
 
 
 class _Bank(nn.Module):

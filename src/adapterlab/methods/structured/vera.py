@@ -67,8 +67,6 @@ class VeRA(RandomBases):
     class Layer(SlicedDelta):
         """The two vectors at one module."""
 
-        scale = 1.0
-
         def __init__(self, method: VeRA, site: Site):
             super().__init__(method, site)
             self.b, self.d = site.parameter(site.shape[0]), site.parameter(method.r)
@@ -83,11 +81,6 @@ class VeRA(RandomBases):
             """The factors of an ordinary LoRA that does the same, with scale one."""
             a, b = self.slices()
             return self.d[:, None] * a, self.b[:, None] * b
-
-        def delta(self) -> Tensor:
-            """ΔW = diag(λ_b) B diag(λ_d) A `[out, in]`."""
-            a, b = self.factors()
-            return b @ a
 
         def forward(self, x: Tensor) -> Tensor:
             """λ_b ⊙ B (λ_d ⊙ A x) in the dtype of x."""
