@@ -1,24 +1,30 @@
-"""Write what is generated: the tables in the README, a page for each method, the CLI reference.
+"""Write what is generated: tables in README and docs, a page for each method, the CLI reference, the support matrix.
 
-Methods come from the registry, benchmarks from their results.
+Methods come from the registry, benchmarks from their results. What a new method supports is measured by running it,
+which takes about a minute; rows of methods that are gone are dropped.
 
-`python scripts/generate.py` writes; `--check` fails when a file is not what would be written.
+`python scripts/generate.py` writes; `--check` measures nothing and fails when a file is not what would be written.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import typer.main
 
 from adapterlab.cli import build
+from adapterlab.io.atomic import json_text, write_text
 from adapterlab.registry import ids, method
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
+
+import support_matrix  # noqa: E402  (a script beside this one)
 
 
 def table() -> str:
@@ -66,7 +72,12 @@ def cli_reference() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def files() -> dict[Path, str]:
+def files(support: dict[str, Any]) -> dict[Path, str]:
+    """What every generated file should hold.
+
+    Args:
+        support: the data of the support matrix, without gaps.
+    """
     from _bench import between, fill
 
     out, tables = {}, {"methods": table(), "costs": costs()}
@@ -77,23 +88,42 @@ def files() -> dict[Path, str]:
         out[file] = fill(text)
     out |= {ROOT / "docs" / "methods" / f"{id}.md": page(id) for id in ids()}
     out[ROOT / "docs" / "cli.md"] = cli_reference()
+    out |= {support_matrix.STORED: json_text(support), support_matrix.PAGE: support_matrix.render(support)}
     return out
+
+
+def supported(check: bool) -> dict[str, Any]:
+    """The data of the support matrix; what is missing is measured, or with `check` an error.
+
+    Raises:
+        SystemExit: results are missing, and nothing may be measured.
+    """
+    data = support_matrix.tidied(support_matrix.load())
+    missing = support_matrix.lacking(data)
+    if missing and check:
+        raise SystemExit(f"not measured, run `make docs`:\n  {support_matrix.STORED.name}: {', '.join(missing)}")
+    if missing:
+        logging.disable(logging.WARNING)
+        data = support_matrix.extend(data, missing)
+    return data
 
 
 def main() -> None:
     check = "--check" in sys.argv[1:]
-    wanted = files()
+    support = supported(check)
+    wanted = files(support)
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     stale += [p for p in (ROOT / "docs" / "methods").glob("*.md") if p not in wanted]
     if check and stale:
         raise SystemExit("not up to date, run `make docs`:\n  " + "\n  ".join(str(p.relative_to(ROOT)) for p in stale))
     for path in stale:
         if path in wanted:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(wanted[path], encoding="utf-8")
+            write_text(path, wanted[path])
         else:
             path.unlink()
     print(f"{len(wanted)} generated files, {len(stale)} written")
+    if failed := support_matrix.failures(support):
+        raise SystemExit("failed, mend it and run scripts/support_matrix.py --failed:\n  " + "\n  ".join(failed))
 
 
 if __name__ == "__main__":
