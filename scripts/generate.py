@@ -19,6 +19,7 @@ import typer.main
 
 from adapterlab.cli import build
 from adapterlab.io.atomic import json_text, write_text
+from adapterlab.io.hf_peft import find_method
 from adapterlab.registry import ids, method
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +55,33 @@ def costs() -> str:
     return "\n".join(rows)
 
 
+def exchange(support: dict[str, Any]) -> str:
+    """Which type of HF PEFT's holds a method, and on which modules files were exchanged; alike methods in one row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for id in ids():
+        codec = method(id).hf
+        if codec is None:
+            continue
+        options = ", ".join(f"`{name}: {str(value).lower()}`" for name, value in codec.when.items())
+        cells = support["methods"][id]["peft"]
+        exchanged, ours = (
+            ", ".join(where.replace(support_matrix.PLACE, "where it attaches") for where in _where(cells, status))
+            or "–"
+            for status in ("passed", "not applicable")
+        )
+        reader = find_method({"peft_type": codec.peft_type, **codec.when}).id
+        holds = f"`{codec.peft_type}`" + (f" with {options}" if options else "")
+        rows.setdefault((holds, exchanged, ours, f"`{reader}`"), []).append(f"`{id}`")
+    head = ["here", "PEFT", "exchanged on", "in our own form on", "PEFT's files are read as"]
+    order = sorted(rows, key=lambda row: (row[0], -len(rows[row])))
+    lines = [head, ["---"] * len(head), *([", ".join(rows[row]), *row] for row in order)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _where(cells: dict[str, dict[str, str]], status: str) -> list[str]:
+    return [where for where, cell in cells.items() if cell["status"] == status]
+
+
 def cli_reference() -> str:
     root = typer.main.get_command(build())
     lines = ["# Command line", "", "Generated from the verbs' own help texts.", ""]
@@ -80,7 +108,7 @@ def files(support: dict[str, Any]) -> dict[Path, str]:
     """
     from _bench import between, fill
 
-    out, tables = {}, {"methods": table(), "costs": costs()}
+    out, tables = {}, {"methods": table(), "costs": costs(), "exchange": exchange(support)}
     for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         text = file.read_text(encoding="utf-8")
         for name, content in tables.items():

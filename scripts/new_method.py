@@ -82,7 +82,7 @@ class CLASS(LayerMethod):
             return (self.gain() * y.to(self.dtype)).to(y.dtype)
 '''
 
-CLAIM = '''"""TODO: the claim of the paper, in one line. Here: gains that were lost are found again, as the formula has them."""
+CLAIM = '''"""TODO: the claim of the paper, in one line. Here: gains that were lost are found again."""
 
 from __future__ import annotations
 

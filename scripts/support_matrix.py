@@ -13,13 +13,14 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
 
 from adapterlab import registry
-from adapterlab.core.method import Method
+from adapterlab.core.method import LayerMethod, Method
 from adapterlab.io.atomic import write_json, write_text
 from adapterlab.testing import CHECKS, FAMILIES, Case, checks_for, outcome
 
@@ -30,8 +31,35 @@ GRIDS = {
     "smoke": ("Models and precisions", "The method starts, trains, is saved, loaded and removed on a tiny model"),
     "merge": ("Merging", "Merged into the weights (packed ones are unpacked) it answers as before, and restores"),
 }
+# Kinds of modules that adapters are exchanged on with HF PEFT: a tiny model and targets in it.
+EXCHANGED = {
+    "linear": ("llama", ("q", "v", "down")),
+    "`Conv1D`": ("gpt2", ("qkv", "down")),
+    "embedding": ("qwen2", ("embed",)),
+    "convolution": ("vit", ("projection",)),
+}
+PLACE = "its own"  # of a method that is no adapter for each module
 WORDS = {"passed": "yes", "not applicable": "–", "refused": "no", "failed": "**fails**"}
 Cell = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Targeted(Case):
+    """A method at chosen modules of a tiny model."""
+
+    targets: tuple[str, ...] = ()
+
+    def make(self, model: Any) -> Method:
+        return self.method(**{**self.method.example(model), "targets": self.targets})
+
+
+def exchanges(method: type[Method]) -> dict[str, Case]:
+    """Where to try the exchange with HF PEFT: at each kind of module, or where the method attaches by itself."""
+    if method.hf is None:
+        return {}
+    if not issubclass(method, LayerMethod):
+        return {PLACE: Case(method)}
+    return {kind: Targeted(method, family, targets=targets) for kind, (family, targets) in EXCHANGED.items()}
 
 
 def plan(method: type[Method]) -> Iterator[tuple[tuple[str, ...], str, Case]]:
@@ -43,6 +71,8 @@ def plan(method: type[Method]) -> Iterator[tuple[tuple[str, ...], str, Case]]:
         for family in FAMILIES:
             for precision in PRECISIONS:
                 yield (name, family, precision), name, Case(method, family, precision)
+    for kind, case in exchanges(method).items():
+        yield ("peft", kind), "peft", case
 
 
 def measure(method: type[Method], label: str, known: dict[str, Any]) -> dict[str, Any]:

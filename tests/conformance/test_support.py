@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ def script() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass looks itself up there
     spec.loader.exec_module(module)
     return module
 
@@ -60,17 +62,22 @@ def test_what_has_no_result_is_measured_and_the_rest_is_kept(
     del fewer["methods"]["hra"]
     del fewer["methods"]["vera"]["features"]["start"]
     del fewer["methods"]["bitfit"]["merge"]["gpt2"]["nf4"]
+    del fewer["methods"]["vera"]["peft"]["linear"]
     assert script.lacking(fewer) == ["bitfit", "hra", "vera"]
     ran = []
 
     def outcome(check: Any, case: Any) -> Outcome:
-        ran.append((check.name, case.method.id, case.family, case.precision))
+        ran.append((check.name, case.method.id, case.family, case.precision, getattr(case, "targets", None)))
         return Outcome(check.name, case, "failed", "for a try")
 
     monkeypatch.setattr(script, "outcome", outcome)
     monkeypatch.setattr(script, "STORED", tmp_path / "support.json")
     made = script.extend(fewer, ["bitfit", "vera"])
-    assert ran == [("merge", "bitfit", "gpt2", "nf4"), ("start", "vera", "llama", "fp32")]
+    assert ran == [
+        ("merge", "bitfit", "gpt2", "nf4", None),
+        ("start", "vera", "llama", "fp32", None),
+        ("peft", "vera", "llama", "fp32", ("q", "v", "down")),
+    ]
     assert json.loads((tmp_path / "support.json").read_text(encoding="utf-8")) == made
-    assert script.failures(made) == ["bitfit: for a try", "vera: for a try"]
+    assert script.failures(made) == ["bitfit: for a try", "vera: for a try", "vera: for a try"]
     assert script.lacking(made) == ["hra"]
