@@ -1,24 +1,31 @@
-"""Write what is generated: the tables in the README, a page for each method, the CLI reference.
+"""Write what is generated: tables in README and docs, a page for each method, the CLI reference, the support matrix.
 
-Methods come from the registry, benchmarks from their results.
+Methods come from the registry, benchmarks from their results. What a new method supports is measured by running it,
+which takes about a minute; rows of methods that are gone are dropped.
 
-`python scripts/generate.py` writes; `--check` fails when a file is not what would be written.
+`python scripts/generate.py` writes; `--check` measures nothing and fails when a file is not what would be written.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import typer.main
 
 from adapterlab.cli import build
+from adapterlab.io.atomic import json_text, write_text
+from adapterlab.io.hf_peft import find_method
 from adapterlab.registry import ids, method
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
+
+import support_matrix  # noqa: E402  (a script beside this one)
 
 
 def table() -> str:
@@ -48,6 +55,33 @@ def costs() -> str:
     return "\n".join(rows)
 
 
+def exchange(support: dict[str, Any]) -> str:
+    """Which type of HF PEFT's holds a method, and on which modules files were exchanged; alike methods in one row."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for id in ids():
+        codec = method(id).hf
+        if codec is None:
+            continue
+        options = ", ".join(f"`{name}: {str(value).lower()}`" for name, value in codec.when.items())
+        cells = support["methods"][id]["peft"]
+        exchanged, ours = (
+            ", ".join(where.replace(support_matrix.PLACE, "where it attaches") for where in _where(cells, status))
+            or "–"
+            for status in ("passed", "not applicable")
+        )
+        reader = find_method({"peft_type": codec.peft_type, **codec.when}).id
+        holds = f"`{codec.peft_type}`" + (f" with {options}" if options else "")
+        rows.setdefault((holds, exchanged, ours, f"`{reader}`"), []).append(f"`{id}`")
+    head = ["here", "PEFT", "exchanged on", "in our own form on", "PEFT's files are read as"]
+    order = sorted(rows, key=lambda row: (row[0], -len(rows[row])))
+    lines = [head, ["---"] * len(head), *([", ".join(rows[row]), *row] for row in order)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _where(cells: dict[str, dict[str, str]], status: str) -> list[str]:
+    return [where for where, cell in cells.items() if cell["status"] == status]
+
+
 def cli_reference() -> str:
     root = typer.main.get_command(build())
     lines = ["# Command line", "", "Generated from the verbs' own help texts.", ""]
@@ -66,10 +100,15 @@ def cli_reference() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def files() -> dict[Path, str]:
+def files(support: dict[str, Any]) -> dict[Path, str]:
+    """What every generated file should hold.
+
+    Args:
+        support: the data of the support matrix, without gaps.
+    """
     from _bench import between, fill
 
-    out, tables = {}, {"methods": table(), "costs": costs()}
+    out, tables = {}, {"methods": table(), "costs": costs(), "exchange": exchange(support)}
     for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         text = file.read_text(encoding="utf-8")
         for name, content in tables.items():
@@ -77,23 +116,42 @@ def files() -> dict[Path, str]:
         out[file] = fill(text)
     out |= {ROOT / "docs" / "methods" / f"{id}.md": page(id) for id in ids()}
     out[ROOT / "docs" / "cli.md"] = cli_reference()
+    out |= {support_matrix.STORED: json_text(support), support_matrix.PAGE: support_matrix.render(support)}
     return out
+
+
+def supported(check: bool) -> dict[str, Any]:
+    """The data of the support matrix; what is missing is measured, or with `check` an error.
+
+    Raises:
+        SystemExit: results are missing, and nothing may be measured.
+    """
+    data = support_matrix.tidied(support_matrix.load())
+    missing = support_matrix.lacking(data)
+    if missing and check:
+        raise SystemExit(f"not measured, run `make docs`:\n  {support_matrix.STORED.name}: {', '.join(missing)}")
+    if missing:
+        logging.disable(logging.WARNING)
+        data = support_matrix.extend(data, missing)
+    return data
 
 
 def main() -> None:
     check = "--check" in sys.argv[1:]
-    wanted = files()
+    support = supported(check)
+    wanted = files(support)
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     stale += [p for p in (ROOT / "docs" / "methods").glob("*.md") if p not in wanted]
     if check and stale:
         raise SystemExit("not up to date, run `make docs`:\n  " + "\n  ".join(str(p.relative_to(ROOT)) for p in stale))
     for path in stale:
         if path in wanted:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(wanted[path], encoding="utf-8")
+            write_text(path, wanted[path])
         else:
             path.unlink()
     print(f"{len(wanted)} generated files, {len(stale)} written")
+    if failed := support_matrix.failures(support):
+        raise SystemExit("failed, mend it and run scripts/support_matrix.py --failed:\n  " + "\n  ".join(failed))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What every method can do: run the conformance suite over families and precisions and write the tables.
 
+`make docs` measures what is missing, which is all that a new method or check needs. This script is for the rest:
 `python scripts/support_matrix.py` runs everything (minutes) and writes docs/support.json and docs/support.md.
 `--only ID ...` runs these methods and keeps the other rows; `--failed` runs what is missing or failed.
 `--check` runs nothing: it fails when the page is not what the data gives, or when a method or check is missing.
@@ -12,24 +13,53 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
 
 from adapterlab import registry
-from adapterlab.core.method import Method
+from adapterlab.core.method import LayerMethod, Method
 from adapterlab.io.atomic import write_json, write_text
 from adapterlab.testing import CHECKS, FAMILIES, Case, checks_for, outcome
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+STORED, PAGE = DOCS / "support.json", DOCS / "support.md"
 PRECISIONS = ("fp32", "bf16", "nf4", "int8")
 GRIDS = {
     "smoke": ("Models and precisions", "The method starts, trains, is saved, loaded and removed on a tiny model"),
     "merge": ("Merging", "Merged into the weights (packed ones are unpacked) it answers as before, and restores"),
 }
+# Kinds of modules that adapters are exchanged on with HF PEFT: a tiny model and targets in it.
+EXCHANGED = {
+    "linear": ("llama", ("q", "v", "down")),
+    "`Conv1D`": ("gpt2", ("qkv", "down")),
+    "embedding": ("qwen2", ("embed",)),
+    "convolution": ("vit", ("projection",)),
+}
+PLACE = "its own"  # of a method that is no adapter for each module
 WORDS = {"passed": "yes", "not applicable": "–", "refused": "no", "failed": "**fails**"}
 Cell = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Targeted(Case):
+    """A method at chosen modules of a tiny model."""
+
+    targets: tuple[str, ...] = ()
+
+    def make(self, model: Any) -> Method:
+        return self.method(**{**self.method.example(model), "targets": self.targets})
+
+
+def exchanges(method: type[Method]) -> dict[str, Case]:
+    """Where to try the exchange with HF PEFT: at each kind of module, or where the method attaches by itself."""
+    if method.hf is None:
+        return {}
+    if not issubclass(method, LayerMethod):
+        return {PLACE: Case(method)}
+    return {kind: Targeted(method, family, targets=targets) for kind, (family, targets) in EXCHANGED.items()}
 
 
 def plan(method: type[Method]) -> Iterator[tuple[tuple[str, ...], str, Case]]:
@@ -41,6 +71,8 @@ def plan(method: type[Method]) -> Iterator[tuple[tuple[str, ...], str, Case]]:
         for family in FAMILIES:
             for precision in PRECISIONS:
                 yield (name, family, precision), name, Case(method, family, precision)
+    for kind, case in exchanges(method).items():
+        yield ("peft", kind), "peft", case
 
 
 def measure(method: type[Method], label: str, known: dict[str, Any]) -> dict[str, Any]:
@@ -61,6 +93,54 @@ def measure(method: type[Method], label: str, known: dict[str, Any]) -> dict[str
             data["features"][check.name] = {"status": "not applicable", "detail": reason}
     data["features"]["merge"] = data["merge"]["llama"]["fp32"]
     return data
+
+
+def tidied(data: dict[str, Any]) -> dict[str, Any]:
+    """The data in the words of today's checks, without methods and checks that are gone; nothing is measured."""
+    rows = {}
+    for id in registry.ids():
+        if (found := data["methods"].get(id)) is not None:
+            features = {name: cell for name, cell in found["features"].items() if name in CHECKS}
+            rows[id] = {**found, "features": features}
+    return {**data, "methods": rows, "checks": {name: check.what for name, check in CHECKS.items()}}
+
+
+def lacking(data: dict[str, Any]) -> list[str]:
+    """Methods without a result for every check on every model: new ones, and all of them after a check was added."""
+    return [id for id in registry.ids() if not _complete(registry.method(id), data["methods"].get(id, {}))]
+
+
+def _complete(method: type[Method], found: dict[str, Any]) -> bool:
+    shown = all(name in found.get("features", {}) for name in CHECKS if name != "smoke")
+    return shown and all(_status(found, path) for path, _, _ in plan(method))
+
+
+def extend(data: dict[str, Any], chosen: list[str], again: bool = False) -> dict[str, Any]:
+    """Measure methods and store the data after each, so that an interrupted call goes on where it was.
+
+    Args:
+        data: what is known.
+        chosen: ids of methods.
+        again: measure all of each method; otherwise what is missing or failed.
+    """
+    for i, id in enumerate(chosen, 1):
+        known = {} if again else data["methods"].get(id, {})
+        row = measure(registry.method(id), f"{id} ({i} of {len(chosen)})", known)
+        data = tidied({**data, "methods": {**data["methods"], id: row}})
+        write_json(STORED, data)
+    return data
+
+
+def load() -> dict[str, Any]:
+    """The stored data."""
+    found: dict[str, Any] = json.loads(STORED.read_text(encoding="utf-8")) if STORED.exists() else {"methods": {}}
+    return found
+
+
+def failures(data: dict[str, Any]) -> list[str]:
+    """What failed, a line for each."""
+    rows = data["methods"].items()
+    return [f"{id}: {cell['detail']}" for id, row in rows for cell in _leaves(row) if cell["status"] == "failed"]
 
 
 def _status(data: dict[str, Any], path: tuple[str, ...]) -> str:
@@ -129,7 +209,7 @@ def faults(data: dict[str, Any], page: str) -> list[str]:
     """Say what of the stored data and page is out of date."""
     found = [f"method {id}: not in the data" for id in registry.ids() if id not in data["methods"]]
     found += [f"method {id}: in the data, and not registered" for id in data["methods"] if id not in registry.ids()]
-    if data["checks"] != {name: check.what for name, check in CHECKS.items()}:
+    if data.get("checks") != {name: check.what for name, check in CHECKS.items()}:
         found.append("the checks of the suite are not those of the data")
     if not found and page != render(data):
         found.append("docs/support.md is not what docs/support.json gives")
@@ -142,27 +222,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="ID", help="methods to run; the others keep their rows")
     parser.add_argument("--failed", action="store_true", help="run only what is missing or failed")
     options = parser.parse_args()
-    stored = DOCS / "support.json"
-    data = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {"methods": {}, "checks": {}}
+    data = load()
     if options.check:
-        wrong = faults(data, (DOCS / "support.md").read_text(encoding="utf-8"))
+        wrong = faults(data, PAGE.read_text(encoding="utf-8"))
         if wrong:
-            raise SystemExit("not up to date, run scripts/support_matrix.py:\n  " + "\n  ".join(wrong))
+            raise SystemExit("not up to date, run `make docs`:\n  " + "\n  ".join(wrong))
         return
     logging.disable(logging.WARNING)
-    ids = registry.ids()
-    chosen = options.only or ids
-    for i, id in enumerate(chosen, 1):
-        data["methods"][id] = measure(
-            registry.method(id), f"{id} ({i} of {len(chosen)})", data["methods"].get(id, {}) if options.failed else {}
-        )
-        data["checks"] = {name: check.what for name, check in CHECKS.items()}
-        data["methods"] = {id: data["methods"][id] for id in ids if id in data["methods"]}
-        write_json(stored, data)
-    write_text(DOCS / "support.md", render(data))
-    failed = [(id, cell) for id in chosen for cell in _leaves(data["methods"][id]) if cell["status"] == "failed"]
-    if failed:
-        raise SystemExit("failed:\n  " + "\n  ".join(f"{id}: {cell['detail']}" for id, cell in failed))
+    data = extend(data, options.only or registry.ids(), again=not options.failed)
+    write_text(PAGE, render(data))
+    if failed := failures(data):
+        raise SystemExit("failed:\n  " + "\n  ".join(failed))
 
 
 def _leaves(tree: dict[str, Any]) -> Iterator[Cell]:

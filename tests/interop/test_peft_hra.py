@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -33,3 +34,12 @@ def test_peft_reads_what_we_write(family: str, fields: dict[str, Any], peft_read
 @pytest.mark.parametrize(("family", "options"), THEIRS)
 def test_we_read_what_peft_writes(family: str, options: dict[str, Any], we_read: Any) -> None:
     we_read(family, peft.HRAConfig(**options), "hra", effect=0.01)
+
+
+@pytest.mark.parametrize("method", ["HRA", "RoAd", "MiSS"])
+def test_nothing_is_written_for_peft_where_it_has_no_such_layer(method: str, tiny: Any, tmp_path: Path) -> None:
+    model, cls = tiny("gpt2"), getattr(al, method)
+    host = al.attach(model, cls(**cls.example(model)))
+    host.save(tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "adapter_config.json").exists()
+    assert al.load(tiny("gpt2"), tmp_path / "adapter").methods["default"] == host.methods["default"]

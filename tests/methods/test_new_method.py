@@ -13,18 +13,22 @@ import pytest
 import torch
 
 import adapterlab as al
-from adapterlab.registry import _registered
+from adapterlab.registry import _registered, families
 
 ROOT = Path(__file__).resolve().parents[2]
+METHODS = Path("src/adapterlab/methods")
 
 
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of the parts of the repository that the scaffold looks at."""
-    (tmp_path / "src/adapterlab/methods").mkdir(parents=True)
+    for family in families():
+        (tmp_path / METHODS / family).mkdir(parents=True)
+        shutil.copy(ROOT / METHODS / family / "__init__.py", tmp_path / METHODS / family)
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts/new_method.py", tmp_path / "scripts")
-    shutil.copy(ROOT / "src/adapterlab/methods/lora.py", tmp_path / "src/adapterlab/methods")
+    for file in ("lora.py", "_factors.py"):
+        shutil.copy(ROOT / METHODS / "low_rank" / file, tmp_path / METHODS / "low_rank")
     return tmp_path
 
 
@@ -36,20 +40,28 @@ def run(checkout: Path, *words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def made(checkout):
     """The scaffold's method, imported under the name it would have in the package."""
-    done = run(checkout, "zz_new_thing")
+    done = run(checkout, "multiplicative/zz_new_thing")
     assert done.returncode == 0, done.stderr
-    file = checkout / "src/adapterlab/methods/zz_new_thing.py"
-    spec = importlib.util.spec_from_file_location("adapterlab.methods.zz_new_thing", file)
+    name, file = "adapterlab.methods.multiplicative.zz_new_thing", METHODS / "multiplicative/zz_new_thing.py"
+    spec = importlib.util.spec_from_file_location(name, checkout / file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     yield module
-    del sys.modules[spec.name], _registered["zz_new_thing"]
+    del sys.modules[name], _registered["zz_new_thing"]
+
+
+@pytest.fixture
+def claim(made, checkout):
+    """The names of the claim test that it writes."""
+    namespace: dict = {"__name__": "claim"}
+    exec(compile((checkout / "tests/claims/test_zz_new_thing.py").read_text(), "claim", "exec"), namespace)
+    return namespace
 
 
 def test_it_says_what_it_wrote_and_what_comes_next(checkout):
-    done = run(checkout, "zz_new_thing")
-    assert "wrote src/adapterlab/methods/zz_new_thing.py" in done.stdout
+    done = run(checkout, "low_rank/zz_new_thing")
+    assert "wrote src/adapterlab/methods/low_rank/zz_new_thing.py" in done.stdout
     assert "wrote tests/claims/test_zz_new_thing.py" in done.stdout
     assert "pytest tests/claims/test_zz_new_thing.py" in done.stdout
 
@@ -57,6 +69,7 @@ def test_it_says_what_it_wrote_and_what_comes_next(checkout):
 def test_the_method_attaches_trains_merges_and_is_found(made, tiny, batch_for, randomise, logits):
     assert al.ZzNewThing is made.ZzNewThing
     assert al.method("zz_new_thing") is made.ZzNewThing
+    assert made.ZzNewThing.family == "multiplicative"
     for kind in ("llama", "gpt2"):
         model = tiny(kind)
         batch = batch_for(model)
@@ -70,52 +83,57 @@ def test_the_method_attaches_trains_merges_and_is_found(made, tiny, batch_for, r
         assert torch.allclose(logits(model, batch), live, atol=1e-4)
 
 
-def test_the_claim_fails_until_it_is_written(made, checkout):
-    text = (checkout / "tests/claims/test_zz_new_thing.py").read_text()
-    namespace: dict = {"__name__": "claim"}
-    exec(compile(text, "claim", "exec"), namespace)
-    with pytest.raises(pytest.fail.Exception, match="write the claim"):
-        namespace["test_claim"]()
-    with pytest.raises(pytest.fail.Exception, match="break the method here"):
-        namespace["test_claim_fails_when_the_method_is_broken"]()
+def test_the_claim_it_writes_holds_and_each_mutation_breaks_it(claim):
+    claim["test_the_claim_holds"]()
+    names = {name for name, _ in claim["BROKEN"].values()}
+    assert names == {"gain", "around"}, "every line of the mathematics is broken once"
+    for line in claim["BROKEN"]:
+        with pytest.MonkeyPatch.context() as patch:
+            claim["test_the_claim_fails_when_a_line_is_broken"](line, patch)
 
 
-def test_the_other_tests_it_writes_pass(made, checkout, tiny):
-    namespace: dict = {"__name__": "claim"}
-    exec(compile((checkout / "tests/claims/test_zz_new_thing.py").read_text(), "claim", "exec"), namespace)
-    namespace["test_trainable_count_is_the_formula"](tiny)
-    namespace["test_starts_at_the_base"](tiny)
+def test_the_other_test_it_writes_passes(claim, tiny, batch_for, randomise, logits):
+    claim["test_start_count_and_merge"]("gpt2", tiny, batch_for, randomise, logits)
 
 
 @pytest.mark.parametrize(
-    ("id", "message"),
+    ("place", "message"),
     [
-        ("LoRA", "lower-case letters.*received 'LoRA'"),
-        ("a-b", "received 'a-b'"),
-        ("a__b", "received 'a__b'"),
-        ("1st", "received '1st'"),
-        ("_x", "received '_x'"),
-        ("class", "no Python keyword"),
-        ("lora", "taken by src/adapterlab/methods/lora.py"),
-        ("lo_ra", "taken by src/adapterlab/methods/lora.py.*Choose another"),
+        ("low_rank/LoRA", "lower-case letters.*received 'LoRA'"),
+        ("low_rank/a-b", "received 'a-b'"),
+        ("low_rank/a__b", "received 'a__b'"),
+        ("low_rank/1st", "received '1st'"),
+        ("low_rank/_x", "received '_x'"),
+        ("low_rank/", "received ''"),
+        ("prompt/class", "no Python keyword"),
+        ("low_rank/lora", "taken by src/adapterlab/methods/low_rank/lora.py"),
+        ("prompt/lo_ra", "taken by src/adapterlab/methods/low_rank/lora.py.*Choose another"),
+        ("thing", "received 'thing' without a family.*low_rank, mixture.*For example: bottleneck/thing"),
+        ("lowrank/thing", "no family 'lowrank'.*Nearest: low_rank.*Families: bottleneck.*an __init__.py"),
+        ("src/low_rank/thing", "no family 'src/low_rank'"),
     ],
 )
-def test_bad_ids_are_refused_and_nothing_is_written(checkout, id, message):
+def test_bad_names_are_refused_and_nothing_is_written(checkout, place, message):
     before = sorted(checkout.rglob("*"))
-    done = run(checkout, id)
+    done = run(checkout, place)
     assert done.returncode == 1
     assert re.search(message, done.stderr, flags=re.DOTALL)
     assert sorted(checkout.rglob("*")) == before
 
 
+def test_what_a_family_shares_takes_no_id(checkout):
+    assert run(checkout, "low_rank/factors").returncode == 0
+
+
 def test_an_existing_test_is_not_overwritten(checkout):
     (checkout / "tests/claims").mkdir(parents=True)
     (checkout / "tests/claims/test_thing.py").write_text("mine")
-    assert "exists already" in run(checkout, "thing").stderr
+    assert "exists already" in run(checkout, "mixture/thing").stderr
     assert (checkout / "tests/claims/test_thing.py").read_text() == "mine"
-    assert not (checkout / "src/adapterlab/methods/thing.py").exists()
+    assert not (checkout / METHODS / "mixture/thing.py").exists()
 
 
-def test_it_needs_one_id(checkout):
+def test_it_needs_one_name_and_lists_the_families(checkout):
     assert "usage" in run(checkout).stderr
-    assert "usage" in run(checkout, "a", "b").stderr
+    assert "Families: bottleneck, composite" in run(checkout).stderr
+    assert "usage" in run(checkout, "a/b", "c/d").stderr

@@ -42,6 +42,7 @@ class HFCodec:
             its modules, and wraps it once for each; what the inner wrappers hold is called `base_layer.<tensor>`.
         ignores: options that may have any value.
         implies: fields of ours that every adapter of PEFT's has at this value.
+        transposed: PEFT adapts GPT-2's `Conv1D` too; without, nothing is written for PEFT where one is adapted.
         prefix: what PEFT's keys of modules begin with.
         pack: for methods that PEFT stores as a whole instead of by module: (host, name) -> (further options, tensors by
             PEFT's keys), or None for what PEFT does not have.
@@ -61,6 +62,7 @@ class HFCodec:
     parameters: tuple[str, str] | None = None
     ignores: Collection[str] = ()
     implies: Mapping[str, Any] = field(default_factory=dict)
+    transposed: bool = True
     prefix: str = PREFIX
     pack: Callable[[Carrier, str], tuple[dict[str, Any], dict[str, Tensor]] | None] | None = None
     unpack: Callable[[Carrier, str, Mapping[str, Tensor]], dict[str, Tensor]] | None = None

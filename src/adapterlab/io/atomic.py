@@ -87,9 +87,14 @@ def write_text(file: Path, text: str) -> None:
             raise
 
 
+def json_text(value: Any) -> str:
+    """What `write_json` writes: indented, keys in their order."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(file: Path, value: Any) -> None:
     """Write a JSON file atomically, indented, keys in their order."""
-    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(file, json_text(value))
 
 
 @contextlib.contextmanager

@@ -56,9 +56,11 @@ def write(
         return {**config, **packed[0]}, {**packed[1], **of_copies}
     adapted = {path: part for path, part in parts.items() if path not in copies}
     whole = {path: part for path, part in adapted.items() if not isinstance(part, Substitute)}
-    config["target_modules"] = short_names(whole, [s.path for s in host.all_sites()])
     if any(part.site.transposed for part in whole.values()):
+        if not codec.transposed:
+            return None
         config["fan_in_fan_out"] = True
+    config["target_modules"] = short_names(whole, [s.path for s in host.all_sites()])
     for option, attribute in codec.subsets.items():
         chosen = [path for path, part in adapted.items() if getattr(part, attribute)]
         config[option] = [n for n in config["target_modules"] if any(_named(n, path) for path in chosen)]

@@ -63,6 +63,7 @@ class HRA(LayerMethod):
         "HRA",
         fields={"r": "r", "gram_schmidt": "apply_GS"},
         tensors={"u": "hra_u"},
+        transposed=False,
         accepts={"init_weights": (True, False), "bias": ("none",)},
     )
 

@@ -66,6 +66,7 @@ class RoAd(LayerMethod):
         "ROAD",
         fields={"variant": "variant", "group_size": "group_size"},
         tensors={"theta": "road_theta", "alpha": "road_alpha"},
+        transposed=False,
         accepts={"init_weights": (True, False)},
     )
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adapterlab.core.adapter import Adapter, Delta
+from adapterlab.core.adapter import Delta
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import LayerMethod
 from adapterlab.core.patterns import Pattern, check_patterns, look_up
@@ -28,20 +28,11 @@ FIELDS = {
 }
 
 
-def plain_linear(
-    method: object, layers: Mapping[str, Adapter]
-) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None:
-    """Tensors for PEFT as they are; None on GPT-2's `Conv1D`, where PEFT does not load these methods."""
-    if any(layer.site.transposed for layer in layers.values()):
-        return None
-    return {}, {path: layer.state_dict() for path, layer in layers.items()}
-
-
 def outward(method: object, layers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None:
     """Tensors for PEFT as they are; None where PEFT does not load them or computes something else with them."""
     if any(_differs(layer.site, layer.state_dict()) is not None for layer in layers.values()):
         return None
-    return plain_linear(method, layers)
+    return {}, {path: layer.state_dict() for path, layer in layers.items()}
 
 
 def inward(method: object, site: Site, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

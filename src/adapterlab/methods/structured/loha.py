@@ -59,6 +59,7 @@ class LoHa(Lycoris):
         fields=FIELDS,
         tensors={key: f"hada_{key}" for key in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
         accepts={"init_weights": (True, False)},
+        transposed=False,
         outward=outward,
         inward=inward,
     )

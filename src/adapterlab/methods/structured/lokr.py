@@ -67,6 +67,7 @@ class LoKr(Lycoris):
         },
         tensors={key: f"lokr_{key}" for key in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
         accepts={"init_weights": (False,)},
+        transposed=False,
         outward=outward,
         inward=inward,
     )

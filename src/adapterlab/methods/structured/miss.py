@@ -12,7 +12,6 @@ from adapterlab.core.codec import HFCodec
 from adapterlab.core.method import LayerMethod
 from adapterlab.core.site import Site
 from adapterlab.errors import AttachError
-from adapterlab.methods.structured._lycoris import plain_linear
 from adapterlab.methods.structured._rebuilt_updates import Rebuilt
 from adapterlab.registry import register
 
@@ -63,7 +62,7 @@ class MiSS(LayerMethod):
         },
         tensors={"block": "miss_block"},
         accepts={"init_weights": (False,), "bias": ("none",)},
-        outward=plain_linear,
+        transposed=False,
     )
 
     @classmethod
