@@ -9,7 +9,7 @@ from torch import nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError, ConfigError, TargetError
-from adapterlab.foreign.roles import layer_of, role_of
+from adapterlab.foreign.roles import role_of
 from adapterlab.hosts import Host
 
 # family -> role -> number of modules (two layers; T5 has two in the encoder, two in the decoder with cross-attention)
@@ -114,7 +114,7 @@ def test_an_expression_matches_the_whole_path(tiny: Any) -> None:
 )  # fmt: skip
 def test_layer_ranges(layers: Any, expected: set[int], tiny: Any) -> None:
     found = paths(tiny("llama"), include=["q", "down"], layers=layers)
-    assert {layer_of(path) for path in found} == expected
+    assert {int(path.split(".")[2]) for path in found} == expected
     assert len(found) == 2 * len(expected)
 
 

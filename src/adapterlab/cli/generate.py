@@ -21,7 +21,6 @@ from adapterlab.cli._shared import (
     read_lines,
 )
 from adapterlab.errors import ConfigError
-from adapterlab.foreign.model import is_encoder_decoder
 
 
 def generate(
@@ -42,6 +41,8 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts, put to the model through its chat template."""
+    from adapterlab.foreign.model import is_encoder_decoder
+
     asked = [*(prompt or []), *(read_lines(file) if file else [])]
     if not asked:
         raise ConfigError(f'There is nothing to answer. Give a prompt, adapterlab generate {target} "...", or --file.')

@@ -9,7 +9,6 @@ import typer
 from adapterlab.cli._conversion import Adapter, Output, Overwrite, adapter_place
 from adapterlab.cli._shared import AsJson, BaseModel, Checkpoint, Device, print_json, read_lines, settings
 from adapterlab.errors import ConfigError, nearest
-from adapterlab.foreign.model import is_encoder_decoder
 
 if TYPE_CHECKING:
     from adapterlab.convert.merging import MergedModel
@@ -75,6 +74,7 @@ def _rows(given: dict[str, Any], place: Place, opened: Opened) -> list[Any]:
     from adapterlab.data import encode, load_data
     from adapterlab.evaluate.generation import window_of
     from adapterlab.evaluate.scoring import _data as data_of
+    from adapterlab.foreign.model import is_encoder_decoder
 
     cfg = data_of(given, place.data)
     seq2seq = is_encoder_decoder(opened.model)

@@ -11,7 +11,6 @@ import typer
 
 from adapterlab.cli._shared import AsJson, print_json
 from adapterlab.errors import ModelError
-from adapterlab.foreign.model import is_encoder_decoder
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -44,6 +43,8 @@ def _skeleton(name: str) -> Any:
     """The model without weights, from its configuration."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from adapterlab.foreign.model import is_encoder_decoder
 
     where = _where_config_is(name)
     try:

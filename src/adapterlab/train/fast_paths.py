@@ -13,6 +13,7 @@ from adapterlab.engine.fusion import why_apart
 from adapterlab.engine.wrapping import adapters_of
 from adapterlab.foreign.model import base_modules, is_encoder_decoder, plain_class
 from adapterlab.foreign.private_transformers import attention_implementation
+from adapterlab.foreign.processor import slow_in_bf16
 from adapterlab.hosts import Host
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def fast_paths(loop: Loop) -> list[FastPath]:
         FastPath("offload", training.offload, "activations wait on the " + ("CPU" if training.offload else "device")),
         _optimizer(loop._raw),
         _lowest(loop.host, loop.name),
+        *_precision(loop.host.model),
     ]
 
 
@@ -86,6 +88,15 @@ def _attention(model: Any) -> FastPath:
     if name != "sdpa" or device != "cpu":
         return FastPath("attention", name != "eager", f"{name} on {device}")
     return FastPath("attention", True, "one kernel for batches without a mask and large enough, else sdpa")
+
+
+def _precision(model: Any) -> list[FastPath]:
+    """Whether the processor has instructions for the weights' precision; nothing to say where it has."""
+    first = next(model.parameters())
+    if first.device.type != "cpu" or model.dtype != torch.bfloat16 or not slow_in_bf16():
+        return []
+    reason = "this processor computes bfloat16 in software, many times slower than float32: set precision to fp32"
+    return [FastPath("precision", False, reason)]
 
 
 def _optimizer(optimizer: Any) -> FastPath:

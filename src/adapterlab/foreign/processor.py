@@ -1,0 +1,38 @@
+"""What this machine's processor is good at."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+_SIZES = (128, 512, 512)  # of a product: tokens, out, in
+_SLOW = 3.0  # ratio of the times from which half precision costs more than it saves
+
+
+def accelerated() -> bool:
+    """Say whether there is a GPU of any kind."""
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+@functools.cache
+def slow_in_bf16() -> bool:
+    """Say whether the processor takes many times as long for products in bfloat16 as in float32.
+
+    Those without instructions for it (most laptops) compute them in software: a step takes ten times as long. It is
+    tried once, in milliseconds.
+    """
+    return _seconds(torch.bfloat16) > _SLOW * _seconds(torch.float32)
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """Time of the products of a linear layer, forward and backward; the best of a few, as others use the machine too."""
+    tokens, out, in_ = _SIZES
+    x, weight = torch.ones(tokens, in_, dtype=dtype), torch.ones(out, in_, dtype=dtype)
+    times = []
+    for _ in range(5):  # the first makes the kernels
+        began = time.perf_counter()
+        (x @ weight.T) @ weight
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
