@@ -27,7 +27,7 @@ def slow_in_bf16() -> bool:
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """Time of the products of a linear layer, forward and backward; the best of a few, as others use the machine too."""
+    """Time of the products of a linear layer, forward and backward: the best of a few, as others use the machine."""
     tokens, out, in_ = _SIZES
     x, weight = torch.ones(tokens, in_, dtype=dtype), torch.ones(out, in_, dtype=dtype)
     times = []

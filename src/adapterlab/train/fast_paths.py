@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from adapterlab.data.batching import PackingCollator
 from adapterlab.engine.attention import uses_interface
 from adapterlab.engine.fusion import why_apart
