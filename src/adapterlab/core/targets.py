@@ -155,8 +155,6 @@ def _layers(layers: tuple[int, ...] | str, sites: Sequence[Site], chosen: set[st
     wanted: set[tuple[str, int]] = set()
     for name, first, last in ranges:
         stacks = [stack for stack in depths if stack in chosen] if name is None else _named(name, depths)
-        if not stacks:
-            raise TargetError(f"targets.layers={layers!r}, and no target lies in a list of layers.")
         for stack in stacks:
             low, high = (i + depths[stack] if i < 0 else i for i in (first, last))
             if not 0 <= low <= high < depths[stack]:
@@ -188,7 +186,8 @@ def _parse_layers(text: str) -> list[tuple[str | None, int, int]]:
         match = re.fullmatch(r"\s*(?:([\w.]+)\s*:)?\s*(-?\d+)\s*(?:-\s*(-?\d+)\s*)?", part)
         if not match:
             raise ValueError(
-                f"{part!r} is neither a layer nor a range; write for example '0-3, 8' or 'encoder: 0-3, decoder: -1'"
+                f"{part!r} is neither a layer nor a range; write for example '0-3, 8, -1', or with the names of stacks "
+                "'encoder: 0-3, decoder: -1'"
             )
         first = int(match[2])
         ranges.append((match[1], first, int(match[3]) if match[3] else first))
