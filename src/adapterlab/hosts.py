@@ -76,7 +76,7 @@ class Host(Attachments):
         return summarise(self, self.only(name))
 
     def stack(self, *names: str) -> contextlib.AbstractContextManager[Stack]:
-        """Serve many low-rank adapters from stacked slots inside the context; see `core.slots`.
+        """Serve many low-rank adapters from stacked slots inside the context; see `engine.stacked`.
 
         `stack.rows(["a", None, "b"])` says who is in the next batch. It computes no loop over adapters, and under
         `torch.compile` every mix runs the same graph. The factors are copied: it is for inference.
@@ -138,7 +138,7 @@ class Host(Attachments):
         recompute(self, mode, compiled=compiled)
 
     def verify(self, batch: Mapping[str, Tensor]) -> None:
-        """Run one forward and backward pass and check that nothing attached is bypassed; see `core.verify`.
+        """Run one forward and backward pass and check that nothing attached is bypassed; see `engine.verify`.
 
         Args:
             batch: arguments of the model, with labels.

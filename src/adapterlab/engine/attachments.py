@@ -370,7 +370,7 @@ class Attachments(Anatomy):
         """Return detached copies of `tensors(name)`; on a sharded model every process must call it and gets them whole.
 
         Raises:
-            OutputError: the model is sharded by FSDP1, see `core.sharding.whole`.
+            OutputError: the model is sharded by FSDP1, see `foreign.sharding.whole`.
         """
         return {key: whole(value).clone() for key, value in self.tensors(name).items()}
 
