@@ -54,7 +54,7 @@ class PackingCollator:
     """Puts the rows of a batch behind each other, without padding.
 
     Positions begin at 0 in each row, and the borders of the rows travel along under the names that `transformers`
-    knows, so that no token sees another row. Call the model inside `core.attention.fast_attention`, or with flash
+    knows, so that no token sees another row. Call the model inside `engine.attention.fast_attention`, or with flash
     attention, or with `use_cache=False`: else `transformers` does not look at the borders.
     """
 
