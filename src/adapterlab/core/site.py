@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from adapterlab.foreign.calls import argument_names
 from adapterlab.foreign.model import plain_class
 from adapterlab.foreign.quantized import compute_dtype, dense, is_quantized, unpacks_in_training
 
@@ -217,6 +218,15 @@ class Site:
     stack: str | None = None
     bypassed: str = ""
     overtaken: bool = False
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of what the module's forward takes, in order."""
+        return argument_names(plain_class(self.module))
+
+    def bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call by name."""
+        return {**dict(zip(self.arguments, args, strict=False)), **kwargs}
 
     @property
     def kind(self) -> str:

@@ -34,9 +34,7 @@ class Positions(Adapter):
 
     def __init__(self, site: Site, offset: int = 0, factor: float = 1.0):
         super().__init__(site)
-        plain: Any = plain_class(site.module)
         self.offset, self.factor = offset, factor
-        self.names = tuple(inspect.signature(plain.forward).parameters)[1:]
         self.rotary = _is_rotary(site.module)
         self.rows = None if self.rotary else self.table_rows()
         if not self.rotary and factor != 1:
@@ -61,8 +59,8 @@ class Positions(Adapter):
 
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the module on the changed positions."""
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        key = _POSITIONS if self.rotary else self.names[0]
+        given = self.site.bound(args, kwargs)
+        key = _POSITIONS if self.rotary else self.site.arguments[0]
         given[key] = self.changed(given[key])
         return run(**given)
 

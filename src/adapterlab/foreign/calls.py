@@ -29,6 +29,12 @@ class Calls:
 
 
 @functools.cache
+def argument_names(cls: Any) -> tuple[str, ...]:
+    """Return what the forward of a class takes, in order."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+@functools.cache
 def calls(cls: Any) -> Calls:
     """Read the source of a class; a class without source calls and reads nothing."""
     called: set[str] = set()

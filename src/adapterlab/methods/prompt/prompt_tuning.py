@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -124,8 +123,7 @@ class PromptTuning(Method):
             super().__init__(site)
             self.key = key
             plain: Any = plain_class(site.module)
-            self.names = tuple(inspect.signature(plain.forward).parameters)[1:]
-            if "inputs_embeds" not in self.names:
+            if "inputs_embeds" not in self.site.arguments:
                 raise AttachError(f"{plain.__name__} takes no embedded input, so no prompt can be put before it.")
             self.prompt = nn.Parameter(start.to(site.device, site.dtype))
             self.pool = method.pool
@@ -137,7 +135,7 @@ class PromptTuning(Method):
 
         def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             """Put the prompt in front on the first pass; later passes find it in the cache."""
-            given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            given = self.site.bound(args, kwargs)
             as_tuple = given.get("return_dict") is False
             note = companion(cache_in(given), self.key)
             first = note is None
@@ -171,7 +169,7 @@ class PromptTuning(Method):
                 given["attention_mask"] = mask = _before(mask, len(prompt), 1)
             if given.get("position_ids") is not None:
                 given["position_ids"] = self.shifted(given["position_ids"], len(prompt), first)
-            elif mask is not None and "position_ids" in self.names and self.table_size != -1:
+            elif mask is not None and "position_ids" in self.site.arguments and self.table_size != -1:
                 given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -count:]
             return given
 
@@ -220,11 +218,9 @@ class _LongerMask(Adapter):
 
     def __init__(self, site: Site):
         super().__init__(site)
-        plain: Any = plain_class(site.module)
-        self.names = tuple(inspect.signature(plain.forward).parameters)[1:]
 
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        given = self.site.bound(args, kwargs)
         mask, states = given.get("encoder_attention_mask"), given.get("encoder_hidden_states")
         if mask is not None and states is not None:
             if mask.dim() != 2:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
@@ -237,7 +236,6 @@ class Ladder(Adapter):
         self.state, self.key, self.residual, self.p = state, f"{name}:{site.path}", method.residual, method.dropout
         self.name = name
         self.paths, self.first = [layers[i].path for i in kept], layers[0].path
-        self.names = list(inspect.signature(type(site.module).forward).parameters)[1:]
         where = layers[0].path.removeprefix(site.path).removeprefix(".").rpartition(".")[0]
         self.side = narrow_stack(site.module, where, method.r, kept, site)
         self.where = where
@@ -261,7 +259,7 @@ class Ladder(Adapter):
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the base without gradients, then the side network on what the taps noted."""
         self._check_alone()
-        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        kwargs = self.site.bound(args, kwargs)
         as_tuple = kwargs.pop("return_dict", None) is False
         given = without_cache({k: v for k, v in kwargs.items() if k not in _OWN and not k.startswith("output_")})
         past = companion(cache_in(kwargs), self.key)
@@ -294,7 +292,7 @@ class Ladder(Adapter):
         """Run the side network; the taps are let go of afterwards."""
         seen = {path: self.state.taps.pop(f"{self.name}:{path}") for path in {self.first, *self.paths}}
         start = self.into(seen[self.first][0].to(self.dtype))
-        if "inputs_embeds" in self.names:
+        if "inputs_embeds" in self.site.arguments:
             given = {**given, "inputs_embeds": start}
         try:
             self.rungs[0].start = start

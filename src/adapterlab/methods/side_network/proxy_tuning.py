@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -149,12 +148,11 @@ class ProxyTuning(Method):
         def __init__(self, method: ProxyTuning, site: Site, name: str, expert: nn.Module, anti: nn.Module):
             super().__init__(site)
             self.alpha, self.name = method.alpha, name
-            self.names = list(inspect.signature(type(site.module).forward).parameters)[1:]
             # In a list, so that they are no submodules: they are neither saved nor trained nor counted.
             self.models = [expert.eval(), anti.eval()]
 
         def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            kwargs = self.site.bound(args, kwargs)
             as_tuple, labels = kwargs.pop("return_dict", None) is False, kwargs.pop("labels", None)
             pasts = [companion(cache_in(kwargs), f"{self.name}/{i}") for i in (0, 1)]
             given = self._given(kwargs, pasts[0])
