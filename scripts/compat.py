@@ -95,7 +95,8 @@ def examine(kind: str, interpreter: str, tests: list[str]) -> dict[str, Any]:
     lines = run.stdout.splitlines()
     if run.returncode not in (0, 1):
         raise SystemExit("\n".join([*lines[-30:], run.stderr[-3000:]]))
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", lines[-1])}
+    told = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed)", line)), "")
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", told)}
     versions = frozen(python)
     asked = subprocess.run([python, "-c", "import platform; print(platform.python_version())"], capture_output=True)
     return {

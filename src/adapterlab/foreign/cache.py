@@ -18,9 +18,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DummyLayer, StaticCache
+from transformers.cache_utils import StaticCache
 
 from adapterlab.errors import AttachError
+
+try:
+    from transformers.cache_utils import DummyLayer
+except ImportError:  # older releases have no layer that holds nothing; this is what their caches ask of one
+
+    class DummyLayer:  # type: ignore[no-redef]
+        """A layer of a cache that holds no keys."""
+
+        is_compileable, is_sliding, is_croppable, supports_early_init = True, False, True, False
+        keys = values = None
+
+        def __init__(self) -> None:
+            self.is_initialized = True
+
+        def offload(self) -> None:
+            """There is nothing to move."""
+
+        def prefetch(self) -> None:
+            """There is nothing to move."""
+
+        def get_max_cache_shape(self) -> int:
+            """It has no length."""
+            return -1
+
 
 NAMES = ("cache", "past_key_values", "cache_params")  # the newest first
 
