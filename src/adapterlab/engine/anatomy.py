@@ -72,6 +72,11 @@ class Anatomy:
         """Every stack of layers of the model by path, towers beside the language model included."""
         return stacks(self.model)
 
+    @functools.cached_property
+    def _weight_reads(self) -> dict[str, tuple[str, bool]]:
+        """Modules whose weights others read; neither adapters nor merging change that."""
+        return weight_reads(dict(base_modules(self.model)))
+
     def layer_of(self, path: str) -> tuple[str | None, int | None]:
         """Return the stack that a module or parameter belongs to, and its layer's index there, or (None, None)."""
         return place_in_stack(path, self.stacks)
@@ -93,7 +98,6 @@ class Anatomy:
         output = output_head(self.model)
         modules = dict(base_modules(self.model))
         shared = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
-        read = weight_reads(modules)
         sites = []
         for path, module in modules.items():
             is_head = module is output or (backbone is not None and id(module) not in backbone)
@@ -101,7 +105,7 @@ class Anatomy:
             tied = weight is not None and shared[id(weight)] > 1
             role = "head" if module is output else role_of(path)
             stack, layer = self.layer_of(path)
-            by, overtaken = read.get(path, ("", False))
+            by, overtaken = self._weight_reads.get(path, ("", False))
             sites.append(Site(path, module, layer, role, is_head, tied, stack, "" if overtaken else by, overtaken))
         return sites
 

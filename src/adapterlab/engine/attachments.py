@@ -34,7 +34,7 @@ def attachments(model: nn.Module) -> Attachments | None:
 
 
 class Attachments(Anatomy):
-    """The adapters on one model. `Host` adds attaching, detaching, merging, checking and saving.
+    """The adapters on one model: put on, taken off, switched. `Host` adds merging, checking and saving.
 
     Attributes:
         state: what adapters share.

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from adapterlab.foreign.calls import calls
 
@@ -29,9 +30,7 @@ def plain_class(module: nn.Module) -> Any:
 
 def config_of(model: Any) -> Any:
     """Return the configuration of a model, or None; a configuration is its own."""
-    return model if hasattr(model, "get_text_config") and not isinstance(model, nn.Module) else (
-        getattr(model, "config", None)
-    )  # fmt: skip
+    return model if isinstance(model, PretrainedConfig) else getattr(model, "config", None)
 
 
 def text_config(model: Any) -> Any:
