@@ -105,7 +105,7 @@ def examine(kind: str, interpreter: str, tests: list[str]) -> dict[str, Any]:
         "versions": versions,
         "tests": tests,
         "counts": counts,
-        "failed": sorted(line.split(" ")[1] for line in lines if line.startswith(("FAILED", "ERROR "))),
+        "failed": sorted(found[1] for line in lines if (found := re.match(r"(?:FAILED|ERROR) (.+?)(?: - |$)", line))),
         "minutes": round((time.monotonic() - began) / 60, 1),
     }
 

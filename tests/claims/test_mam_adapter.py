@@ -63,8 +63,11 @@ def test_claim_fails_for_a_masked_prefix(tiny: Any, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert-classes", "t5", "mixtral", "vit"])
-def test_both_parts_train_and_the_count_is_the_formula(kind: str, tiny: Any, batch_for: Any, logits: Any) -> None:
+def test_both_parts_train_and_the_count_is_the_formula(
+    kind: str, tiny: Any, batch_for: Any, logits: Any, inside_attention: Any
+) -> None:
     model = tiny(kind)
+    inside_attention(model)
     batch = batch_for(model)
     before = logits(model, batch)
     host = attach(model, MAMAdapter(length=3, m=4))

@@ -85,8 +85,11 @@ def test_the_comparison_notices_a_prefix_that_reaches_one_layer(tiny: Any, monke
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classes", "bert-tokens", "t5", "vit"])
 @pytest.mark.parametrize("hidden", [None, 6])
-def test_every_family_trains_the_documented_number(family: str, hidden: int | None, tiny: Any, batch_for: Any) -> None:
+def test_every_family_trains_the_documented_number(
+    family: str, hidden: int | None, tiny: Any, batch_for: Any, inside_attention: Any
+) -> None:
     model = tiny(family)
+    inside_attention(model)
     host = al.attach(model, PrefixTuning(length=3, hidden=hidden))
     host.verify(batch_for(model))
     kinds, layers = (3, 6) if family == "t5" else (1, 2)
@@ -97,8 +100,9 @@ def test_every_family_trains_the_documented_number(family: str, hidden: int | No
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-def test_generation_agrees_with_and_without_cache(family: str, tiny: Any) -> None:
+def test_generation_agrees_with_and_without_cache(family: str, tiny: Any, inside_attention: Any) -> None:
     model, x = tiny(family), ids()
+    inside_attention(model)
     al.attach(model, PrefixTuning(length=3, init="normal"))
     plain = model.generate(x, use_cache=False, **QUIET)
     assert torch.equal(model.generate(x, **QUIET), plain)
@@ -131,9 +135,10 @@ def test_rows_have_their_own_prefixes_of_different_lengths(tiny: Any) -> None:
 @pytest.mark.parametrize("hidden", [None, 6])
 @pytest.mark.parametrize("family", ["llama", "t5", "vit"])
 def test_it_is_saved_whole(
-    family: str, hidden: int | None, tiny: Any, batch_for: Any, logits: Any, tmp_path: Any
+    family: str, hidden: int | None, tiny: Any, batch_for: Any, logits: Any, inside_attention: Any, tmp_path: Any
 ) -> None:
     model = tiny(family)
+    inside_attention(model)
     batch = batch_for(model)
     al.attach(model, PrefixTuning(length=3, hidden=hidden)).save(tmp_path / "a")
     again = al.load(tiny(family), tmp_path / "a")

@@ -18,6 +18,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.mamba.modeling_mamba import MambaMixer
 
 import adapterlab as al
 from adapterlab.errors import AttachError, TargetError
@@ -79,6 +80,8 @@ def test_the_backbone_is_what_the_head_calls() -> None:
 
 
 def test_a_module_whose_weight_is_read_without_a_call_is_no_target() -> None:
+    if "dt_proj" in calls(MambaMixer).called:
+        pytest.skip("this release of transformers calls dt_proj, save in its kernels for CUDA")
     torch.manual_seed(0)
     model = MambaForCausalLM(MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=8)).eval()
     with pytest.raises(AttachError, match=r"dt_proj: MambaMixer reads its weight and never calls it"):
