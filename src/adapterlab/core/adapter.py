@@ -1,4 +1,4 @@
-"""What runs at one module: the whole contract is `around`."""
+"""What runs at one module: the whole contract is `around`, or `added` for what adds to the module's output."""
 
 from __future__ import annotations
 
@@ -17,24 +17,28 @@ class Adapter(nn.Module):
 
     Attributes:
         place: `call`: around the module's call; `attention`: around the attention core inside it.
-        linear: the adapted module is still affine in its input, so it can be merged.
-        not_linear: why it is not, for the message of a refused merge.
+        not_linear: why the adapted module is no longer affine in its input, for the message of a refused merge; "" if
+            it is, so that it can be merged.
         rowwise: row i of the output depends on row i of the input only, so adapters can be mixed in a batch.
         resident: its values are in the base's own parameters already, so merging has nothing to write.
-        additive: the output is run(x) plus something, so a mixed batch needs the base's product once.
         tokenwise: it makes no position depend on another (beyond what the module does), so samples can be packed;
-            None: `packs` decides by the place.
+            None: at a linear layer, an embedding or a norm and inside the attention it does not, elsewhere it may.
+        additive: the output is run(x) plus something, so a mixed batch needs the base's product once; what follows from
+            having no `around` of its own.
         site: where it is attached.
         is_merged: its effect is in the base's weights now.
     """
 
     place: str = "call"
-    linear: ClassVar[bool] = True
-    not_linear: ClassVar[str] = "its output is not a linear function of its input"
+    not_linear: ClassVar[str] = ""
     rowwise: ClassVar[bool] = True
     resident: ClassVar[bool] = False
-    additive: ClassVar[bool] = False
     tokenwise: ClassVar[bool | None] = None
+    additive: bool = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.additive = cls.around is Adapter.around
 
     def __init__(self, site: Site):
         super().__init__()
@@ -42,23 +46,12 @@ class Adapter(nn.Module):
         self.is_merged = False
 
     @property
-    def packs(self) -> bool:
-        """Whether samples behind each other in one row stay apart in it.
-
-        At a linear layer, an embedding or a norm they do; inside the attention each sample comes by itself. What stands
-        around anything else may mix positions, unless its class says otherwise.
-        """
-        if self.tokenwise is not None:
-            return self.tokenwise
-        return self.place == "attention" or self.site.kind in ("linear", "embedding", "norm")
-
-    @property
     def dtype(self) -> torch.dtype:
         """Dtype the adapter computes in: that of its first parameter."""
         return next(self.parameters()).dtype
 
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Compute the adapted module.
+        """Compute the adapted module; without a form of its own: run(x) + added(x), in the dtype of run(x).
 
         Args:
             run: the rest of the computation: adapters attached earlier, then the module itself. May be called with
@@ -66,7 +59,12 @@ class Adapter(nn.Module):
             args: what the module was called with (at the attention core: query, key, value, mask).
             kwargs: likewise.
         """
-        raise NotImplementedError
+        y: Tensor = run(*args, **kwargs)
+        return y + self.added(args[0]).to(y.dtype)
+
+    def added(self, x: Tensor) -> Tensor:
+        """What is added for an input as the module received it; it depends on x alone."""
+        raise NotImplementedError(f"{type(self).__qualname__} gives neither `around` nor `added`")
 
     def refer(self, key: str, module: nn.Module) -> None:
         """Give the adapter an attribute that leads to a module it does not hold: one that is saved elsewhere, once.
@@ -118,11 +116,10 @@ class Delta(Adapter):
         p: dropout on the input of an update with factors, in training.
         fused: an update with factors may be computed in one node with the module's own product; None: if the class has
             no `forward` and no `added` of its own, which would not be called then.
-        is_its_factors: what follows from that and from having no `around` of its own.
+        is_its_factors: what follows from that and from being additive.
         casts: `forward` gets x in the adapter's own dtype; otherwise as it came, and casts what is smaller.
     """
 
-    additive: ClassVar[bool] = True
     fused: ClassVar[bool | None] = None
     is_its_factors: bool = True
     casts: ClassVar[bool] = True
@@ -132,7 +129,7 @@ class Delta(Adapter):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = cls.forward is not Delta.forward or cls.added is not Delta.added
-        cls.is_its_factors = cls.around is Delta.around and (not own if cls.fused is None else cls.fused)
+        cls.is_its_factors = cls.additive and (not own if cls.fused is None else cls.fused)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Return (A `[r, in]`, B `[out, r]`) with ΔW = s · B A, or None for an update of another form."""
@@ -173,14 +170,9 @@ class Delta(Adapter):
         return found[0], self.scale * found[1]
 
     def added(self, x: Tensor) -> Tensor:
-        """What is added for an input as the module received it."""
+        """The update's share, for x as the module received it."""
         share: Tensor = self(x.to(self.dtype) if self.casts and x.is_floating_point() else x)
         return share
-
-    def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Add the update's share to what `run` returns."""
-        y: Tensor = run(x, *args, **kwargs)
-        return y + self.added(x).to(y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + ΔW; what is added beside it joins the bias."""

@@ -116,8 +116,9 @@ def _check(host: Attachments, name: str, key: str, path: str, adapter: Adapter, 
     if adapter.resident:
         return
     has_weight = site.kind != "block" or isinstance(adapter, (Copy, Substitute))
-    if not adapter.linear or adapter.place != "call" or not has_weight:
-        reason = adapter.not_linear if adapter.place == "call" else "it works inside the attention core"
+    if adapter.not_linear or adapter.place != "call" or not has_weight:
+        inside = "" if adapter.place == "call" else "it works inside the attention core"
+        reason = inside or adapter.not_linear or "what it stands around has no weight of its own"
         where = path or "the whole model"
         raise MergeError(
             f"{method} cannot be merged into {where}: {reason}. Keep it as an adapter (host.save), or extract a "

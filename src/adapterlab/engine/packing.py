@@ -60,7 +60,10 @@ def _mixing(model: Any) -> str:
     carrier = attachments(model)
     for key in carrier.state.active if carrier else ():
         for path, adapter in carrier.adapters(key).items():  # type: ignore[union-attr]
-            if not adapter.packs:
+            apart = adapter.tokenwise
+            if apart is None:  # inside the attention each sample comes by itself
+                apart = adapter.place == "attention" or adapter.site.kind in ("linear", "embedding", "norm")
+            if not apart:
                 return f"what stands around {path or 'the whole model'} may mix positions"
     return ""
 

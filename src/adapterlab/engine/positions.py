@@ -28,7 +28,6 @@ def position_sites(host: Carrier) -> list[Site]:
 class Positions(Adapter):
     """Lets a module of `position_sites` see (position + offset) / factor."""
 
-    linear: ClassVar[bool] = False
     not_linear: ClassVar[str] = "it changes the positions that the model sees"
     tokenwise: ClassVar[bool | None] = True
 

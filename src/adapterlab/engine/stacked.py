@@ -30,7 +30,6 @@ _KEY = "_slots"
 class Slots(Delta):
     """The stacked factors of one module; slot 0 is the plain base."""
 
-    linear: ClassVar[bool] = False
     not_linear: ClassVar[str] = "each row of a batch has its own update"
 
     A: Tensor

@@ -23,7 +23,6 @@ def evaluate_loss(
     batch_size: int = 16,
     *,
     packing: bool | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> tuple[float, int]:
     """Compute the mean cross-entropy over all tokens that bear a label, whatever rows and batches they are in.
 
@@ -33,7 +32,6 @@ def evaluate_loss(
         collator: makes a batch of rows.
         batch_size: rows computed at once; the result does not depend on it beyond rounding.
         packing: put rows behind each other instead of padding them; None: whenever it is possible.
-        progress: called with the number of rows that each batch adds.
 
     Returns:
         The loss in nats per token, and the number of tokens.
@@ -54,8 +52,6 @@ def evaluate_loss(
             if count:
                 total += float(loss(batch, total=1))
                 tokens += count
-            if progress:
-                progress(min(batch_size, len(order) - start))
     if not tokens:
         raise DataError(
             f"None of the {len(rows)} evaluation rows has a token with a label, so there is no loss. "

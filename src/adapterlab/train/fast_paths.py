@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,6 @@ from adapterlab.hosts import Host
 
 if TYPE_CHECKING:
     from adapterlab.train.loop import Loop
-
-_LAYER = re.compile(r"\.(\d+)(?:\.|$)")
 
 
 @dataclass(frozen=True)
@@ -115,11 +112,13 @@ def _lowest(host: Host, name: str) -> FastPath:
     if any(host.shared(key) for key in host.parts(name)) or is_encoder_decoder(host.model):
         return FastPath("gradient stops", False, "it may be needed down to the input")
     place = {path: i for i, (path, _) in enumerate(base_modules(host.model))}
-    first = min((i for path, i in place.items() if _LAYER.search(path)), default=0)
-    outside = [path for path in trained if not _LAYER.search(path)]
+    first = min((i for path, i in place.items() if host.layer_of(path)[0] is not None), default=0)
+    layers = {path: host.layer_of(path) for path in trained}
+    outside = [path for path, (stack, _) in layers.items() if stack is None]
     before = [path for path in outside if place.get(path, place.get(path.rpartition(".")[0], 0)) <= first]
-    numbers = [int(found[1]) for path in trained if (found := _LAYER.search(path))]
-    if before or 0 in numbers or not trained:
+    stacks = {stack for stack, _ in layers.values() if stack is not None}
+    lowest = min((layer for _, layer in layers.values() if layer is not None), default=None)
+    if before or lowest == 0 or len(stacks) > 1 or not trained:
         where = (before[0] or "the whole model") if before else "the first layer"
         return FastPath("gradient stops", False, f"it is needed down to {where}")
-    return FastPath("gradient stops", True, f"below layer {min(numbers)}" if numbers else f"below {outside[0]}")
+    return FastPath("gradient stops", True, f"below {outside[0]}" if lowest is None else f"below layer {lowest}")

@@ -32,7 +32,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Projections(Adapter):
     """The two projections; subclasses say what they read and where the result goes."""
 
-    linear: ClassVar[bool] = False
     not_linear: ClassVar[str] = "a nonlinear function stands between its two projections"
     tokenwise: ClassVar[bool | None] = True
 
@@ -86,7 +85,6 @@ class AroundNorm(Projections):
 class Tap(Adapter):
     """Leaves the input of its module for a `Tapped` one further on in the same layer."""
 
-    linear: ClassVar[bool] = False
     not_linear: ClassVar[str] = Projections.not_linear
     tokenwise: ClassVar[bool | None] = True
     rowwise: ClassVar[bool] = False  # the rows of a mixed batch may be grouped otherwise at the other module

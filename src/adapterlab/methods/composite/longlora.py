@@ -97,7 +97,6 @@ class LongLoRA(Method):
     class Layer(Adapter):
         """The groups of one attention module; it has no tensors, and nothing to merge."""
 
-        linear: ClassVar[bool] = False
         not_linear: ClassVar[str] = "it changes who attends to whom"
         resident: ClassVar[bool] = True
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -93,16 +92,9 @@ class BitFit(Method):
     class Layer(Adapter):
         """A new bias at one module."""
 
-        additive: ClassVar[bool] = True
-
         def __init__(self, site: Site):
             super().__init__(site)
             self.b = site.parameter(1, site.shape[0])
-
-        def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-            """Y + b, in the dtype of y."""
-            y: Tensor = run(*args, **kwargs)
-            return y + self.b[0].to(y.dtype)
 
         def added(self, x: Tensor) -> Tensor:
             """B for each position of a linear layer's input."""

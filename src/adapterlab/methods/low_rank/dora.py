@@ -90,8 +90,6 @@ class DoRA(LoRA):
     class Layer(LoRA.Layer):
         """The two factors and the row norms at one module."""
 
-        additive: ClassVar[bool] = False
-
         def __init__(self, method: LoRA, site: Site):
             super().__init__(method, site)
             self._kept: dict[str, tuple[Any, Tensor]] = {}

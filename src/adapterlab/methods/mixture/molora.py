@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
@@ -88,9 +87,7 @@ class MoLoRA(LayerMethod):
     class Layer(Adapter):
         """The experts and the router at one module."""
 
-        linear: ClassVar[bool] = False
         not_linear: ClassVar[str] = "its router weighs the experts anew for every token"
-        additive: ClassVar[bool] = True
 
         def __init__(self, method: MoLoRA, site: Site):
             super().__init__(site)
@@ -119,11 +116,6 @@ class MoLoRA(LayerMethod):
             h = self.site.op(x, self.A.to(x.dtype).flatten(0, 1)).unflatten(-1, self.A.shape[:2])
             wide = self.B.to(x.dtype).transpose(0, 1).flatten(1)
             return self.site.mix((h * p[..., None]).flatten(-2), wide)
-
-        def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            """Add the experts' share."""
-            y: Tensor = run(x, *args, **kwargs)
-            return y + self.added(x).to(y.dtype)
 
 
 class _Scores(torch.autograd.Function):

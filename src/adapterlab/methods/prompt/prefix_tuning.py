@@ -161,7 +161,6 @@ class PrefixTuning(Method):
     class Layer(Adapter):
         """The prefix of one attention module: `prefix` `[2, n_kv, P, hd]`, keys then values."""
 
-        linear: ClassVar[bool] = False
         not_linear: ClassVar[str] = "it adds keys and values inside the attention"
         network: nn.Module
 

@@ -115,7 +115,6 @@ class PromptTuning(Method):
     class Layer(Adapter):
         """The prompt `[P, d]` of one backbone or encoder."""
 
-        linear: ClassVar[bool] = False
         not_linear: ClassVar[str] = "it adds positions to the input"
         trims: ClassVar[bool] = True
 
@@ -213,7 +212,6 @@ class _EncoderLayer(PromptTuning.Layer):
 class _LongerMask(Adapter):
     """Lets a decoder see all of an encoder's output: the mask it is given knows the real tokens only."""
 
-    linear: ClassVar[bool] = False
     not_linear: ClassVar[str] = "it belongs to a prompt"
 
     def __init__(self, site: Site):

@@ -119,7 +119,6 @@ class KronA(LayerMethod):
 class Beside(Adapter):
     """A ⊗ B, and perhaps a multiple of the input, beside a feed-forward sublayer."""
 
-    linear: ClassVar[bool] = False
     not_linear: ClassVar[str] = "it stands beside the whole feed-forward sublayer, which is not linear"
     tokenwise: ClassVar[bool | None] = True
 
