@@ -9,9 +9,11 @@ docs/writing_a_method.md says how.
 
 from __future__ import annotations
 
+import ast
 import keyword
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 from adapterlab.errors import nearest
@@ -48,7 +50,7 @@ class CLASS(LayerMethod):
 
     Inference: diag(scale · g) W can be merged, at no cost.
 
-    Reference: "TODO: title", arXiv TODO.
+    Reference: "TODO: title", arXiv 0000.00000.
 
     Example:
         >>> from adapterlab.methods.FAMILY.ID import CLASS
@@ -56,9 +58,6 @@ class CLASS(LayerMethod):
         2.0
     """
 
-    paper: ClassVar[str] = "TODO: title"
-    year: ClassVar[int] = 0
-    arxiv: ClassVar[str] = ""
     formula: ClassVar[str] = "out"
 
     scale: float = Field(2.0, gt=0, description="TODO: each hyperparameter is a field with a constraint and a sentence")
@@ -245,6 +244,16 @@ def scaffold(place: str, root: Path = ROOT) -> list[Path]:
     return list(files)
 
 
+def neighbours(method: Path) -> str:
+    """What a family's methods share and who they are: the form to begin from may be there already."""
+    files = sorted(path for path in method.parent.glob("*.py") if path.name != "__init__.py" and path != method)
+    about = ast.get_docstring(ast.parse((method.parent / "__init__.py").read_text(encoding="utf-8"))) or ""
+    shared = [path.name for path in files if path.name.startswith("_")]
+    others = [path.stem for path in files if not path.name.startswith("_")]
+    lines = [about, f"Shared there: {', '.join(shared)}." if shared else "", f"Written already: {', '.join(others)}."]
+    return textwrap.fill(" ".join(line for line in lines if line), 80)
+
+
 def main() -> None:
     """Write the files and say what comes next."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
@@ -255,10 +264,11 @@ def main() -> None:
     print(f"wrote {method}\nwrote {test}")
     print(
         f"""
+{neighbours(ROOT / method)}
 Next, as docs/writing_a_method.md tells it:
   1. Write the formula into {method}; replace every TODO.
   2. Write the claim and a mutation for each line of the mathematics: pytest {test}
-  3. See it: adapterlab methods {id}
+  3. See it, and what the common checks say: adapterlab methods {id}; python -m adapterlab.testing {id}
   4. If HF PEFT has the method, declare `hf = HFCodec(...)` and add tests/interop/test_peft_{id}.py.
   5. make docs (its page, the tables and its row of the support matrix); make check."""
     )

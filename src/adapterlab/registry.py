@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
+import re
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -20,13 +21,15 @@ GROUP = "adapterlab.methods"
 _PACKAGE = f"{__package__}.methods"
 _FOLDER = Path(__file__).parent / "methods"
 _registered: dict[str, type[Method]] = {}
+_REFERENCE = re.compile(r'Reference: "([^"]+)", arXiv (\d{4}\.\d{5})')
 M = TypeVar("M", bound="type[Method]")
 
 
 def register(cls: M) -> M:
     """Class decorator that makes a method known under its id, which is the name of its file.
 
-    Its family is the folder of the file; a method of a third party says its family itself.
+    Its family is the folder of the file; a method of a third party says its family itself. The paper's title, arXiv id
+    and year are read from its docstring: `Reference: "Title", arXiv 2106.09685`; a class may also state them.
 
     Raises:
         ConfigError: another class has that id already.
@@ -36,6 +39,9 @@ def register(cls: M) -> M:
         cls.id = file
     if package.startswith(f"{_PACKAGE}."):
         cls.family = package.rpartition(".")[2].replace("_", " ")
+    reference = _REFERENCE.search(" ".join((cls.__doc__ or "").split()))
+    if reference and "paper" not in cls.__dict__:
+        cls.paper, cls.arxiv, cls.year = reference[1], reference[2], 2000 + int(reference[2][:2])
     other = _registered.get(cls.id)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ConfigError(

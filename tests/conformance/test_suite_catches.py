@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from adapterlab.core.site import Site
 from adapterlab.errors import AdapterlabError, AttachError, MergeError
 from adapterlab.hosts import Host
 from adapterlab.testing import CHECKS, Case, attempt, checks_for, outcome, run
+from adapterlab.testing.__main__ import main
 
 
 class Sound(LayerMethod):
@@ -260,3 +262,16 @@ def test_checks_are_chosen_by_capabilities() -> None:
     assert "trains" in CHECKS["resume"].excluded(Still)
     assert MergeError in CHECKS["merge"].refuses
     assert torch.is_grad_enabled()
+
+
+def test_the_command_shows_what_checks_say(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["testing", "prompt_tuning", "--family", "llama", "--checks", "start", "merge"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "start" in lines[0]
+    assert "merge" in lines[1]
+    for wrong, message in ((["nothing_such"], "no method"), (["lora", "--checks", "mergee"], "Nearest: merge")):
+        monkeypatch.setattr(sys, "argv", ["testing", *wrong])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert message in capsys.readouterr().err

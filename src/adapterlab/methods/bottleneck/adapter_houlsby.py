@@ -43,9 +43,6 @@ class AdapterHoulsby(Bottleneck):
         48
     """
 
-    paper: ClassVar[str] = "Parameter-Efficient Transfer Learning for NLP"
-    year: ClassVar[int] = 2019
-    arxiv: ClassVar[str] = "1902.00751"
     formula: ClassVar[str] = "2 m d + m + d for each sublayer + norms"
     typical_lr: ClassVar[float] = 0.001
     starts_at_base: ClassVar[bool] = False

@@ -42,9 +42,6 @@ class AdapterParallel(Bottleneck):
         4.0
     """
 
-    paper: ClassVar[str] = "Towards a Unified View of Parameter-Efficient Transfer Learning"
-    year: ClassVar[int] = 2021
-    arxiv: ClassVar[str] = "2110.04366"
     formula: ClassVar[str] = "2 m d + m + d for each block"
     typical_lr: ClassVar[float] = 0.001
 

@@ -41,9 +41,6 @@ class AdapterPfeiffer(Bottleneck):
         48
     """
 
-    paper: ClassVar[str] = "AdapterFusion: Non-Destructive Task Composition for Transfer Learning"
-    year: ClassVar[int] = 2020
-    arxiv: ClassVar[str] = "2005.00247"
     formula: ClassVar[str] = "2 m d + m + d for each block"
     typical_lr: ClassVar[float] = 0.001
     starts_at_base: ClassVar[bool] = False

@@ -50,9 +50,6 @@ class LongLoRA(Method):
         (2048, 512)
     """
 
-    paper: ClassVar[str] = "LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models"
-    year: ClassVar[int] = 2023
-    arxiv: ClassVar[str] = "2309.12307"
     formula: ClassVar[str] = "Σ r (in + out) + V d + norms"
 
     r: int = Field(8, ge=1, description="rank of the LoRA part")

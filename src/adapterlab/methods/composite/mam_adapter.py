@@ -40,9 +40,6 @@ class MAMAdapter(Method):
         16
     """
 
-    paper: ClassVar[str] = "Towards a Unified View of Parameter-Efficient Transfer Learning"
-    year: ClassVar[int] = 2021
-    arxiv: ClassVar[str] = "2110.04366"
     formula: ClassVar[str] = "2 l n_kv hd for each attention + 2 m d + m + d for each block"
     starts_at_base: ClassVar[bool] = False
 

@@ -43,9 +43,6 @@ class BitFit(Method):
         ('q', 'up')
     """
 
-    paper: ClassVar[str] = "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models"
-    year: ClassVar[int] = 2021
-    arxiv: ClassVar[str] = "2106.10199"
     formula: ClassVar[str] = "sum of the bias lengths; with added biases: out"
     typical_lr: ClassVar[float] = 0.001
 

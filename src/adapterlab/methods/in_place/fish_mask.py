@@ -50,9 +50,6 @@ class FishMask(Method):
         1024
     """
 
-    paper: ClassVar[str] = "Training Neural Networks with Fixed Sparse Masks"
-    year: ClassVar[int] = 2021
-    arxiv: ClassVar[str] = "2111.09839"
     formula: ClassVar[str] = "⌊ρ N⌋"
     typical_lr: ClassVar[float] = 0.0002
 

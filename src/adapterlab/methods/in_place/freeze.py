@@ -30,9 +30,6 @@ class Freeze(Method):
     Reference: "What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning", arXiv 1911.03090.
     """
 
-    paper: ClassVar[str] = "What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning"
-    year: ClassVar[int] = 2019
-    arxiv: ClassVar[str] = "1911.03090"
     formula: ClassVar[str] = "sum over the trained tensors"
     typical_lr: ClassVar[float] = 5e-5
 

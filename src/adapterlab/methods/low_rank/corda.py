@@ -42,13 +42,6 @@ class CorDA(LoRA):
         'kpm'
     """
 
-    paper: ClassVar[str] = (
-        "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware "
-        "Parameter-Efficient Fine-tuning"
-    )
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2406.05223"
-
     alpha: float = Field(8.0, gt=0, description="scale numerator; the same as the rank is usual here")
     init: Init = Field("corda", validate_default=True, description="corda, or with options {name: corda, mode: kpm}")
 

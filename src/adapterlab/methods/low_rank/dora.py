@@ -70,9 +70,6 @@ class DoRA(LoRA):
         4.0
     """
 
-    paper: ClassVar[str] = "DoRA: Weight-Decomposed Low-Rank Adaptation"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2402.09353"
     formula: ClassVar[str] = "r (in + out) + out"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding", "conv")
 

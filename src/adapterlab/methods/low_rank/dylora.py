@@ -49,11 +49,6 @@ class DyLoRA(LoRA):
         True
     """
 
-    paper: ClassVar[str] = (
-        "DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank Adaptation"
-    )
-    year: ClassVar[int] = 2022
-    arxiv: ClassVar[str] = "2210.07558"
     hf: ClassVar[HFCodec | None] = None
 
     r_min: int = Field(1, ge=1, description="smallest rank that is drawn")

@@ -41,9 +41,6 @@ class EVA(LoRA):
         1.0
     """
 
-    paper: ClassVar[str] = "Parameter Efficient Fine-tuning via Explained Variance Adaptation"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2410.07170"
     formula: ClassVar[str] = "Σ r_l (in_l + out_l)"
 
     init: Init = Field("eva", validate_default=True, description="eva, or with options {name: eva, rho: 1}")

@@ -40,9 +40,6 @@ class LoftQ(LoRA):
         2
     """
 
-    paper: ClassVar[str] = "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models"
-    year: ClassVar[int] = 2023
-    arxiv: ClassVar[str] = "2310.08659"
     starts_at_base: ClassVar[bool] = False
 
     alpha: float = Field(8.0, gt=0, description="scale numerator; the same as the rank is usual here")

@@ -60,9 +60,6 @@ class LoRA(LowRank):
         4.0
     """
 
-    paper: ClassVar[str] = "LoRA: Low-Rank Adaptation of Large Language Models"
-    year: ClassVar[int] = 2021
-    arxiv: ClassVar[str] = "2106.09685"
     formula: ClassVar[str] = "r (in + out)"
 
     r: int = Field(8, ge=1, description="rank of the update")

@@ -52,9 +52,6 @@ class LoRADrop(LoRA):
         [1, 2]
     """
 
-    paper: ClassVar[str] = "LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluation"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2402.07721"
     formula: ClassVar[str] = "(k + 1) r (in + out) for each kind of module, k of them kept"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
     hf: ClassVar[HFCodec | None] = None

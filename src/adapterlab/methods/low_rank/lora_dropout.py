@@ -44,9 +44,6 @@ class LoRADropout(LoRA):
         0.25
     """
 
-    paper: ClassVar[str] = "LoRA Dropout as a Sparsity Regularizer for Overfitting Control"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2404.09610"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
     hf: ClassVar[HFCodec | None] = None
 

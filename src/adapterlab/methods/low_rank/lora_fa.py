@@ -47,9 +47,6 @@ class LoRAFA(LoRA):
         4.0
     """
 
-    paper: ClassVar[str] = "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning"
-    year: ClassVar[int] = 2023
-    arxiv: ClassVar[str] = "2308.03303"
     formula: ClassVar[str] = "r out"
 
     projected: bool = Field(False, description="step B so that its update is the closest to the full gradient's")

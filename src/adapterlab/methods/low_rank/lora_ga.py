@@ -42,10 +42,6 @@ class LoRAGA(LoRA):
         'ArB2r'
     """
 
-    paper: ClassVar[str] = "LoRA-GA: Low-Rank Adaptation with Gradient Approximation"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2407.05000"
-
     scale: Literal["linear", "sqrt"] = Field("sqrt", description="alpha / √r, or alpha / r")
     init: Init = Field(
         "lora_ga", validate_default=True, description="lora_ga, or with options {name: lora_ga, size: gradient}"

@@ -45,9 +45,6 @@ class LoRAPlus(LoRA):
         16.0
     """
 
-    paper: ClassVar[str] = "LoRA+: Efficient Low Rank Adaptation of Large Models"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2402.12354"
     typical_lr: ClassVar[float] = 0.0002
 
     ratio: float = Field(16.0, ge=1, description="learning rate of B over that of A; about 16 is recommended")

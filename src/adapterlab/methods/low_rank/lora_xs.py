@@ -41,9 +41,6 @@ class LoRAXS(LoRA):
         1.0
     """
 
-    paper: ClassVar[str] = "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2405.17604"
     formula: ClassVar[str] = "r · r"
     typical_lr: ClassVar[float] = 0.002
     kinds: ClassVar[tuple[str, ...]] = ("linear",)

@@ -39,9 +39,6 @@ class MiLoRA(LoRA):
         'milora'
     """
 
-    paper: ClassVar[str] = "MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2406.09044"
     typical_lr: ClassVar[float] = 0.0003
 
     alpha: float = Field(8.0, gt=0, description="scale numerator; the same as the rank is usual here")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -35,10 +33,6 @@ class OLoRA(LoRA):
         >>> OLoRA(r=8).init.name
         'olora'
     """
-
-    paper: ClassVar[str] = "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2406.01775"
 
     init: Init = Field("olora", validate_default=True, description="olora")
 

@@ -42,9 +42,6 @@ class PiSSA(LoRA):
         4
     """
 
-    paper: ClassVar[str] = "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2404.02948"
     typical_lr: ClassVar[float] = 0.0001
 
     alpha: float = Field(8.0, gt=0, description="scale numerator; the same as the rank is usual here")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 from torch import nn
@@ -49,10 +49,6 @@ class QLoRA(LoRA):
         >>> QLoRA().r, QLoRA().dropout
         (64, 0.05)
     """
-
-    paper: ClassVar[str] = "QLoRA: Efficient Finetuning of Quantized LLMs"
-    year: ClassVar[int] = 2023
-    arxiv: ClassVar[str] = "2305.14314"
 
     r: int = Field(64, ge=1, description="rank of the update")
     dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the adapter's input")

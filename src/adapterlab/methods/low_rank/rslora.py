@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import nn
@@ -34,10 +34,6 @@ class RsLoRA(LoRA):
         >>> RsLoRA(r=64, alpha=16, targets=["q"]).scaling("layers.0.q_proj")
         2.0
     """
-
-    paper: ClassVar[str] = "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA"
-    year: ClassVar[int] = 2023
-    arxiv: ClassVar[str] = "2312.03732"
 
     scale: Literal["sqrt"] = Field("sqrt", description="alpha / √r")
 

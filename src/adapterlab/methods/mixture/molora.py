@@ -47,11 +47,6 @@ class MoLoRA(LayerMethod):
         4.0
     """
 
-    paper: ClassVar[str] = (
-        "Pushing Mixture of Experts to the Limit: Extremely Parameter Efficient MoE for Instruction Tuning"
-    )
-    year: ClassVar[int] = 2023
-    arxiv: ClassVar[str] = "2309.05444"
     formula: ClassVar[str] = "E r (in + out) + E in"
 
     experts: int = Field(10, ge=2, description="number of low-rank updates; with one the method is plain LoRA")

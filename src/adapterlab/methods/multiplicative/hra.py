@@ -44,11 +44,6 @@ class HRA(LayerMethod):
         4
     """
 
-    paper: ClassVar[str] = (
-        "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation"
-    )
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2405.17484"
     formula: ClassVar[str] = "r in"
 
     r: int = Field(8, ge=1, description="number of reflections; even, so that they cancel in pairs at the start")

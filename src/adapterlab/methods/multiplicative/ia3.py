@@ -47,9 +47,6 @@ class IA3(LayerMethod):
         ('down',)
     """
 
-    paper: ClassVar[str] = "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning"
-    year: ClassVar[int] = 2022
-    arxiv: ClassVar[str] = "2205.05638"
     formula: ClassVar[str] = "out (in for feed-forward modules)"
     typical_lr: ClassVar[float] = 0.005
 

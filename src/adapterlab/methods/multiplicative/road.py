@@ -47,9 +47,6 @@ class RoAd(LayerMethod):
         64
     """
 
-    paper: ClassVar[str] = "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2409.00119"
     formula: ClassVar[str] = "out (road_1), 2 out (road_2), 4 out (road_4)"
     typical_lr: ClassVar[float] = 0.005
 

@@ -62,9 +62,6 @@ class PrefixTuning(Method):
         10
     """
 
-    paper: ClassVar[str] = "Prefix-Tuning: Optimizing Continuous Prompts for Generation"
-    year: ClassVar[int] = 2021
-    arxiv: ClassVar[str] = "2101.00190"
     formula: ClassVar[str] = "2 P L n_kv hd"
     typical_lr: ClassVar[float] = 0.01
     starts_at_base: ClassVar[bool] = False

@@ -50,9 +50,6 @@ class PromptTuning(Method):
         8
     """
 
-    paper: ClassVar[str] = "The Power of Scale for Parameter-Efficient Prompt Tuning"
-    year: ClassVar[int] = 2021
-    arxiv: ClassVar[str] = "2104.08691"
     formula: ClassVar[str] = "P d"
     typical_lr: ClassVar[float] = 0.01
     starts_at_base: ClassVar[bool] = False

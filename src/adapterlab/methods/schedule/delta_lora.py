@@ -46,9 +46,6 @@ class DeltaLoRA(LoRA):
         2.0
     """
 
-    paper: ClassVar[str] = "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices"
-    year: ClassVar[int] = 2023
-    arxiv: ClassVar[str] = "2309.02411"
     hf: ClassVar[HFCodec | None] = None
 
     dropout: float = Field(0.0, ge=0, le=0, description="not available: it would break the identity of the gradients")

@@ -51,9 +51,6 @@ class GaLore(Method):
         200
     """
 
-    paper: ClassVar[str] = "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2403.03507"
     formula: ClassVar[str] = "all parameters; with rest off: in · out"
     typical_lr: ClassVar[float] = 0.0002
 

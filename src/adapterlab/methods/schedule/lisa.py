@@ -47,9 +47,6 @@ class LISA(Method):
         True
     """
 
-    paper: ClassVar[str] = "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2403.17919"
     formula: ClassVar[str] = "everything outside the blocks + γ blocks, at a time"
     typical_lr: ClassVar[float] = 5e-5
 

@@ -65,9 +65,6 @@ class LST(Method):
         (1, 3)
     """
 
-    paper: ClassVar[str] = "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning"
-    year: ClassVar[int] = 2022
-    arxiv: ClassVar[str] = "2206.06522"
     formula: ClassVar[str] = "kept (block / r² + d d' + d' + 1) + 2 d d' + norms"
     typical_lr: ClassVar[float] = 0.001
     starts_at_base: ClassVar[bool] = False

@@ -55,9 +55,6 @@ class ProxyTuning(Method):
         1.0
     """
 
-    paper: ClassVar[str] = "Tuning Language Models by Proxy"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2401.08565"
     formula: ClassVar[str] = "0"
     starts_at_base: ClassVar[bool] = False
     trains: ClassVar[bool] = False

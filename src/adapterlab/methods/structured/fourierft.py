@@ -48,9 +48,6 @@ class FourierFT(LayerMethod):
         100
     """
 
-    paper: ClassVar[str] = "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2405.03003"
     formula: ClassVar[str] = "n"
     typical_lr: ClassVar[float] = 0.005
     starts_at_base: ClassVar[bool] = False

@@ -51,9 +51,6 @@ class IntrinsicSAID(LayerMethod):
         200
     """
 
-    paper: ClassVar[str] = "Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning"
-    year: ClassVar[int] = 2020
-    arxiv: ClassVar[str] = "2012.13255"
     formula: ClassVar[str] = "d, for all modules together"
     typical_lr: ClassVar[float] = 0.005
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")

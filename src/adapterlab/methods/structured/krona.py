@@ -49,9 +49,6 @@ class KronA(LayerMethod):
         (((8, 8), (8, 12)), ((32, 8), (2, 12)))
     """
 
-    paper: ClassVar[str] = "KronA: Parameter Efficient Tuning with Kronecker Adapter"
-    year: ClassVar[int] = 2022
-    arxiv: ClassVar[str] = "2212.10650"
     formula: ClassVar[str] = "a₁ a₂ + b₁ b₂"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
 

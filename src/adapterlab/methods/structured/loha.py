@@ -44,9 +44,6 @@ class LoHa(Lycoris):
         2.0
     """
 
-    paper: ClassVar[str] = "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation"
-    year: ClassVar[int] = 2023
-    arxiv: ClassVar[str] = "2309.14859"
     formula: ClassVar[str] = "2 r (in + out)"
 
     start: Literal["peft", "lycoris"] = Field(

@@ -46,9 +46,6 @@ class LoKr(Lycoris):
         ((4, 4), (24, 15))
     """
 
-    paper: ClassVar[str] = "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation"
-    year: ClassVar[int] = 2023
-    arxiv: ClassVar[str] = "2309.14859"
     formula: ClassVar[str] = "|w1| + |w2|"
 
     factor: int = Field(-1, ge=-1, description="size of w1 where it divides, else its limit; -1: near the square root")

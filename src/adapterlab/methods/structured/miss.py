@@ -42,9 +42,6 @@ class MiSS(LayerMethod):
         (16, 8)
     """
 
-    paper: ClassVar[str] = "MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2409.15371"
     formula: ClassVar[str] = "r out"
 
     r: int = Field(64, ge=1, description="length of a shard of the input, and largest rank of the update")

@@ -47,9 +47,6 @@ class RandLoRA(RandomBases):
         [[8, 1, 48], [64, 6, 8]]
     """
 
-    paper: ClassVar[str] = "RandLoRA: Full-rank parameter-efficient fine-tuning of large models"
-    year: ClassVar[int] = 2025
-    arxiv: ClassVar[str] = "2502.00987"
     formula: ClassVar[str] = "n (r + lo), lo = min(in, out), n = ⌈lo / r⌉"
     typical_lr: ClassVar[float] = 0.001
 

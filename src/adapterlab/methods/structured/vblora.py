@@ -49,9 +49,6 @@ class VBLoRA(LayerMethod):
         256
     """
 
-    paper: ClassVar[str] = "VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks"
-    year: ClassVar[int] = 2024
-    arxiv: ClassVar[str] = "2405.15179"
     formula: ClassVar[str] = "Σ r h (in + out) / b + h b once"
     typical_lr: ClassVar[float] = 0.001
     starts_at_base: ClassVar[bool] = False

@@ -40,9 +40,6 @@ class VeRA(RandomBases):
         torch.Size([16, 4])
     """
 
-    paper: ClassVar[str] = "VeRA: Vector-based Random Matrix Adaptation"
-    year: ClassVar[int] = 2023
-    arxiv: ClassVar[str] = "2310.11454"
     formula: ClassVar[str] = "out + r"
     typical_lr: ClassVar[float] = 0.005
 
