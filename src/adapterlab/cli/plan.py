@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from adapterlab.cli._shared import AsJson, bars, print_json, settings
 from adapterlab.errors import ConfigError
 
 if TYPE_CHECKING:
-    from adapterlab.plan.advice import Change
+    from adapterlab.plan.advice import Outlook
     from adapterlab.plan.result import Plan
 
 
@@ -107,39 +108,35 @@ def _one(
 ) -> None:
     from rich.console import Console
 
-    from adapterlab.plan.advice import changes, largest_batch, largest_length
-    from adapterlab.plan.child import apart
+    from adapterlab.plan.advice import Outlook, outlook
     from adapterlab.plan.planning import plan as make
     from adapterlab.plan.report import changes_table, save, show
 
+    gc.freeze()  # what libraries brought is not looked through whenever a simulation tidies up
     console = Console(stderr=as_json, highlight=False)
-    found = make(model, method, **options)
+    with bars() as update:
+        update("simulating a step", 0, 1)
+        found = make(model, method, **options)
     if not as_json:
         console.print(show(found))
-    batch = length = None
-    remedies: list[Change] = []
+    more = Outlook(None, None, [])
     if limits:
-        with apart(), bars() as update:  # dozens of simulations
-            update("limits", 0, 3)
-            batch = largest_batch(model, method, base=found, **options)
-            update("limits", 1, 3)
-            length = largest_length(model, method, base=found, **options)
-            update("limits", 2, 3)
-            remedies = changes(model, method, base=found, **options)
+        with bars() as update:  # a dozen simulations
+            more = outlook(model, method, base=found, progress=update, **options)
     if picture is not None:
-        save([found, *(c.plan for c in remedies if c.plan is not None)], picture)
+        save([found, *(c.plan for c in more.changes if c.plan is not None)], picture)
     if as_json:
-        return print_json(_report(found, batch, length, remedies))
-    if batch is not None:
-        console.print(f"Largest batch at {found.length:,} tokens: {batch:,}.  Largest length at batch {found.batch}: "
-                      f"{length:,}.")  # fmt: skip
-    if remedies:
-        console.print(changes_table(remedies))
+        return print_json(_report(found, more))
+    if more.batch is not None:
+        console.print(f"Largest batch at {found.length:,} tokens: {more.batch:,}.  Largest length at batch "
+                      f"{found.batch}: {more.length:,}.")  # fmt: skip
+    if more.changes:
+        console.print(changes_table(more.changes))
     if picture is not None:
         console.print(f"Drawn: {picture}")
 
 
-def _report(found: Plan, batch: int | None, length: int | None, remedies: list[Change]) -> dict[str, Any]:
+def _report(found: Plan, more: Outlook) -> dict[str, Any]:
     listed = [
         {
             "what": change.what,
@@ -148,9 +145,9 @@ def _report(found: Plan, batch: int | None, length: int | None, remedies: list[C
             "process": change.plan.process if change.plan else None,
             "reason": change.reason or None,
         }
-        for change in remedies
+        for change in more.changes
     ]
-    return {**found.to_json(), "largest_batch": batch, "largest_length": length, "changes": listed}
+    return {**found.to_json(), "largest_batch": more.batch, "largest_length": more.length, "changes": listed}
 
 
 def _all(model: str, options: dict[str, Any], picture: Path | None, as_json: bool) -> None:

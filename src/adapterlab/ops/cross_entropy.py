@@ -123,8 +123,19 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
 
 def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
     """Parts of the positions; one empty part when there are none, so that gradients are zeros and not missing."""
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
-    return (slice(start, start + size) for start in range(0, max(1, positions), size))
+    return slices(max(1, positions), max(1, CHUNK_ELEMENTS // vocabulary))
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    """Parts that are worked on one after the other; they are alike, so that a simulation may leave some out."""
+    return (slice(start, start + size) for start in range(0, total, max(1, size)))
+
+
+def block_rows(logits: Tensor) -> int:
+    """Rows of a chunk that are worked on at a time: all, but on a CPU."""
+    if logits.device.type != "cpu":
+        return len(logits)
+    return max(torch.get_num_threads(), BLOCK_ELEMENTS // logits.shape[1])  # softmax shares rows among threads
 
 
 # ---------------------------------------------------------------------- from logits to losses and gradients
@@ -133,14 +144,11 @@ def _chunks(positions: int, vocabulary: int) -> Iterator[slice]:
 def _token_losses(logits: Tensor, labels: Tensor, form: TokenForm, grad: Tensor | None) -> Tensor:
     """Return the sum of a chunk's token losses; its gradient goes into `grad`, which may be `logits` itself."""
     rows, vocabulary = logits.shape
-    size = rows
-    if logits.device.type == "cpu":
-        size = max(torch.get_num_threads(), BLOCK_ELEMENTS // vocabulary)  # softmax shares rows among threads
+    size = block_rows(logits)
     dtype = _exact(logits.dtype)
     z, p = (logits.new_empty((min(size, rows), vocabulary), dtype=dtype) for _ in range(2))
     total = logits.new_zeros((), dtype=dtype)
-    for start in range(0, rows, max(1, size)):
-        block = slice(start, start + size)
+    for block in slices(rows, size):
         n = len(labels[block])
         z[:n].copy_(logits[block])
         total += _block(z[:n], labels[block], form, p[:n], None if grad is None else grad[block])

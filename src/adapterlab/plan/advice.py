@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from adapterlab.core.method import Method
 from adapterlab.errors import AdapterlabError
-from adapterlab.plan.planning import USUAL, make_method, plan
+from adapterlab.plan.child import each
+from adapterlab.plan.child import processes as child_processes
+from adapterlab.plan.planning import USUAL, make_method, near, plan
 from adapterlab.plan.result import Plan
 
 _TRIES = 10
@@ -34,6 +36,59 @@ class Change:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class Outlook:
+    """What else a device allows.
+
+    Attributes:
+        batch: the largest one; 0 if none fits, None if the memory is not known.
+        length: likewise, in steps of 64 tokens.
+        changes: the possible ones, the largest saving first, then the impossible ones with the reason.
+    """
+
+    batch: int | None
+    length: int | None
+    changes: list[Change]
+
+
+def outlook(
+    model: Any,
+    method: Any = USUAL,
+    *,
+    base: Plan | None = None,
+    processes: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+    **options: Any,
+) -> Outlook:
+    """Find the largest batch and length and plan the usual remedies, in child processes.
+
+    Args:
+        model: as for `plan`.
+        method: as for `plan`.
+        base: the plan to compare with, where it is known.
+        processes: at once; None is one for two cores, and two at least.
+        progress: told (what, done, total).
+        options: of `plan`.
+    """
+    made = make_method(method)
+    start = base or plan(model, made, **options)
+    searches = {"largest batch": largest_batch, "largest length": largest_length}
+    jobs: dict[str, Any] = {
+        key: (search, (model, made), {**options, "base": start}) for key, search in searches.items()
+    }
+    jobs |= _remedies(start, model, made, options)
+    tell = progress or (lambda what, done, total: None)
+    tell("limits and remedies", 0, len(jobs))
+    found, errors = each(
+        jobs, processes or child_processes(), lambda _, done: tell("limits and remedies", done, len(jobs))
+    )
+    batch, length = (found.pop(key, None) for key in searches)
+    for key in searches:
+        if key in errors:
+            raise errors[key]
+    return Outlook(batch, length, _sorted(start, found, errors))
+
+
 def changes(model: Any, method: Any = USUAL, *, base: Plan | None = None, **options: Any) -> list[Change]:
     """Plan the usual remedies one by one.
 
@@ -48,19 +103,41 @@ def changes(model: Any, method: Any = USUAL, *, base: Plan | None = None, **opti
     """
     made = make_method(method)
     start = base or plan(model, made, **options)
-    found = []
-    for what, changed, other in _remedies(start, made):
+    found: dict[str, Plan] = {}
+    errors: dict[str, AdapterlabError] = {}
+    for what, (function, args, given) in _remedies(start, model, made, options).items():
         try:
-            better = plan(model, other, **{**options, "device": start.device, **changed})
+            found[what] = function(*args, **given)
         except AdapterlabError as error:
-            found.append(Change(what, reason=str(error).splitlines()[0]))
-        else:
-            slower = better.flops / start.flops if start.flops else 1.0
-            found.append(Change(what, start.process - better.process, slower, better))
-    return sorted(found, key=lambda change: (change.plan is None, -change.saving))
+            errors[what] = error
+    return _sorted(start, found, errors)
 
 
-def _remedies(start: Plan, method: Method) -> list[tuple[str, dict[str, Any], Method]]:
+def _sorted(start: Plan, found: Mapping[str, Plan], errors: Mapping[str, AdapterlabError]) -> list[Change]:
+    possible = [
+        Change(what, start.process - one.process, one.flops / start.flops if start.flops else 1.0, one)
+        for what, one in found.items()
+    ]
+    reasons = [Change(what, reason=str(error).splitlines()[0]) for what, error in errors.items()]
+    return sorted(possible, key=lambda change: -change.saving) + reasons
+
+
+def _remedies(start: Plan, model: Any, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan of each remedy by name: function, arguments, keyword arguments."""
+    given = _numbers(options, start)
+    return {
+        what: (near, (start, model, other), {**given, **new}) for what, new, other in _what_may_change(start, method)
+    }
+
+
+def _numbers(options: Mapping[str, Any], start: Plan) -> dict[str, Any]:
+    """Options of `plan` for a plan like a known one, on the same device."""
+    kept = {key: value for key, value in options.items() if key not in ("device", "speed")}
+    numbers = ("batch", "length", "precision", "quantize", "recompute")
+    return {**{name: getattr(start, name) for name in numbers}, **kept}
+
+
+def _what_may_change(start: Plan, method: Method) -> list[tuple[str, dict[str, Any], Method]]:
     """What may be changed: words, arguments of `plan`, and the method."""
     found: list[tuple[str, dict[str, Any], Method]] = []
     if start.recompute == "none":
@@ -86,49 +163,67 @@ def _remedies(start: Plan, method: Method) -> list[tuple[str, dict[str, Any], Me
 
 def largest_batch(model: Any, method: Any = USUAL, *, base: Plan | None = None, **options: Any) -> int | None:
     """Return the largest batch that fits into the device; 0 if none does, None if its memory is not known."""
-    made = make_method(method)
-    start = base or plan(model, made, **options)
-    given = {**options, "device": start.device, "quantize": start.quantize}
-    return _largest(start, "batch", 1, MOST, lambda n: plan(model, made, **{**given, "batch": n}))
+    return _largest(model, method, base, options, "batch", 1, MOST)
 
 
 def largest_length(model: Any, method: Any = USUAL, *, base: Plan | None = None, **options: Any) -> int | None:
-    """Return the largest length, in steps of 64 tokens, that fits with the same batch."""
+    """Return the largest length, in steps of 64 tokens, that fits with the same batch; else as `largest_batch`."""
+    return _largest(model, method, base, options, "length", 64, LONGEST)
+
+
+def _largest(
+    model: Any, method: Any, base: Plan | None, options: Mapping[str, Any], field: str, unit: int, end: int
+) -> int | None:
+    """The largest multiple of a unit that fits."""
     made = make_method(method)
     start = base or plan(model, made, **options)
-    given = {**options, "device": start.device, "quantize": start.quantize}
-    return _largest(start, "length", 64, LONGEST, lambda n: plan(model, made, **{**given, "length": n}))
-
-
-def _largest(start: Plan, field: str, unit: int, end: int, make: Callable[[int], Plan]) -> int | None:
-    """The largest multiple of a unit that fits; memory grows with it, almost on a line."""
-    limit = start.limit
-    if limit is None:
+    if start.limit is None:
         return None
-    known: dict[int, int] = {}
+    given = _numbers(options, start)
 
     def needs(count: int) -> int:
-        if count not in known:
-            known[count] = make(count * unit).process
-        return known[count]
+        return near(start, model, made, **{**given, field: count * unit}).process
 
-    now = max(1, getattr(start, field) // unit)
-    if now * unit == getattr(start, field):
-        known[now] = start.process
-    if needs(1) > limit:
-        return 0
-    last = end // unit
+    now, rest = divmod(getattr(start, field), unit)
+    return unit * _crossing(needs, {now: start.process} if now and not rest else {}, start.limit, end // unit)
+
+
+def _crossing(needs: Callable[[int], int], known: dict[int, int], limit: int, last: int) -> int:
+    """The largest count that needs no more than the limit: memory grows with it, almost on a line.
+
+    Args:
+        needs: bytes by count.
+        known: some of them; grows.
+        limit: bytes.
+        last: where the search ends.
+    """
+    if not any(size <= limit for size in known.values()):
+        known[1] = needs(1)
+        if known[1] > limit:
+            return 0
     for _ in range(_TRIES):
         low = max(n for n, size in known.items() if size <= limit)
         above = [n for n, size in known.items() if size > limit]
         high = min(above) if above else None
-        if high is not None and high - low <= max(1, low // 100):
-            return low * unit
-        if high is None and low >= last:
-            return last * unit
+        if low >= last or (high is not None and high - low <= max(1, low // 100)):
+            return min(low, last)
         guess = _guess(known, low, high, limit, last)
-        needs(guess)
-    return max(n for n, size in known.items() if size <= limit) * unit
+        expected = _line(known, low, guess)
+        known[guess] = needs(guess)
+        # Where the line told the truth, it also tells that one more is too much.
+        doubt = 2 * abs(known[guess] - expected) if expected is not None else limit
+        more = _line(known, guess, guess + max(1, guess // 100))
+        if known[guess] <= limit and more is not None and more - doubt > limit:
+            return guess
+    return max(n for n, size in known.items() if size <= limit)
+
+
+def _line(known: Mapping[int, int], low: int, count: int) -> float | None:
+    """What the line through a known point and the one nearest to it says of a count."""
+    other = min((n for n in known if n != low), key=lambda n: abs(n - low), default=None)
+    if other is None:
+        return None
+    return known[low] + (count - low) * (known[other] - known[low]) / (other - low)
 
 
 def _guess(known: dict[int, int], low: int, high: int | None, limit: int, last: int) -> int:

@@ -10,6 +10,8 @@ Requests and answers are pickled; only a parent and its own child exchange them.
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import os
 import pickle
 import queue
@@ -145,6 +147,11 @@ def called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return child.call(function, *args, **kwargs)
 
 
+def processes() -> int:
+    """How many children work at once: one for two cores, and two at least."""
+    return max(2, (os.cpu_count() or 1) // 2)
+
+
 def each(
     jobs: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]],
     processes: int,
@@ -245,6 +252,8 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    importlib.import_module("adapterlab.plan.planning")
+    gc.freeze()  # what libraries brought is not looked through whenever a simulation tidies up
     while (request := _read(sys.stdin.buffer)) is not None:
         _write(answers, _answer(request))
 

@@ -19,20 +19,20 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_lay
 _WINDOW = re.compile(r"(forward|backward), layer (\d+)")
 
 
-def extrapolated(setup: Setup, run: Callable[[Setup], Trace]) -> Trace:
+def extrapolated(setup: Setup, run: Callable[[Setup], Trace], depths: int = 3) -> Trace:
     """Return what a step does, from steps of three small depths if they lie on one line, else from a whole step.
 
     Args:
         setup: what to train.
         run: simulates a step.
+        depths: how many; two do where it is known that three lie on a line.
     """
     depth, period = text_config(setup).num_hidden_layers, _period(setup.config)
     first = FEWEST + (depth - FEWEST) % period if period else depth
     if period == 0 or is_encoder_decoder(setup) or depth <= 3 * (first + period):
         return run(setup)
-    depths = [first + i * period for i in range(3)]
     try:
-        traces = [run(replace(setup, config=cut(setup.config, d))) for d in depths]
+        traces = [run(replace(setup, config=cut(setup.config, first + i * period))) for i in range(depths)]
     except NeedsNumbers:
         raise
     except AdapterlabError:  # a method that names layers which the short models lack
@@ -84,25 +84,24 @@ def _ends(moments: Mapping[str, Moment], layers: int, period: int) -> dict[str, 
 
 
 def _straight(traces: list[Trace], ends: list[dict[str, Moment]]) -> bool:
-    a, b, c = ends
-    if not a.keys() == b.keys() == c.keys():
+    if any(moments.keys() != ends[0].keys() for moments in ends):
         return False
-    totals = [(a[key].total, b[key].total, c[key].total) for key in a]
-    totals += [tuple(int(t.flops) for t in traces), tuple(t.trainable for t in traces)]  # type: ignore[list-item]
-    return all(abs(x - 2 * y + z) <= 64 for x, y, z in totals)
+    totals = [tuple(moments[key].total for moments in ends) for key in ends[0]]
+    totals += [tuple(int(t.flops) for t in traces), tuple(t.trainable for t in traces)]
+    return all(abs(x - 2 * y + z) <= 64 for line in totals for x, y, z in zip(line, line[1:], line[2:], strict=False))
 
 
 def _extended(traces: list[Trace], ends: list[dict[str, Moment]], period: int, depth: int) -> Trace:
     """Continue the line through the last two depths."""
-    a, b = traces[1], traces[2]
+    a, b = traces[-2:]
     steps = (depth - b.layers) // period
 
     def line(x: float, y: float) -> int:
         return round(y + (y - x) * steps)
 
     moments: dict[str, Moment] = {}
-    for key, late in ends[2].items():
-        early = ends[1][key]
+    for key, late in ends[-1].items():
+        early = ends[-2][key]
         parts = _parts(early.parts, late.parts, a.layers, b.layers, period, steps)
         match = re.fullmatch(r"(\w+), layer (-\d+)", key)
         name = f"{match[1]}, layer {depth + int(match[2])}" if match else key
@@ -117,6 +116,7 @@ def _extended(traces: list[Trace], ends: list[dict[str, Moment]], period: int, d
         line(a.trainable, b.trainable),
         line(a.base, b.base),
         b.loss,
+        b.layers,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from adapterlab.foreign.model import text_config
 from adapterlab.models.loading import PRECISIONS, QUANTIZATIONS
 from adapterlab.plan import process
 from adapterlab.plan.child import called, each
+from adapterlab.plan.child import processes as child_processes
 from adapterlab.plan.device import Device
 from adapterlab.plan.extrapolate import extrapolated
 from adapterlab.plan.result import Plan
@@ -71,7 +71,22 @@ def plan(
         model, method, batch=batch, length=length, precision=precision, quantize=quantize, recompute=recompute,
         labelled=labelled, training=training, kind=place.kind,
     )  # fmt: skip
-    return described(_name(model), setup, trace_of(setup, exact=exact), place)
+    return described(_name(model), setup, trace_of(setup, None if exact else 3), place)
+
+
+def near(start: Plan, model: Any, method: Any = USUAL, *, exact: bool = False, **options: Any) -> Plan:
+    """Plan what is like a known plan but for some numbers: layers that are alike there are alike here.
+
+    Args:
+        start: the known plan, on the same device.
+        model: as for `plan`.
+        method: as for `plan`.
+        exact: as for `plan`.
+        options: of `plan`, without a device.
+    """
+    setup = setup_of(model, method, **{**options, "kind": start.device.kind})
+    depths = None if exact else 2 if start.simulated < len(start.layers) else 3
+    return described(_name(model), setup, trace_of(setup, depths), start.device)
 
 
 def setup_of(
@@ -161,7 +176,7 @@ def plan_all(
 
     if progress:
         progress("planning", failed, len(chosen))
-    found, errors = each(jobs, processes or max(2, (os.cpu_count() or 1) // 2), done)
+    found, errors = each(jobs, processes or child_processes(), done)
     reasons |= {id: str(error) for id, error in errors.items()}
     plans = [_renamed(one, _name(model)) for one in found.values()]
     return sorted(plans, key=lambda one: (one.process, one.method)), reasons
@@ -180,23 +195,27 @@ def make_method(method: str | Method | Mapping[str, Any]) -> Method:
     return method_class(name)(**fields)
 
 
-def trace_of(setup: Setup, *, exact: bool = False) -> Trace:
+def trace_of(setup: Setup, depths: int | None = 3) -> Trace:
     """Simulate a step, in the child process of an `apart()` around; errors of what cannot be simulated say so.
+
+    Args:
+        setup: what to train.
+        depths: number of small depths to simulate, see `extrapolated`; None: simulate all layers.
 
     Raises:
         ConfigError: the method looks at computed numbers, or the child died.
     """
-    found: Trace = called(_traced, setup, exact)
+    found: Trace = called(_traced, setup, depths)
     return found
 
 
-def _traced(setup: Setup, exact: bool) -> Trace:
+def _traced(setup: Setup, depths: int | None) -> Trace:
     import torch
 
     from adapterlab.foreign.private_torch import DataDependentOutputException, DynamicOutputShapeException
 
     try:
-        return simulate(setup) if exact else extrapolated(setup, simulate)
+        return simulate(setup) if depths is None else extrapolated(setup, simulate, depths)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise _needs_numbers(setup, str(error.func)) from error
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
@@ -261,6 +280,7 @@ def described(name: str, setup: Setup, trace: Trace, place: Device) -> Plan:
         limit=place.memory,
         loss=trace.loss,
         notes=list(_notes(setup)),
+        simulated=trace.simulated,
     )
 
 

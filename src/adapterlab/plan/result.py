@@ -30,6 +30,7 @@ class Plan:
         seconds: estimate of its time; None without a speed of the device.
         limit: bytes the device has; None when it is not known.
         loss: way the loss is computed; notes: what else to know.
+        simulated: layers that were simulated; where they are fewer than the model has, the rest is like them.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Plan:
     limit: int | None
     loss: str
     notes: list[str] = field(default_factory=list)
+    simulated: int = 0
 
     @property
     def verdict(self) -> Verdict:

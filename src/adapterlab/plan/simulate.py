@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import gc
+import importlib
 import logging
 import sys
 import warnings
@@ -24,12 +25,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from adapterlab.data import Collator
 from adapterlab.engine import attention
 from adapterlab.engine.loss import Loss
-from adapterlab.errors import ConfigError
+from adapterlab.errors import ConfigError, require
 from adapterlab.foreign.model import is_encoder_decoder, text_config
 from adapterlab.foreign.private_torch import TorchDispatchMode, graph_task_id, tree_iter
 from adapterlab.foreign.private_transformers import no_init_weights
 from adapterlab.hosts import Host
 from adapterlab.models.loading import PRECISIONS
+from adapterlab.ops import cross_entropy
 from adapterlab.plan.packed import pack
 from adapterlab.plan.setup import Setup
 from adapterlab.plan.tracker import Moment, Tracker, contentless
@@ -57,6 +59,7 @@ class Trace:
         trainable: number of trainable scalars.
         base: bytes of the base weights.
         loss: way the loss was computed.
+        simulated: layers of the deepest model that was simulated.
     """
 
     moments: dict[str, Moment]
@@ -66,6 +69,7 @@ class Trace:
     trainable: int
     base: int
     loss: str = ""
+    simulated: int = 0
 
     @property
     def peak(self) -> Moment:
@@ -81,6 +85,9 @@ def simulate(setup: Setup, *, real: bool = False, steps: int = 1) -> Trace:
         real: with numbers, on the CPU, to check the simulation.
         steps: how many; more than one only with `real`.
     """
+    if setup.quantize:
+        require("bitsandbytes", "quantized", f"for quantize={setup.quantize!r}")
+        importlib.import_module("bitsandbytes")  # a tracker counts the operators of what is loaded when it is made
     before = rng.state()
     gc.collect()  # models of earlier simulations must not be destroyed while the modes of this one are active
     try:
@@ -93,6 +100,7 @@ def simulate(setup: Setup, *, real: bool = False, steps: int = 1) -> Trace:
                 stack.enter_context(patch.object(Loss, "_agrees", _head_is_all))
                 if setup.kind != "cpu":  # tensors without contents are on the CPU, whose own kernels others lack
                     stack.enter_context(patch.object(attention, "pays", lambda *_: False))
+                    stack.enter_context(patch.object(cross_entropy, "block_rows", len))
             tracker = stack.enter_context(Tracker(fake, setup.granularity, setup.kind))
             return _Simulation(setup, tracker).run(steps)
     finally:
@@ -139,6 +147,7 @@ class _Simulation:
             host.summary(NAME).trainable,
             base,
             loop.loss.path,
+            len(layers),
         )
 
     def _loop(self, host: Host) -> Loop:
@@ -261,9 +270,22 @@ class _Stages(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@torch.no_grad()
+_HEADS: dict[tuple[type, str], bool] = {}
+
+
 def _head_is_all(loss: Loss, head: nn.Module) -> bool:
-    """Say whether the logits are those of the head, perhaps scaled and capped; without numbers, operators must tell."""
+    """Say whether the logits are those of the head; models of one class and configuration are alike in that."""
+    values = text_config(loss.model).to_dict()
+    plain = {key: v for key, v in values.items() if isinstance(v, (int, float, str)) and key != "num_hidden_layers"}
+    key = (type(loss.model), repr(plain))
+    if key not in _HEADS:
+        _HEADS[key] = _scales_and_caps(loss, head)
+    return _HEADS[key]
+
+
+@torch.no_grad()
+def _scales_and_caps(loss: Loss, head: nn.Module) -> bool:
+    """Say whether logits are the head's, perhaps scaled and capped; without numbers, operators must tell."""
     stages = _Stages()
     backbone = loss.model.base_model
     handles = [
