@@ -100,6 +100,27 @@ def cli_reference() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def configuration() -> str:
+    """A page of the keys of configuration files."""
+    from adapterlab.compare.config import CompareConfig
+    from adapterlab.settings import keys
+    from adapterlab.train.config import TrainConfig
+
+    lines = ["# Configuration files", "", "Generated from the settings' own descriptions. `null` means: not set."]
+    for verb, cls in (("train", TrainConfig), ("compare", CompareConfig)):
+        lines += [
+            "",
+            f"## adapterlab {verb}",
+            "",
+            "| key | values | default | meaning | example |",
+            "|---|---|---|---|---|",
+        ]
+        for key in keys(cls):
+            cells = (f"`{key.name}`", key.values, f"`{key.default}`" if key.default else "must be given", key.meaning)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (*cells, f"`{key.example}`")) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def files(support: dict[str, Any]) -> dict[Path, str]:
     """What every generated file should hold.
 
@@ -116,6 +137,7 @@ def files(support: dict[str, Any]) -> dict[Path, str]:
         out[file] = fill(text)
     out |= {ROOT / "docs" / "methods" / f"{id}.md": page(id) for id in ids()}
     out[ROOT / "docs" / "cli.md"] = cli_reference()
+    out[ROOT / "docs" / "configuration.md"] = configuration()
     out |= {support_matrix.STORED: json_text(support), support_matrix.PAGE: support_matrix.render(support)}
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +23,29 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher values sample.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
 System = Annotated[str | None, typer.Option(help="System message; default: the one of the run.")]
+
+
+def help_config(module: str, name: str) -> Any:
+    """Make the option `--help-config`, which lists the keys of a class of settings and leaves.
+
+    Args:
+        module: of the class, imported when the option is given.
+        name: of the class.
+    """
+
+    def show(asked: bool) -> None:
+        if asked:
+            import importlib
+
+            from adapterlab.settings import keys
+
+            for key in keys(getattr(importlib.import_module(module), name)):
+                default = f"; default: {key.default}" if key.default else "; must be given"
+                typer.echo(f"{typer.style(key.name, bold=True)}  ({key.values}{default})")
+                typer.echo(textwrap.fill(key.meaning, 78, initial_indent="    ", subsequent_indent="    "))
+            raise typer.Exit
+
+    return typer.Option("--help-config", is_eager=True, callback=show, help="List the keys of the file and leave.")
 
 
 def settings(pairs: Sequence[str], option: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adapterlab.cli._shared import AsJson, print_json, settings
+from adapterlab.cli._shared import AsJson, help_config, print_json, settings
 
 if TYPE_CHECKING:
     from adapterlab.compare import Comparison, Watcher
@@ -39,6 +39,7 @@ def compare(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, list the runs, start none.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing while it runs.")] = False,
     as_json: AsJson = False,
+    help_config: Annotated[bool, help_config("adapterlab.compare.config", "CompareConfig")] = False,
 ) -> None:
     """Compare methods on one model and data set; run it again to continue where it stopped."""
     from adapterlab.compare import compare as run

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from adapterlab.cli._shared import help_config
+
 
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run; see examples/.")],
@@ -18,6 +20,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load, check and show everything; train nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start even what cannot fit into memory.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+    help_config: Annotated[bool, help_config("adapterlab.train.config", "TrainConfig")] = False,
 ) -> None:
     """Train an adapter as a YAML file says, with KEY=VALUE overrides such as training.lr=1e-4.
 

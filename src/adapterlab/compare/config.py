@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
@@ -96,6 +96,8 @@ class Contender(_Part):
 
 class CompareConfig(Settings):
     """A comparison: one model, one data set, several methods."""
+
+    reference: ClassVar[str] = "All settings: adapterlab compare --help-config, or docs/configuration.md."
 
     model: str = Field("smollm2-135m", min_length=1, description="catalogue alias, hub id or local folder")
     precision: Literal["bf16", "fp32", "fp16"] = Field("bf16", description="dtype of the frozen weights")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from adapterlab.data.config import DataConfig
 from adapterlab.errors import ConfigError, nearest
-from adapterlab.settings import Settings
+from adapterlab.settings import Settings, keys
 
 if TYPE_CHECKING:
     from adapterlab.core.method import Method
@@ -117,6 +117,8 @@ class Training(BaseModel):
 class TrainConfig(Settings):
     """A training run: model, method, data, training, output."""
 
+    reference: ClassVar[str] = "All settings: adapterlab train --help-config, or docs/configuration.md."
+
     model: str = Field("smollm2-135m", min_length=1, description="catalogue alias, hub id or local folder")
     precision: Literal["bf16", "fp32", "fp16"] = Field(
         "bf16", description="dtype of the frozen weights; adapters are float32"
@@ -161,6 +163,10 @@ class TrainConfig(Settings):
         from adapterlab.registry import method
 
         return method(self.method["name"])(**{key: value for key, value in self.method.items() if key != "name"})
+
+    def meanings(self) -> dict[str, str]:
+        """Return what each dotted key means, those of the method included."""
+        return {key.name: key.meaning for key in (*keys(type(self)), *keys(type(self.make_method()), "method."))}
 
     def plain(self) -> dict[str, Any]:
         """Return everything as JSON values, the method's defaults included."""
@@ -284,6 +290,7 @@ def _check_known(tree: dict[str, Any]) -> None:
         hint = f"Nearest: {', '.join(by_name[:3])}." if by_name else nearest(key, known)
         faults.append(f"There is no setting {key!r} (received {value!r}). {hint}")
     if faults:
+        faults.append(TrainConfig.reference)
         raise ConfigError("\n".join(faults))
 
 

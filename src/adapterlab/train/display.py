@@ -21,13 +21,23 @@ if TYPE_CHECKING:
 _SMOOTHING = 0.9  # weight of the past in the loss that is shown
 
 
-def config_table(flat: Mapping[str, Any], provenance: Mapping[str, str]) -> Table:
-    """Show every setting with where it came from; what the user set stands out."""
-    table = Table("setting", "value", "from", title="Configuration", title_justify="left")
+def config_table(
+    flat: Mapping[str, Any], provenance: Mapping[str, str], meanings: Mapping[str, str] | None = None
+) -> Table:
+    """Show every setting with where it came from; what the user set stands out.
+
+    Args:
+        flat: values by dotted key.
+        provenance: sources by dotted key.
+        meanings: a sentence by dotted key, shown beside.
+    """
+    more = [] if meanings is None else ["meaning"]
+    table = Table("setting", "value", "from", *more, title="Configuration", title_justify="left")
     for key, value in flat.items():
         source = provenance.get(key, "default")
         style = "dim" if source == "default" else "bold"
-        table.add_row(Text(key), Text(str(value)), Text(source), style=style)
+        cells = [key, str(value), source, *([] if meanings is None else [meanings.get(key, "")])]
+        table.add_row(*map(Text, cells), style=style)
     return table
 
 

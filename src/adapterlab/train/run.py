@@ -109,7 +109,7 @@ def fit(
     main = accelerator.is_main_process
     console = Console(quiet=quiet or not main)
     sources = dict(provenance or provenance_of(config, {"Python": config.model_dump(exclude_unset=True)}))
-    console.print(config_table(config.flat(), sources))
+    console.print(config_table(config.flat(), sources, config.meanings() if dry_run else None))
     if main and not dry_run:
         files.claim(config.output, resume=resume, overwrite=overwrite)
     accelerator.wait_for_everyone()

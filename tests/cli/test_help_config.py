@@ -1,0 +1,33 @@
+"""The keys of configuration files are described where a user looks for them."""
+
+from __future__ import annotations
+
+import pytest
+from typer.testing import CliRunner
+
+from adapterlab.cli import build
+from adapterlab.compare.config import CompareConfig
+from adapterlab.errors import ConfigError
+from adapterlab.settings import keys
+from adapterlab.train.config import TrainConfig
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, CompareConfig])
+def test_every_key_says_what_it_is(cls: type[TrainConfig] | type[CompareConfig]) -> None:
+    for key in keys(cls):
+        assert key.meaning, key.name
+        assert key.values, key.name
+
+
+@pytest.mark.parametrize("verb", ["train", "compare"])
+def test_the_keys_are_listed_without_a_file_at_80_columns(verb: str) -> None:
+    result = CliRunner().invoke(build(), [verb, "--help-config"])
+    assert result.exit_code == 0
+    assert "data.max_length  (whole number ≥ 2; default: 1024)" in result.output
+    meanings = [line for line in result.output.splitlines() if line.startswith("    ")]
+    assert max(map(len, meanings)) < 80
+
+
+def test_an_unknown_key_says_where_all_are() -> None:
+    with pytest.raises(ConfigError, match=r"'modle'.*Nearest: model.*--help-config"):
+        TrainConfig(modle="x", data={"task": "chain_sum"})
