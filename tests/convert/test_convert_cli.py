@@ -25,8 +25,8 @@ CPU = ("--device", "cpu")
 def run() -> Callable[..., str]:
     """`run("verb", ...)` gives stdout; an error of the library is raised as it is."""
 
-    def call(*args: object) -> str:
-        result = CliRunner().invoke(build(), [str(a) for a in args], env={"COLUMNS": "200"})
+    def call(*args: object, columns: int = 200) -> str:
+        result = CliRunner().invoke(build(), [str(a) for a in args], env={"COLUMNS": str(columns)})
         if isinstance(result.exception, AdapterlabError):
             raise result.exception
         assert result.exit_code == 0, result.output
@@ -190,3 +190,14 @@ def test_analyze(run, base, folder_of, base_folder, north, south, tmp_path) -> N
     assert [p.name for p in (tmp_path / "plain").iterdir()] == ["analysis.json"]
     with pytest.raises(ConfigError, match="--base"):
         run("analyze", folder, *CPU)
+
+
+def test_tables_are_by_role_and_fit_80_columns(run, north, south, tmp_path) -> None:
+    out = run("analyze", north, *CPU, columns=80)
+    assert "q x 2" in out
+    assert "largest at model.layers" in out
+    made = run("export", north, "--output", tmp_path / "lora", *CPU, columns=80)
+    assert "q x 2" in made
+    assert "Worst module: model.layers" in made
+    both = run("analyze", north, "--other", south, *CPU, columns=80)
+    assert max(len(line) for text in (out, made, both) for line in text.splitlines() if "x 2" in line) <= 80

@@ -91,8 +91,10 @@ def save_made(host: Host, made: Conversion, output: Path, overwrite: bool, origi
 
 
 def show_conversion(made: Conversion, output: Path, as_json: bool) -> None:
-    """Print rank and error of every module, and of the whole."""
-    from adapterlab.cli._shared import print_json
+    """Print ranks and errors of each role's modules, and of the whole."""
+    from statistics import median
+
+    from adapterlab.cli._shared import by_role, print_json
 
     if as_json:
         print_json({**made.to_dict(), "folder": str(output)})
@@ -101,12 +103,16 @@ def show_conversion(made: Conversion, output: Path, as_json: bool) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table("module", "rank", "energy kept", "relative error")
+    table = Table("modules", "rank", "least energy kept", "relative error", "worst")
     for column in table.columns[1:]:
         column.justify = "right"
-    for module in made.modules:
-        table.add_row(module.path, str(module.rank), f"{module.energy:.4%}", f"{module.error:.3g}")
-    table.add_row("all", str(sum(made.ranks.values())), f"{made.energy:.4%}", f"{made.error:.3g}", style="bold")
+    for role, places in by_role([module.path for module in made.modules]).items():
+        group = [made.modules[i] for i in places]
+        ranks, errors = [module.rank for module in group], [module.error for module in group]
+        rank = f"{min(ranks)} - {max(ranks)}" if min(ranks) < max(ranks) else str(ranks[0])
+        energy = min(module.energy for module in group)
+        table.add_row(role, rank, f"{energy:.4%}", f"{median(errors):.3g}", f"{max(errors):.3g}")
+    table.add_row("all", f"sum {sum(made.ranks.values())}", f"{made.energy:.4%}", f"{made.error:.3g}", style="bold")
     console.print(table)
     console.print(f"Worst module: {made.worst.path}, relative error {made.worst.error:.3g}.", soft_wrap=True)
     if made.saved:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adapterlab.cli._conversion import Overwrite, check_same_base
-from adapterlab.cli._shared import AsJson, Checkpoint, Device, bars, print_json
+from adapterlab.cli._shared import AsJson, Checkpoint, Device, bars, by_role, print_json
 from adapterlab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -108,25 +108,48 @@ def _names(places: list[Place]) -> list[str]:
 
 def _show(found: dict[str, Analysis], cosines: dict[str, float], output: Path | None) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
     for name, analysis in found.items():
-        table = Table(title=name)
-        columns = ("module", "‖ΔW‖/‖W‖", "effective rank", "stable rank", "in 1", "in 4", "in 16", "ΔM", "ΔD")
-        for column in columns + ("cosine",) * bool(cosines):
-            table.add_column(column, justify="left" if column == "module" else "right")
-        for s in analysis.spectra:
-            energies = [f"{s.energy[k]:.1%}" if k in s.energy else "-" for k in (1, 4, 16)]
-            ranks = [f"{s.effective_rank:.2f}", f"{s.stable_rank:.2f}"]
-            cells = [s.path, f"{s.relative:.3g}", *ranks, *energies, f"{s.magnitude:.3g}", f"{s.direction:.3g}"]
-            table.add_row(*cells, *[f"{cosines[s.path]:+.3f}" if s.path in cosines else "-"] * bool(cosines))
-        console.print(table)
+        console.print(_table(name, analysis, cosines))
+        most = max(analysis.spectra, key=lambda s: s.relative, default=None)
+        if most is not None:
+            console.print(f"{name}: largest at {most.path}, {most.relative:.3g} of the weight's norm.", soft_wrap=True)
         if analysis.correlation is not None:
             roles = ", ".join(f"{role} {r:+.2f}" for role, r in analysis.by_role.items() if r is not None)
             more = f" ({roles})" if roles else ""
             console.print(f"{name}: correlation of ΔM and ΔD {analysis.correlation:+.3f}{more}", soft_wrap=True)
         if analysis.others:
             console.print(f"{name}: {len(analysis.others)} other parameters changed too.", soft_wrap=True)
-    if output is not None:
-        console.print(f"Written: {output}", soft_wrap=True)
+    where = f"Written: {output}" if output is not None else "Module by module: --json, or --output FOLDER."
+    console.print(where, soft_wrap=True)
+
+
+def _table(name: str, analysis: Analysis, cosines: dict[str, float]) -> Any:
+    """The medians of each role."""
+    from statistics import median
+
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=f"{name}: medians over the modules of a role", title_justify="left", box=SIMPLE_HEAD)
+    columns: dict[str, tuple[str, Any]] = {
+        "‖ΔW‖/‖W‖": (".3g", lambda s: s.relative),
+        "effective rank": (".2f", lambda s: s.effective_rank),
+        "stable rank": (".2f", lambda s: s.stable_rank),
+        "in 4": (".0%", lambda s: s.energy.get(4)),
+        "ΔM": (".2g", lambda s: s.magnitude),
+        "ΔD": (".2g", lambda s: s.direction),
+    }
+    if cosines:
+        columns["cosine"] = ("+.2f", lambda s: cosines.get(s.path))
+    table.add_column("modules", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for role, places in by_role([s.path for s in analysis.spectra]).items():
+        cells = []
+        for form, read in columns.values():
+            values = [value for i in places if (value := read(analysis.spectra[i])) is not None]
+            cells.append(format(median(values), form) if values else "-")
+        table.add_row(role, *cells)
+    return table

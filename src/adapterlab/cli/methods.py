@@ -35,7 +35,8 @@ def methods(
 
 def _facts(cls: type[Method]) -> dict[str, Any]:
     names = ("id", "family", "year", "paper", "arxiv", "status", "formula")
-    return {**{name: getattr(cls, name) for name in names}, "capabilities": cls.capabilities()}
+    what = _page(cls).partition("\n")[0]
+    return {**{name: getattr(cls, name) for name in names}, "what": what, "capabilities": cls.capabilities()}
 
 
 def _page(cls: type[Method]) -> str:
@@ -95,23 +96,21 @@ def _constraint(rule: Any) -> str:
 def _show_list(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("id", "family", "paper", "parameters", "capabilities", "status")
-    for row in rows:
-        source = ", ".join(filter(None, [f"arXiv {row['arxiv']}" if row["arxiv"] else "", str(row["year"] or "")]))
-        can = ", ".join(name.replace("_", " ") for name, there in row["capabilities"].items() if there)
-        table.add_row(
-            f"[bold]{row['id']}[/]",
-            row["family"],
-            f"{escape(row['paper'])} [dim]{source}[/]",
-            escape(row["formula"]),
-            can,
-            row["status"],
-        )
     console = Console()
-    console.print(table)
-    console.print("The page of one: adapterlab methods ID", highlight=False)
+    for family in dict.fromkeys(row["family"] for row in rows):
+        here = [row for row in rows if row["family"] == family]
+        table = Table(
+            Column("id", no_wrap=True, width=max(len(row["id"]) for row in rows)), Column("what", ratio=5),
+            Column("trained parameters", ratio=2), expand=console.width <= 120, title=family, title_justify="left",
+        )  # fmt: skip
+        for row in here:
+            status = "" if row["status"] == "stable" else f" ({row['status']})"
+            year = f" [dim]{row['year']}[/]" if row["year"] else ""
+            table.add_row(f"[bold]{row['id']}[/]", f"{escape(row['what'])}{status}{year}", escape(row["formula"]))
+        console.print(table)
+    console.print("Everything on one of them: adapterlab methods ID", highlight=False)
 
 
 def _show_page(cls: type[Method]) -> None:

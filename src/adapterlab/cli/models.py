@@ -39,18 +39,13 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from pathlib import Path
 
     from rich.console import Console
-    from rich.table import Column, Table
+    from rich.padding import Padding
 
-    table = Table(Column("model", overflow="fold"), "parameters", "licence", "size", "on disk", show_lines=True)
+    console = Console(highlight=False)
     for row in rows:
         where = row["folder"].replace(str(Path.home()), "~") if row["folder"] else None
-        table.add_row(
-            f"[bold]{row['alias']}[/]\n{row['description']}" + (f"\n[green]{where}[/]" if where else ""),
-            f"{row['parameters'] / 1e6:,.0f} M",
-            row["licence"],
-            f"{row['bytes'] / 1e6:,.0f} MB",
-            "yes" if where else "no",
-        )
-    console = Console()
-    console.print(table)
+        size = f"{row['parameters'] / 1e6:,.0f} M parameters, {row['bytes'] / 1e6:,.0f} MB"
+        console.print(f"[bold]{row['alias']}[/]  {size}, {row['licence']}")
+        console.print(Padding(row["description"], (0, 0, 0, 4)))
+        console.print(Padding(f"[green]{where}[/]" if where else "[dim]not on disk[/]", (0, 0, 0, 4)))
     console.print("Fetch one with: adapterlab pull ALIAS", highlight=False)
