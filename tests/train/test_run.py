@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
+from accelerate.tracking import TensorBoardTracker
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from adapterlab.cli import main
 from adapterlab.data import Collator
-from adapterlab.errors import ConfigError, DataError, MissingDependencyError
+from adapterlab.errors import ConfigError, DataError, MissingDependencyError, TrainingError
 from adapterlab.hosts import Host, attach, load
 from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.models import load_model
@@ -127,6 +128,24 @@ def test_trackers_receive_metrics(config: Config, root: Path) -> None:
     fields = config(steps=2, trackers="tensorboard", log_every=1)
     assert fit(fields, quiet=True) is not None
     assert list((root / "run" / "trackers").rglob("events.out.tfevents*"))
+
+
+def test_a_tracker_that_does_not_start_is_named_and_one_that_fails_later_is_left_out(
+    config: Config, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("no route to host")
+
+    fields = config(steps=2, trackers="tensorboard", log_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorBoardTracker, "start", fails)
+        with pytest.raises(
+            TrainingError, match=r"'tensorboard' did not start: OSError: no route.*leave it out"
+        ):
+            fit({**fields, "output": root / "first"}, quiet=True)
+    monkeypatch.setattr(TensorBoardTracker, "log", fails)
+    with pytest.warns(UserWarning, match="left out from here on"):
+        assert fit({**fields, "output": root / "second"}, quiet=True) is not None
 
 
 def test_a_missing_tracker_is_said_before_anything_is_loaded(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
