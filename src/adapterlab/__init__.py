@@ -13,6 +13,7 @@ Names are imported on first use: importing this package loads neither torch nor 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from typing import Any
 
@@ -24,6 +25,12 @@ from adapterlab.version import __version__
 # read these limits when they compute for the first time; what the user has set stays.
 for _limit in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_limit, "128")
+
+# transformers imports torchao where it is installed, which then writes about kernels of other machines and torch's
+# registrations. These messages alone are left out, by their beginnings; everything else those loggers say stays.
+_NOISE = ("Failed to load ", "Warning: Detected no triton", "Skipping import of cpp extensions", "<enum '")
+for _logger in ("torchao", "torchao.kernel.intmm", "torch.utils._pytree"):
+    logging.getLogger(_logger).addFilter(lambda record: not record.getMessage().startswith(_NOISE))
 
 # public name -> module that defines it. Method classes (al.LoRA, ...) are found by file, not listed here.
 _PUBLIC = {

@@ -8,7 +8,6 @@ which keeps `adapterlab --help` fast.
 from __future__ import annotations
 
 import importlib
-import logging
 import pkgutil
 import sys
 
@@ -48,9 +47,6 @@ def build() -> typer.Typer:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; an `AdapterlabError` becomes one message and exit code 2."""
-    # Optional packages that others import on the way write about kernels they could not load; none of it is about us.
-    for noisy in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         build()(args=args, standalone_mode=True)
     except AdapterlabError as error:
