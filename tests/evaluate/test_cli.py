@@ -45,11 +45,13 @@ def test_evaluate_prints_a_table_or_json(run: Run, run_folder: Path) -> None:
     assert "4 examples" in out
     assert "95 % interval" in out
     assert "answers fixed" in out
+    assert "Columns: question, answer used; not used: none." in out
     code, out, _ = run(
         "evaluate", run_folder, "--checkpoint", "last", "--json", "--max-new-tokens", 2, "--data", "system=short"
     )
     found = json.loads(out)
     assert found["n"] == 6
+    assert found["columns"] == {"used": ["question", "answer"], "unused": []}
     assert found["target"].endswith("last")
     assert Path(found["answers"]).is_file()
     plain = json.loads(run("evaluate", run_folder, "--checkpoint", "last", "--json", "--max-new-tokens", 2)[1])

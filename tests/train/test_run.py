@@ -50,6 +50,7 @@ def test_the_command_line_trains_and_says_what_is_next(
     out = capsys.readouterr().out
     assert "command line" in out
     assert "What will train" in out
+    assert "prompt, completion used; not used: none" in out
     assert "step 4/4" in out
     assert "evaluation loss" in out
     assert f"adapterlab evaluate {root / 'run'}" in out
@@ -61,6 +62,7 @@ def test_the_command_line_trains_and_says_what_is_next(
     assert facts["provenance"]["training.clip"] == "default"
     assert facts["versions"]["torch"] == version("torch")  # a build may add a label to what torch calls itself
     assert facts["data"]["train_rows"] == 32
+    assert facts["data"]["columns"] == {"used": ["prompt", "completion"], "unused": []}
     assert facts["model"]["trainable"] == facts["result"]["trainable"] > 0
     assert facts["result"]["memory"]["peak"] >= facts["result"]["memory"]["mean"] > 0
     assert cli("train", file) == 2
@@ -70,8 +72,12 @@ def test_the_command_line_trains_and_says_what_is_next(
 
 
 def test_a_dry_run_checks_and_writes_nothing(file: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [json.loads(line) | {"source": "web"} for line in (root / "rows.jsonl").read_text().splitlines()]
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert cli("train", file, "--dry-run") == 0
-    assert "Every adapted module is reached" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Every adapted module is reached" in out
+    assert "not used: source" in out
     assert not (root / "run").exists()
     assert cli("train", file, "--dry-run", "--quiet") == 0
     assert capsys.readouterr().out == ""

@@ -106,7 +106,8 @@ def _list(comparison: Any) -> None:
         typer.echo(f"{contender.label}  (learning rate {contender.lr}, seeds {', '.join(map(str, comparison.seeds))})")
     typer.echo(
         f"{len(contenders) * len(comparison.seeds)} runs of {comparison.budget} each on {facts['train_rows']} rows of "
-        f"{facts['source']}; {facts['eval_rows']} evaluation rows, judged by {judge}."
+        f"{facts['source']}; {facts['eval_rows']} evaluation rows, judged by {judge}.\n"
+        f"Columns: {facts['columns']}."
     )
 
 

@@ -71,6 +71,8 @@ def _show(found: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from adapterlab.data.formats import Columns
+
     console = Console(highlight=False)
     table = Table("", "loss", "perplexity", "right", "score", "95 % interval", title=f"{found.n} examples")
     for column in table.columns[1:]:
@@ -91,6 +93,8 @@ def _show(found: Evaluation) -> None:
     _show_samples(console, found)
     scorer = f", scored by {found.scorer}" if found.scorer else ""
     console.print(f"{found.target} on {found.source}{scorer}; {found.tokens:,} tokens, {found.seconds:.1f} s.")
+    if found.columns.get("used"):
+        console.print(f"Columns: {Columns(**found.columns)}.", soft_wrap=True, markup=False)
     if found.answers:
         console.print(f"All answers: {found.answers}", soft_wrap=True)
 

@@ -71,16 +71,12 @@ def merge(
 
 def _rows(given: dict[str, Any], place: Place, opened: Opened) -> list[Any]:
     """The first evaluation rows, as the model takes them."""
-    from adapterlab.data import encode, load_data
-    from adapterlab.evaluate.generation import window_of
+    from adapterlab.data import load_data
+    from adapterlab.evaluate.rows import rows_for
     from adapterlab.evaluate.scoring import _data as data_of
-    from adapterlab.foreign.model import is_encoder_decoder
 
     cfg = data_of(given, place.data)
-    seq2seq = is_encoder_decoder(opened.model)
-    examples = load_data(cfg).eval[:_ROWS]
-    window = window_of(opened.model, opened.tokenizer)
-    return list(encode(examples, opened.tokenizer, cfg, window=window, seq2seq=seq2seq).rows)
+    return list(rows_for(opened.model, opened.tokenizer, load_data(cfg).eval[:_ROWS], cfg).rows)
 
 
 def _show(made: MergedModel) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from adapterlab.compare.results import FILE, UNTRAINED, Comparison, load
 from adapterlab.data import DataConfig, Example, load_data
+from adapterlab.data.turns import texts_in
 from adapterlab.errors import AdapterlabError, ConfigError, DataError
 from adapterlab.plan import Plan, plan
 
@@ -148,7 +149,7 @@ def _facts(model: str, data: DataConfig, probe: Plan) -> Facts:
     examples = load_data(data).train
     count = _counter(model)
     shown = examples[:: max(1, len(examples) // _SAMPLE)]
-    texts = [(_text(e), e.messages[-1]["content"] if e.messages else "") for e in shown]
+    texts = [(_text(e), "\n".join(texts_in(e.messages[-1])) if e.messages else "") for e in shown]
     if not texts:
         raise DataError("There are no rows to advise on. Check data.path and data.limit.")
     length = count or (lambda text: round(len(text) / _LETTERS) + 1)
@@ -165,7 +166,7 @@ def _facts(model: str, data: DataConfig, probe: Plan) -> Facts:
 
 
 def _text(example: Example) -> str:
-    return example.text or "\n".join(m["content"] for m in example.messages or ())
+    return example.text or "\n".join(texts_in(example.messages or ()))
 
 
 def _counter(model: str) -> Callable[[str], int] | None:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from adapterlab.compare.results import Inference
-from adapterlab.data import Collator, placed
+from adapterlab.data import placed
 from adapterlab.engine.loss import Loss
 from adapterlab.engine.modes import evaluating
 from adapterlab.errors import AdapterlabError, MergeError
+from adapterlab.evaluate.rows import collator_for
 from adapterlab.foreign.model import input_device, is_encoder_decoder
 from adapterlab.hosts import Host
 from adapterlab.plan.tracker import Tracker
@@ -68,7 +69,7 @@ def sample_batch(model: Any, tokenizer: Any, rows: Sequence[Any], size: int = 8)
     """Make a fixed batch of evaluation rows to time: inputs only, for a model with an encoder with labels."""
     seq2seq = is_encoder_decoder(model)
     device = input_device(model)
-    batch = Collator(tokenizer.pad_token_id or 0, seq2seq=seq2seq)(rows[:size])
+    batch = collator_for(model, tokenizer)(rows[:size])
     return placed({key: value for key, value in batch.items() if seq2seq or key != "labels"}, device)
 
 

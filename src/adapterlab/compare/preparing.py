@@ -106,6 +106,7 @@ def read_rows(config: CompareConfig) -> tuple[dict[str, Any], Literal["score", "
         "eval_rows": len(asked),
         "scorer": scorer.name if scorer else None,
         "overlap": splits.overlap,
+        "columns": str(splits.columns),
     }
     return facts, judge, train, [splits.train[i] for i in sorted(chosen)]
 
@@ -179,5 +180,14 @@ def write_rows(config: CompareConfig, facts: Mapping[str, Any], train: list[Exam
 
 
 def _line(example: Example) -> str:
-    row = {"text": example.text} if example.messages is None else {"messages": list(example.messages)}
+    if example.messages is None:
+        return json.dumps({"text": example.text}, ensure_ascii=False) + "\n"
+    learnt = example.trained or [True] * len(example.messages)
+    messages = [
+        {**m, "train": False} if m["role"] == "assistant" and not told else m
+        for m, told in zip(example.messages, learnt, strict=True)
+    ]
+    beside = {name: example.context[name] for name in ("tools", "documents") if name in example.context}
+    settings = {name: value for name, value in example.context.items() if name not in beside}
+    row = {"messages": messages, **beside, **({"chat_template_kwargs": settings} if settings else {})}
     return json.dumps(row, ensure_ascii=False) + "\n"

@@ -31,11 +31,10 @@ from adapterlab.compare.exam import general_loss, recorded
 from adapterlab.compare.halving import halve, spread
 from adapterlab.compare.jobs import LOCK, Job, JobFolder, Progress
 from adapterlab.compare.results import UNTRAINED, Exam, Memory, Run, Search, Trial
-from adapterlab.data import Collator, encode, load_data, placed
+from adapterlab.data import load_data, placed
 from adapterlab.errors import AdapterlabError, AttachError, ConfigError, OutputError, TrainingError
-from adapterlab.evaluate import window_of
 from adapterlab.evaluate.examination import Paper, set_paper, sit
-from adapterlab.foreign.model import is_encoder_decoder
+from adapterlab.evaluate.rows import collator_for, rows_for
 from adapterlab.hosts import Host
 from adapterlab.hosts import load as load_adapter
 from adapterlab.io.atomic import write_json
@@ -94,9 +93,7 @@ def untrained(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]
 def _mean_tokens(config: CompareConfig, model: Any, tokenizer: Any) -> float:
     """Mean length of the training rows, found as training finds it."""
     data = config.train_data()
-    seq2seq = is_encoder_decoder(model)
-    rows = encode(load_data(data).train, tokenizer, data, window=window_of(model, tokenizer), seq2seq=seq2seq)
-    return rows.report.mean_length
+    return rows_for(model, tokenizer, load_data(data).train, data).report.mean_length
 
 
 class Session:
@@ -122,13 +119,13 @@ class Session:
         """Train the method anew and take it off again."""
         config, host = self._config(steps, lr), self.loaded.host
         training = config.training.model_copy(update={"eval_every": steps})
-        pad = self.loaded.tokenizer.pad_token_id or 0
         set_seed(training.seed)
         host.attach(config.make_method(), NAME)
         try:
             loop = Loop(
                 host, NAME, self.loaded.rows, training, eval_rows=self.loaded.eval_rows if evaluate else (),
-                collate=Collator(pad, seq2seq=self.loaded.seq2seq), accelerator=self.accelerator, listeners=listeners,
+                collate=collator_for(host.model, self.loaded.tokenizer), accelerator=self.accelerator,
+                listeners=listeners,
             )  # fmt: skip
             loop.run()
         finally:
@@ -260,7 +257,7 @@ def _final(trained: RunResult, host: Host, best: Exam, examine: Callable[[], Exa
 def _step_flops(host: Host, paper: Paper, tokenizer: Any) -> float | None:
     """Work of training on one token, from one batch."""
     rows = paper.rows[:8]
-    batch = Collator(tokenizer.pad_token_id or 0, seq2seq=is_encoder_decoder(host.model))(rows)
+    batch = collator_for(host.model, tokenizer)(rows)
     device = next(host.model.parameters()).device
     found = measuring.step_flops(host, "best", placed(batch, device))
     return None if found is None else found / int(batch["attention_mask"].sum())

@@ -21,6 +21,10 @@ COLUMNS = (
     "answer",
     "text",
     "system",
+    "history",
+    "tools",
+    "documents",
+    "chat_template_kwargs",
 )
 FormatName = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"]
 ScorerName = Literal["auto", "exact", "number", "verifier", "none"]
@@ -60,6 +64,9 @@ class DataConfig(BaseModel):
         default_factory=dict,
         description="Your names of the format's columns, such as {prompt: q, completion: a}.",
     )
+    ignore: tuple[str, ...] = Field(
+        (), description="Columns, and fields of turns, to leave out although they could change what is learnt."
+    )
     system: str | None = Field(
         None, min_length=1, description="System message put before every row that brings none of its own."
     )
@@ -96,7 +103,7 @@ class DataConfig(BaseModel):
         if self.task is None and self.task_args:
             raise ValueError(f"task_args={self.task_args} needs a task; received path={self.path!r}")
         if self.task is not None:
-            idle = [k for k in ("name", "eval_path", "eval_split", "columns") if getattr(self, k)]
+            idle = [k for k in ("name", "eval_path", "eval_split", "columns", "ignore") if getattr(self, k)]
             if idle:
                 raise ValueError(f"{', '.join(idle)} cannot be used with task={self.task!r}: its rows are generated")
         if self.eval_path and self.eval_split and self.eval_path == self.path:

@@ -9,18 +9,19 @@ cover the end of a prompt and the beginning of the answer, the text is cut there
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
-from jinja2 import TemplateError
-
 from adapterlab.data.config import DataConfig
-from adapterlab.data.formats import Example, Message
+from adapterlab.data.formats import Example
+from adapterlab.data.showing import RENDERING, Showing
+from adapterlab.data.turns import SPOKEN, Message, content_text
 from adapterlab.errors import DataError
 
 IGNORED = -100
@@ -53,6 +54,8 @@ class Report:
         limit: the most tokens a row may have.
         mask_by: "template markers", "prefix diffing", "whole text", or for seq2seq "decoder labels".
         template: "chat template", "plain text (turns on lines of their own, end token after answers)" or "none".
+        unshown: fields of turns that the template does not show; what must not be missing is refused.
+        unknown: tokens that stand for what the tokenizer has no word for.
     """
 
     rows: int
@@ -66,6 +69,8 @@ class Report:
     limit: int
     mask_by: str
     template: str
+    unshown: tuple[str, ...] = ()
+    unknown: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def encode(
         The rows and a report.
 
     Raises:
-        DataError: the template cannot render a row or hides what is trained, a prompt leaves no room for any trained
+        DataError: the template cannot render a row or hides a part of it, a prompt leaves no room for any trained
             token, or nothing is left to train on.
     """
     if not examples:
@@ -141,6 +146,8 @@ def encode(
         limit=limit,
         mask_by=mask_by,
         template=coder.template_name if examples[0].messages is not None else "none",
+        unshown=tuple(coder.showing.unshown),
+        unknown=sum(row["input_ids"].count(coder.unknown) for row in cut),
     )
     place = {id(row): i for i, row in enumerate(rows)}
     return Encoded(cut, report, [place[id(row)] for row in fitting])
@@ -224,6 +231,11 @@ class _Coder:
         begins = self._ids([""], special=True)[0][:1] == [tokenizer.bos_token_id]
         self.add_bos = bool(self.bos) and begins and not seq2seq  # an encoder's input gets its special tokens later
         added = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
+        # Some tokenizers have one token for what is unknown and for the end: it tells nothing there.
+        unknown = tokenizer.unk_token_id
+        ends = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+        self.unknown = unknown if unknown is not None and unknown not in ends else IGNORED
+        self.showing = Showing(lambda turns, context: self._rendered([turns], context)[0][0])
         self.closers = tuple({*tokenizer.all_special_tokens, *added, self.eos} - {"", self.bos} | {self.eos} - {""})
 
     def _ids(self, texts: list[str], special: bool = False) -> list[Ids]:
@@ -249,25 +261,52 @@ class _Coder:
         reply: bool = False,
         spans: bool = False,
     ) -> tuple[list[str], list[list[Span]]]:
+        texts: list[str] = []
+        found: list[list[Span]] = []
+        pairs = zip(turns, examples, strict=True)
+        for context, group in groupby(pairs, key=lambda pair: pair[1].context):  # tools and such are the row's own
+            part, owners = zip(*group, strict=True)
+            rows = [self.showing.settled(row) for row in part]
+            try:
+                more, places = self._rendered(rows, context, reply=reply, spans=spans)
+            except RENDERING as error:
+                if len(rows) > 1:  # find the row
+                    for turn, example in zip(part, owners, strict=True):
+                        self._render([turn], [example], reply=reply, spans=spans)
+                roles = ", ".join(m["role"] for m in rows[0])
+                raise DataError(
+                    f"The chat template cannot render row {owners[0].row} (roles: {roles}): {error}. "
+                    "Change the row's roles, remove data.system if it is the system message, or use another template."
+                ) from error
+            texts, found = texts + more, found + places
+        return texts, found
+
+    def _rendered(
+        self, rows: Sequence[Sequence[Message]], context: Mapping[str, Any], *, reply: bool = False, spans: bool = False
+    ) -> tuple[list[str], list[list[Span]]]:
         # The renderer below `apply_chat_template`, because only it gives spans in characters: the token mask that
         # `apply_chat_template` makes of them is wrong where tokens trim white space from their offsets.
         from adapterlab.foreign.private_transformers import render_jinja_template
 
-        options = {**self.tokenizer.special_tokens_map, "add_bos": self.add_bos}
+        options = {**self.tokenizer.special_tokens_map, "add_bos": self.add_bos, **context}
         options |= {"chat_template": self.template, "add_generation_prompt": reply}
-        try:
-            return render_jinja_template(  # type: ignore[no-any-return]
-                conversations=[list(t) for t in turns], return_assistant_tokens_mask=spans, **options
-            )
-        except (TemplateError, TypeError, ValueError, IndexError) as error:
-            if len(turns) > 1:  # find the row
-                for turn, example in zip(turns, examples, strict=True):
-                    self._render([turn], [example], reply=reply, spans=spans)
-            roles = ", ".join(m["role"] for m in turns[0])
+        return render_jinja_template(  # type: ignore[no-any-return]
+            conversations=[list(row) for row in rows], return_assistant_tokens_mask=spans, **options
+        )
+
+    def _check_shown(self, chunk: Sequence[Example], texts: Sequence[str]) -> None:
+        """Refuse rows of which the template leaves something out."""
+        bad = []
+        for example, text in zip(chunk, texts, strict=True):
+            bad += [f"  row {example.row}: {problem}" for problem in self.showing.problems(example, text)[:1]]
+        if bad:
+            more = f"\n  ... and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+            listed = "\n".join(bad[:_SHOWN])
             raise DataError(
-                f"The chat template cannot render row {examples[0].row} (roles: {roles}): {error}. "
-                "Change the row's roles, remove data.system if it is the system message, or use another template."
-            ) from error
+                f"The {self.template_name} does not show all that rows say:\n{listed}{more}\n"
+                "Use a tokenizer whose template shows it, write it into the content of the turns, or leave the "
+                "column or field out by naming it in data.ignore."
+            )
 
     def whole(self, chunk: Sequence[Example]) -> Iterator[_Row]:
         """Rows in which every token is trained."""
@@ -277,6 +316,7 @@ class _Coder:
             texts = [bos + str(e.text).removesuffix(self.eos) + self.eos for e in chunk]
         else:
             texts = self.render([e.messages or () for e in chunk], chunk)
+            self._check_shown(chunk, texts)
             texts = [self._closed(text, [(0, len(text))])[0] for text in texts]
         for example, ids in zip(chunk, self._ids(texts), strict=True):
             yield _Row(example, ids, [IGNORED, *ids[1:]])
@@ -295,7 +335,15 @@ class _Coder:
     def pairs(self, chunk: Sequence[Example]) -> Iterator[_Row]:
         """Rows for an encoder and a decoder."""
         prompts = self.prompts(chunk)
-        answers = self.tokenizer(text_target=[e.messages[-1]["content"] for e in chunk if e.messages], verbose=False)
+        asked = [dataclasses.replace(e, messages=(e.messages or ())[:-1]) for e in chunk]
+        self._check_shown(asked, self.render([e.messages or () for e in asked], asked, reply=True))
+        for example in chunk:
+            if lost := [field for field in SPOKEN if field in (example.messages or ({},))[-1]]:
+                raise DataError(
+                    f"The last answer of row {example.row} has {', '.join(lost)}, but a model with an encoder and a "
+                    "decoder learns plain text as its answer. Write it into the content, or set data.ignore."
+                )
+        answers = self.tokenizer(text_target=[content_text(e.messages[-1]) for e in chunk if e.messages], verbose=False)
         end = self.tokenizer.eos_token_id
         for example, ids, labels in zip(chunk, prompts, answers["input_ids"], strict=True):
             yield _Row(example, ids, labels if end is None or labels[-1:] == [end] else [*labels, end])
@@ -306,11 +354,29 @@ class _Coder:
         texts, spans = self._render([e.messages or () for e in chunk], chunk, spans=marked)
         if not marked:
             spans = self._diffed(chunk, texts)
+        self._check_shown(chunk, texts)
+        spans = [self._learnt(row, example) for row, example in zip(spans, chunk, strict=True)]
         closed = [self._closed(text, row) for text, row in zip(texts, spans, strict=True)]
         tokens = self._masks([text for text, _ in closed], [row for _, row in closed], chunk)
         for example, (ids, mask) in zip(chunk, tokens, strict=True):
             labels = [i if trained else IGNORED for i, trained in zip(ids, mask, strict=True)]
             yield _Row(example, ids, [IGNORED, *labels[1:]])
+
+    def _learnt(self, spans: list[Span], example: Example) -> list[Span]:
+        """Those of a row's answers that are to be trained."""
+        if example.trained is None:
+            return spans
+        flags = [
+            learnt
+            for m, learnt in zip(example.messages or (), example.trained, strict=True)
+            if m["role"] == "assistant"
+        ]
+        if len(flags) != len(spans):
+            raise DataError(
+                f"Row {example.row} has {len(flags)} answers, of which {sum(flags)} are to be trained, but the "
+                f"template marks {len(spans)} as generated. Split the conversation into rows of one answer each."
+            )
+        return [span for span, learnt in zip(spans, flags, strict=True) if learnt]
 
     def _closed(self, text: str, spans: Sequence[Span]) -> tuple[str, list[Span]]:
         """Let every span end with the token that closes its turn; a last turn without one gets the end token."""
@@ -342,10 +408,22 @@ class _Coder:
             start = self._start(text, heads.get(i, ""), turns[i], k, owners[i])
             if text.startswith(tail) and len(tail) > start:
                 end = len(tail)
-            else:  # the template renders this turn differently once others follow
+            elif _plain(turns[i][k]):  # the template renders this turn differently once others follow
                 end = start + len(turns[i][k]["content"].strip())
+            else:
+                end = self._end(text, start, turns[i], k, owners[i])
             spans[n].append((start, end))
         return spans
+
+    def _end(self, text: str, start: int, turns: Sequence[Message], k: int, example: Example) -> int:
+        """Where turn k ends that says more than its content: at the last end token before what the next turn says."""
+        other = [*turns[: k + 1], {**turns[k + 1], "content": "\0"}, *turns[k + 2 :]]
+        changed = self.render([other], [example])[0]
+        upto = len(os.path.commonprefix([text, changed]))  # noqa: RUF071 (characters are meant)
+        end = text.rfind(self.eos, start, upto) if self.eos else -1
+        if end < 0:
+            raise self._lost(turns, k, example)
+        return end + len(self.eos)
 
     def _prefixes(
         self, turns: dict[int, tuple[Message, ...]], owners: Sequence[Example], *, reply: bool
@@ -358,16 +436,19 @@ class _Coder:
         if head and text.startswith(head):
             return len(head)
         shared = len(os.path.commonprefix([text, head]))  # noqa: RUF071 (characters are meant)
-        asked = turns[k - 1]["content"].strip() if k else ""
-        start = text.find(turns[k]["content"].strip(), shared)
+        asked = content_text(turns[k - 1]).strip() if k else ""
+        start = text.find(turns[k]["content"].strip(), shared) if _plain(turns[k]) else -1
         if start < 0 or asked not in text[:shared]:
-            raise DataError(
-                f"The trained part of row {example.row} cannot be located: the chat template rewrites turn {k + 1} "
-                f"({turns[k]['content'][:40]!r}...) or what precedes it when later turns follow. Use a template with "
-                "{% generation %} markers, split the conversation into rows of one answer each, or set "
-                "data.train_on=all."
-            )
+            raise self._lost(turns, k, example)
         return start
+
+    def _lost(self, turns: Sequence[Message], k: int, example: Example) -> DataError:
+        return DataError(
+            f"The trained part of row {example.row} cannot be located: the chat template rewrites turn {k + 1} "
+            f"({content_text(turns[k])[:40]!r}...) or what precedes it when later turns follow. Use a template with "
+            "{% generation %} markers, split the conversation into rows of one answer each, or set "
+            "data.train_on=all."
+        )
 
     def _masks(
         self, texts: list[str], spans: Sequence[Sequence[Span]], chunk: Sequence[Example]
@@ -408,6 +489,11 @@ class _Coder:
                 "tokenizer does not tell which characters a token covers. Use the fast version of the tokenizer."
             )
         return ids, mask
+
+
+def _plain(message: Message) -> bool:
+    """Whether a turn is its content and nothing else that could be trained."""
+    return isinstance(message["content"], str) and not any(field in message for field in SPOKEN)
 
 
 def _straddled(offsets: Sequence[Span], spans: Sequence[Span]) -> bool:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapterlab.data.config import DataConfig
+from adapterlab.data.config import COLUMNS, DataConfig
+from adapterlab.data.turns import (
+    CALLS,
+    Message,
+    Row,
+    RowProblem,
+    Turn,
+    content_text,
+    decoded,
+    filled,
+    history,
+    kind,
+    looks_like_turns,
+    objects,
+    optional_text,
+    text,
+    texts_in,
+    turns,
+)
 from adapterlab.errors import DataError, nearest
-
-Row = dict[str, Any]
-Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -19,11 +34,14 @@ class Example:
     """One row, ready for a chat template.
 
     Attributes:
-        messages: turns with `role` and `content`, the last one the assistant's; None for plain text.
+        messages: turns with `role`, `content` and what else the row says of them, the last one the assistant's; None
+            for plain text.
         text: plain text to learn whole; None for messages.
         answer: reference that generated answers are scored against.
         meta: what a verifier needs besides, such as the generated entry.
         row: number of the row in its source, counted from 1 (for JSON Lines the line).
+        context: what the template gets besides the messages, such as `tools`.
+        trained: for each message whether it is learnt; None: all of the assistant's are.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -31,11 +49,13 @@ class Example:
     answer: str | None = None
     meta: dict[str, Any] = field(default_factory=dict, hash=False)
     row: int = 0
+    context: dict[str, Any] = field(default_factory=dict, hash=False)
+    trained: tuple[bool, ...] | None = None
 
     @property
     def prompt(self) -> str:
         """What precedes the last answer, as plain text with single spaces: the identity of the question."""
-        parts = [self.text or ""] if self.messages is None else [m["content"] for m in self.messages[:-1]]
+        parts = [self.text or ""] if self.messages is None else [content_text(m) for m in self.messages[:-1]]
         return " ".join(" ".join(parts).split())
 
 
@@ -48,8 +68,27 @@ class SourceRow:
     values: Row
 
 
-class RowProblem(ValueError):
-    """Why one row cannot be used; collected over all rows and reported together."""
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of rows became examples.
+
+    Attributes:
+        used: names of the columns that were read.
+        unused: those that were not, and hold something in some row.
+    """
+
+    used: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.used:
+            return "generated"
+        return f"{', '.join(self.used)} used; not used: {', '.join(self.unused) or 'none'}"
+
+    def joined(self, other: Columns) -> Columns:
+        """Return the columns of two sets of rows; what one of them reads was read."""
+        used = dict.fromkeys(self.used + other.used)
+        return Columns(tuple(used), tuple(c for c in dict.fromkeys(self.unused + other.unused) if c not in used))
 
 
 @dataclass(frozen=True)
@@ -59,79 +98,48 @@ class Format:
     Attributes:
         columns: columns that must be there, with the kind of value that tells the format (str or list).
         optional: columns read when present.
-        turns: from a row to messages; None when the row is plain text.
+        turns: from a row to turns, without those of the columns that all formats share; None for plain text.
     """
 
     columns: dict[str, tuple[type, ...]]
-    turns: Callable[[Row], list[Message]] | None
+    turns: Callable[[Row], list[Turn]] | None
     optional: tuple[str, ...] = ()
 
-
-def _string(row: Row, column: str) -> str:
-    value = row.get(column)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if column not in row:
-        raise RowProblem(f"column {column!r} is missing")
-    if not isinstance(value, str):
-        raise RowProblem(f"column {column!r} is {'null' if value is None else type(value).__name__}, not text")
-    if not value.strip():
-        raise RowProblem(f"column {column!r} is empty")
-    return value
+    @property
+    def read(self) -> tuple[str, ...]:
+        """All columns that the format reads."""
+        return (*self.columns, *self.optional)
 
 
-_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
+_BESIDE = ("system", "tools", "documents", "chat_template_kwargs")  # columns of every format but plain text
+_OURS = ("messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize")
 
 
-def _turn(turn: Any, position: int) -> Message:
-    if not isinstance(turn, dict):
-        raise RowProblem(f"turn {position} is {type(turn).__name__}, not an object with role and content")
-    role = turn.get("role", turn.get("from"))
-    content = turn.get("content", turn.get("value"))
-    role = _ROLES.get(role, role) if isinstance(role, str) else role
-    if role not in ("system", "developer", "user", "assistant", "tool"):
-        raise RowProblem(f"turn {position} has the role {role!r}; known: system, user, assistant, tool")
-    if not isinstance(content, str) or (role == "assistant" and not content.strip()):
-        raise RowProblem(f"turn {position} ({role}) has no text content")
-    return {"role": role, "content": content}
+def _alpaca(row: Row) -> list[Turn]:
+    given = optional_text(row, "input")
+    asked = text(row, "instruction") + (f"\n\n{given}" if given else "")
+    return [*history(row), Turn({"role": "user", "content": asked}), *turns(row, "output", "assistant")]
 
 
-def _turns(row: Row, column: str, role: str | None = None) -> list[Message]:
-    value = row.get(column)
-    if role is not None and not isinstance(value, (list, tuple)):
-        return [{"role": role, "content": _string(row, column)}]
-    if not isinstance(value, (list, tuple)):
-        raise RowProblem(
-            f"column {column!r} is {'null' if value is None else type(value).__name__}, not a list of turns"
-        )
-    if not value:
-        raise RowProblem(f"column {column!r} is empty")
-    return [_turn(turn, i) for i, turn in enumerate(value, 1)]
+def _pair(prompt: str, completion: str) -> Callable[[Row], list[Turn]]:
+    def read(row: Row) -> list[Turn]:
+        # Of what was said before, the prompt's own answers included, nothing is the completion.
+        asked = [Turn(t.message, t.trained or False, t.flag) for t in turns(row, prompt, "user")]
+        return [*history(row), *asked, *turns(row, completion, "assistant")]
 
-
-def _system(row: Row) -> list[Message]:
-    return [{"role": "system", "content": row["system"]}] if row.get("system") else []
-
-
-def _alpaca(row: Row) -> list[Message]:
-    asked = _string(row, "instruction") + (f"\n\n{row['input']}" if row.get("input") else "")
-    return [*_system(row), {"role": "user", "content": asked}, *_turns(row, "output", "assistant")]
-
-
-def _pair(prompt: str, completion: str) -> Callable[[Row], list[Message]]:
-    return lambda row: [*_system(row), *_turns(row, prompt, "user"), *_turns(row, completion, "assistant")]
+    return read
 
 
 _TEXT, _LIST, _EITHER = (str, int, float), (list, tuple), (str, int, float, list, tuple)
 
 FORMATS: dict[str, Format] = {
-    "messages": Format({"messages": _LIST}, lambda row: [*_system(row), *_turns(row, "messages")], ("system",)),
-    "sharegpt": Format(
-        {"conversations": _LIST}, lambda row: [*_system(row), *_turns(row, "conversations")], ("system",)
+    "messages": Format({"messages": _LIST}, lambda row: turns(row, "messages"), _BESIDE),
+    "sharegpt": Format({"conversations": _LIST}, lambda row: turns(row, "conversations"), _BESIDE),
+    "alpaca": Format({"instruction": _TEXT, "output": _TEXT}, _alpaca, ("input", "history", *_BESIDE)),
+    "prompt-completion": Format(
+        {"prompt": _EITHER, "completion": _EITHER}, _pair("prompt", "completion"), ("history", *_BESIDE)
     ),
-    "alpaca": Format({"instruction": _TEXT, "output": _TEXT}, _alpaca, ("input", "system")),
-    "prompt-completion": Format({"prompt": _EITHER, "completion": _EITHER}, _pair("prompt", "completion"), ("system",)),
-    "question-answer": Format({"question": _TEXT, "answer": _TEXT}, _pair("question", "answer"), ("system",)),
+    "question-answer": Format({"question": _TEXT, "answer": _TEXT}, _pair("question", "answer"), ("history", *_BESIDE)),
     "text": Format({"text": _TEXT}, None),
 }
 
@@ -169,7 +177,7 @@ def detect(rows: Sequence[SourceRow], cfg: DataConfig) -> str:
         f"  {name}: {', '.join(known.columns)}" + (f" ({', '.join(known.optional)})" if known.optional else "")
         for name, known in FORMATS.items()
     )
-    problem = f"fits more than one format ({', '.join(fits)})" if fits else "fits no known format"
+    problem = f"fits more than one format ({', '.join(fits)})" if fits else "fits no known format" + _nearly(seen)
     raise DataError(
         f"The layout of {rows[0].file} {problem}. Columns found: {', '.join(map(str, seen)) or 'none'}.\n"
         f"Known formats and their columns (optional ones in brackets):\n{table}\n"
@@ -178,7 +186,17 @@ def detect(rows: Sequence[SourceRow], cfg: DataConfig) -> str:
     )
 
 
-def renamed(source: SourceRow, columns: dict[str, str]) -> SourceRow:
+def _nearly(seen: Row) -> str:
+    """Which columns have the names of a format and other kinds of values."""
+    for name, known in FORMATS.items():
+        if all(c in seen for c in known.columns):
+            wrong = [c for c, kinds in known.columns.items() if not isinstance(seen[c], (*kinds, type(None)))]
+            found = ", ".join(f"{c!r} is {kind(seen[c])}" for c in wrong)
+            return f" (its columns are those of {name}, but {found})"
+    return ""
+
+
+def renamed(source: SourceRow, columns: Mapping[str, str]) -> SourceRow:
     """Give a row our column names.
 
     Args:
@@ -194,7 +212,20 @@ def renamed(source: SourceRow, columns: dict[str, str]) -> SourceRow:
     return SourceRow(source.file, source.number, values)
 
 
-def _check_renaming(rows: Sequence[SourceRow], columns: dict[str, str]) -> None:
+def _without(source: SourceRow, ignore: Iterable[str]) -> SourceRow:
+    """A row without the columns, and its turns without the fields, that may be left out."""
+
+    def less(value: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in value.items() if k not in ignore}
+
+    values = {
+        k: [less(t) if isinstance(t, dict) else t for t in v] if isinstance(v, (list, tuple)) else v
+        for k, v in less(source.values).items()
+    }
+    return SourceRow(source.file, source.number, values)
+
+
+def _check_renaming(rows: Sequence[SourceRow], columns: Mapping[str, str]) -> None:
     found = {str(k) for source in rows for k in source.values}
     for ours, theirs in columns.items():
         if theirs not in found:
@@ -202,9 +233,14 @@ def _check_renaming(rows: Sequence[SourceRow], columns: dict[str, str]) -> None:
                 f"data.columns names {theirs!r} for {ours!r}, but {rows[0].file} has no such column. "
                 f"{nearest(theirs, found)}"
             )
+        if ours in found and ours not in columns.values():
+            raise DataError(
+                f"data.columns names {theirs!r} for {ours!r}, but {rows[0].file} has a column {ours!r} as well, which "
+                f"would be lost. Name that one too, or leave it out with data.ignore='[{ours}]'."
+            )
 
 
-def examples_from(rows: Sequence[SourceRow], cfg: DataConfig) -> tuple[list[Example], str]:
+def examples_from(rows: Sequence[SourceRow], cfg: DataConfig) -> tuple[list[Example], str, Columns]:
     """Turn raw rows into examples.
 
     Args:
@@ -212,47 +248,134 @@ def examples_from(rows: Sequence[SourceRow], cfg: DataConfig) -> tuple[list[Exam
         cfg: format, column names and system message.
 
     Returns:
-        The examples and the format's name.
+        The examples, the format's name, and which columns were read.
 
     Raises:
-        DataError: the format is unclear, or rows lack what it needs; the message counts and names them.
+        DataError: the format is unclear, or rows lack what it needs or hold what is not understood; the message counts
+            and names them.
     """
+    rows = [_without(source, cfg.ignore) for source in rows] if cfg.ignore else rows
     _check_renaming(rows, cfg.columns)
     rows = [renamed(source, cfg.columns) for source in rows]
     name = detect(rows, cfg)
     examples: list[Example] = []
     bad: list[str] = []
+    seen: dict[str, None] = {}
     for source in rows:
         try:
-            examples.append(_example(source, FORMATS[name], cfg.system))
+            examples.append(_example(source, FORMATS[name], cfg))
+            seen |= dict.fromkeys(str(c) for c, value in source.values.items() if filled(value))
         except RowProblem as problem:
             bad.append(f"  row {source.number} of {source.file}: {problem}")
     if bad:
         more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise DataError(
             f"{len(bad)} of {len(rows)} rows cannot be used as {name!r}:\n" + "\n".join(bad[:5]) + more + "\n"
-            "Mend or remove these rows; if the columns are the wrong ones, set data.format or data.columns."
+            "Mend or remove these rows; if the columns are the wrong ones, set data.format or data.columns; name what "
+            "may be left out, columns or fields of turns, in data.ignore."
         )
-    return examples, name
+    read = FORMATS[name].read
+    return examples, name, Columns(tuple(c for c in seen if c in read), tuple(c for c in seen if c not in read))
 
 
-def _example(source: SourceRow, known: Format, system: str | None) -> Example:
-    if not source.values:
+def _example(source: SourceRow, known: Format, cfg: DataConfig) -> Example:
+    row = source.values
+    if not row:
         raise RowProblem("the row is empty")
+    _check_unread(row, known)
     if known.turns is None:
-        return Example(text=_string(source.values, "text"), row=source.number)
-    messages = known.turns(source.values)
-    # Turns after the last answer have nothing to learn from and no answer to score.
-    while messages and messages[-1]["role"] != "assistant":
-        messages.pop()
+        return Example(text=text(row, "text"), row=source.number)
+    found = _with_system(row, known.turns(row), cfg.system)
+    # What follows the last trained answer has nothing to learn from and no answer to score.
+    while found and not found[-1].learnt:
+        found.pop()
+    messages = [turn.message for turn in found]
     if len([m for m in messages if m["role"] != "system"]) < 2:
-        raise RowProblem("there is no assistant turn that answers something")
-    if system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
-    return Example(messages=tuple(messages), answer=_reference(messages[-1]["content"]), row=source.number)
+        raise RowProblem("there is no assistant turn that answers something and is to be trained")
+    skipped = [turn for turn in found if turn.message["role"] == "assistant" and not turn.learnt]
+    if cfg.train_on == "all" and (flag := next((turn.flag for turn in skipped if turn.flag), "")):
+        raise RowProblem(f"a turn has {flag}=false, but data.train_on=all trains everything")
+    return Example(
+        messages=tuple(messages),
+        answer=_reference(messages[-1]),
+        row=source.number,
+        context=_context(row),
+        trained=tuple(turn.learnt for turn in found) if skipped and cfg.train_on != "all" else None,
+    )
 
 
-def _reference(completion: str) -> str:
-    """The part of a completion to score against: the number after a final `####`, else all of it."""
+def _with_system(row: Row, found: list[Turn], system: str | None) -> list[Turn]:
+    own, first = optional_text(row, "system"), found[0].message
+    if own and first["role"] in ("system", "developer") and first["content"] != own:
+        raise RowProblem(f"column 'system' and turn 1 ({first['role']}) are two system messages")
+    if first["role"] in ("system", "developer") or not (own or system):
+        return found
+    return [Turn({"role": "system", "content": own or system}), *found]
+
+
+def _context(row: Row) -> dict[str, Any]:
+    """What a template gets besides the messages."""
+    found: dict[str, Any] = {}
+    for column in ("tools", "documents"):
+        if filled(row.get(column)):
+            found[column] = objects(row[column], f"column {column!r}", "a list of objects")
+    settings = decoded(row.get("chat_template_kwargs"), "column 'chat_template_kwargs'", "an object")
+    if filled(settings):
+        if not isinstance(settings, dict):
+            raise RowProblem(f"column 'chat_template_kwargs' is {kind(settings)}, not an object")
+        if taken := [name for name in settings if name in (*_OURS, *found)]:
+            raise RowProblem(f"column 'chat_template_kwargs' may not set {taken[0]!r}")
+        found |= settings
+    return {name: value for name, value in found.items() if filled(value)}
+
+
+# Columns that would change what is learnt, and what each of them asks for; told only where the values are of that kind.
+_ASKS: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (("image", "images", "video", "videos", "audio", "audios"), lambda v: True, "holds more than text"),
+    (("functions",), lambda v: True, "describes tools: name it with data.columns='{tools: functions}'"),
+    (
+        ("assistant_masks", "completion_mask", "loss_mask", "labels", "input_ids", "attention_mask"),
+        lambda v: isinstance(v, (list, tuple)),
+        "speaks of single tokens, which are made anew here",
+    ),
+    (
+        ("weight", "train", "sample_weight", "loss_weight"),
+        lambda v: isinstance(v, (bool, int, float)) and v != 1,
+        "weighs whole rows, but all rows count the same here",
+    ),
+    (("label",), lambda v: v is False, "says that the answer is not wanted"),
+)
+
+
+def _check_unread(row: Row, known: Format) -> None:
+    """Refuse a column that the format does not read and that would change what is learnt.
+
+    What repeats the turns, such as a rendered copy of them, is not needed; what says nothing on them is named later.
+    """
+    used = texts_in([row[column] for column in known.read if column in row])
+    for column, value in row.items():
+        if column in known.read or not filled(value):
+            continue
+        name = str(column).strip().casefold()
+        if name in known.read:
+            raise RowProblem(f"column {column!r} is not read, but {name!r} is: name it with data.columns")
+        asks = next((why for names, fits, why in _ASKS if name in names and fits(value)), None)
+        if asks is None and (name in COLUMNS or looks_like_turns(value)) and not _repeats(value, used):
+            asks = "says what the turns of this format do not"
+        if asks is not None:
+            raise RowProblem(f"column {column!r} {asks}")
+
+
+def _repeats(value: Any, used: Sequence[str]) -> bool:
+    """Whether texts say nothing that is not used: parts of it, or a rendered copy that holds all of it."""
+    found, whole = texts_in(value) or [str(value)], "\n".join(used)
+    return all(t.strip() in whole for t in found) or all(t.strip() in "\n".join(found) for t in used)
+
+
+def _reference(message: Message) -> str | None:
+    """The part of an answer to score against: the number after a final `####`, else all of it; None for calls."""
+    if any(field in message for field in CALLS):
+        return None
+    completion = content_text(message)
     marked = re.search(r"####\s*([-−]?\$?[\d.,]*\d)\s*$", completion)
     return marked.group(1).replace(",", "") if marked else completion.strip()

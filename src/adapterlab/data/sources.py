@@ -7,7 +7,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,57 @@ from adapterlab.errors import DataError, nearest
 Numbered = Iterator[tuple[int, Any]]
 
 
+class _Written(float):
+    """A number that remembers how it was written: 3.10 is not 3.1 where it is learnt as text."""
+
+    def __new__(cls, written: str) -> _Written:
+        number = super().__new__(cls, written)
+        number.written = written
+        return number
+
+    written: str
+
+    def __str__(self) -> str:
+        return self.written
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Written, (self.written,)
+
+
+class _Unusable(ValueError):
+    """A name that stands twice in one object or header, so that a value would be lost; or half a character."""
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _Unusable(f"the name {name!r} stands twice in one object, and only one value could be used")
+        found[name] = value
+    return found
+
+
+def _parsed(text: str) -> Any:
+    value = json.loads(text, object_pairs_hook=_once, parse_float=_Written)
+    if "\\ud" in text or "\\uD" in text:  # half of a pair of escapes is no character
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise _Unusable(f"half a character ({error.object[error.start]!r}) stands in a text") from None
+    return value
+
+
+_NOT_JSON = (UnicodeDecodeError, json.JSONDecodeError, RecursionError, _Unusable)
+
+
 def _jsonl(path: Path) -> Numbered:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
-                    yield number, json.loads(text)
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                    yield number, _parsed(text)
+            except _NOT_JSON as error:
                 raise DataError(
                     f"Row {number} of {path} is not valid JSON: {error}. Received: {_shown(line)}. "
                     "Every line of a .jsonl file is one JSON object; mend or remove this line."
@@ -34,8 +77,8 @@ def _jsonl(path: Path) -> Numbered:
 
 def _json(path: Path) -> Numbered:
     try:
-        value = json.loads(path.read_text("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = _parsed(path.read_text("utf-8-sig"))
+    except _NOT_JSON as error:
         raise DataError(
             f"{path} is not valid JSON: {error}. If it holds one object a line, name it {path.stem}.jsonl."
         ) from None
@@ -56,9 +99,9 @@ def _csv(path: Path, delimiter: str = ",") -> Numbered:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default of 128 KiB is less than a long document
     try:
         text = path.read_text("utf-8-sig")
-        for number, row in enumerate(
-            csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 1
-        ):
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        _once((name, None) for name in reader.fieldnames or ())
+        for number, row in enumerate(reader, 1):
             if None in row or None in row.values():
                 got = "more" if None in row else "fewer"
                 raise DataError(
@@ -66,7 +109,7 @@ def _csv(path: Path, delimiter: str = ",") -> Numbered:
                     "Quote values that hold the separator or line breaks."
                 )
             yield number, row
-    except (UnicodeDecodeError, csv.Error) as error:
+    except (UnicodeDecodeError, csv.Error, _Unusable) as error:
         raise DataError(f"{path} cannot be read as UTF-8 separated values: {error}.") from None
 
 
@@ -79,10 +122,22 @@ def _parquet(path: Path) -> Numbered:
     from pyarrow import ArrowException
 
     try:
-        batches = pq.ParquetFile(path).iter_batches()
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except (ArrowException, OSError) as error:
+        file = pq.ParquetFile(path)
+        _once((name, None) for name in file.schema_arrow.names)
+        yield from enumerate((_unfilled(row) for batch in file.iter_batches() for row in batch.to_pylist()), 1)
+    except (ArrowException, OSError, _Unusable) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}. Write the file again.") from None
+
+
+def _unfilled(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table without the nulls within its values: tables give all objects in a column the same fields."""
+
+    def less(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: less(v) for k, v in value.items() if v is not None}
+        return [less(v) for v in value] if isinstance(value, list) else value
+
+    return {name: less(value) for name, value in row.items()}
 
 
 READERS: dict[str, Callable[[Path], Numbered]] = {
@@ -194,4 +249,4 @@ def _hub(path: str, split: str, name: str | None, limit: int | None) -> list[Sou
             "Without a connection, download the rows elsewhere and set data.path to the local file or folder "
             f"({', '.join(READERS)})."
         ) from error
-    return [SourceRow(path, number, dict(row)) for number, row in enumerate(islice(loaded, limit), 1)]
+    return [SourceRow(path, number, _unfilled(dict(row))) for number, row in enumerate(islice(loaded, limit), 1)]

@@ -6,11 +6,11 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from adapterlab.data.config import TASK_ROWS, DataConfig
-from adapterlab.data.formats import Example, examples_from
+from adapterlab.data.formats import Columns, Example, examples_from
 from adapterlab.data.sources import read_rows
 from adapterlab.data.tasks import generate
 from adapterlab.errors import DataError
@@ -30,6 +30,7 @@ class Splits:
         eval_source: where the evaluation rows come from.
         overlap: evaluation rows whose prompt is also in train.
         replaced: generated training rows that were replaced to keep the two apart.
+        columns: which columns of the rows became examples.
     """
 
     train: list[Example]
@@ -39,6 +40,7 @@ class Splits:
     eval_source: str
     overlap: int = 0
     replaced: int = 0
+    columns: Columns = field(default_factory=Columns)
 
 
 def load_data(cfg: DataConfig) -> Splits:
@@ -56,9 +58,10 @@ def load_data(cfg: DataConfig) -> Splits:
     """
     if cfg.task is not None:
         return _generated(cfg)
-    rows, name = examples_from(read_rows(str(cfg.path), split=cfg.split, name=cfg.name, limit=cfg.limit), cfg)
+    rows, name, columns = examples_from(read_rows(str(cfg.path), split=cfg.split, name=cfg.name, limit=cfg.limit), cfg)
     if cfg.eval_path or cfg.eval_split:
-        train, held, source = rows, _eval_rows(cfg), _eval_source(cfg)
+        held, _, more = _eval_rows(cfg)
+        train, source, columns = rows, _eval_source(cfg), columns.joined(more)
     else:
         count = _eval_count(cfg, len(rows))
         if count >= len(rows):
@@ -72,7 +75,7 @@ def load_data(cfg: DataConfig) -> Splits:
     held = held[: cfg.eval_limit]
     seen = {e.prompt for e in train}
     overlap = sum(e.prompt in seen for e in held)
-    return Splits(train, held, name, str(cfg.path), source, overlap)
+    return Splits(train, held, name, str(cfg.path), source, overlap, columns=columns)
 
 
 def _eval_count(cfg: DataConfig, rows: int) -> int:
@@ -85,10 +88,10 @@ def _eval_source(cfg: DataConfig) -> str:
     return " ".join(filter(None, [cfg.eval_path or cfg.path, cfg.eval_split]))
 
 
-def _eval_rows(cfg: DataConfig) -> list[Example]:
+def _eval_rows(cfg: DataConfig) -> tuple[list[Example], str, Columns]:
     path = str(cfg.eval_path or cfg.path)
     raw = read_rows(path, split=cfg.eval_split, name=None if cfg.eval_path else cfg.name, limit=cfg.eval_limit)
-    return examples_from(raw, cfg)[0]
+    return examples_from(raw, cfg)
 
 
 def _generated(cfg: DataConfig) -> Splits:
@@ -114,6 +117,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         content = [example.messages, example.text, example.answer, example.meta]
+        content += [part for part in (example.context, example.trained) if part]
         digest.update(json.dumps(content, sort_keys=True, default=_plain).encode())
         digest.update(b"\n")
     return digest.hexdigest()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,22 +14,23 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adapterlab.data import (
-    Collator,
     DataConfig,
     Example,
     Scorer,
-    encode,
     load_data,
     placed,
     prompt_of,
     scorer_for,
     wilson,
 )
+from adapterlab.data.formats import Columns
+from adapterlab.data.turns import texts_in
 from adapterlab.engine.attention import fast_attention
 from adapterlab.engine.modes import evaluating
 from adapterlab.errors import ConfigError, DataError
 from adapterlab.evaluate.generation import generate, window_of
 from adapterlab.evaluate.progress import Progress, counter
+from adapterlab.evaluate.rows import collator_for, rows_for
 from adapterlab.foreign.model import input_device, is_encoder_decoder, plain_class
 
 Row = Mapping[str, Sequence[int]]
@@ -51,6 +52,7 @@ class Paper:
         batch_size: examples computed at once.
         source: where the examples come from.
         left_out: number of examples that leave no room for an answer within the longest row; nobody is asked those.
+        columns: which columns of the rows became examples, and which parts of turns the template does not show.
     """
 
     examples: list[Example]
@@ -62,6 +64,7 @@ class Paper:
     batch_size: int
     source: str
     left_out: int
+    columns: Columns = field(default_factory=Columns)
 
 
 @dataclass(frozen=True)
@@ -130,15 +133,16 @@ def set_paper(
         )
     scorer = scorer_for(data, dataclasses.replace(splits, eval=examples))
     seq2seq, window = is_encoder_decoder(model), window_of(model, tokenizer)
-    encoded = encode(examples, tokenizer, data, window=window, seq2seq=seq2seq)
+    encoded = rows_for(model, tokenizer, examples, data)
     kept = set(encoded.kept)
     examples = [example for i, example in enumerate(examples) if i in kept]
     prompts = [prompt_of(e, tokenizer, data, seq2seq=seq2seq) for e in examples] if scorer else []
     tokens = _answer_limit(examples, tokenizer, prompts, None if seq2seq else window, max_new_tokens) if scorer else 0
     why = "" if scorer else _why(data, examples)
     return Paper(
-        examples, encoded.rows, prompts, scorer, why, tokens, batch_size, splits.eval_source, encoded.report.dropped
-    )
+        examples, encoded.rows, prompts, scorer, why, tokens, batch_size, splits.eval_source, encoded.report.dropped,
+        splits.columns.joined(Columns(unused=encoded.report.unshown)),
+    )  # fmt: skip
 
 
 def _why(data: DataConfig, examples: Sequence[Example]) -> str:
@@ -146,6 +150,8 @@ def _why(data: DataConfig, examples: Sequence[Example]) -> str:
         return "data.scorer is none"
     if examples[0].messages is None:
         return "plain text has no prompt to answer"
+    if any(e.answer is None for e in examples):
+        return "some answers call tools, which are not compared"
     return "the reference answers are long free text, for which only the loss tells"
 
 
@@ -155,7 +161,7 @@ def _answer_limit(
     """Longest answer in tokens: as asked, else room for twice the longest reference."""
     if asked is not None:
         return asked
-    texts = [e.messages[-1]["content"] for e in examples if e.messages]
+    texts = ["\n".join(texts_in(e.messages[-1])) for e in examples if e.messages]  # what is thought first counts, too
     needed = max(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]) + 1
     wanted = max(_SHORTEST, 2 * needed)
     longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -222,7 +228,7 @@ def row_losses(
         progress: called with the number of rows that each batch adds.
     """
     seq2seq = is_encoder_decoder(model)
-    collate = Collator(tokenizer.pad_token_id or 0, seq2seq=seq2seq)
+    collate = collator_for(model, tokenizer)
     device = input_device(model)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))  # little padding
     losses, tokens = [0.0] * len(rows), [0] * len(rows)

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from adapterlab.data import DataConfig, Example, prompt_of
+from adapterlab.data.vocabulary import check_ids, filler
 from adapterlab.engine.modes import evaluating
 from adapterlab.errors import ConfigError, DataError
 from adapterlab.foreign.model import input_device, is_encoder_decoder, text_config
@@ -168,12 +169,11 @@ def _sampler(temperature: float, top_p: float, streams: Sequence[tuple[int, int]
 
 def _config(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
     own = model.generation_config
-    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else own.pad_token_id
     ends = stop_ids(model, tokenizer)
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=ends or None,
-        pad_token_id=filler if filler is not None else (ends or [0])[0],
+        pad_token_id=filler(model, tokenizer),
         bos_token_id=own.bos_token_id,
         decoder_start_token_id=own.decoder_start_token_id,
         use_cache=True,
@@ -242,6 +242,7 @@ def _check_settings(max_new_tokens: int, temperature: float, top_p: float, seed:
 
 
 def _check_room(model: Any, tokenizer: Any, rows: Sequence[Ids], max_new_tokens: int) -> None:
+    check_ids(model, [{"input_ids": row} for row in rows], tokenizer)
     window = window_of(model, tokenizer)
     apart = is_encoder_decoder(model)  # prompt and answer have positions of their own there
     for number, row in enumerate(rows, 1):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Evaluation(Figures):
         target: what was evaluated.
         source: where the examples come from.
         left_out: examples that leave no room for an answer within the longest row, and were not asked.
+        columns: names of the columns of the rows that are `used` and `unused`.
         scorer: name of the scorer, or None.
         why_no_score: the reason when answers are not scored, else "".
         max_new_tokens: longest answer allowed, in tokens; None when none were generated.
@@ -68,6 +69,7 @@ class Evaluation(Figures):
     target: str
     source: str
     left_out: int = 0
+    columns: dict[str, tuple[str, ...]] = field(default_factory=dict)
     scorer: str | None
     why_no_score: str = ""
     max_new_tokens: int | None = None

@@ -27,7 +27,10 @@ from adapterlab.settings import explain
 # Settings that say where rows come from. Where one of the first group is given, all of the second are a run's no more.
 _EVAL_SOURCE = ("eval_path", "eval_split", "eval_size")
 _REPLACES = (
-    (("path", "task"), ("path", "task", "name", "task_args", "split", "limit", "eval_limit", "format", "columns")),
+    (
+        ("path", "task"),
+        ("path", "task", "name", "task_args", "split", "limit", "eval_limit", "format", "columns", "ignore"),
+    ),
     (("path", "task", *_EVAL_SOURCE), _EVAL_SOURCE),
 )
 
@@ -96,6 +99,7 @@ def score(
         target=label,
         source=paper.source,
         left_out=paper.left_out,
+        columns=dataclasses.asdict(paper.columns),
         scorer=paper.scorer.name if paper.scorer else None,
         why_no_score=paper.why,
         max_new_tokens=paper.max_new_tokens if paper.scorer else None,

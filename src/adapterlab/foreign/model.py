@@ -70,6 +70,20 @@ def input_table(model: Any) -> Any:
         return None
 
 
+def vocabulary(model: Any) -> tuple[int | None, int | None]:
+    """Return how many token ids a model can read and write; None where it has no table that tells."""
+    return _rows(input_table(model)), _rows(output_head(model))
+
+
+def _rows(table: Any) -> int | None:
+    """Rows of a table; packed weights have another shape than the module says."""
+    for name in ("num_embeddings", "out_features"):
+        if isinstance(size := getattr(table, name, None), int):
+            return size
+    weight = getattr(table, "weight", None)
+    return len(weight) if isinstance(weight, torch.Tensor) else None
+
+
 def input_device(model: Any) -> torch.device:
     """Return the device that a batch has to be on."""
     table = input_table(model)

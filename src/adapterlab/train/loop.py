@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType, broadcast, gather_object, set_seed
 from torch import Tensor, nn
 
 from adapterlab.data import Collator, placed
+from adapterlab.data.vocabulary import check_ids
 from adapterlab.engine.attention import fast_attention
 from adapterlab.engine.loss import Loss
 from adapterlab.engine.packing import choose
@@ -125,6 +126,7 @@ class Loop:
             raise ConfigError(
                 f"The adapter {name!r} is not active, so it would not train. host.activate({name!r}) first."
             )
+        check_ids(host.model, [*rows, *eval_rows])
         check_gradient_passes(host)
         self.host, self.name, self.method = host, name, host.methods[name]
         self.rows, self.eval_rows, self.listeners = rows, eval_rows, listeners

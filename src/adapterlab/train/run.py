@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from adapterlab.data import Collator, Report, encode, fingerprint, load_data, render_sample
+from adapterlab.data import Report, fingerprint, load_data, render_sample
+from adapterlab.data.formats import Columns
 from adapterlab.engine.attention import fast_attention
 from adapterlab.errors import ConfigError
-from adapterlab.evaluate.generation import window_of
+from adapterlab.evaluate.rows import collator_for, rows_for
 from adapterlab.foreign.model import is_encoder_decoder
 from adapterlab.foreign.private_transformers import forget_accelerate
 from adapterlab.hosts import Host
@@ -58,6 +59,7 @@ class Job:
         eval_rows: to evaluate on; may be empty.
         data: what run.json says about the rows.
         report: of encoding the training rows.
+        columns: which columns of the rows are used.
         seq2seq: whether the model has an encoder and a decoder.
     """
 
@@ -67,6 +69,7 @@ class Job:
     eval_rows: Sequence[Row]
     data: Mapping[str, Any]
     report: Report
+    columns: Columns
     seq2seq: bool = False
 
 
@@ -198,11 +201,10 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
         raise ConfigError("precision=fp16 trains on a GPU only, and there is none. Set precision to bf16 or fp32.")
     seq2seq = is_encoder_decoder(model)
     splits = load_data(config.data)
-    tokens = functools.partial(
-        encode, tokenizer=tokenizer, cfg=config.data, window=window_of(model, tokenizer), seq2seq=seq2seq
-    )
-    trained = tokens(splits.train)
-    held = tokens(splits.eval).rows if splits.eval else []
+    trained = rows_for(model, tokenizer, splits.train, config.data)
+    held = rows_for(model, tokenizer, splits.eval, config.data) if splits.eval else None
+    unshown = trained.report.unshown + (held.report.unshown if held else ())
+    columns = splits.columns.joined(Columns(unused=unshown))
     set_seed(config.training.seed)  # the start values of the adapter depend on the seed alone
     host = Host(model)
     host.attach(config.make_method(), NAME, saved=saved)
@@ -212,10 +214,11 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
         "source": splits.source,
         "eval_source": splits.eval_source,
         "train_rows": len(trained.rows),
-        "eval_rows": len(held),
+        "eval_rows": len(held.rows) if held else 0,
+        "columns": dataclasses.asdict(columns),
         "encoding": dataclasses.asdict(trained.report),
     }
-    return Job(host, tokenizer, trained.rows, held, data, trained.report, seq2seq)
+    return Job(host, tokenizer, trained.rows, held.rows if held else [], data, trained.report, columns, seq2seq)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -231,15 +234,13 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def _loop(config: TrainConfig, job: Job, accelerator: Accelerator, *, prepare: bool) -> Loop:
-    pad = job.tokenizer.pad_token_id
-    collate = Collator(pad if pad is not None else 0, seq2seq=job.seq2seq)
     return Loop(
         job.host,
         NAME,
         job.rows,
         config.training,
         eval_rows=job.eval_rows,
-        collate=collate,
+        collate=collator_for(job.host.model, job.tokenizer),
         accelerator=accelerator,
         prepare=prepare,
     )
@@ -254,11 +255,13 @@ def _story(job: Job, loop: Loop) -> dict[str, str]:
     """The lines of the table that is shown before training."""
     report, rows = job.report, len(job.rows)
     length = f"{report.mean_length:.0f} tokens on average, {report.max_length} at most"
+    unknown = f"; {report.unknown:,} tokens are unknown words" if report.unknown else ""
     cut = f"; {report.truncated} cut, {report.dropped} dropped" if report.truncated or report.dropped else ""
     return {
         "rows": f"{rows:,} to train on ({length}{cut}), {len(job.eval_rows):,} to evaluate on",
+        "columns": str(job.columns),
         "trained tokens": f"{report.trained_tokens:,} of {report.tokens:,} ({100 * report.trained_share:.1f} %), "
-        f"found by {report.mask_by}; {report.template}",
+        f"found by {report.mask_by}; {report.template}{unknown}",
         "loss": f"{loop.loss.path}: {loop.loss.why}",
         "steps": f"{loop.total:,} of {loop.sampler.per_step} rows: {loop.sampler.epoch(loop.total):.2f} epochs",
         "device": f"{loop.device}, {loop.accelerator.num_processes} process(es)",
