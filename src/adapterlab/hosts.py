@@ -17,16 +17,21 @@ from adapterlab.engine.attachments import Attachments, attachments
 from adapterlab.engine.merge import merge
 from adapterlab.engine.recompute import Mode, recompute
 from adapterlab.engine.stacked import Stack, stacked
+from adapterlab.engine.standpoint import bare
 from adapterlab.engine.summary import Summary, summarise
 from adapterlab.engine.verify import verify
-from adapterlab.foreign.model import input_table, output_head
+from adapterlab.errors import FormatError
+from adapterlab.foreign.pretrained import watch_saves
 from adapterlab.io import folder as adapter_folder
+from adapterlab.io import pretrained
+from adapterlab.io.injected import ignore_injected, watch_injected
 
 
 def attach(model: nn.Module, method: Method, name: str = "default") -> Host:
     """Put a method on a model, in place, and return the model's host.
 
-    The base is frozen; the adapter becomes active, beside any that are active already.
+    The base is frozen; the adapter becomes active, beside any that are active already. Only one copy of a module can be
+    computed, so an adapter whose `modules_to_save` meet those of the new one is switched off.
 
     Args:
         model: any PyTorch model; role names and saving are made for those of `transformers`.
@@ -50,6 +55,8 @@ def host(model: nn.Module) -> Host | None:
 def load(model: nn.Module, folder: str | Path, name: str | None = None, *, active: bool | None = None) -> Host:
     """Put a saved adapter on a model: one of ours, or one that HF PEFT wrote.
 
+    Of a folder that `save_pretrained` of a model with several adapters wrote, all of them, or the one that is named.
+
     Args:
         model: the base model.
         folder: of the adapter.
@@ -64,12 +71,44 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, activ
             model. The model is left as it was.
     """
     found = host(model) or Host(model)
-    adapter_folder.load(found, folder, name, active=active)
+    together = pretrained.several(folder)
+    if not together or name in together:
+        adapter_folder.load(found, Path(folder) / name if name in together else folder, name, active=active)
+        return found
+    if name is not None:
+        raise FormatError(f"{folder} holds the adapters {', '.join(together)}, and none is called {name!r}.")
+    before = found.active
+    loaded: list[str] = []
+    try:
+        for each in together:
+            adapter_folder.load(found, Path(folder) / each, active=False)
+            loaded.append(each)
+        live = [each for each in loaded if (together[each] and not before if active is None else active)]
+        found.activate(*before, *live)
+    except BaseException:
+        for each in loaded:
+            found.detach(each)
+        raise
     return found
 
 
 class Host(Attachments):
     """A model and the adapters on it. Made by `attach` and `load`; `host(model)` finds it again."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        watch_saves(self.model, pretrained.save_pretrained)
+
+    def attach(self, method: Method, name: str = "default", **options: Any) -> None:
+        """Put a method on the model; see `Attachments.attach`."""
+        super().attach(method, name, **options)
+        watch_injected(self.model)
+
+    def detach(self, name: str) -> None:
+        """Remove an adapter; base values, classes and keys are as before, to the bit."""
+        super().detach(name)
+        if not self.methods:
+            ignore_injected(self.model)
 
     def summary(self, name: str | None = None) -> Summary:
         """Count what an adapter trains; without a name, the one that is attached alone."""
@@ -114,10 +153,6 @@ class Host(Attachments):
         if name not in self.state.active:
             self.activate(*self.active, name)
         self.merged[name] = merge(self, name, tied, quantized)
-        config = getattr(self.model, "config", None)
-        if tied == "untie" and getattr(config, "tie_word_embeddings", False):
-            output, inputs = output_head(self.model), input_table(self.model)
-            self.model.config.tie_word_embeddings = output is None or output.weight is inputs.weight
 
     # ------------------------------------------------------------------ checks, recomputation, saving
 
@@ -156,8 +191,7 @@ class Host(Attachments):
     def save_base(self, folder: str | Path) -> None:
         """Write the base model without any adapter's tensors, as `save_pretrained` does for a plain model.
 
-        `model.save_pretrained` itself would write the adapters' tensors among the base's.
+        `model.save_pretrained` itself writes adapter folders while adapters are attached, see `io.pretrained`.
         """
-        with self.using():
-            base = {k: v for k, v in self.model.state_dict().items() if not self.is_adapter_path(k)}
-            self.model.save_pretrained(folder, state_dict=base)
+        with self.using(), bare(self):
+            self.model.save_pretrained(folder)

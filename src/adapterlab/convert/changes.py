@@ -22,6 +22,7 @@ from adapterlab.engine.patches import Patch
 from adapterlab.engine.substitute import Substitute
 from adapterlab.engine.wrapping import adapters_of
 from adapterlab.errors import FormatError
+from adapterlab.foreign.model import base_modules
 from adapterlab.hosts import Host
 
 MATRICES = ("linear", "embedding")
@@ -152,7 +153,7 @@ class ModelChanges(Changes):
 
     def __init__(self, base: nn.Module, tuned: nn.Module):
         self.sites = {site.path: site for site in Host(base).all_sites() if site.module._parameters}
-        self.tuned = dict(tuned.named_modules())
+        self.tuned = dict(base_modules(tuned))
         for path, site in self.sites.items():
             _check_shapes(path, site.module, self.tuned.get(path))
 

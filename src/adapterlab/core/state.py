@@ -19,12 +19,14 @@ class State:
         rows: of a mixed batch, the keys of the adapters for each row, or None.
         losses: sink for auxiliary losses while someone collects them, else None.
         taps: tensors that one adapter leaves for another during a forward pass.
+        carrier: what the adapters were attached with, to be found from a wrapped module.
     """
 
     active: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] | None = None
     losses: list[Tensor] | None = None
     taps: dict[str, Any] = field(default_factory=dict)
+    carrier: Any = field(default=None, repr=False, compare=False)
 
     def emit(self, loss: Tensor) -> None:
         """Add an auxiliary loss to the forward pass; dropped when nobody collects."""

@@ -15,15 +15,17 @@ from adapterlab.core.targets import Targets, select
 from adapterlab.engine.attention import bridge, uses_interface
 from adapterlab.errors import AttachError, TargetError, nearest
 from adapterlab.foreign.model import (
-    ADAPTERS,
-    SHARED,
     backbone_of,
     base_modules,
+    fresh_heads,
+    is_adapter_path,
     main_stacks,
     output_head,
     place_in_stack,
     plain_class,
+    plain_path,
     stacks,
+    unwrapped,
     weight_reads,
 )
 from adapterlab.foreign.roles import role_of
@@ -33,7 +35,7 @@ class Anatomy:
     """A model, seen without the adapters it may carry."""
 
     def __init__(self, model: nn.Module):
-        self.model: Any = model  # a model of transformers has methods that nn.Module does not declare
+        self.model: Any = unwrapped(model)  # of transformers, it has methods that nn.Module does not declare
 
     @functools.cached_property
     def backbone(self) -> nn.Module:
@@ -73,6 +75,11 @@ class Anatomy:
         return stacks(self.model)
 
     @functools.cached_property
+    def new(self) -> tuple[str, ...]:
+        """Modules that no checkpoint filled, and that lead to a task head or are one."""
+        return tuple(fresh_heads(self.model))
+
+    @functools.cached_property
     def _weight_reads(self) -> dict[str, tuple[str, bool]]:
         """Modules whose weights others read; neither adapters nor merging change that."""
         return weight_reads(dict(base_modules(self.model)))
@@ -81,15 +88,25 @@ class Anatomy:
         """Return the stack that a module or parameter belongs to, and its layer's index there, or (None, None)."""
         return place_in_stack(path, self.stacks)
 
+    def module(self, path: str) -> nn.Module:
+        """Return the module of a path.
+
+        Raises:
+            AttributeError: there is none.
+        """
+        found: nn.Module = unwrapped(self.model.get_submodule(path))
+        return found
+
     def path_of(self, module: nn.Module) -> str:
         """Return the dotted name of a module of the model.
 
         Raises:
             AttachError: it is not part of the model.
         """
+        inside = unwrapped(module)
         for path, found in self.model.named_modules():
-            if found is module:
-                return str(path)
+            if found is inside:
+                return plain_path(path)
         raise AttachError(f"This {type(module).__name__} is not part of the {type(self.model).__name__} of this host.")
 
     def all_sites(self) -> list[Site]:
@@ -100,7 +117,7 @@ class Anatomy:
         shared = Counter(id(p) for m in modules.values() for p in m._parameters.values() if p is not None)
         sites = []
         for path, module in modules.items():
-            is_head = module is output or (backbone is not None and id(module) not in backbone)
+            is_head = module is output or (backbone is not None and id(module) not in backbone) or path in self.new
             weight = module._parameters.get("weight")
             tied = weight is not None and shared[id(weight)] > 1
             role = "head" if module is output else role_of(path)
@@ -159,12 +176,13 @@ class Anatomy:
         """
         excluded = self.sites(Targets(include=tuple(exclude))) if exclude else []
         left_out = {id(p) for site in excluded for p in site.module.parameters()}
-        named = self.model.named_parameters()
+        named = [(plain_path(path), p) for path, p in self.model.named_parameters()]
         return {path: p for path, p in named if id(p) not in left_out and not self.is_adapter_path(path)}
 
-    def is_adapter_path(self, path: str) -> bool:
+    @staticmethod
+    def is_adapter_path(path: str) -> bool:
         """Say whether a parameter's name belongs to an adapter and not to the base."""
-        return not {ADAPTERS, SHARED}.isdisjoint(path.split("."))
+        return is_adapter_path(path)
 
 
 def ends_in(path: str, name: str) -> bool:

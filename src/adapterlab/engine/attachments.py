@@ -17,20 +17,21 @@ from adapterlab.core.state import State
 from adapterlab.core.targets import Targets
 from adapterlab.engine.anatomy import Anatomy
 from adapterlab.engine.attention import bridge
+from adapterlab.engine.heads import check_whole, say_random, without_home
+from adapterlab.engine.intact import Place, check_heard, check_intact, hidden
+from adapterlab.engine.loading import stop_watching, watch_loads
 from adapterlab.engine.patches import Patch
 from adapterlab.engine.sparse import Entries
-from adapterlab.engine.wrapping import adapters_of, plain_copy, put, take
+from adapterlab.engine.wrapping import HOST, adapters_of, plain_copy, put, take
 from adapterlab.errors import AttachError, MergeError, nearest
-from adapterlab.foreign.model import SHARED, base_modules
+from adapterlab.foreign.model import SHARED, base_modules, plain_path, unwrapped
 from adapterlab.foreign.quantized import is_plain, is_quantized, keep_layout
-from adapterlab.foreign.sharding import fill, is_sharded, whole
-
-HOST = "_adapterlab_host"
+from adapterlab.foreign.sharding import fill, is_replicated, is_sharded, whole
 
 
 def attachments(model: nn.Module) -> Attachments | None:
     """Return what a model carries, also after `copy.deepcopy`, or None."""
-    return model.__dict__.get(HOST)
+    return unwrapped(model).__dict__.get(HOST)  # type: ignore[no-any-return]
 
 
 class Attachments(Anatomy):
@@ -40,17 +41,19 @@ class Attachments(Anatomy):
         state: what adapters share.
         methods: by the adapter's name.
         patches: base parameters that an adapter owns, by key (its name, or name/part of a composite) and path.
+        places: what it came to, by key and path of the module or owned parameter, for `check_intact`.
         merged: what merging changed, by the adapter's name, in order.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
-        self.state = State()
+        self.root: Any = self.model  # holds what is shared, wherever the model is seen from
+        self.state = State(carrier=self)
         self.methods: dict[str, Method] = {}
         self.patches: dict[str, dict[str, Patch]] = {}
+        self.places: dict[str, dict[str, Place]] = {}
         self.merged: dict[str, list[Any]] = {}
         self._parts: dict[str, dict[str, Method]] = {}
-        self._tied_before = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
         self._trained_before: dict[str, bool] = {}
 
     # ------------------------------------------------------------------ attaching and detaching
@@ -69,7 +72,8 @@ class Attachments(Anatomy):
         Args:
             method: what to attach.
             name: of the adapter.
-            active: make it live beside the active ones, or let it wait for `activate` or `using`.
+            active: make it live beside the active ones, or let it wait for `activate` or `using`. One that has a copy
+                of a module where this one has something, or the other way round, is switched off for it.
             saved: tensors by the keys of `tensors`; the adapter gets the structure and the values they have.
             like: likewise, for the structure alone; the values are loaded afterwards.
         """
@@ -89,12 +93,22 @@ class Attachments(Anatomy):
                 "shard, then build the optimizer: load the model again and attach before fully_shard or "
                 "accelerator.prepare."
             )
-        before = self.active
+        if is_replicated(self.model):
+            raise AttachError(
+                f"{type(self.model).__name__} holds the model already and knows no tensors that join it later: "
+                f"{name!r} ({method.id}) would not be kept alike on all devices. Attach to the model inside "
+                "(model.module) first, then put it into the wrapper."
+            )
+        before, fresh = self.active, self.new if type(method).trains else ()
+        by_default = saved is None and like is None and "modules_to_save" not in method.model_fields_set
+        if fresh and by_default:
+            method = method.model_copy(update={"modules_to_save": fresh})
         if not self.methods:
-            self._trained_before = {path: p.requires_grad for path, p in self.model.named_parameters()}
+            self._trained_before = {plain_path(path): p.requires_grad for path, p in self.model.named_parameters()}
             self.model.requires_grad_(False)
+            watch_loads(self.model)
             keep_layout(self.model)
-        self.methods[name], self.patches[name] = method, {}
+        self.methods[name], self.patches[name], self.places[name] = method, {}, {}
         self.model.__dict__[HOST] = self
         try:
             structure = saved if saved is not None else like
@@ -102,10 +116,12 @@ class Attachments(Anatomy):
                 method.attach(self, name)
             else:
                 method.attach_saved(self, name, structure)
-            self._save_modules(method, name)
+            self._save_modules(method, name, by_default)
+            if saved is not None or like is not None:
+                say_random(type(self.model).__name__, name, without_home(fresh, self.places[name]))
             if saved is not None:
                 self.load_state_dict(name, saved)
-            self.activate(*before, *((name,) if active else ()))
+            self.activate(*(n for n in before if not (active and self._hide(n, name))), *((name,) if active else ()))
         except BaseException:
             self.detach(name)
             raise
@@ -117,13 +133,14 @@ class Attachments(Anatomy):
             self.restore(name)
         self.activate(*(n for n in self.active if n != name))
         for key in self.parts(name):
+            self.places.pop(key, None)
             for patch in self.patches.pop(key, {}).values():
                 patch.undo(self.model, keep=False)
                 others = [p for patches in self.patches.values() for p in patches.values() if p.live]
                 if patch.index is None and not any(patch.clashes(other) for other in others):
                     self.model.get_parameter(patch.path).requires_grad_(False)
             for path in self.adapters(key):
-                take(self.model.get_submodule(path), key)
+                take(self.module(path), key)
             held = self.model._modules.get(SHARED)
             if held is not None:
                 held._modules.pop(key, None)
@@ -133,11 +150,16 @@ class Attachments(Anatomy):
         del self.methods[name]
         if not self.methods:
             self.model.__dict__.pop(HOST, None)
+            stop_watching(self.model)
             for path, parameter in self.model.named_parameters():
-                parameter.requires_grad_(self._trained_before.get(path, parameter.requires_grad))
+                parameter.requires_grad_(self._trained_before.get(plain_path(path), parameter.requires_grad))
 
-    def _save_modules(self, method: Method, name: str) -> None:
-        """Give the adapter full trainable copies of the modules in `modules_to_save`."""
+    def _save_modules(self, method: Method, name: str, by_default: bool) -> None:
+        """Give the adapter full trainable copies of the modules in `modules_to_save`, or of heads that are new."""
+        if by_default and method.modules_to_save:
+            check_whole(method.modules_to_save, self.places[name])
+            left = without_home(method.modules_to_save, self.places[name])
+            method = self.methods[name] = method.model_copy(update={"modules_to_save": tuple(left)})
         if not method.modules_to_save:
             return
         targets = Targets(include=method.modules_to_save)
@@ -167,7 +189,7 @@ class Attachments(Anatomy):
         Raises:
             AttachError: the adapter `name` has something at this module already.
         """
-        module = where.module if isinstance(where, Site) else where
+        module = unwrapped(where.module if isinstance(where, Site) else where)
         if adapter.place == "call" and adapter.site.bypassed:
             raise AttachError(
                 f"{adapter.site.path}: {adapter.site.bypassed} reads its weight and never calls it, so an adapter "
@@ -176,6 +198,7 @@ class Attachments(Anatomy):
         if name in adapters_of(module):
             raise AttachError(f"{name!r} is attached to {self.path_of(module)} already: one adapter a module and name.")
         put(module, name, adapter.train(module.training), self.state)
+        self.places[name][self.path_of(module)] = Place(module, adapter)
 
     def attend(self, name: str, module: nn.Module, adapter: Adapter) -> None:
         """Let an adapter stand around the attention core of an attention module.
@@ -211,6 +234,7 @@ class Attachments(Anatomy):
         patch = Patch(path, original.clone() if keep else None, index)
         self._check_conflict(name, patch)
         self.patches[name].setdefault(path, patch)
+        self.places[name][path] = Place(self.module(path.rpartition(".")[0]))
         if index is None:
             parameter.requires_grad_(True)
             return parameter
@@ -246,6 +270,7 @@ class Attachments(Anatomy):
         patch = Patch(path, parameter.detach().clone(), live=False, trains=False, derive=derive)
         self._check_conflict(name, patch)
         self.patches[name][path] = patch
+        self.places[name][path] = Place(self.module(path.rpartition(".")[0]))
         patch.write(self.model)
 
     def refresh(self, name: str) -> None:
@@ -256,18 +281,20 @@ class Attachments(Anatomy):
 
     def unwrap(self, name: str, where: Site | nn.Module) -> None:
         """Take the adapter away from one module again, for methods that drop modules they have no use for."""
-        take(where.module if isinstance(where, Site) else where, name)
+        module = unwrapped(where.module if isinstance(where, Site) else where)
+        take(module, name)
+        self.places[name].pop(self.path_of(module), None)
 
     def _merged_into(self, path: str) -> bool:
         """Say whether a merge has put another parameter in place of this one."""
         module, _, leaf = path.rpartition(".")
-        found = self.model.get_submodule(module)
+        found = self.module(module)
         before = found.__dict__.get(UNMERGED)
         return before is not None and before._parameters.get(leaf) is not found._parameters.get(leaf)
 
     def _base_parameter(self, path: str) -> tuple[nn.Parameter, list[str]]:
         """A base parameter whose value may be changed, and every name it has in the model."""
-        every: dict[str, nn.Parameter] = dict(self.model.named_parameters(remove_duplicate=False))
+        every = {plain_path(p): t for p, t in self.model.named_parameters(remove_duplicate=False)}
         parameters = {p: t for p, t in every.items() if not self.is_adapter_path(p)}
         if path not in parameters:
             raise AttachError(f"{type(self.model).__name__} has no parameter {path!r}. {nearest(path, parameters)}")
@@ -281,7 +308,7 @@ class Attachments(Anatomy):
 
     def _entries(self, name: str, path: str) -> Entries:
         """The adapter that places chosen entries at the module of a parameter; made on first use."""
-        module = self.model.get_submodule(path.rpartition(".")[0])
+        module = self.module(path.rpartition(".")[0])
         found = adapters_of(module).get(name)
         if found is None:
             found = Entries(self.site(module))
@@ -320,7 +347,7 @@ class Attachments(Anatomy):
         """
         top, key = name.partition("/")[0], f"{name}/{part}"
         self._parts.setdefault(top, {})[key] = method
-        self.patches[key] = {}
+        self.patches[key], self.places[key] = {}, {}
         method.attach(self, key)
 
     def parts(self, name: str) -> list[str]:
@@ -339,7 +366,7 @@ class Attachments(Anatomy):
 
     def shared(self, name: str) -> dict[str, nn.Module]:
         """Return what the adapter keeps at the root of the model, by key."""
-        held = self.model._modules.get(SHARED)
+        held = self.root._modules.get(SHARED)
         group = held._modules.get(name) if held is not None else None
         return dict(group._modules) if group is not None else {}  # type: ignore[arg-type]
 
@@ -370,8 +397,11 @@ class Attachments(Anatomy):
         """Return detached copies of `tensors(name)`; on a sharded model every process must call it and gets them whole.
 
         Raises:
+            AttachError: the model was changed after attaching, see `check_intact`.
             OutputError: the model is sharded by FSDP1, see `foreign.sharding.whole`.
         """
+        self.check(name)
+        self.check_intact(name)
         return {key: whole(value).clone() for key, value in self.tensors(name).items()}
 
     @torch.no_grad()
@@ -421,11 +451,19 @@ class Attachments(Anatomy):
         """Make exactly these adapters live; none means the plain base model.
 
         Raises:
-            AttachError: a name is unknown, two of them own the same base parameter, or one that would be switched off
-                cannot be.
+            AttachError: a name is unknown, two of them own the same base parameter, one's copy of a module hides what
+                another has there, or one that would be switched off cannot be.
         """
         for name in names:
             self.check(name)
+        check_heard({key: self.places[key] for name in names for key in self.parts(name)})
+        self._switch(names)
+
+    def _hide(self, one: str, other: str) -> bool:
+        """Say whether one of two adapters has a copy of a module that keeps the other from being computed."""
+        return hidden({key: self.places[key] for name in (one, other) for key in self.parts(name)}) is not None
+
+    def _switch(self, names: Sequence[str]) -> None:
         leaving = [key for n in self.methods if n not in names for key in self.parts(n)]
         staying = [key for n in dict.fromkeys(names) for key in self.parts(n)]
         self._check_switch(leaving, staying)
@@ -490,9 +528,12 @@ class Attachments(Anatomy):
                 f"{(resident or list(self.merged))[0]!r} lives in the base's own weights, which all rows share, so it "
                 "cannot be mixed in a batch. Run its rows in a batch of their own with host.using, or restore it first."
             )
+        rows = tuple(tuple(key for n in row for key in self.parts(n)) for row in wanted)
+        for row in dict.fromkeys(rows):
+            check_heard({key: self.places[key] for key in row})
         before = self.active
-        self.activate(*used)
-        self.state.rows = tuple(tuple(key for n in row for key in self.parts(n)) for row in wanted)
+        self._switch(used)
+        self.state.rows = rows
         try:
             yield self
         finally:
@@ -500,6 +541,14 @@ class Attachments(Anatomy):
             self.activate(*before)
 
     # ------------------------------------------------------------------ checks
+
+    def check_intact(self, name: str) -> None:
+        """Require that everything attached under a name is still there, so that nothing less is saved or merged.
+
+        Raises:
+            AttachError: modules that the adapter came to were replaced, resized, packed or cut off.
+        """
+        check_intact(self.model, name, {key: self.places[key] for key in self.parts(name)})
 
     def restore(self, name: str | None = None) -> None:
         """Take a merged adapter out of the weights again, to the bit; it is live as before.
@@ -517,9 +566,6 @@ class Attachments(Anatomy):
         for key in self.parts(name):
             for adapter in self.adapters(key).values():
                 adapter.is_merged = False
-        config = getattr(self.model, "config", None)
-        if self._tied_before and config is not None:
-            config.tie_word_embeddings = True
 
     def _check_conflict(self, name: str, patch: Patch) -> None:
         path = patch.path

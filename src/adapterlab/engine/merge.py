@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from adapterlab.core.site import UNMERGED, Site
 from adapterlab.engine.substitute import Substitute
 from adapterlab.engine.wrapping import adapters_of, wrapped
 from adapterlab.errors import MergeError
+from adapterlab.foreign.model import base_modules, computes_by_ties, plain_class, tying_configs, unwrapped
 from adapterlab.foreign.quantized import compute_dtype, packed_tensor
 from adapterlab.foreign.sharding import is_sharded
 
@@ -34,14 +35,28 @@ class Merged:
     originals: dict[str, nn.Parameter | None]
     cls: type[nn.Module] | None = None
     first: bool = True
+    buffers: dict[str, Tensor | None] = field(default_factory=dict)
 
     def undo(self) -> None:
         """Put the originals back."""
         if self.cls is not None:
             self.module.__class__ = self.cls
         self.module._parameters.update(self.originals)
+        self.module._buffers.update(self.buffers)
         if self.first:
             del self.module.__dict__[UNMERGED]
+
+
+@dataclass
+class Untied:
+    """What the configurations said about tied tables before a merge took some of them apart."""
+
+    said: list[tuple[Any, Any]]
+
+    def undo(self) -> None:
+        """Say it again."""
+        for config, value in self.said:
+            config.tie_word_embeddings = value
 
 
 @torch.no_grad()
@@ -50,17 +65,20 @@ def merge(
     name: str,
     tied: Literal["error", "untie"] = "error",
     quantized: Literal["error", "dequantize"] = "error",
-) -> list[Merged]:
+) -> list[Merged | Untied]:
     """Write an adapter into the weights of its modules; see `Host.merge`."""
     if is_sharded(host.model):
         raise MergeError(
             f"{name!r} cannot be merged here: the weights are split among processes, and a merge needs whole ones. "
             "Gather first: host.save the adapter, load the base and the adapter in one process, and merge there."
         )
+    host.check_intact(name)
     parts = [(site_key, path, a) for site_key in host.parts(name) for path, a in host.adapters(site_key).items()]
     for key, path, adapter in parts:
         _check(host, name, key, path, adapter, tied, quantized)
-    done = []
+    if any(site.tied for *_, a in parts if not a.resident for site in _inside(host, a)):
+        _check_untying(host.model)
+    done: list[Merged] = []
     for _, _, adapter in parts:
         mode = adapter.training
         adapter.eval()
@@ -68,28 +86,75 @@ def merge(
             done += _merge_one(adapter, getattr(host.model, "dtype", torch.float32))
         adapter.train(mode)
         adapter.is_merged = True
-    return done
+    return [*done, *_untied(host, done)]
+
+
+def _inside(host: Attachments, adapter: Adapter) -> list[Site]:
+    """Return the sites whose weights a merge of an adapter replaces."""
+    if not isinstance(adapter, Copy):
+        return [adapter.site]
+    lead = f"{adapter.site.path}."
+    return [site for site in host.all_sites() if site.path == adapter.site.path or site.path.startswith(lead)]
+
+
+def _check_untying(model: nn.Module) -> None:
+    if tying_configs(model) and computes_by_ties(model):
+        raise MergeError(
+            f"{plain_class(model).__name__} computes something else when its tables are not tied (it reads "
+            "tie_word_embeddings), so merging into one of them would change its answers. Keep the adapter (host.save), "
+            "or leave the tied modules out of it."
+        )
+
+
+def _untied(host: Attachments, done: list[Merged]) -> list[Merged | Untied]:
+    """Say in the configuration that tables are apart, when a merge took some apart.
+
+    One setting speaks of all that a model ties, so what is still shared gets weights of its own: a saved model has
+    only one of two that share, and loading it would leave the other empty.
+    """
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for _, module in base_modules(host.model):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((module, key))
+    configs = tying_configs(host.model)
+    if not configs or not any(id(p) in holders for record in done for p in record.originals.values() if p is not None):
+        return []
+    again = [place for places in holders.values() for place in places[1:]]
+    apart = [_replace(module, {key: module._parameters[key].detach().clone()}) for module, key in again]  # type: ignore[union-attr]
+    said = Untied([(config, config.tie_word_embeddings) for config in configs])
+    for config in configs:
+        config.tie_word_embeddings = False
+    return [*apart, said]
 
 
 def _merge_one(adapter: Adapter, model_dtype: torch.dtype) -> list[Merged]:
     """Merge one adapter; a class that unpacks its weight casts its input too, so the model's dtype replaces its own."""
     site = adapter.site
     if isinstance(adapter, Copy):
-        pairs = [(site.module.get_submodule(path), copied) for path, copied in adapter.copy.named_modules()]
-        return [_replace(m, {k: p.detach() for k, p in c.named_parameters(recurse=False)}) for m, c in pairs]
+        pairs = [(unwrapped(site.module.get_submodule(path)), copied) for path, copied in adapter.copy.named_modules()]
+        return [_replace(module, _as_stored(module, copied)) for module, copied in pairs]
     dtype = torch.promote_types(site.dtype, torch.float32)
     if isinstance(adapter, Substitute):
         present = {key: p.detach() for key, p in site.module._parameters.items() if p is not None}
         values = adapter.values({key: present[key].to(dtype) for key in adapter.names})
         return [_replace(site.module, {key: value.to(present[key].dtype) for key, value in values.items()})]
     bias = site.bias
-    weight, shift = adapter.merged(site.weight().to(dtype), None if bias is None else bias.detach().to(dtype))
+    held = None if bias is None else bias.detach().to(dtype)
+    weight, shift = adapter.merged(site.weight().to(dtype), held)
     unpacks = site.quantized and not packed_tensor(site.module)
     outside = model_dtype if unpacks else compute_dtype(site.module)
     new = {"weight": site.stored(weight).to(outside).contiguous()}
-    if shift is not None:
+    if shift is not None and (shift is not held or unpacks):  # one that stays as it is may be shared with others
         new["bias"] = shift.to(outside)
     return [_replace(site.module, new, plain=unpacks)]
+
+
+def _as_stored(module: nn.Module, copied: nn.Module) -> dict[str, Tensor]:
+    """Return the values of a trained copy in the dtypes of the module, whose neighbours compute in them."""
+    present = {**module._parameters, **module._buffers}
+    held = {**copied._parameters, **copied._buffers}
+    return {k: v.detach().to(present[k].dtype) for k, v in held.items() if v is not None and present[k] is not None}  # type: ignore[union-attr]
 
 
 def _replace(module: nn.Module, new: dict[str, Tensor], plain: bool = False) -> Merged:
@@ -98,10 +163,14 @@ def _replace(module: nn.Module, new: dict[str, Tensor], plain: bool = False) -> 
         before = copy.copy(module)
         before.__dict__ = {**module.__dict__, "_parameters": dict(module._parameters), "_modules": {}}
         module.__dict__[UNMERGED] = before
-    originals = {key: module._parameters.get(key) for key in new}
-    record = Merged(module, originals, type(module) if plain else None, first)
+    buffers = {key: module._buffers[key] for key in new if key in module._buffers}
+    originals = {key: module._parameters.get(key) for key in new if key not in buffers}
+    record = Merged(module, originals, type(module) if plain else None, first, buffers)
     for key, value in new.items():
-        module._parameters[key] = nn.Parameter(value, requires_grad=False)
+        if key in buffers:
+            module._buffers[key] = value.clone()
+        else:
+            module._parameters[key] = nn.Parameter(value, requires_grad=False)
     if plain:
         # The packed class would unpack what is plain now; it is a subclass of nn.Linear, whose forward is right.
         linear: Any = nn.Linear

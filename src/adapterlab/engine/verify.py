@@ -34,7 +34,7 @@ def verify(host: Attachments, batch: Mapping[str, Tensor]) -> None:
         )
     called: set[str] = set()
     handles = [
-        host.model.get_submodule(path).register_forward_hook(lambda *_, path=path: called.add(path))
+        host.module(path).register_forward_hook(lambda *_, path=path: called.add(path))
         for key in host.state.active
         for path, adapter in host.adapters(key).items()
         if not adapter.resident

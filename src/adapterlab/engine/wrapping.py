@@ -19,7 +19,7 @@ from adapterlab.engine.fusion import Base, computed
 from adapterlab.engine.mixed_batch import mixed
 from adapterlab.foreign.model import ADAPTERS, PLAIN, plain_class
 
-STATE = "_adapterlab_state"
+HOST, STATE = "_adapterlab_host", "_adapterlab_state"  # attributes: of the model, and of every wrapped module
 
 
 def dispatch(module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ names of classes or the look of a path.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,10 +15,25 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from adapterlab.foreign.calls import calls
+from adapterlab.foreign.private_transformers import FILLED
 
 # Names of the submodules that hold adapters: in the module they adapt, where FSDP shards them, and at the root.
 ADAPTERS, SHARED = "_adapters", "_adapterlab_shared"
 PLAIN = "_adapterlab_plain"  # attribute of a wrapped class that holds the class it was made from
+# Under these names torch.compile, torch's checkpointing and FSDP1 hold the module that they stand around. A wrapper
+# answers for it in everything, so no path speaks of one: names are the same before compiling and after.
+_AROUND = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def unwrapped(module: Any) -> Any:
+    """Return the module inside of what torch put around it without computing anything else."""
+    inside = next((found for key in _AROUND if (found := module._modules.get(key)) is not None), None)
+    return module if inside is None else unwrapped(inside)
+
+
+def plain_path(path: str) -> str:
+    """Return the name of a module or parameter without the wrappers on the way to it."""
+    return ".".join(part for part in path.split(".") if part not in _AROUND)
 
 
 def plain_class(module: nn.Module) -> Any:
@@ -37,6 +53,20 @@ def text_config(model: Any) -> Any:
     """Return the configuration of the language model inside a model or configuration; its own if there is no other."""
     config = config_of(model)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def tying_configs(model: Any) -> list[Any]:
+    """Return the configurations of a model, its own and that of its text, which say that tables are tied."""
+    found = {id(config): config for config in (config_of(model), text_config(model)) if config is not None}
+    return [config for config in found.values() if getattr(config, "tie_word_embeddings", False)]
+
+
+def computes_by_ties(model: nn.Module) -> bool:
+    """Say whether a model's forward asks whether tables are tied: some scale the head's input then."""
+    try:
+        return "tie_word_embeddings" in inspect.getsource(plain_class(model).forward)
+    except (OSError, TypeError):
+        return False
 
 
 def is_encoder_decoder(model: Any) -> bool:
@@ -60,6 +90,39 @@ def base_revision(model: Any) -> str | None:
 def output_head(model: Any) -> Any:
     """Return the module that makes logits over the vocabulary, or None."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def fresh_heads(model: nn.Module) -> list[str]:
+    """Return the paths of task heads that a model's checkpoint did not have: their numbers are random.
+
+    A head over the vocabulary is none of them. Where nothing tells what was loaded (a model made from its
+    configuration, or a deep copy), there are none.
+    """
+    backbone, output = backbone_of(model), output_head(model)
+    inside = {id(p) for p in backbone.parameters()}
+    if backbone is model or not any(hasattr(p, FILLED) for p in backbone.parameters()):
+        return []
+    found: list[str] = []
+    for path, module in base_modules(model):
+        own = [p for _, part in base_modules(module) for p in part._parameters.values() if p is not None]
+        new = bool(own) and not any(id(p) in inside or hasattr(p, FILLED) for p in own)
+        if new and path and module is not output and not any(path.startswith(f"{outer}.") for outer in found):
+            found.append(path)
+    return [*found, *_new_on_the_way(model)] if found else []
+
+
+def _new_on_the_way(model: nn.Module) -> list[str]:
+    """Linear layers that no checkpoint filled between the layers and a new head, such as the pooler of BERT."""
+    among = stacks(model)
+    backbone = {id(module) for _, module in base_modules(backbone_of(model))}
+    return [
+        path
+        for path, module in base_modules(model)
+        if id(module) in backbone
+        and isinstance(module, nn.Linear)
+        and place_in_stack(path, among) == (None, None)
+        and not any(hasattr(p, FILLED) for p in module._parameters.values())
+    ]
 
 
 def input_table(model: Any) -> Any:
@@ -115,11 +178,17 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
+def is_adapter_path(path: str) -> bool:
+    """Say whether a parameter's name belongs to an adapter and not to the base."""
+    return not {ADAPTERS, SHARED}.isdisjoint(path.split("."))
+
+
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Walk over a model's own modules, adapters left out; a module that is reached twice is named once."""
+    """Walk over a model's own modules, adapters and wrappers left out; a module that is reached twice is named once."""
     seen: set[int] = set()
 
     def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrapped(module)
         if id(module) in seen:
             return
         seen.add(id(module))

@@ -11,6 +11,7 @@ Nobody else imports one (tests/core/test_private.py). Names of caches are in `ca
 | `attention_mapping` | where an attention function is registered for one model or for all | `ALL_ATTENTION_FUNCTIONS.register`, for all |
 | `kept_in_float32` | modules that quantization leaves out | the quantizer's own list |
 | `forget_accelerate` | a second run in one process starts afresh | a process for each run |
+| `FILLED` | which parameters a checkpoint filled, so that a new head is known | `output_loading_info` of `from_pretrained`, where we load |
 | `TRAINABLE_FLAG` | Trainer lets a model with packed weights train | none: Trainer refuses such models unless they are PEFT's |
 """  # noqa: E501
 
@@ -25,11 +26,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils.chat_template_utils import render_jinja_template
 
 __all__ = [
-    "TRAINABLE_FLAG", "attention_implementation", "attention_mapping", "forget_accelerate", "kept_in_float32",
+    "FILLED", "TRAINABLE_FLAG", "attention_implementation", "attention_mapping", "forget_accelerate", "kept_in_float32",
     "no_init_weights", "render_jinja_template", "sdpa_attention_forward",
 ]  # fmt: skip
 
 TRAINABLE_FLAG = "_hf_peft_config_loaded"
+FILLED = "_is_hf_initialized"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
 

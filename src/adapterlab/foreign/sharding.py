@@ -23,6 +23,11 @@ def is_sharded(model: nn.Module) -> bool:
     return parts or any(hasattr(m, "unshard") and hasattr(m, "reshard") for m in model.modules())
 
 
+def is_replicated(model: nn.Module) -> bool:
+    """Say whether this is a wrapper of torch that keeps copies of a model alike, and not the model."""
+    return isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor, detached. For a part this is collective: every process of its mesh must come here.
 
@@ -34,6 +39,12 @@ def whole(tensor: Tensor) -> Tensor:
             f"The tensor {tuple(tensor.shape)} is this process's slice of a flat parameter of FSDP1, and saving it "
             "would lose the rest. Shard with FSDP2 instead: torch.distributed.fsdp.fully_shard, or "
             "FullyShardedDataParallelPlugin(fsdp_version=2) in accelerate."
+        )
+    if tensor.numel() < getattr(tensor, "ds_numel", 0):
+        raise OutputError(
+            "The tensors are with other processes (ZeRO-3 of DeepSpeed), and saving here would write empty ones. "
+            "Gather them first (deepspeed.zero.GatheredParameters(model.parameters())), or save through Trainer with "
+            "stage3_gather_16bit_weights_on_model_save."
         )
     gathered: Tensor = tensor.full_tensor() if _is_part(tensor) else tensor  # type: ignore[attr-defined]
     return gathered.detach()
@@ -55,6 +66,14 @@ def gathered(model: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for table, key, parameter in slots:
             table[key] = parameter
+
+
+def is_elsewhere(tensor: Tensor) -> bool:
+    """Say whether a tensor here is not all of itself: the rest, or all of it, is with other processes.
+
+    ZeRO-3 of DeepSpeed leaves an empty tensor in a parameter's place.
+    """
+    return _is_part(tensor) or _is_flat(tensor) or hasattr(tensor, "ds_numel")
 
 
 def fill(into: Tensor, value: Tensor) -> None:

@@ -51,6 +51,34 @@ def new_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_files(folder: Path) -> Iterator[Path]:
+    """Fill a temporary folder inside `folder`, then put its files in their places there, each in one step.
+
+    Other files of the folder stay. A folder of files is put in its place file by file too.
+
+    Raises:
+        OutputError: it is a file, cannot be written, or the disk is full.
+    """
+    folder = Path(folder).absolute()
+    if folder.is_file():
+        raise OutputError(f"{folder} is a file; an output folder is needed. Choose another path.")
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=folder) as made:
+            work = Path(made)
+            yield work
+            files = sorted(file for file in work.rglob("*") if file.is_file())
+            for file in files:
+                file.chmod(0o666 & ~_umask())
+                _sync(file)
+            for file in files:
+                final = folder / file.relative_to(work)
+                final.parent.mkdir(exist_ok=True)
+                file.replace(final)
+        _sync(folder)
+
+
 def check_free(final: Path, *, overwrite: bool = False) -> None:
     """Check that a folder may be written.
 

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adapterlab.core.method import Method
 from adapterlab.engine.attachments import Attachments
 from adapterlab.errors import AttachError, ConfigError, FormatError, TargetError
-from adapterlab.foreign.model import base_name, base_revision
+from adapterlab.foreign.model import base_name, base_revision, is_adapter_path
 from adapterlab.foreign.sharding import gathered, leads, whole
 from adapterlab.io import hf_peft
 from adapterlab.io.atomic import new_folder, write_json, write_text
+from adapterlab.io.beside import add_beside
 from adapterlab.io.card import model_card
 from adapterlab.registry import method as method_by_id
 
@@ -32,6 +34,7 @@ FORMAT = 1
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 METHOD = "method.json"
+STATE = "model.safetensors"  # where trainers keep the state of a model
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,62 @@ def save(
         notes: facts for the model card, such as data and results.
 
     Raises:
+        AttachError: the model was changed after attaching, and part of the adapter is gone.
         OutputError: the folder is not empty or cannot be written, or the model is sharded by FSDP1, whose slices cannot
             be gathered; what was there stays as it was.
     """
     name = host.only(name)
+    found, folder = gather(host, name, base_model), Path(folder)
+    if not found.leads:
+        return folder
+    with new_folder(folder, overwrite=overwrite) as work:
+        found.write(work)
+        card = model_card(host, name, found.info["base_model"], found.config is not None, notes or {})
+        write_text(work / "README.md", card)
+    return folder
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the folder of an adapter holds.
+
+    Attributes:
+        tensors: all of it, under PEFT's names where PEFT has the method.
+        config: PEFT's view, or None.
+        info: ours, without the checksum.
+        leads: this process writes it, of several that gathered it.
+    """
+
+    tensors: dict[str, Tensor]
+    config: dict[str, Any] | None
+    info: dict[str, Any]
+    leads: bool
+
+    def write(self, work: Path) -> None:
+        """Fill a folder that is not yet anybody's."""
+        write_tensors(work / TENSORS, self.tensors)
+        if self.config is not None:
+            write_json(work / CONFIG, self.config)
+        write_json(work / METHOD, {**self.info, "sha256": _sha256(work / TENSORS)})
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, each by itself: shared memory is written for each name."""
+    save_file(
+        {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()},
+        file,
+        {"format": "pt", **(metadata or {})},
+    )
+
+
+def gather(host: Attachments, name: str, base_model: str | None = None) -> Contents:
+    """Put together what saving an adapter writes; on a sharded model every process must call it.
+
+    Raises:
+        AttachError: the model was changed after attaching, and part of the adapter is gone.
+        OutputError: the model is sharded by FSDP1 or ZeRO-3, whose slices cannot be gathered here.
+    """
+    host.check_intact(name)
     method = host.methods[name]
     base_model, revision = base_model or base_name(host.model), base_revision(host.model)
     held = list(host.tensors(name).values())
@@ -94,27 +149,17 @@ def save(
         written = hf_peft.write(host, name, base_model, revision) if method.hf is not None else None
         config, tensors = written or (None, host.tensors(name))
         tensors = {key: whole(value) for key, value in tensors.items()}
-    folder = Path(folder)
-    if not leads(held):
-        return folder
-    with new_folder(folder, overwrite=overwrite) as work:
-        file = work / TENSORS
-        save_file({key: value.cpu().contiguous().clone() for key, value in tensors.items()}, file, {"format": "pt"})
-        if config is not None:
-            write_json(work / CONFIG, config)
-        info = {
-            "format": FORMAT,
-            "method": method.id,
-            "fields": method.model_dump(mode="json"),
-            "name": name,
-            "base_model": base_model,
-            "base_revision": revision,
-            "modules": list(host.adapters(name)),
-            "sha256": _sha256(file),
-        }
-        write_json(work / METHOD, info)
-        write_text(work / "README.md", model_card(host, name, base_model, config is not None, notes or {}))
-    return folder
+    info = {
+        "format": FORMAT,
+        "method": method.id,
+        "fields": method.model_dump(mode="json"),
+        "name": name,
+        "base_model": base_model,
+        "base_revision": revision,
+        "modules": list(host.adapters(name)),
+    }
+    add_beside(host, name, config, info, tensors)
+    return Contents(tensors, config, info, leads(held))
 
 
 def read_info(folder: str | Path) -> AdapterInfo:
@@ -125,7 +170,7 @@ def read_info(folder: str | Path) -> AdapterInfo:
     """
     folder = Path(folder)
     if (folder / METHOD).is_file():
-        info = _json(folder / METHOD)
+        info = read_json(folder / METHOD)
         if info.get("format") != FORMAT:
             raise FormatError(
                 f"{folder / METHOD} has format {info.get('format')!r}, and this version reads format {FORMAT}. Update "
@@ -140,12 +185,19 @@ def read_info(folder: str | Path) -> AdapterInfo:
             fault = f"lacks {error}" if isinstance(error, KeyError) else f"has fields of a wrong type ({error})"
             raise FormatError(f"{folder / METHOD} {fault}: the file is damaged. Save the adapter again.") from None
     if (folder / CONFIG).is_file():
-        config = _json(folder / CONFIG)
+        config = read_json(folder / CONFIG)
         cls = hf_peft.find_method(config)
         assert cls.hf is not None
         fields = cls.hf.settings(config)
         base, revision = config.get("base_model_name_or_path"), config.get("revision")
         return AdapterInfo(folder, cls.id, fields, base, revision, "default", "peft")
+    if is_adapted_state(folder / STATE):
+        raise FormatError(
+            f"{folder / STATE} is the state of a model with adapters, whole, and nothing there says which method they "
+            "are of. Attach with the settings of that run, model.load_state_dict(safetensors.torch.load_file(...)), "
+            "and host.save to make an adapter folder of it. Trainer writes this of a model that is none of "
+            "transformers; AdapterlabCallback puts adapter folders into its checkpoints."
+        )
     there = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "no such folder"
     raise FormatError(
         f"{folder} holds no adapter: neither {METHOD} nor {CONFIG} is there ({there or 'it is empty'}). Give the "
@@ -217,7 +269,7 @@ def _method(info: AdapterInfo, tensors: dict[str, Tensor], host: Attachments) ->
 
 def _saved_modules(folder: Path, tensors: dict[str, Tensor]) -> tuple[str, ...]:
     """PEFT lists names such as `classifier`; keep those that have tensors."""
-    names = _json(folder / CONFIG).get("modules_to_save") or ()
+    names = read_json(folder / CONFIG).get("modules_to_save") or ()
     return tuple(n for n in names if any(f".{n}." in key for key in tensors))
 
 
@@ -236,7 +288,12 @@ def _tensors(info: AdapterInfo) -> dict[str, Tensor]:
         raise FormatError(f"{file} is damaged ({error}). Copy it again, or save the adapter again.") from None
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        FormatError: it does not.
+    """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -246,6 +303,15 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise FormatError(f"{file} should hold a JSON object and holds {type(found).__name__}.")
     return found
+
+
+def is_adapted_state(file: Path) -> bool:
+    """Say whether a file of tensors has some of adapters under the names that a model with adapters gives them."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return any(is_adapter_path(key) for key in opened.keys())  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
 
 
 def _foreign(info: AdapterInfo, model: nn.Module, detail: str) -> str:

@@ -226,7 +226,7 @@ def _is_repeated(key: str, tensors: Mapping[str, Tensor], codec: HFCodec) -> boo
 
 def _is_base_copy(host: Attachments, key: str, value: Tensor) -> bool:
     path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-    base = dict(host.model.named_parameters()).get(path)
+    base = host.base_parameters().get(path)
     if base is None:
         return False
     if base.shape != value.shape or not (base.detach().to(value.dtype).cpu() == value.cpu()).all():

@@ -67,7 +67,7 @@ def _fused(host: Host, name: str, *, autocast: bool) -> FastPath:
         for path, adapter in host.adapters(key).items():
             if adapter.resident or adapter.place != "call":
                 continue
-            live = [n for n in adapters_of(host.model.get_submodule(path)) if n in host.state.active]
+            live = [n for n in adapters_of(host.module(path)) if n in host.state.active]
             before = live[: live.index(key)] if key in live else []
             reason = f"{before[-1]!r} stands between" if before else why_apart(adapter)
             reasons[reason or ("autocast changes dtypes" if autocast else "")] += 1

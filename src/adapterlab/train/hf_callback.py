@@ -4,6 +4,9 @@
         trainer = Trainer(model, ..., callbacks=[AdapterlabCallback(host, "default")])
     trainer.train()
 
+A model of transformers saves its adapters by itself, whoever asks it to. Of any other module `Trainer` writes the whole
+state; the callback puts the adapters beside it in each checkpoint.
+
 What a callback cannot give: a method's own `optimizer` (pass `optimizers=` yourself), `gradient` and `penalty`, and
 losses that adapters emit. A method that has any of the last three is refused.
 """
@@ -12,15 +15,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from adapterlab.engine.verify import check_gradient_passes
 from adapterlab.errors import ConfigError
+from adapterlab.foreign.pretrained import is_saved
 from adapterlab.foreign.private_transformers import TRAINABLE_FLAG
 from adapterlab.hosts import Host
+from adapterlab.io.pretrained import save_adapters
 
 
 class AdapterlabCallback(TrainerCallback):
@@ -57,6 +64,11 @@ class AdapterlabCallback(TrainerCallback):
     ) -> None:
         """The optimizer has stepped; gradients are still there."""
         self.method.after_step(self.host, self.name, state.global_step, more["optimizer"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """A checkpoint was written; the adapters of a model that cannot save itself join it."""
+        if args.should_save and not is_saved(self.host.model):
+            save_adapters(self.host, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Training is over."""
