@@ -21,7 +21,7 @@ from adapterlab.engine.standpoint import bare
 from adapterlab.engine.summary import Summary, summarise
 from adapterlab.engine.verify import verify
 from adapterlab.errors import FormatError
-from adapterlab.foreign.pretrained import watch_saves
+from adapterlab.foreign.saving import watch_saves
 from adapterlab.io import folder as adapter_folder
 from adapterlab.io import pretrained
 from adapterlab.io.injected import ignore_injected, watch_injected

@@ -145,9 +145,7 @@ def test_a_tracker_that_does_not_start_is_named_and_one_that_fails_later_is_left
     fields = config(steps=2, trackers="tensorboard", log_every=1)
     with monkeypatch.context() as patch:
         patch.setattr(TensorBoardTracker, "start", fails)
-        with pytest.raises(
-            TrainingError, match=r"'tensorboard' did not start: OSError: no route.*leave it out"
-        ):
+        with pytest.raises(TrainingError, match=r"'tensorboard' did not start: OSError: no route.*leave it out"):
             fit({**fields, "output": root / "first"}, quiet=True)
     monkeypatch.setattr(TensorBoardTracker, "log", fails)
     with pytest.warns(UserWarning, match="left out from here on"):

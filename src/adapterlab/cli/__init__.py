@@ -13,7 +13,9 @@ import sys
 
 import typer
 
+from adapterlab.cli._shared import say
 from adapterlab.errors import AdapterlabError
+from adapterlab.terminal import Terminal, show_messages_of_others, shown
 
 
 def build() -> typer.Typer:
@@ -39,7 +41,7 @@ def build() -> typer.Typer:
         if version:
             from adapterlab.version import __version__
 
-            typer.echo(f"adapterlab {__version__}")
+            say(f"adapterlab {__version__}")
             raise typer.Exit
 
     return app
@@ -47,11 +49,10 @@ def build() -> typer.Typer:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; an `AdapterlabError` becomes one message and exit code 2."""
+    show_messages_of_others()
     try:
         build()(args=args, standalone_mode=True)
     except AdapterlabError as error:
-        from rich.console import Console
-
-        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error:[/]", end=" ")
-        print(error, file=sys.stderr)
+        Terminal(stderr=True, highlight=False, soft_wrap=True).print("error:", style="bold red", end=" ")
+        print(shown(str(error)), file=sys.stderr)
         raise SystemExit(2) from None

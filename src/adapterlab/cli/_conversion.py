@@ -25,7 +25,7 @@ Energy = Annotated[
 ]
 
 
-def adapter_place(target: str, model: str | None, checkpoint: str) -> Place:
+def adapter_place(target: str, model: str | None, checkpoint: str, trust_remote_code: bool) -> Place:
     """Locate an adapter.
 
     Raises:
@@ -33,7 +33,7 @@ def adapter_place(target: str, model: str | None, checkpoint: str) -> Place:
     """
     from adapterlab.evaluate.opening import locate
 
-    place = locate(target, model=model, checkpoint=checkpoint)
+    place = locate(target, model=model, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
     if place.adapter is None:
         raise ConfigError(f"{target!r} is a base model, or is not there. Give a run folder or an adapter folder.")
     return place
@@ -70,12 +70,17 @@ def open_adapters(places: Sequence[Place], device: str | None, precision: str | 
 
 
 def open_adapter(
-    target: str, model: str | None, checkpoint: str, device: str | None, precision: str | None
+    target: str,
+    model: str | None,
+    checkpoint: str,
+    device: str | None,
+    precision: str | None,
+    trust_remote_code: bool,
 ) -> tuple[Opened, Host, Place]:
     """Load the base with one adapter, live."""
     from adapterlab.evaluate.opening import open_target
 
-    place = adapter_place(target, model, checkpoint)
+    place = adapter_place(target, model, checkpoint, trust_remote_code)
     opened = open_target(place, device=device, precision=precision)
     assert opened.host is not None
     return opened, opened.host, place
@@ -99,10 +104,11 @@ def show_conversion(made: Conversion, output: Path, as_json: bool) -> None:
     if as_json:
         print_json({**made.to_dict(), "folder": str(output)})
         return
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from adapterlab.terminal import Terminal
+
+    console = Terminal(highlight=False)
     table = Table("modules", "rank", "least energy kept", "relative error", "worst")
     for column in table.columns[1:]:
         column.justify = "right"

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from adapterlab.errors import ConfigError
+from adapterlab.terminal import shown
 
 Target = Annotated[str, typer.Argument(help="A run folder, an adapter folder, or a base model.", show_default=False)]
 BaseModel = Annotated[
@@ -19,6 +20,9 @@ BaseModel = Annotated[
 Checkpoint = Annotated[str, typer.Option(help="Which adapter of a run: best or last.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or mps; default: the fastest there is.")]
 Precision = Annotated[str | None, typer.Option(help="Of the base weights: fp32, bf16 or fp16; default: the run's.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that the model's folder brings; read it before.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher values sample.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
@@ -96,12 +100,13 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
     Yields:
         A function of the phase's name, how much of it is done, and how much there is.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    from adapterlab.terminal import Terminal
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Console(stderr=True), transient=True) as display:
+    with Progress(*columns, console=Terminal(stderr=True), transient=True) as display:
 
         def update(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
@@ -128,8 +133,21 @@ def by_role(paths: Sequence[str]) -> dict[str, list[int]]:
     return {f"{role} x {len(places)}" if len(places) > 1 else role: places for role, places in found.items()}
 
 
+def say(text: object = "", *, nl: bool = True, err: bool = False, **style: Any) -> None:
+    """Print a text; what a terminal would obey in it is shown.
+
+    Args:
+        text: what to print.
+        nl: whether the line ends.
+        err: on stderr instead of stdout.
+        style: colours and the like, as of `typer.style`.
+    """
+    plain = shown(str(text))
+    typer.echo(typer.style(plain, **style) if style else plain, nl=nl, err=err)
+
+
 def print_json(value: Any) -> None:
     """Print a value as JSON on stdout, for programs."""
     import json
 
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    say(json.dumps(value, indent=2, ensure_ascii=False))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adapterlab.cli._shared import AsJson, print_json, settings
+from adapterlab.cli._shared import AsJson, Trust, print_json, say, settings
 
 if TYPE_CHECKING:
     from adapterlab.compare.advice import Advice
@@ -24,6 +24,7 @@ def advise(
     ] = None,
     past: Annotated[Path, typer.Option(help="Folder in which earlier comparisons are looked for.")] = Path("."),
     write: Annotated[Path | None, typer.Option(help="Write a training configuration to this file.")] = None,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Advise settings to start from, each with its reason and source; earlier comparisons count first."""
@@ -37,7 +38,7 @@ def advise(
 
     if write is not None and write.exists():
         raise OutputError(f"{write} exists already, and nothing is overwritten. Choose another file.")
-    found = ask(model, _data(data, more or []), memory=_bytes(memory), folder=past)
+    found = ask(model, _data(data, more or []), memory=_bytes(memory), folder=past, trust_remote_code=trust_remote_code)
     if as_json:
         print_json({**dataclasses.asdict(found), "plan": found.plan and found.plan.to_json(), "config": found.config()})
         return
@@ -45,9 +46,9 @@ def advise(
     text = OmegaConf.to_yaml(OmegaConf.create(found.config()))
     if write is not None:
         write_text(write, text)
-        typer.echo(f"Written to {write}. Train with: adapterlab train {write}")
+        say(f"Written to {write}. Train with: adapterlab train {write}")
     else:
-        typer.echo(f"\nAs a configuration (keep it with --write FILE):\n\n{text}")
+        say(f"\nAs a configuration (keep it with --write FILE):\n\n{text}")
 
 
 def _data(name: str, more: list[str]) -> Any:
@@ -79,11 +80,11 @@ def _bytes(text: str | None) -> int | None:
 
 
 def _show(found: Advice) -> None:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
-    facts, console = found.facts, Console(highlight=False)
+    from adapterlab.terminal import Terminal
+
+    facts, console = found.facts, Terminal(highlight=False)
     about = "about " if facts.estimated else ""
     console.print(
         f"{facts.rows:,} rows of {about}{facts.length} tokens on average, {facts.longest} at most; "
@@ -93,7 +94,7 @@ def _show(found: Advice) -> None:
     for column in table.columns:
         column.overflow = "fold"
     for rule in found.rules:
-        table.add_row(rule.key, escape(str(rule.value)), escape(rule.why), escape(rule.source))
+        table.add_row(rule.key, str(rule.value), rule.why, rule.source)
     console.print(table)
     for sentence in found.past:
         console.print(sentence, soft_wrap=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adapterlab.cli._conversion import Overwrite, check_same_base
-from adapterlab.cli._shared import AsJson, Checkpoint, Device, bars, by_role, print_json
+from adapterlab.cli._shared import AsJson, Checkpoint, Device, Trust, bars, by_role, print_json
 from adapterlab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def analyze(
     device: Device = None,
     precision: Annotated[str, typer.Option(help="Of the base weights: fp32, bf16 or fp16.")] = "fp32",
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what training changed: spectra, ranks, and magnitude against direction, for one or two adapters."""
@@ -41,7 +42,7 @@ def analyze(
             from adapterlab.convert.picture import check_drawing
 
             check_drawing()
-    places = _places([target] if other is None else [target, other], base, checkpoint)
+    places = _places([target] if other is None else [target, other], base, checkpoint, trust_remote_code)
     found, cosines = _analyses(places, device, precision)
     report: dict[str, Any] = {name: analysis.to_dict() for name, analysis in found.items()}
     if other is not None:
@@ -56,12 +57,12 @@ def analyze(
     print_json(report) if as_json else _show(found, cosines, output)
 
 
-def _places(targets: list[str], base: str | None, checkpoint: str) -> list[Place]:
+def _places(targets: list[str], base: str | None, checkpoint: str, trust_remote_code: bool) -> list[Place]:
     from adapterlab.evaluate.opening import locate
 
     places = []
     for target in targets:
-        place = locate(target, checkpoint=checkpoint)
+        place = locate(target, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
         if place.adapter is not None and base is not None:
             place = dataclasses.replace(place, base=base)
         places.append(place)
@@ -95,7 +96,9 @@ def _changes(model: Any, place: Place, name: str, device: str | None, precision:
 
     if place.adapter is None:
         assert place.run is not None  # the tuned model
-        return ModelChanges(model, load_model(place.run, precision=precision, device=device)[0])
+        trusted = place.trust_remote_code
+        tuned, _ = load_model(place.run, precision=precision, device=device, trust_remote_code=trusted)
+        return ModelChanges(model, tuned)
     host = load(model, place.adapter, name, active=False)
     with host.using():
         return AdapterChanges(host, name)
@@ -107,9 +110,10 @@ def _names(places: list[Place]) -> list[str]:
 
 
 def _show(found: dict[str, Analysis], cosines: dict[str, float], output: Path | None) -> None:
-    from rich.console import Console
 
-    console = Console(highlight=False)
+    from adapterlab.terminal import Terminal
+
+    console = Terminal(highlight=False)
     for name, analysis in found.items():
         console.print(_table(name, analysis, cosines))
         most = max(analysis.spectra, key=lambda s: s.relative, default=None)

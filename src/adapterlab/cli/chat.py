@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterlab.cli._shared import BaseModel, Checkpoint, Device, Precision, Seed, System, Target, Temperature
+from adapterlab.cli._shared import (
+    BaseModel,
+    Checkpoint,
+    Device,
+    Precision,
+    Seed,
+    System,
+    Target,
+    Temperature,
+    Trust,
+    say,
+)
 from adapterlab.errors import AdapterlabError, ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -31,12 +42,16 @@ def chat(
     model: BaseModel = None,
     device: Device = None,
     precision: Precision = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Talk with a model and switch its adapters meanwhile; /help lists the commands."""
     from adapterlab.evaluate.conversation import Conversation
     from adapterlab.evaluate.opening import locate
 
-    places = [locate(name, model=model, checkpoint=checkpoint) for name in [target, *(more or [])]]
+    places = [
+        locate(name, model=model, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
+        for name in [target, *(more or [])]
+    ]
     opened = _open(places, device, precision)
     system = system if system is not None else next((p.system for p in places if p.system), None)
     talk = Conversation(opened.model, opened.tokenizer, system, max_new_tokens, temperature, seed)
@@ -90,15 +105,15 @@ class Prompt:
     def run(self) -> None:
         """Talk until the user leaves."""
         self.adapters("")
-        typer.echo("Type a message, or /help.")
+        say("Type a message, or /help.")
         for line in self.lines():
             try:
                 self.obey(line[1:]) if line.startswith("/") else self.answer(line)
             except AdapterlabError as error:
-                typer.secho(str(error), fg="red")
+                say(str(error), fg="red")
             if not self.going:
                 break
-        typer.echo("Bye.")
+        say("Bye.")
 
     def lines(self) -> Iterator[str]:
         """Yield what the user types; the end of input and Ctrl-C end it."""
@@ -117,10 +132,10 @@ class Prompt:
     def answer(self, text: str) -> None:
         """Stream an answer; Ctrl-C stops it, not the chat."""
         try:
-            self.talk.say(text, lambda piece: typer.echo(piece, nl=False))
+            self.talk.say(text, lambda piece: say(piece, nl=False))
         except KeyboardInterrupt:
-            typer.echo(" [stopped]", nl=False)
-        typer.echo()
+            say(" [stopped]", nl=False)
+        say()
 
     def obey(self, line: str) -> None:
         """Run a command."""
@@ -144,11 +159,11 @@ class Prompt:
     def adapters(self, _: str) -> None:
         live = self.host.active if self.host else ()
         named = [f"{n} (live)" if n in live else n for n in (self.host.methods if self.host else ())]
-        typer.echo(f"Adapters: {', '.join(named) or 'none'}" + ("" if live else "; the base model answers") + ".")
+        say(f"Adapters: {', '.join(named) or 'none'}" + ("" if live else "; the base model answers") + ".")
 
     def reset(self, _: str) -> None:
         self.talk.reset()
-        typer.echo("The conversation starts anew.")
+        say("The conversation starts anew.")
 
     def system(self, text: str) -> None:
         self.talk.system = text or None
@@ -156,7 +171,7 @@ class Prompt:
 
     def help(self, _: str) -> None:
         for name, (what, _command) in self.commands.items():
-            typer.echo(f"  /{name} {what}")
+            say(f"  /{name} {what}")
 
     def quit(self, _: str) -> None:
         self.going = False

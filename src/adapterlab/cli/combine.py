@@ -16,7 +16,7 @@ from adapterlab.cli._conversion import (
     save_made,
     show_conversion,
 )
-from adapterlab.cli._shared import AsJson, BaseModel, Checkpoint, Device, Precision, bars
+from adapterlab.cli._shared import AsJson, BaseModel, Checkpoint, Device, Precision, Trust, bars
 from adapterlab.errors import ConfigError
 
 
@@ -40,6 +40,7 @@ def combine(
     device: Device = None,
     precision: Precision = None,
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Make one LoRA adapter of several adapters of any linear methods, and say how exact it is."""
@@ -47,7 +48,7 @@ def combine(
 
     check_free(output, overwrite=overwrite)
     chosen = _numbers(weights)
-    places = [adapter_place(target, model, checkpoint) for target in adapters]
+    places = [adapter_place(target, model, checkpoint, trust_remote_code) for target in adapters]
     check_same_base(places)
     host, names = open_adapters(places, device, precision)
 

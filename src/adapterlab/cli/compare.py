@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adapterlab.cli._shared import AsJson, help_config, print_json, settings
+from adapterlab.cli._shared import AsJson, Trust, help_config, print_json, say, settings
 
 if TYPE_CHECKING:
     from adapterlab.compare import Comparison, Watcher
@@ -38,6 +38,7 @@ def compare(
     retry: Annotated[bool, typer.Option("--retry", help="Try runs again that failed in an earlier start.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, list the runs, start none.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing while it runs.")] = False,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
     help_config: Annotated[bool, help_config("adapterlab.compare.config", "CompareConfig")] = False,
 ) -> None:
@@ -51,6 +52,7 @@ def compare(
     given: dict[str, Any] = {"methods": methods.split(",") if methods else None, "model": model, "processes": processes}
     given |= {"output": str(output) if output else None, "budget": {"steps": steps} if steps else None}
     given |= {"data": {"task": task} if task else {"path": data} if data else None}
+    given |= {"trust_remote_code": trust_remote_code or None}
     changes = _merged(settings(pairs, "A setting") if pairs else {}, given)
     comparison = load_config(config, changes)
     if dry_run:
@@ -60,7 +62,7 @@ def compare(
         with _watching(quiet or as_json) as watcher:
             result = run(comparison, engine=engine, overwrite=overwrite, retry=retry, watcher=watcher)  # type: ignore[arg-type]
     except KeyboardInterrupt:
-        typer.echo("Stopped. What is done is kept; the same command continues (without --overwrite).", err=True)
+        say("Stopped. What is done is kept; the same command continues (without --overwrite).", err=True)
         raise typer.Exit(130) from None
     written = _report(result, comparison.output)
     if as_json:
@@ -81,19 +83,18 @@ def _merged(changes: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
 @contextlib.contextmanager
 def _watching(quiet: bool) -> Iterator[Watcher | None]:
     """A live table on a terminal, lines elsewhere."""
-    from rich.console import Console
-
     from adapterlab.compare.report.live import LiveView
     from adapterlab.compare.watching import Lines
+    from adapterlab.terminal import Terminal
 
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     if quiet:
         yield None
     elif console.is_terminal:
         with LiveView(console) as view:
             yield view
     else:
-        yield Lines(lambda line: typer.echo(line, err=True))
+        yield Lines(lambda line: say(line, err=True))
 
 
 def _list(comparison: Any) -> None:
@@ -103,8 +104,8 @@ def _list(comparison: Any) -> None:
     facts, judge, _, _ = preparing.read_rows(comparison)
     preparing.check_attach(comparison, contenders)
     for contender in contenders:
-        typer.echo(f"{contender.label}  (learning rate {contender.lr}, seeds {', '.join(map(str, comparison.seeds))})")
-    typer.echo(
+        say(f"{contender.label}  (learning rate {contender.lr}, seeds {', '.join(map(str, comparison.seeds))})")
+    say(
         f"{len(contenders) * len(comparison.seeds)} runs of {comparison.budget} each on {facts['train_rows']} rows of "
         f"{facts['source']}; {facts['eval_rows']} evaluation rows, judged by {judge}.\n"
         f"Columns: {facts['columns']}."
@@ -118,10 +119,11 @@ def _report(result: Comparison, folder: Path) -> list[Path]:
 
 
 def _show(result: Comparison, written: list[Path]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from adapterlab.terminal import Terminal
+
+    console = Terminal(highlight=False)
     unit = "right" if result.judge == "score" else "loss"
     table = Table("rank", "method", unit, "95 % interval", "peak memory", "training time", "runs", title=result.name)
     for s in result.standings:

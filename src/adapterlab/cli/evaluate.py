@@ -7,12 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from adapterlab.cli._shared import AsJson, BaseModel, Checkpoint, Device, Precision, Target, bars, print_json, settings
+from adapterlab.cli._shared import (
+    AsJson,
+    BaseModel,
+    Checkpoint,
+    Device,
+    Precision,
+    Target,
+    Trust,
+    bars,
+    print_json,
+    settings,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from adapterlab.evaluate.result import Evaluation, Figures
+    from adapterlab.terminal import Terminal
 
 _SHOWN = 300  # characters of a sample answer
 
@@ -40,6 +50,7 @@ def evaluate(
     ] = None,
     device: Device = None,
     precision: Precision = None,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure loss and share of right answers on held-out examples, with 95 % intervals."""
@@ -59,6 +70,7 @@ def evaluate(
             output=output,
             device=device,
             precision=precision,
+            trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if as_json:
@@ -68,12 +80,12 @@ def evaluate(
 
 
 def _show(found: Evaluation) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from adapterlab.data.formats import Columns
+    from adapterlab.terminal import Terminal
 
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     table = Table("", "loss", "perplexity", "right", "score", "95 % interval", title=f"{found.n} examples")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -107,18 +119,18 @@ def _cells(figures: Figures) -> list[str]:
     return [*cells, f"{figures.correct}/{figures.n}", f"{figures.score:.1%}", f"{low:.1%} - {high:.1%}"]
 
 
-def _show_samples(console: Console, found: Evaluation) -> None:
-    from rich.markup import escape
+def _show_samples(console: Terminal, found: Evaluation) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     if not found.samples:
         return
     base = found.base is not None
     table = Table("prompt", "reference", "answer", *["base"] * base, show_lines=True)
     for row in found.samples:
-        cells = [escape(str(row[key])[:_SHOWN]) for key in ("prompt", "reference")]
+        cells = [Text(str(row[key])[:_SHOWN]) for key in ("prompt", "reference")]
         for key in ["answer", *["base_answer"] * base]:
             right = row[key.replace("answer", "score")]
-            cells.append(f"[{'green' if right else 'red'}]{'✓' if right else '✗'}[/] {escape(row[key][:_SHOWN])}")
+            cells.append(Text.assemble(("✓ ", "green") if right else ("✗ ", "red"), row[key][:_SHOWN]))
         table.add_row(*cells)
     console.print(table)

@@ -16,7 +16,7 @@ from adapterlab.cli._conversion import (
     save_made,
     show_conversion,
 )
-from adapterlab.cli._shared import AsJson, BaseModel, Checkpoint, Device, Precision, bars, print_json
+from adapterlab.cli._shared import AsJson, BaseModel, Checkpoint, Device, Precision, Trust, bars, print_json, say
 from adapterlab.errors import ConfigError, nearest
 
 FORMS = ("lora", "peft")
@@ -35,6 +35,7 @@ def export(
     device: Device = None,
     precision: Precision = None,
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Write an adapter of any linear method as a plain LoRA adapter, or in HF PEFT's format."""
@@ -45,12 +46,12 @@ def export(
     from adapterlab.io.atomic import check_free
 
     check_free(output, overwrite=overwrite)
-    _, host, place = open_adapter(adapter, model, checkpoint, device, precision)
+    _, host, place = open_adapter(adapter, model, checkpoint, device, precision, trust_remote_code)
     if form == "peft":
         from adapterlab.convert import export_peft
 
         export_peft(host, place.label, output, overwrite=overwrite)
-        print_json({"folder": str(output)}) if as_json else typer.echo(f"Written: {output}")
+        print_json({"folder": str(output)}) if as_json else say(f"Written: {output}")
         return
     from adapterlab.convert import export_lora
 

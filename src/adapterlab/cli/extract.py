@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from adapterlab.cli._conversion import Energy, Output, Overwrite, Rank, save_made, show_conversion
-from adapterlab.cli._shared import AsJson, Device, bars
+from adapterlab.cli._shared import AsJson, Device, Trust, bars
 
 
 def extract(
@@ -22,6 +22,7 @@ def extract(
     device: Device = None,
     precision: Annotated[str, typer.Option(help="To compute in: fp32, bf16 or fp16.")] = "fp32",
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a LoRA adapter of a fully tuned model, by truncated SVD of what changed; by default 0.9 of the energy."""
@@ -35,8 +36,8 @@ def extract(
     from adapterlab.hosts import host
     from adapterlab.models import load_model
 
-    before, _ = load_model(base, precision=precision, device=device)
-    after, _ = load_model(tuned, precision=precision, device=device)
+    before, _ = load_model(base, precision=precision, device=device, trust_remote_code=trust_remote_code)
+    after, _ = load_model(tuned, precision=precision, device=device, trust_remote_code=trust_remote_code)
     with bars() as progress:
         made = extract_lora(before, after, rank=rank, energy=energy, keep=keep, into="extracted", progress=progress)
     found = host(before)

@@ -16,9 +16,11 @@ from adapterlab.cli._shared import (
     System,
     Target,
     Temperature,
+    Trust,
     bars,
     print_json,
     read_lines,
+    say,
 )
 from adapterlab.errors import ConfigError
 
@@ -38,6 +40,7 @@ def generate(
     model: BaseModel = None,
     device: Device = None,
     precision: Precision = None,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer prompts, put to the model through its chat template."""
@@ -51,7 +54,7 @@ def generate(
     from adapterlab.evaluate.opening import locate, open_target
     from adapterlab.evaluate.progress import counter
 
-    place = locate(target, model=model, checkpoint=checkpoint)
+    place = locate(target, model=model, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
     if base and place.adapter is None:
         raise ConfigError(f"--base compares an adapter with its base, and {target} is a base model. Leave it out.")
     opened = open_target(place, device=device, precision=precision)
@@ -85,12 +88,12 @@ def generate(
 def _show(rows: list[dict[str, str]]) -> None:
     """Print a single answer as it is, for use in a pipe; several ones with their prompts."""
     if len(rows) == 1 and len(rows[0]) == 2:
-        typer.echo(rows[0]["answer"])
+        say(rows[0]["answer"])
         return
     for row in rows:
-        typer.secho(f"> {row['prompt']}", bold=True)
-        typer.echo(row["answer"])
+        say(f"> {row['prompt']}", bold=True)
+        say(row["answer"])
         if "base_answer" in row:
-            typer.secho("base:", dim=True)
-            typer.echo(row["base_answer"])
-        typer.echo()
+            say("base:", dim=True)
+            say(row["base_answer"])
+        say()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adapterlab.cli._conversion import Adapter, Output, Overwrite, adapter_place
-from adapterlab.cli._shared import AsJson, BaseModel, Checkpoint, Device, print_json, read_lines, settings
+from adapterlab.cli._shared import AsJson, BaseModel, Checkpoint, Device, Trust, print_json, read_lines, settings
 from adapterlab.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def merge(
     model: BaseModel = None,
     device: Device = None,
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge an adapter into its base, write a model that transformers loads, and check it against the live one."""
@@ -49,7 +50,7 @@ def merge(
     from adapterlab.io.atomic import check_free
 
     check_free(output, overwrite=overwrite)
-    place = adapter_place(adapter, model, checkpoint)
+    place = adapter_place(adapter, model, checkpoint, trust_remote_code)
     opened = open_target(place, device=device, precision=dtype)
 
     from adapterlab.convert.merging import merge_into_base
@@ -80,10 +81,11 @@ def _rows(given: dict[str, Any], place: Place, opened: Opened) -> list[Any]:
 
 
 def _show(made: MergedModel) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from adapterlab.terminal import Terminal
+
+    console = Terminal(highlight=False)
     found = {"merged": made.verification}
     if made.dequantized is not None:
         found = {"merged, plain": made.dequantized, "merged, packed again": made.verification}

@@ -94,11 +94,12 @@ def _constraint(rule: Any) -> str:
 
 
 def _show_list(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Column, Table
+    from rich.text import Text
 
-    console = Console()
+    from adapterlab.terminal import Terminal
+
+    console = Terminal()
     for family in dict.fromkeys(row["family"] for row in rows):
         here = [row for row in rows if row["family"] == family]
         table = Table(
@@ -107,19 +108,20 @@ def _show_list(rows: list[dict[str, Any]]) -> None:
         )  # fmt: skip
         for row in here:
             status = "" if row["status"] == "stable" else f" ({row['status']})"
-            year = f" [dim]{row['year']}[/]" if row["year"] else ""
-            table.add_row(f"[bold]{row['id']}[/]", f"{escape(row['what'])}{status}{year}", escape(row["formula"]))
+            what = Text.assemble(row["what"], status, (f" {row['year'] or ''}".rstrip(), "dim"))
+            table.add_row(Text(row["id"], style="bold"), what, row["formula"])
         console.print(table)
     console.print("Everything on one of them: adapterlab methods ID", highlight=False)
 
 
 def _show_page(cls: type[Method]) -> None:
-    from rich.console import Console
     from rich.markdown import Markdown
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    facts, console = _facts(cls), Console()
+    from adapterlab.terminal import Terminal
+
+    facts, console = _facts(cls), Terminal()
     console.print(Markdown(f"# {facts['id']}: {cls.__name__}\n\n{_markdown(_page(cls))}"))
     can = [name.replace("_", " ") for name, there in facts["capabilities"].items() if there]
     lines = {
@@ -133,11 +135,11 @@ def _show_page(cls: type[Method]) -> None:
     console.print()
     for name, value in lines.items():
         if value:
-            console.print(f"[bold]{name}[/]: {escape(value)}", highlight=False)
+            console.print(Text.assemble((name, "bold"), f": {value}"), highlight=False)
     table = Table("setting", "type", "default", "description", show_lines=True)
     for field in _fields(cls):
         kind = ", ".join(filter(None, [field["type"], field["constraints"]]))
-        table.add_row(f"[bold]{field['name']}[/]", *map(escape, (kind, field["default"], field["description"])))
+        table.add_row(Text(field["name"], style="bold"), kind, field["default"], field["description"])
     console.print(table)
 
 

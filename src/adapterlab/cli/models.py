@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from adapterlab.cli._shared import say
+
 
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -30,7 +32,7 @@ def models(
     if as_json:
         import json
 
-        typer.echo(json.dumps(rows, indent=2))
+        say(json.dumps(rows, indent=2))
     else:
         _print_table(rows)
 
@@ -38,14 +40,17 @@ def models(
 def _print_table(rows: list[dict[str, Any]]) -> None:
     from pathlib import Path
 
-    from rich.console import Console
     from rich.padding import Padding
+    from rich.text import Text
 
-    console = Console(highlight=False)
+    from adapterlab.terminal import Terminal
+
+    console = Terminal(highlight=False)
     for row in rows:
         where = row["folder"].replace(str(Path.home()), "~") if row["folder"] else None
         size = f"{row['parameters'] / 1e6:,.0f} M parameters, {row['bytes'] / 1e6:,.0f} MB"
-        console.print(f"[bold]{row['alias']}[/]  {size}, {row['licence']}")
+        console.print(Text.assemble((row["alias"], "bold"), f"  {size}, {row['licence']}"))
         console.print(Padding(row["description"], (0, 0, 0, 4)))
-        console.print(Padding(f"[green]{where}[/]" if where else "[dim]not on disk[/]", (0, 0, 0, 4)))
+        place = Text(where, style="green") if where else Text("not on disk", style="dim")
+        console.print(Padding(place, (0, 0, 0, 4)))
     console.print("Fetch one with: adapterlab pull ALIAS", highlight=False)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adapterlab.cli._shared import AsJson, bars, print_json, settings
+from adapterlab.cli._shared import AsJson, Trust, bars, print_json, say, settings
 from adapterlab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def plan(
     exact: Annotated[bool, typer.Option("--exact", help="Simulate every layer instead of a few.")] = False,
     picture: Annotated[Path | None, typer.Option(help="Draw it too: a .png or .html file.")] = None,
     shapes: Annotated[bool, typer.Option("--shapes", help="List the known shapes and leave.")] = False,
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Say whether a run will fit: memory by part, work, time, limits, and what to change; nothing is loaded.
@@ -61,6 +62,8 @@ def plan(
     options: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
     name, chosen = _subject(config, model, method, r, setting or [], options)
     options["device"] = _device(device or options.pop("device", None), speed)
+    if trust_remote_code:
+        options["trust_remote_code"] = True
     if serve:
         return _serve(name, chosen, options, sequences, adapters, as_json)
     if exact:
@@ -106,14 +109,13 @@ def _device(device: str | None, speed: float | None) -> Any:
 def _one(
     model: str, method: dict[str, Any], options: dict[str, Any], limits: bool, picture: Path | None, as_json: bool
 ) -> None:
-    from rich.console import Console
-
     from adapterlab.plan.advice import Outlook, outlook
     from adapterlab.plan.planning import plan as make
     from adapterlab.plan.report import changes_table, save, show
+    from adapterlab.terminal import Terminal
 
     gc.freeze()  # what libraries brought is not looked through whenever a simulation tidies up
-    console = Console(stderr=as_json, highlight=False)
+    console = Terminal(stderr=as_json, highlight=False)
     with bars() as update:
         update("simulating a step", 0, 1)
         found = make(model, method, **options)
@@ -151,10 +153,9 @@ def _report(found: Plan, more: Outlook) -> dict[str, Any]:
 
 
 def _all(model: str, options: dict[str, Any], picture: Path | None, as_json: bool) -> None:
-    from rich.console import Console
-
     from adapterlab.plan.planning import plan_all
     from adapterlab.plan.report import methods_table, save
+    from adapterlab.terminal import Terminal
 
     with bars() as update:
         plans, reasons = plan_all(model, progress=update, **options)
@@ -162,23 +163,26 @@ def _all(model: str, options: dict[str, Any], picture: Path | None, as_json: boo
         save(plans, picture)
     if as_json:
         return print_json({"plans": [found.to_json() for found in plans], "without": reasons})
-    Console(highlight=False).print(methods_table(plans, reasons))
+    Terminal(highlight=False).print(methods_table(plans, reasons))
 
 
 def _serve(
     model: str, method: dict[str, Any], options: dict[str, Any], sequences: int, adapters: int, as_json: bool
 ) -> None:
-    from rich.console import Console
-
     from adapterlab.plan.report import serving_table
     from adapterlab.plan.serving import plan_serving
+    from adapterlab.terminal import Terminal
 
-    taken = {key: options[key] for key in ("length", "precision", "quantize", "device") if key in options}
+    taken = {
+        key: options[key]
+        for key in ("length", "precision", "quantize", "device", "trust_remote_code")
+        if key in options
+    }
     found = plan_serving(model, method, sequences=sequences, adapters=adapters, **taken)
-    print_json(found.to_json()) if as_json else Console(highlight=False).print(serving_table(found))
+    print_json(found.to_json()) if as_json else Terminal(highlight=False).print(serving_table(found))
 
 
 def _list_shapes(as_json: bool) -> None:
     from adapterlab.plan.shapes import shapes
 
-    print_json(shapes()) if as_json else typer.echo("\n".join(sorted(shapes())))
+    print_json(shapes()) if as_json else say("\n".join(sorted(shapes())))

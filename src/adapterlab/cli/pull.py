@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from adapterlab.cli._shared import say
+
 
 def pull(
     name: Annotated[str, typer.Argument(help="An alias (see `adapterlab models`), a hub id or a local folder.")],
@@ -17,4 +19,4 @@ def pull(
 
     where = fetch(name, force=force, verify=verify)
     size = sum(path.stat().st_size for path in where.rglob("*") if path.is_file())
-    typer.echo(f"{where}  ({size / 1e6:,.1f} MB)")
+    say(f"{where}  ({size / 1e6:,.1f} MB)")

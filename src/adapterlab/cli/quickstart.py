@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adapterlab.cli._shared import bars
+from adapterlab.cli._shared import bars, say
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from adapterlab.evaluate.result import Evaluation
+    from adapterlab.terminal import Terminal
 
 _SHOWN = 3
 
@@ -24,13 +23,14 @@ def quickstart(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the folder.")] = False,
 ) -> None:
     """Fine-tune the default model on small sums, and show what it learned: a few minutes on a laptop."""
-    from rich.console import Console
+    from rich.text import Text
 
     from adapterlab.foreign.processor import accelerated, slow_in_bf16
     from adapterlab.io.atomic import check_free
     from adapterlab.models import DEFAULT, load_model, pull
+    from adapterlab.terminal import Terminal
 
-    console = Console(highlight=False)
+    console = Terminal(highlight=False)
     check_free(output, overwrite=overwrite)
     # On a GPU, and on processors that compute with it, bfloat16 halves memory and time.
     precision = "fp32" if not accelerated() and slow_in_bf16() else "bf16"
@@ -49,7 +49,7 @@ def quickstart(
     try:
         result = fit(config, overwrite=overwrite)
     except Interrupted as stop:
-        typer.echo(f"{stop}\nContinue with: adapterlab train {output}/config.yaml --resume", err=True)
+        say(f"{stop}\nContinue with: adapterlab train {output}/config.yaml --resume", err=True)
         raise typer.Exit(130) from None
     assert result is not None
 
@@ -58,7 +58,7 @@ def quickstart(
     _answers(console, after)
     memory = result.memory
     console.print(f"Right answers before: {_share(before)}")
-    console.print(f"Right answers after:  [bold green]{_share(after)}[/]")
+    console.print(Text.assemble("Right answers after:  ", (_share(after), "bold green")))
     console.print(
         f"Trained {result.trainable:,} of {result.total:,} parameters in {result.seconds:.0f} s; peak memory "
         f"{memory['peak'] / 2**30:.2f} GiB, of which the loaded model took {memory['loaded'] / 2**30:.2f} GiB."
@@ -70,7 +70,7 @@ def quickstart(
         f"adapterlab evaluate {output} --base",
         "adapterlab train examples/gsm8k_lora.yaml data.path=YOUR_ROWS.jsonl training.steps=50",
     ):
-        console.print(f"  [bold]{command}[/]", soft_wrap=True)
+        console.print(f"  {command}", style="bold", soft_wrap=True)
 
 
 def _config(output: Path, steps: int, questions: int) -> dict[str, Any]:
@@ -110,12 +110,12 @@ def _share(found: Evaluation) -> str:
     return f"{found.correct} of {found.n} ({share:.0%}; 95 % interval {low:.0%} to {high:.0%})"
 
 
-def _answers(console: Console, found: Evaluation) -> None:
-    from rich.markup import escape
+def _answers(console: Terminal, found: Evaluation) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("question", "right answer", "model's answer", show_lines=True)
     for row in found.samples:
-        mark = "[green]✓[/]" if row["score"] else "[red]✗[/]"
-        table.add_row(escape(row["prompt"]), escape(row["reference"]), f"{mark} {escape(row['answer'])}")
+        mark = ("✓ ", "green") if row["score"] else ("✗ ", "red")
+        table.add_row(row["prompt"], row["reference"], Text.assemble(mark, row["answer"]))
     console.print(table)

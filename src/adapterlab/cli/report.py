@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adapterlab.cli._shared import AsJson, print_json
+from adapterlab.cli._shared import AsJson, print_json, say
 
 
 def report(
@@ -29,6 +29,6 @@ def report(
         print_json({"files": [str(file) for file in written]})
         return
     for file in written:
-        typer.echo(file)
+        say(file)
     if PICTURE not in {file.name for file in written}:
-        typer.echo(f"{PICTURE} is left out: it needs matplotlib (pip install 'adapterlab[reports]').", err=True)
+        say(f"{PICTURE} is left out: it needs matplotlib (pip install 'adapterlab[reports]').", err=True)

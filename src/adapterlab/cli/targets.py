@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adapterlab.cli._shared import AsJson, print_json
+from adapterlab.cli._shared import AsJson, Trust, print_json
 from adapterlab.errors import ModelError
 
 if TYPE_CHECKING:
+    from rich.text import Text
     from rich.tree import Tree
 
     from adapterlab.core.site import Site
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 def targets(
     model: Annotated[str, typer.Argument(help="A model, or a run or adapter folder.", show_default=False)],
+    trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what can be adapted in a model: every module with its role, kind, shape and parameters.
@@ -30,7 +32,7 @@ def targets(
     from adapterlab.hosts import Host
 
     base = locate(model).base
-    net = _skeleton(base)
+    net = _skeleton(base, trust_remote_code)
     sites = [site for site in Host(net).all_sites() if site.path and _size(site)]
     total = sum(p.numel() for p in net.parameters())
     if as_json:
@@ -39,20 +41,18 @@ def targets(
         _show(base, type(net).__name__, sites, total)
 
 
-def _skeleton(name: str) -> Any:
+def _skeleton(name: str, trusted: bool) -> Any:
     """The model without weights, from its configuration."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from adapterlab.foreign.model import is_encoder_decoder
+    from adapterlab.foreign.pretrained import build, read_config
 
     where = _where_config_is(name)
     try:
-        config = AutoConfig.from_pretrained(where)
+        config = read_config(where, trust_remote_code=trusted)
         with torch.device("meta"):
-            kind = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
-            return kind.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
+            return build(config, trust_remote_code=trusted)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
         raise ModelError(
             f"The configuration of {name!r} cannot be used: {error}. Give a language model by local folder, hub id or "
             "alias; list the aliases with: adapterlab models."
@@ -128,7 +128,7 @@ class Node:
 
     path: str = field(compare=False)
     name: str
-    text: str
+    text: Text
     parts: list[Node]
 
 
@@ -154,39 +154,45 @@ def _nodes(sites: Sequence[Site]) -> list[Node]:
     return below("", "")
 
 
-def _text(site: Site) -> str:
+def _text(site: Site) -> Text:
+    from rich.text import Text
+
     shape = _matrix(site)
-    what = f"{site.kind} [green]\\[{shape[0]}, {shape[1]}][/]" if shape else f"[dim]{type(site.module).__name__}[/]"
-    facts = [f"[cyan]{site.role}[/]" if site.role else "", what, f"{_size(site):,}", "tied" if site.tied else ""]
-    return "  ".join(fact for fact in facts if fact)
+    what = (f"{site.kind} ", (str(list(shape)), "green")) if shape else ((type(site.module).__name__, "dim"),)
+    facts = [Text(site.role or "", style="cyan"), Text.assemble(*what), Text(f"{_size(site):,}")]
+    return Text("  ").join(fact for fact in [*facts, Text("tied" if site.tied else "")] if fact)
 
 
 def _grow(tree: Tree, nodes: Sequence[Node]) -> None:
     """Add nodes to a rich tree, equal neighbours as one line."""
+    from rich.text import Text
+
     for run in (list(same) for _, same in groupby(nodes)):
         first, last = run[0], run[-1].path.rpartition(".")[2]
         name = f"{first.path}-{last} ({len(run)}x)" if len(run) > 1 else first.path
-        _grow(tree.add(f"[bold]{name}[/]  {first.text}{' each' if len(run) > 1 else ''}"), first.parts)
+        line = Text.assemble((name, "bold"), "  ", first.text, " each" if len(run) > 1 else "")
+        _grow(tree.add(line), first.parts)
 
 
 def _show(base: str, cls: str, sites: Sequence[Site], total: int) -> None:
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
     from rich.tree import Tree
 
-    console = Console(highlight=False)
-    console.print(f"[bold]{escape(base)}[/], {total:,} parameters; shapes are \\[out, in]", soft_wrap=True)
+    from adapterlab.terminal import Terminal
+
+    console = Terminal(highlight=False)
+    console.print(Text.assemble((base, "bold"), f", {total:,} parameters; shapes are [out, in]"), soft_wrap=True)
     tree = Tree(cls)
     _grow(tree, _nodes(sites))
     console.print(tree)
-    table = Table("targets", "modules", "parameters", "shapes \\[out, in]", title="Entries that `targets` takes")
+    table = Table("targets", "modules", "parameters", "shapes [out, in]", title="Entries that `targets` takes")
     for column in table.columns[1:3]:
         column.justify = "right"
     linear = _all_linear(sites)
     table.add_row("all-linear", str(len(linear)), f"{sum(map(_size, linear)):,}", "every linear layer but the head")
     for role, entry in _roles(sites).items():
-        shapes = escape(", ".join(map(str, entry["shapes"][:4])) + (", ..." if len(entry["shapes"]) > 4 else ""))
+        shapes = ", ".join(map(str, entry["shapes"][:4])) + (", ..." if len(entry["shapes"]) > 4 else "")
         table.add_row(role, str(entry["modules"]), f"{entry['parameters']:,}", shapes)
     console.print(table)
     console.print("Also: the end of a path (self_attn.q_proj), or a regular expression for whole paths.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from adapterlab.cli._shared import help_config
+from adapterlab.cli._shared import Trust, help_config, say
 
 
 def train(
@@ -20,6 +20,7 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load, check and show everything; train nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Start even what cannot fit into memory.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors only.")] = False,
+    trust_remote_code: Trust = False,
     help_config: Annotated[bool, help_config("adapterlab.train.config", "TrainConfig")] = False,
 ) -> None:
     """Train an adapter as a YAML file says, with KEY=VALUE overrides such as training.lr=1e-4.
@@ -31,7 +32,8 @@ def train(
 
     from adapterlab.train import Interrupted, fit, load_config
 
-    settings, provenance = load_config(config, overrides or [])
+    overrides = [*(overrides or []), *["trust_remote_code=true"] * trust_remote_code]
+    settings, provenance = load_config(config, overrides)
     try:
         result = fit(
             settings,
@@ -43,11 +45,11 @@ def train(
             provenance=provenance,
         )
     except Interrupted as stop:
-        again = shlex.join(["adapterlab", "train", str(config), *(overrides or []), "--resume"])
-        typer.echo(f"{stop}\nContinue with: {again}", err=True)
+        again = shlex.join(["adapterlab", "train", str(config), *overrides, "--resume"])
+        say(f"{stop}\nContinue with: {again}", err=True)
         raise typer.Exit(130) from None
     if result is not None and not quiet:
         folder = shlex.quote(str(result.folder))
         adapter = shlex.quote(str(result.adapter))
-        typer.echo(f"Next:  adapterlab evaluate {folder if result.best else adapter}")
-        typer.echo(f"       adapterlab chat {adapter}")
+        say(f"Next:  adapterlab evaluate {folder if result.best else adapter}")
+        say(f"       adapterlab chat {adapter}")

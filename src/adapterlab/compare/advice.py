@@ -105,7 +105,14 @@ class Advice:
         return tree
 
 
-def advise(model: str, data: DataConfig, *, memory: int | None = None, folder: str | Path | None = None) -> Advice:
+def advise(
+    model: str,
+    data: DataConfig,
+    *,
+    memory: int | None = None,
+    folder: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> Advice:
     """Advise settings for a model and data.
 
     Args:
@@ -113,14 +120,15 @@ def advise(model: str, data: DataConfig, *, memory: int | None = None, folder: s
         data: the rows.
         memory: bytes that may be used; None for those of this machine's fastest device.
         folder: where comparisons of the past are looked for; None looks nowhere.
+        trust_remote_code: run the code that the model's folder brings.
 
     Raises:
         ModelError: the model is unknown.
         DataError: there are no rows.
         ConfigError: nothing fits into the memory.
     """
-    probe = plan(model, "lora", batch=1, length=64, device=_device(memory))
-    facts = _facts(model, data, probe)
+    probe = plan(model, "lora", batch=1, length=64, device=_device(memory), trust_remote_code=trust_remote_code)
+    facts = _facts(model, data, probe, trust_remote_code)
     rank = _rank(facts)
     rules = [
         Rule("method.name", "lora", "the method to beat: cheap, merged at no cost, known to reach full tuning", REGRET),
@@ -132,7 +140,7 @@ def advise(model: str, data: DataConfig, *, memory: int | None = None, folder: s
         _rate(facts),
         _epochs(facts),
     ]
-    fitting, chosen = _fit(model, facts, rank.value)
+    fitting, chosen = _fit(model, facts, rank.value, trust_remote_code)
     past, better = _past(model, data, Path(folder)) if folder is not None else ([], [])
     replaced = {rule.key for rule in better}
     if "method.name" in replaced:  # settings of another method mean nothing to this one
@@ -145,9 +153,9 @@ def _device(memory: int | None) -> str | None:
     return None if memory is None else f"cuda:{memory / 2**30:.6g}GB"
 
 
-def _facts(model: str, data: DataConfig, probe: Plan) -> Facts:
+def _facts(model: str, data: DataConfig, probe: Plan, trusted: bool) -> Facts:
     examples = load_data(data).train
-    count = _counter(model)
+    count = _counter(model, trusted)
     shown = examples[:: max(1, len(examples) // _SAMPLE)]
     texts = [(_text(e), "\n".join(texts_in(e.messages[-1])) if e.messages else "") for e in shown]
     if not texts:
@@ -169,14 +177,15 @@ def _text(example: Example) -> str:
     return example.text or "\n".join(texts_in(example.messages or ()))
 
 
-def _counter(model: str) -> Callable[[str], int] | None:
+def _counter(model: str, trusted: bool) -> Callable[[str], int] | None:
     """A function that counts tokens; None where the model's tokenizer is not on this machine."""
-    from transformers import AutoTokenizer
-
+    from adapterlab.foreign.pretrained import read_config, read_tokenizer
     from adapterlab.models import resolve
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve(model))
+        folder = resolve(model)
+        config = read_config(folder, trust_remote_code=trusted)
+        tokenizer = read_tokenizer(folder, config, trust_remote_code=trusted)
     except (AdapterlabError, OSError, ValueError):
         return None
     return lambda text: len(tokenizer(text, verbose=False)["input_ids"])
@@ -216,7 +225,7 @@ def _epochs(facts: Facts) -> Rule:
     return Rule("training.epochs", epochs, "repeating rows up to four times is nearly as good as new ones", REPEATED)
 
 
-def _fit(model: str, facts: Facts, rank: int) -> tuple[list[Rule], Plan]:
+def _fit(model: str, facts: Facts, rank: int, trusted: bool) -> tuple[list[Rule], Plan]:
     """Precision, recomputation and batch: the fastest combination that the planner lets through."""
     rows = 16 if facts.rows >= 500 else 8
     length = min(_LONGEST, max(16, facts.longest))
@@ -225,6 +234,7 @@ def _fit(model: str, facts: Facts, rank: int) -> tuple[list[Rule], Plan]:
         found: list[Plan] = []
         for recompute in ("none", "cheap", "full"):
             options = {"length": length, "quantize": quantize, "recompute": recompute, "device": _device(facts.memory)}
+            options["trust_remote_code"] = trusted
             most = _most(lambda batch, options=options: plan(model, method, batch=batch, **options), rows)  # type: ignore[misc]
             found.append(most)
             if _fits(most) and most.batch >= min(rows, _ENOUGH):

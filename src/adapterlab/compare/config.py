@@ -28,7 +28,7 @@ _GOVERNED = {
     "patience": "budget (the same for all)",
     "trackers": "nothing: read comparison.json",
 }
-_FREE = ("output", "processes", "threads")  # settings that change nothing in the results
+_FREE = ("output", "trust_remote_code", "processes", "threads")  # settings that change nothing in the results
 _EVALUATIONS = 5  # looks at the validation rows in a run, unless training.eval_every says otherwise
 _SOURCE = ("path", "name", "task", "task_args", "columns", "eval_path", "eval_split")  # replaced with the rows
 _RESERVED = ("name", "label", "lr")
@@ -100,6 +100,7 @@ class CompareConfig(Settings):
     reference: ClassVar[str] = "All settings: adapterlab compare --help-config, or docs/configuration.md."
 
     model: str = Field("smollm2-135m", min_length=1, description="catalogue alias, hub id or local folder")
+    trust_remote_code: bool = Field(False, description="run the code that the model's folder brings")
     precision: Literal["bf16", "fp32", "fp16"] = Field("bf16", description="dtype of the frozen weights")
     quantize: Literal["nf4", "int8"] | None = Field(None, description="keep the frozen weights in 4 or 8 bits")
     device: str | None = Field(None, description="cpu, cuda, mps; null: the fastest there is")
@@ -189,6 +190,7 @@ class CompareConfig(Settings):
         every = max(1, -(-steps // _EVALUATIONS))
         return {
             "model": self.model,
+            "trust_remote_code": self.trust_remote_code,
             "precision": self.precision,
             "quantize": self.quantize,
             "device": self.device,

@@ -17,7 +17,6 @@ from adapterlab.compare.jobs import CONFIG
 from adapterlab.compare.results import FILE, UNTRAINED
 from adapterlab.data import Example, fingerprint, load_data, scorer_for
 from adapterlab.errors import AttachError, ConfigError, DataError, FormatError, OutputError
-from adapterlab.foreign.model import is_encoder_decoder
 from adapterlab.io.atomic import explained, write_json, write_text
 from adapterlab.train.config import TrainConfig
 
@@ -41,24 +40,24 @@ def check_attach(config: CompareConfig, contenders: Sequence[Contender]) -> None
     for contender in contenders:
         train = TrainConfig(**config.train_fields(contender, steps=1, seed=0, lr=0.0, output=Path("unused")))
         try:
-            _attach_weightless(config.model, train)
+            _attach_weightless(config, train)
         except (ConfigError, AttachError) as error:
             faults.append(f"{contender.label}: {error}")
     if faults:
         raise ConfigError("These methods do not fit the model; nothing was run:\n" + "\n".join(faults))
 
 
-def _attach_weightless(model: str, train: TrainConfig) -> None:
+def _attach_weightless(config: CompareConfig, train: TrainConfig) -> None:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    from adapterlab.foreign.pretrained import build, read_config
     from adapterlab.hosts import Host
     from adapterlab.models import resolve
 
-    settings = AutoConfig.from_pretrained(resolve(model))
-    kind = AutoModelForSeq2SeqLM if is_encoder_decoder(settings) else AutoModelForCausalLM
+    trusted = {"trust_remote_code": config.trust_remote_code}
+    shape = read_config(resolve(config.model), **trusted)
     with torch.device("meta"):
-        host = Host(kind.from_config(settings))
+        host = Host(build(shape, **trusted))
         try:
             host.attach(train.make_method(), "trial")
         except (ConfigError, AttachError):

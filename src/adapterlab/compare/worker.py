@@ -69,7 +69,11 @@ def untrained(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]
     """Examine the base model as it is, and measure the training rows."""
     config = job.settings()
     model, tokenizer = load_model(
-        config.model, precision=config.precision, device=config.device, quantize=config.quantize
+        config.model,
+        precision=config.precision,
+        device=config.device,
+        quantize=config.quantize,
+        trust_remote_code=config.trust_remote_code,
     )
     meter = Meter(next(model.parameters()).device)
     progress.say(now=True, phase="answering")
@@ -194,7 +198,11 @@ def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
     gc.collect()
     progress.say(now=True, phase="answering")
     model, tokenizer = load_model(
-        comparison.model, precision=comparison.precision, device=comparison.device, quantize=comparison.quantize
+        comparison.model,
+        precision=comparison.precision,
+        device=comparison.device,
+        quantize=comparison.quantize,
+        trust_remote_code=comparison.trust_remote_code,
     )
     paper = _paper(comparison, model, tokenizer)
 

@@ -163,7 +163,9 @@ def _reload(model: Any, folder: Path) -> Any:
     cls = plain_class(model)
     packed = "quantization_config" in (folder / "config.json").read_text(encoding="utf-8")
     place: dict[str, Any] = {"device_map": {"": model.device}} if packed else {}
-    loaded, info = cls.from_pretrained(folder, dtype=model.dtype, output_loading_info=True, **place)
+    loaded, info = cls.from_pretrained(
+        folder, dtype=model.dtype, output_loading_info=True, trust_remote_code=False, **place
+    )
     faults = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
     if faults:
         raise MergeError(
@@ -177,8 +179,8 @@ def _pack_again(model: Any, work: Path, packing: Any) -> None:
     """Replace a plain model in a folder by its packed form, with the settings of the base."""
     cls = plain_class(model)
     again = cls.from_pretrained(
-        work, dtype=model.dtype, quantization_config=packing, device_map={"": model.device}
-    )  # fmt: skip
+        work, dtype=model.dtype, quantization_config=packing, device_map={"": model.device}, trust_remote_code=False
+    )
     for file in work.iterdir():
         shutil.rmtree(file) if file.is_dir() else file.unlink()
     again.save_pretrained(work)

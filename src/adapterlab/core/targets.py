@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import field_validator, model_validator
 
+from adapterlab.core.patterns import expression
 from adapterlab.core.site import Site
 from adapterlab.errors import TargetError, nearest
 from adapterlab.foreign.roles import ROLES
@@ -84,13 +85,13 @@ def select(targets: Targets, sites: Sequence[Site], kinds: Sequence[str] | None,
             layer does not exist.
     """
     chosen: dict[str, Site] = {}
-    for entry in targets.include:
+    for entry in dict.fromkeys(targets.include):
         matched = _matching(entry, sites, kinds, model, "targets")
         fitting = [s for s in matched if kinds is None or s.kind in kinds]
         if not fitting:
             raise TargetError(_wrong_kind(entry, matched, sites, kinds or ()))
         chosen.update({s.path: s for s in fitting})
-    for entry in targets.exclude:
+    for entry in dict.fromkeys(targets.exclude):
         for site in _matching(entry, sites, None, model, "targets.exclude"):
             chosen.pop(site.path, None)
     if targets.layers is not None:
@@ -116,15 +117,16 @@ def matcher(entry: str) -> Callable[[Site], bool]:
         return lambda site: site.role == entry or site.path.rpartition(".")[2] == entry
     if _REGEX.search(entry):
         try:
-            pattern = re.compile(entry)
-        except re.error as error:
-            raise TargetError(f"targets={entry!r} is not a valid regular expression: {error}.") from None
-        return lambda site: pattern.fullmatch(site.path) is not None
+            fits = expression(entry)
+        except ValueError as error:
+            raise TargetError(f"targets: {error}.") from None
+        return lambda site: fits(site.path)
     return lambda site: site.path == entry or site.path.endswith("." + entry)
 
 
 def _matching(entry: str, sites: Sequence[Site], kinds: Sequence[str] | None, model: str, field: str) -> list[Site]:
-    found = [site for site in sites if matcher(entry)(site)]
+    fits = matcher(entry)
+    found = [site for site in sites if fits(site)]
     if not found:
         names = {s.path.rpartition(".")[2] for s in sites if kinds is None or s.kind in kinds}
         roles = sorted({s.role for s in sites if s.role})

@@ -528,10 +528,11 @@ def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
 
 def _with_progress(chunks: Iterator[Sequence[Example]], total: int) -> Iterator[Sequence[Example]]:
     """Pass chunks on, with a progress bar on stderr once that takes more than a second."""
-    from rich.console import Console
     from rich.progress import Progress
 
-    bar = Progress(console=Console(stderr=True), transient=True)
+    from adapterlab.terminal import Terminal
+
+    bar = Progress(console=Terminal(stderr=True), transient=True)
     task, began = bar.add_task("Tokenising rows", total=total), time.monotonic()
     try:
         for chunk in chunks:

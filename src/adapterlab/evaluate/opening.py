@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Place:
         data: the run's data settings as they were written down; empty for the others.
         precision: the run's, else "bf16".
         quantize: the run's, or None.
+        trust_remote_code: whether code that the base brings may run; asked for by the caller, never by a folder.
     """
 
     kind: Literal["run", "adapter", "model"]
@@ -39,6 +41,7 @@ class Place:
     data: dict[str, Any] | None = None
     precision: str = "bf16"
     quantize: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def system(self) -> str | None:
@@ -68,18 +71,26 @@ class Opened:
     host: Host | None
 
 
-def locate(target: str | Path, *, model: str | None = None, checkpoint: str = "best") -> Place:
+def locate(
+    target: str | Path, *, model: str | None = None, checkpoint: str = "best", trust_remote_code: bool = False
+) -> Place:
     """Say what a name stands for, without loading it.
 
     Args:
         target: a run folder, an adapter folder, or the name of a base model.
         model: another base model than the one the run or adapter names.
         checkpoint: which adapter of a run: "best" or "last".
+        trust_remote_code: run the code that the base model brings.
 
     Raises:
         FormatError: a run or adapter folder is damaged, lacks the checkpoint, or does not name its base model.
         ModelError: it is neither a folder nor the name of a model.
     """
+    found = _find(target, model, checkpoint)
+    return dataclasses.replace(found, trust_remote_code=trust_remote_code)
+
+
+def _find(target: str | Path, model: str | None, checkpoint: str) -> Place:
     folder = Path(target).expanduser()
     if (folder / RUN_FILE).is_file():
         return _run(folder, model, checkpoint)
@@ -112,8 +123,9 @@ def open_target(place: Place, *, device: str | None = None, precision: str | Non
     from adapterlab.models import load_model
 
     model, tokenizer = load_model(
-        place.base, precision=precision or place.precision, device=device, quantize=place.quantize
-    )
+        place.base, precision=precision or place.precision, device=device, quantize=place.quantize,
+        trust_remote_code=place.trust_remote_code,
+    )  # fmt: skip
     host = load(model, place.adapter, place.label) if place.adapter else None
     return Opened(model, tokenizer, host)
 

@@ -50,6 +50,7 @@ def score(
     output: str | Path | None = None,
     device: str | None = None,
     precision: str | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Evaluate an adapter or model on examples it was not trained on.
@@ -71,6 +72,7 @@ def score(
         output: folder for the answers and the figures; by default `evaluation/` in a run folder, else none.
         device: where to compute; by default cuda, else mps, else cpu. For names and folders only.
         precision: of the base weights; by default that of the run, else "bf16". For names and folders only.
+        trust_remote_code: run the code that a model's folder brings. For names and folders only.
         progress: called with what is being done, how many examples are done, and their number.
 
     Raises:
@@ -79,7 +81,7 @@ def score(
         FormatError: a run or adapter folder is damaged.
     """
     label, cfg, net, tokenizer, output = _resolve(
-        target, tokenizer, data, checkpoint, model, output, device=device, precision=precision
+        target, tokenizer, data, checkpoint, model, output, trust_remote_code, device=device, precision=precision
     )
     attached = host(net)
     if base and attached is None:
@@ -129,6 +131,7 @@ def _resolve(
     checkpoint: str,
     model: str | None,
     output: str | Path | None,
+    trust_remote_code: bool,
     **options: str | None,
 ) -> tuple[str, DataConfig, Any, Any, str | Path | None]:
     """Label, data settings, model, tokenizer and output folder of a target."""
@@ -137,7 +140,7 @@ def _resolve(
         if tokenizer is None:
             raise ConfigError("score needs the tokenizer when it is given a model: score(model, tokenizer, data=...).")
         return type(net).__name__, _data(data, None), net, tokenizer, output
-    place = locate(target, model=model, checkpoint=checkpoint)
+    place = locate(target, model=model, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
     cfg = _data(data, place.data)  # before the model is loaded: a wrong setting should not cost a minute
     opened = open_target(place, **options)
     if output is None and place.run is not None:

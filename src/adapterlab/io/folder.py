@@ -8,9 +8,11 @@ README.md                   a model card
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adapterlab.core.method import Method
+from adapterlab.engine.allowance import Allowance
 from adapterlab.engine.attachments import Attachments
 from adapterlab.errors import AttachError, ConfigError, FormatError, TargetError
 from adapterlab.foreign.model import base_name, base_revision, is_adapter_path
@@ -28,6 +31,7 @@ from adapterlab.io import hf_peft
 from adapterlab.io.atomic import new_folder, write_json, write_text
 from adapterlab.io.beside import add_beside
 from adapterlab.io.card import model_card
+from adapterlab.models.pulling import nothing_fetched
 from adapterlab.registry import method as method_by_id
 
 FORMAT = 1
@@ -35,6 +39,8 @@ TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 METHOD = "method.json"
 STATE = "model.safetensors"  # where trainers keep the state of a model
+_TIMES, _ALWAYS = 8, 1 << 22  # random bases and permutations of a whole model, padded to powers of two, are 6 times
+_LOADING: ContextVar[tuple[Path, ...]] = ContextVar("loading", default=())
 
 
 @dataclass(frozen=True)
@@ -215,7 +221,8 @@ def load(target: Attachments, folder: str | Path, name: str | None = None, *, ac
         method = _method(info, tensors, target)
         # Tensors in our own names tell a method its structure; PEFT's are renamed once the method stands.
         saved, like = (tensors, None) if method.hf is None else (None, hf_peft.like(method, target, tensors))
-        target.attach(method, name, active=active, saved=saved, like=like)
+        with nothing_fetched(), _within(info.folder), Allowance(_accounted_for(target, tensors)):
+            target.attach(method, name, active=active, saved=saved, like=like)
     except (TargetError, ConfigError) as error:
         raise FormatError(_foreign(info, target.model, str(error))) from None
     except AttachError as error:
@@ -227,6 +234,25 @@ def load(target: Attachments, folder: str | Path, name: str | None = None, *, ac
     except BaseException:
         target.detach(name)
         raise
+
+
+def _accounted_for(host: Attachments, tensors: dict[str, Tensor]) -> int:
+    """Numbers that attaching may make: what a file holds, and what methods derive from the base beside it."""
+    held = sum(value.numel() for value in tensors.values()) + sum(p.numel() for p in host.model.parameters())
+    return _TIMES * held + _ALWAYS
+
+
+@contextlib.contextmanager
+def _within(folder: Path) -> Iterator[None]:
+    """Refuse an adapter that needs itself: methods may load others that their settings name."""
+    around = _LOADING.get()
+    if folder.resolve() in around:
+        raise FormatError(f"The adapter in {folder} names itself among the adapters that it needs: it is damaged.")
+    before = _LOADING.set((*around, folder.resolve()))
+    try:
+        yield
+    finally:
+        _LOADING.reset(before)
 
 
 def _fill(target: Attachments, name: str, info: AdapterInfo, method: Method, tensors: dict[str, Tensor]) -> None:

@@ -7,18 +7,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from adapterlab.errors import ConfigError, ModelError, nearest, require
-from adapterlab.foreign.model import is_encoder_decoder
+from adapterlab.foreign.pretrained import read_config, read_model, read_tokenizer
 from adapterlab.models.catalogue import DEFAULT
 from adapterlab.models.progress import quiet_transformers
 from adapterlab.models.pulling import resolve
@@ -36,6 +28,7 @@ def load_model(
     quantize: str | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a base model and its tokenizer, fetching them first when they are not on disk.
 
@@ -49,6 +42,7 @@ def load_model(
         quantize: None, "nf4" (4 bits) or "int8", through bitsandbytes.
         attn_implementation: one of transformers' attention kernels ("sdpa", "eager", "flash_attention_2", ...).
         revision: branch, tag or commit of a hub repository.
+        trust_remote_code: run the code that the model or tokenizer brings; without it, none of theirs runs.
 
     Returns:
         The model, in eval mode, and the tokenizer. The configuration remembers the name given here, so that
@@ -56,7 +50,7 @@ def load_model(
 
     Raises:
         ConfigError: a setting is unknown.
-        ModelError: the model is unknown, damaged, or cannot be fetched.
+        ModelError: the model is unknown, damaged, cannot be fetched, or needs code that may not run.
     """
     dtype = PRECISIONS.get(precision)
     if dtype is None:
@@ -67,8 +61,9 @@ def load_model(
         options["attn_implementation"] = attn_implementation
     folder = resolve(name, revision)
     with quiet_transformers():
-        tokenizer = _load_tokenizer(folder)
-        model = _load_weights(folder, dtype, options)
+        config = _read_config(folder, trust_remote_code)
+        tokenizer = _load_tokenizer(folder, config, trust_remote_code)
+        model = _load_weights(folder, config, trust_remote_code, dtype=dtype, **options)
     if quantize is None:
         model.to(place)
     known_as = str(folder) if Path(name).expanduser().is_dir() else str(name)
@@ -111,7 +106,14 @@ def _quantization(quantize: str | None, dtype: torch.dtype, place: torch.device)
     return {"quantization_config": config, "device_map": {"": place}}  # quantized while they are put on the device
 
 
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    try:
+        return read_config(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"The configuration in {str(folder)!r} cannot be read: {error}") from error
+
+
+def _load_tokenizer(folder: Path, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     # Checked here because transformers would make an empty vocabulary of its own.
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise ModelError(
@@ -119,7 +121,7 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "Save it there with tokenizer.save_pretrained()."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = read_tokenizer(folder, config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"The tokenizer in {str(folder)!r} cannot be read: {error}") from error
     if tokenizer.pad_token is None:
@@ -127,15 +129,10 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_weights(folder: Path, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+def _load_weights(folder: Path, config: PretrainedConfig, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(folder)
-        kind = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
-        # Wrong shapes are let through here and reported below together with what is missing.
-        model, report = kind.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        model, report = read_model(folder, config, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"The model in {str(folder)!r} cannot be loaded: {error}") from error
     missing = sorted(str(key) for key in report["missing_keys"])
     mismatched = sorted(str(entry[0]) for entry in report["mismatched_keys"])

@@ -6,8 +6,9 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from adapterlab.terminal import Terminal
 
 Advance = Callable[[int], None]
 
@@ -21,7 +22,7 @@ def bars(visible: bool) -> Progress:
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True), disable=not visible)
+    return Progress(*columns, console=Terminal(stderr=True), disable=not visible)
 
 
 @contextlib.contextmanager

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 from adapterlab.errors import ConfigError, ModelError, nearest
@@ -11,6 +14,7 @@ from adapterlab.models.folder import check_folder
 from adapterlab.models.progress import bars
 from adapterlab.models.source import Hub, Source
 
+_FETCHING = ContextVar("fetching", default=True)
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 
 
@@ -40,6 +44,8 @@ def pull(
         return check_folder(found)
     source, folder = found
     where = source.present(folder)
+    if not _FETCHING.get():
+        return where or _refuse_to_fetch(name)
     with bars(progress) as display:
         if where and not force and verify:
             force = bool(source.damaged(where, display))
@@ -51,6 +57,16 @@ def pull(
             if not isinstance(source, Hub):
                 raise
             raise ModelError(f"{error}\n{_without_hub(source.repo)}") from error
+
+
+@contextlib.contextmanager
+def nothing_fetched() -> Iterator[None]:
+    """Let names of models that files give mean only what is on this machine, while the block runs."""
+    before = _FETCHING.set(False)
+    try:
+        yield
+    finally:
+        _FETCHING.reset(before)
 
 
 def resolve(name: str | Path, revision: str | None = None) -> Path:
@@ -90,6 +106,13 @@ def _find(name: str, revision: str | None) -> Path | tuple[Source, Path]:
         f"There is no model {name!r}: it is no folder on this machine, no alias of the catalogue and no hub id. "
         f"{nearest(name.lower(), catalogue())} A model is named by a local folder (./path/to/model), a hub id "
         f"(org/name) or an alias; list the aliases with: adapterlab models."
+    )
+
+
+def _refuse_to_fetch(name: str | Path) -> Path:
+    raise ModelError(
+        f"The adapter needs the model {str(name)!r}, which is not on this machine, and loading an adapter asks no "
+        f"network: the name comes from its files. If you want that model, fetch it first: adapterlab pull {name}."
     )
 
 

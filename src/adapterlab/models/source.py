@@ -14,7 +14,7 @@ from adapterlab.models.folder import WEIGHTS, missing_files
 from adapterlab.models.store import hashes
 
 # Weights in one format, and the small files beside them; sub-folders hold other formats of the same weights.
-_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
 _UNWANTED = ["*/*", "consolidated*"]
 
 

@@ -199,8 +199,10 @@ def read_gguf(gguf: Path, *, single_digits: bool = False) -> tuple[Any, Any]:
     known = hasattr(transformers, "GgufConfig")
     options = {"quantization_config": transformers.GgufConfig(dequantize=True)} if known else {}
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16, **options)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.bfloat16, trust_remote_code=False, **options
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     if single_digits:
         # Without this rule, spaces and line breaks before a number are cut in two ("\n\n1" becomes 3 tokens, not
         # 2), and the model reads text unlike what it was trained on.

@@ -44,6 +44,7 @@ def plan(
     labelled: float = 1.0,
     training: Training | None = None,
     exact: bool = False,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Say what training needs, without weights and without the device.
 
@@ -60,6 +61,7 @@ def plan(
         labelled: share of the tokens that bear a label.
         training: the other settings of a run.
         exact: simulate all layers instead of a few.
+        trust_remote_code: run the code that the model brings.
 
     Raises:
         ModelError: the model is unknown.
@@ -69,7 +71,7 @@ def plan(
     place = device if isinstance(device, Device) else Device.parse(device, speed)
     setup = setup_of(
         model, method, batch=batch, length=length, precision=precision, quantize=quantize, recompute=recompute,
-        labelled=labelled, training=training, kind=place.kind,
+        labelled=labelled, training=training, kind=place.kind, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     return described(_name(model), setup, trace_of(setup, None if exact else 3), place)
 
@@ -101,6 +103,7 @@ def setup_of(
     labelled: float = 1.0,
     training: Training | None = None,
     kind: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> Setup:
     """Check the arguments of `plan` and put them together."""
     made = make_method(method)
@@ -109,7 +112,10 @@ def setup_of(
     kept = (training or Training()).model_dump(exclude={"epochs", "steps", "trackers", "batch_size", "recompute"})
     kept["packing"] = bool(kept.get("packing"))  # rows of one length: a choice that would be tried costs time alone
     one_step = Training(**{**kept, "batch_size": batch, "steps": 1, "recompute": recompute})
-    return Setup(config_of(model), made, one_step, batch, length, labelled, precision, quantize, kind)
+    return Setup(
+        config_of(model, trust_remote_code=trust_remote_code), made, one_step, batch, length, labelled, precision,
+        quantize, kind, trust_remote_code,
+    )  # fmt: skip
 
 
 def plan_config(config: TrainConfig, *, device: str | Device | None = None, **changes: Any) -> Plan:
@@ -135,6 +141,7 @@ def arguments(config: TrainConfig) -> dict[str, Any]:
         "quantize": config.quantize,
         "recompute": training.recompute,
         "training": training,
+        "trust_remote_code": config.trust_remote_code,
     }
 
 
@@ -159,7 +166,8 @@ def plan_all(
         The plans, the least memory first, and why the other methods have none.
     """
     chosen = methods if methods is not None else ids()
-    config, place = config_of(model), options.pop("device", None)
+    config = config_of(model, trust_remote_code=options.get("trust_remote_code", False))
+    place = options.pop("device", None)
     place = place if isinstance(place, Device) else Device.parse(place, options.pop("speed", None))
     reasons: dict[str, str] = {}
     jobs: dict[str, Any] = {}

@@ -17,7 +17,6 @@ from adapterlab.plan.child import called
 from adapterlab.plan.device import Device
 from adapterlab.plan.planning import USUAL, setup_of, trace_of
 from adapterlab.plan.setup import Setup
-from adapterlab.plan.shapes import config_of
 from adapterlab.plan.simulate import ADAPTER, build
 from adapterlab.plan.tracker import Tracker, contentless
 
@@ -89,6 +88,7 @@ def plan_serving(
     precision: str = "bf16",
     quantize: str | None = None,
     device: str | Device | None = None,
+    trust_remote_code: bool = False,
 ) -> Serving:
     """Say what serving needs: the base once, a cache for each sequence, the tensors of each adapter.
 
@@ -101,6 +101,7 @@ def plan_serving(
         precision: of weights and caches.
         quantize: None, "nf4" or "int8".
         device: as for `plan`.
+        trust_remote_code: run the code that the model brings.
 
     Raises:
         ConfigError: a number is out of range.
@@ -110,13 +111,13 @@ def plan_serving(
             raise ConfigError(f"{what}={value} is too small: it must be at least {least}.")
     place = device if isinstance(device, Device) else Device.parse(device)
     setup = setup_of(
-        model, method, batch=1, length=max(8, length), precision=precision, quantize=quantize, kind=place.kind
-    )
+        model, method, batch=1, length=max(8, length), precision=precision, quantize=quantize, kind=place.kind,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     base, work = called(_base_and_work, setup, min(length, _PREFILL))
     trace = trace_of(dataclasses.replace(setup, length=8))
-    config = config_of(model)
     adapter = trace.resting.get(ADAPTER, 0)
-    cache = cache_bytes(config, length, PRECISIONS[precision].itemsize)
+    cache = cache_bytes(setup.config, length, PRECISIONS[precision].itemsize)
     return Serving(base, cache, adapter, work, sequences, adapters, length, place.memory, place.context)
 
 

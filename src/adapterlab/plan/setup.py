@@ -26,6 +26,7 @@ class Setup:
         precision: of the frozen weights.
         quantize: None, "nf4" or "int8".
         kind: of the device: its kernels and its allocator matter.
+        trust_remote_code: whether code that the model brings may run.
     """
 
     config: PretrainedConfig
@@ -37,6 +38,7 @@ class Setup:
     precision: str = "bf16"
     quantize: str | None = None
     kind: str = "cpu"
+    trust_remote_code: bool = False
 
     @property
     def accumulation(self) -> int:

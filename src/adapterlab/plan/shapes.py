@@ -127,16 +127,19 @@ def shapes() -> dict[str, dict[str, Any]]:
     return found
 
 
-def config_of(model: str | Path | PretrainedConfig, revision: str | None = None) -> PretrainedConfig:
+def config_of(
+    model: str | Path | PretrainedConfig, revision: str | None = None, *, trust_remote_code: bool = False
+) -> PretrainedConfig:
     """Return the configuration of a model, without its weights.
 
     Args:
         model: a known shape ("qwen2.5-7b", also "Qwen2.5-7B-Instruct" or "Qwen/Qwen2.5-7B"), a catalogue alias, a local
             folder, a hub id, or a configuration.
         revision: branch, tag or commit of a hub repository.
+        trust_remote_code: run the code that a configuration brings.
 
     Raises:
-        ModelError: it is unknown, cannot be fetched, or lacks fields.
+        ModelError: it is unknown, cannot be fetched, lacks fields, or needs code that may not run.
     """
     from transformers import PretrainedConfig
 
@@ -144,7 +147,7 @@ def config_of(model: str | Path | PretrainedConfig, revision: str | None = None)
         return _checked(model, type(model).__name__)
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return _checked(_read(folder), str(model))
+        return _checked(_read(folder, None, trust_remote_code), str(model))
     known = shapes()
     name = short_name(str(model))
     if name in known:
@@ -153,7 +156,7 @@ def config_of(model: str | Path | PretrainedConfig, revision: str | None = None)
         fields = dict(known[name])
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
-        return _checked(_read(str(model), revision), str(model))
+        return _checked(_read(str(model), revision, trust_remote_code), str(model))
     raise ModelError(
         f"There is no model {str(model)!r}: it is neither a known shape nor a folder. {nearest(name, known)} Or give a "
         "folder with a config.json, or a hub id such as org/name."
@@ -168,17 +171,16 @@ def short_name(model: str) -> str:
     return re.sub(r"^(meta-)?llama-(?=[23])", "llama", re.sub(r"^gemma-(?=[23]-)", "gemma", name))
 
 
-def _read(where: str | Path, revision: str | None = None) -> PretrainedConfig:
-    from transformers import AutoConfig
+def _read(where: str | Path, revision: str | None, trust_remote_code: bool) -> PretrainedConfig:
+    from adapterlab.foreign.pretrained import read_config
 
     try:
-        found: PretrainedConfig = AutoConfig.from_pretrained(where, revision=revision)
+        return read_config(where, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"The configuration of {str(where)!r} cannot be read: {str(error).splitlines()[0]} Give a folder with a "
             f"complete config.json, or a known shape: {nearest(short_name(str(where)), shapes())}"
         ) from None
-    return found
 
 
 def _checked(config: PretrainedConfig, what: str) -> PretrainedConfig:

@@ -20,12 +20,12 @@ from unittest.mock import patch
 import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from adapterlab.data import Collator
 from adapterlab.engine import attention
 from adapterlab.engine.loss import Loss
 from adapterlab.errors import ConfigError, require
+from adapterlab.foreign import pretrained
 from adapterlab.foreign.model import is_encoder_decoder, text_config
 from adapterlab.foreign.private_torch import TorchDispatchMode, graph_task_id, tree_iter
 from adapterlab.foreign.private_transformers import no_init_weights
@@ -191,14 +191,13 @@ class _Simulation:
 def build(setup: Setup, real: bool = False) -> Any:
     """Make the model, with the weights stored as they will be."""
     config = copy.deepcopy(setup.config)
-    kind = AutoModelForSeq2SeqLM if is_encoder_decoder(config) else AutoModelForCausalLM
     dtype = PRECISIONS[setup.precision]
     for name in _LAYERDROP:
         if hasattr(config, name):
             setattr(config, name, 0.0)
     try:
         with contextlib.nullcontext() if real else no_init_weights():
-            model = kind.from_config(config, dtype=dtype)
+            model: Any = pretrained.build(config, dtype=dtype, trust_remote_code=setup.trust_remote_code)
         model.tie_weights()
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise ConfigError(

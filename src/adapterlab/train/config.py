@@ -120,6 +120,7 @@ class TrainConfig(Settings):
     reference: ClassVar[str] = "All settings: adapterlab train --help-config, or docs/configuration.md."
 
     model: str = Field("smollm2-135m", min_length=1, description="catalogue alias, hub id or local folder")
+    trust_remote_code: bool = Field(False, description="run the code that the model's folder brings")
     precision: Literal["bf16", "fp32", "fp16"] = Field(
         "bf16", description="dtype of the frozen weights; adapters are float32"
     )

@@ -6,12 +6,13 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from adapterlab.terminal import Terminal
 from adapterlab.train.loop import Listener, Loop, Record
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ def result_table(result: RunResult) -> Table:
 class Display(Listener):
     """A progress bar on a terminal, and lines of text elsewhere."""
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console()
+    def __init__(self, console: Terminal | None = None):
+        self.console = console or Terminal()
         self.progress: Progress | None = None
         self.task = TaskID(0)
         self.loss: float | None = None

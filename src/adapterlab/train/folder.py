@@ -30,7 +30,7 @@ RUN, CONFIG, METRICS, BEST, LAST = "run.json", "config.yaml", "metrics.jsonl", "
 TRACKERS = "trackers"
 CHECKPOINT = Path("checkpoint") / "state.pt"
 # Settings that may differ when a run is resumed, because they cannot change what is trained.
-_FREE = ("output", "training.log_every", "training.save_every", "training.trackers")
+_FREE = ("output", "trust_remote_code", "training.log_every", "training.save_every", "training.trackers")
 
 
 def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:

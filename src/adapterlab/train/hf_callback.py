@@ -24,8 +24,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from adapterlab.engine.verify import check_gradient_passes
 from adapterlab.errors import ConfigError
-from adapterlab.foreign.pretrained import is_saved
 from adapterlab.foreign.private_transformers import TRAINABLE_FLAG
+from adapterlab.foreign.saving import is_saved
 from adapterlab.hosts import Host
 from adapterlab.io.pretrained import save_adapters
 

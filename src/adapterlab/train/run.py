@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from adapterlab.foreign.private_transformers import forget_accelerate
 from adapterlab.hosts import Host
 from adapterlab.io.atomic import write_text
 from adapterlab.models import load_model
+from adapterlab.terminal import Terminal
 from adapterlab.train import folder as files
 from adapterlab.train.config import Provenance, TrainConfig, flatten
 from adapterlab.train.config import provenance as provenance_of
@@ -110,7 +110,7 @@ def fit(
     check_trackers(config.training.trackers)
     accelerator = make_accelerator(config)
     main = accelerator.is_main_process
-    console = Console(quiet=quiet or not main)
+    console = Terminal(quiet=quiet or not main)
     sources = dict(provenance or provenance_of(config, {"Python": config.model_dump(exclude_unset=True)}))
     console.print(config_table(config.flat(), sources, config.meanings() if dry_run else None))
     if main and not dry_run:
@@ -131,7 +131,7 @@ def fit(
     if dry_run:
         with fast_attention(job.host.model):
             job.host.verify(loop.batch(loop.sampler.step(0)[0][:2]))
-        console.print("[green]Every adapted module is reached, and every trainable tensor gets a gradient.[/]")
+        console.print("Every adapted module is reached, and every trainable tensor gets a gradient.", style="green")
         return None
     facts = _facts(config, job, sources) | {"fast_paths": [dataclasses.asdict(path) for path in fast_paths(loop)]}
     run_folder = RunFolder(config.output, _identity(config, job), facts)
@@ -142,7 +142,7 @@ def fit(
 
 
 def _announced(
-    config: TrainConfig, accelerator: Accelerator, console: Console, *, force: bool
+    config: TrainConfig, accelerator: Accelerator, console: Terminal, *, force: bool
 ) -> contextlib.AbstractContextManager[None]:
     """Say what the run needs, and refuse what cannot fit, before the weights are loaded; plans are of one process."""
     if accelerator.num_processes > 1:
@@ -164,7 +164,7 @@ def _open(config: TrainConfig, loop: Loop, run_folder: RunFolder, state: Mapping
         write_text(config.output / files.CONFIG, OmegaConf.to_yaml(OmegaConf.create(config.plain())))
 
 
-def _train(config: TrainConfig, loop: Loop, run_folder: RunFolder, console: Console) -> RunResult:
+def _train(config: TrainConfig, loop: Loop, run_folder: RunFolder, console: Terminal) -> RunResult:
     main = loop.accelerator.is_main_process
     try:
         loop.run()
@@ -196,7 +196,10 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
         AttachError: the method cannot work on this model.
     """
     device = config.device or (str(accelerator.device) if accelerator.num_processes > 1 else None)
-    model, tokenizer = load_model(config.model, precision=config.precision, device=device, quantize=config.quantize)
+    model, tokenizer = load_model(
+        config.model, precision=config.precision, device=device, quantize=config.quantize,
+        trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
     if config.precision == "fp16" and next(model.parameters()).device.type == "cpu":
         raise ConfigError("precision=fp16 trains on a GPU only, and there is none. Set precision to bf16 or fp32.")
     seq2seq = is_encoder_decoder(model)

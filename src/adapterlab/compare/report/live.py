@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -16,6 +16,7 @@ from rich.text import Text
 
 from adapterlab.compare.report import amounts
 from adapterlab.compare.results import Comparison, Run
+from adapterlab.terminal import Terminal
 
 if TYPE_CHECKING:
     from adapterlab.compare.engine import Active
@@ -37,8 +38,8 @@ class LiveView:
             compare(config, watcher=view)
     """
 
-    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
-        self.console = console or Console(stderr=True)
+    def __init__(self, console: Terminal | None = None, clock: Callable[[], float] = time.monotonic):
+        self.console = console or Terminal(stderr=True)
         self.clock = clock
         self.begun = clock()
         self.live = Live(console=self.console, auto_refresh=False)

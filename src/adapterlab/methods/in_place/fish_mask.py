@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from adapterlab.errors import AttachError, ConfigError, NotTrainingError
 from adapterlab.foreign.quantized import is_plain
 from adapterlab.methods.in_place import _chosen_parameters as chosen
 from adapterlab.registry import register
+from adapterlab.terminal import Terminal
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -95,7 +95,7 @@ class FishMask(Method):
             return
         parameters = self.eligible(host)
         given = chosen.rows(batches, self.samples)
-        shown = track(given, "scoring", self.samples, transient=True, console=Console(stderr=True))
+        shown = track(given, "scoring", self.samples, transient=True, console=Terminal(stderr=True))
         scores = chosen.accumulate(
             host,
             parameters,

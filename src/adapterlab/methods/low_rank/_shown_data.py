@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from adapterlab.core.carrier import Carrier
 from adapterlab.engine.modes import dropout_off, evaluating
 from adapterlab.errors import DataError
 from adapterlab.methods.low_rank._starts import Place
+from adapterlab.terminal import Terminal
 
 Batch = Mapping[str, Tensor]
 
@@ -25,7 +25,7 @@ def shown(batches: Iterable[Batch], count: int, what: str) -> Iterator[Batch]:
         DataError: there is none.
     """
     given = 0
-    for batch in track(_first(batches, count), what, count, transient=True, console=Console(stderr=True)):
+    for batch in track(_first(batches, count), what, count, transient=True, console=Terminal(stderr=True)):
         given += 1
         yield batch
     if not given:
