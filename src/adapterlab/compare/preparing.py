@@ -18,6 +18,7 @@ from adapterlab.compare.results import FILE, UNTRAINED
 from adapterlab.data import Example, fingerprint, load_data, scorer_for
 from adapterlab.errors import AttachError, ConfigError, DataError, FormatError, OutputError
 from adapterlab.io.atomic import explained, write_json, write_text
+from adapterlab.io.links import check_links
 from adapterlab.train.config import TrainConfig
 
 FACTS = "facts.json"
@@ -116,8 +117,10 @@ def open_folder(config: CompareConfig, *, overwrite: bool) -> None:
     Raises:
         OutputError: it holds something else.
         ConfigError: it holds a comparison with another configuration.
+        FormatError: a link in it leads out of it.
     """
     root = config.output
+    check_links(root)
     if root.is_file():
         raise OutputError(f"{root} is a file; a comparison needs a folder. Choose another output.")
     saved = root / CONFIG

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapterlab.errors import FormatError
 from adapterlab.io.atomic import write_json
+from adapterlab.io.links import check_links
 
 FILE = "comparison.json"
 FORMAT = 1
@@ -360,7 +361,9 @@ def load(folder: str | Path) -> Comparison:
         FormatError: there is none, or it is damaged or of another version.
     """
     file = Path(folder)
-    file = file / FILE if file.is_dir() else file
+    if file.is_dir():
+        check_links(file)
+        file = file / FILE
     if not file.is_file():
         raise FormatError(f"{file} does not exist: {folder} holds no comparison. Make one with: adapterlab compare.")
     try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextStreamer
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
@@ -16,6 +17,7 @@ from adapterlab.data.vocabulary import check_ids, filler
 from adapterlab.engine.modes import evaluating
 from adapterlab.errors import ConfigError, DataError
 from adapterlab.foreign.model import input_device, is_encoder_decoder, text_config
+from adapterlab.foreign.private_transformers import render_jinja_template
 
 Ids = list[int]
 _NO_LIMIT = 10**9  # tokenizers that know no limit report a huge one
@@ -223,7 +225,11 @@ def _end_of_turn(tokenizer: Any) -> int | None:
         return None
     mark = "adapterlab"
     turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": mark}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    template = tokenizer.get_chat_template()
+    try:
+        [text], _ = render_jinja_template(conversations=[turns], chat_template=template, **tokenizer.special_tokens_map)
+    except TemplateError:
+        return None  # such a conversation cannot be rendered; where one is needed, encoding says so
     after = tokenizer(text.rpartition(mark)[2].lstrip(), add_special_tokens=False)["input_ids"]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return after[0] if after and after[0] in special else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapterlab.errors import FormatError, nearest
+from adapterlab.io.links import check_links
 from adapterlab.models import check
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def locate(
 def _find(target: str | Path, model: str | None, checkpoint: str) -> Place:
     folder = Path(target).expanduser()
     if (folder / RUN_FILE).is_file():
+        check_links(folder)
         return _run(folder, model, checkpoint)
     if folder.is_dir() and (folder / "config.json").is_file():
         return Place("model", model or str(target))

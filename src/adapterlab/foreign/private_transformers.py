@@ -6,7 +6,7 @@ Nobody else imports one (tests/core/test_private.py). Names of caches are in `ca
 |---|---|---|
 | `sdpa_attention_forward` | recognising the plain attention function, which our kernel may stand for | `ALL_ATTENTION_FUNCTIONS["sdpa"]` at import |
 | `no_init_weights` | plans build a model without drawing its weights | building on the meta device |
-| `render_jinja_template` | which tokens of a conversation the template marks as the model's | `apply_chat_template(..., return_assistant_tokens_mask=True)`, row by row |
+| `render_jinja_template` | which tokens of a conversation the template marks as the model's; the sandbox, to bound it | `apply_chat_template(..., return_assistant_tokens_mask=True)`, row by row |
 | `attention_implementation` | which attention function a model looks up | the argument given when it was loaded |
 | `attention_mapping` | where an attention function is registered for one model or for all | `ALL_ATTENTION_FUNCTIONS.register`, for all |
 | `kept_in_float32` | modules that quantization leaves out | the quantizer's own list |
@@ -17,13 +17,17 @@ Nobody else imports one (tests/core/test_private.py). Names of caches are in `ca
 
 from __future__ import annotations
 
+import functools
 import sys
+import threading
 from collections.abc import MutableMapping
 from typing import Any
 
 from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils import chat_template_utils
+
+from adapterlab.foreign.templates import bounded
 
 __all__ = [
     "FILLED", "TRAINABLE_FLAG", "attention_implementation", "attention_mapping", "forget_accelerate", "kept_in_float32",
@@ -32,7 +36,29 @@ __all__ = [
 
 TRAINABLE_FLAG = "_hf_peft_config_loaded"
 FILLED = "_is_hf_initialized"
+_RENDERING = threading.RLock()
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+
+
+@functools.lru_cache(maxsize=1)
+def _sandbox(compile_: Any) -> Any:
+    return compile_("").environment
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(compile_: Any, source: str) -> Any:
+    return bounded(_sandbox(compile_), source)
+
+
+def render_jinja_template(**options: Any) -> Any:
+    """Render conversations as transformers does, with a template that ends: what takes too much is an error."""
+    with _RENDERING:
+        plain = chat_template_utils._compile_jinja_template
+        chat_template_utils._compile_jinja_template = functools.partial(_compiled, plain)
+        try:
+            return chat_template_utils.render_jinja_template(**options)
+        finally:
+            chat_template_utils._compile_jinja_template = plain
 
 
 def attention_implementation(module: Any) -> str:

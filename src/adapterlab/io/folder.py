@@ -31,6 +31,7 @@ from adapterlab.io import hf_peft
 from adapterlab.io.atomic import new_folder, write_json, write_text
 from adapterlab.io.beside import add_beside
 from adapterlab.io.card import model_card
+from adapterlab.io.links import check_links
 from adapterlab.models.pulling import nothing_fetched
 from adapterlab.registry import method as method_by_id
 
@@ -175,6 +176,7 @@ def read_info(folder: str | Path) -> AdapterInfo:
         FormatError: it holds no adapter, or a damaged one.
     """
     folder = Path(folder)
+    check_links(folder, METHOD, CONFIG, TENSORS)
     if (folder / METHOD).is_file():
         info = read_json(folder / METHOD)
         if info.get("format") != FORMAT:

@@ -23,6 +23,7 @@ import torch
 from adapterlab import io
 from adapterlab.errors import ConfigError, FormatError, OutputError
 from adapterlab.io.atomic import check_free, explained, write_json
+from adapterlab.io.links import check_links
 from adapterlab.train.loop import Listener, Loop, Record
 from adapterlab.train.signals import Interrupted
 
@@ -37,9 +38,11 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Make the output folder, or check that it may be used.
 
     Raises:
+        FormatError: a link in it leads out of it.
         OutputError: it holds something and neither `resume` nor `overwrite` is asked for, it holds something else than
             a run, or it cannot be written.
     """
+    check_links(folder)
     filled = folder.is_dir() and any(folder.iterdir())
     ours = (folder / RUN).is_file()
     if filled and (resume or overwrite) and not ours:
