@@ -25,6 +25,7 @@ from adapterlab.foreign.saving import watch_saves
 from adapterlab.io import folder as adapter_folder
 from adapterlab.io import pretrained
 from adapterlab.io.injected import ignore_injected, watch_injected
+from adapterlab.settings import user_path
 
 
 def attach(model: nn.Module, method: Method, name: str = "default") -> Host:
@@ -194,4 +195,4 @@ class Host(Attachments):
         `model.save_pretrained` itself writes adapter folders while adapters are attached, see `io.pretrained`.
         """
         with self.using(), bare(self):
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(user_path(folder))

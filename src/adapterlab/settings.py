@@ -5,15 +5,31 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from adapterlab.errors import ConfigError, nearest
+
+
+def user_path(path: str | Path) -> Path:
+    """Read a path as a shell would: `~` and `~name` are home folders. Environment variables stay as they are.
+
+    Raises:
+        ConfigError: nobody is called like that.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path} begins with the home folder of somebody unknown. Write the whole path.") from None
+
+
+UserPath = Annotated[Path, AfterValidator(user_path)]
 
 
 class Settings(BaseModel):

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterlab as al
-from adapterlab.errors import FormatError, OutputError
+from adapterlab.errors import FormatError, OutputError, TrainingError
 from adapterlab.io import atomic, folder, read_info
 from adapterlab.io.atomic import check_free, new_folder, write_json, write_text
+from adapterlab.io.finite import not_finite
 
 FILES = {"adapter_model.safetensors", "adapter_config.json", "method.json", "README.md"}
 
@@ -142,6 +143,15 @@ def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+def spoil(f: Path) -> None:
+    file = f / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors[max(tensors)][0, 0] = float("inf")
+    save_file(tensors, file)
+    if (f / "method.json").exists():  # as an early version saved it
+        edit(f / "method.json", sha256=None, seal=None)
+
+
 DAMAGE: dict[str, tuple[Any, str]] = {
     "flipped": (lambda f: flip(f / "adapter_model.safetensors"), "SHA-256"),
     "truncated": (lambda f: os.truncate(f / "adapter_model.safetensors", 200), "SHA-256"),
@@ -155,7 +165,10 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "bad field": (lambda f: edit(f / "method.json", fields={"r": 0}), "r = 0"),
     "new field": (lambda f: edit(f / "method.json", fields={"rr": 1}), "'rr'"),
     "fields of a wrong type": (lambda f: edit(f / "method.json", fields=3), "fields"),
-    "modules": (lambda f: edit(f / "method.json", modules=["a.b"]), r"adapted modules differ.*a\.b"),
+    "modules": (lambda f: edit(f / "method.json", modules=["a.b"], seal=None), r"adapted modules differ.*a\.b"),
+    "another scale": (lambda f: edit(f / "method.json", fields={"r": 4, "alpha": 7}), 'is not what was saved.*"seal"'),
+    "not finite": (lambda f: spoil(f), r"not finite, first in .*lora_B"),
+    "peft not finite": (lambda f: [(f / "method.json").unlink(), spoil(f)], r"not finite, first in .*lora_B"),
     "empty": (lambda f: [p.unlink() for p in f.iterdir()], "holds no adapter.*it is empty"),
     "gone": (lambda f: shutil.rmtree(f), "no such folder"),
     "peft truncated": (
@@ -238,6 +251,32 @@ def test_a_folder_that_is_not_empty_is_kept(saved: Path, tiny: Any) -> None:
     assert others(saved) == []
     with pytest.raises(OutputError, match="is a file"):
         host.save(saved / "README.md")
+
+
+def test_only_an_adapter_is_overwritten_and_only_a_finite_one_saved(saved: Path, tiny: Any, tmp_path: Path) -> None:
+    host = al.attach(tiny("llama"), al.LoRA(r=2))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").touch()
+    with pytest.raises(OutputError, match=r"Only an adapter(.|\n)*one\.jpg"):
+        host.save(tmp_path / "photos", overwrite=True)
+    before = content(saved)
+    with torch.no_grad():
+        next(iter(host.tensors("default").values())).view(-1)[0] = float("nan")
+    with pytest.raises(TrainingError, match=r"'default' holds values that are not finite, first in .*lora_A"):
+        host.save(saved, overwrite=True)
+    assert content(saved) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64])
+def test_the_first_tensor_that_is_not_finite_is_found(dtype: torch.dtype) -> None:
+    good = {
+        "none": torch.zeros(0, dtype=dtype),
+        "count": torch.ones(2, dtype=torch.int64),
+        "a": torch.ones(3).to(dtype),
+    }
+    assert not_finite(good) is None
+    for value in (float("nan"), float("inf"), -float("inf"))[: 1 if dtype.itemsize == 1 else 3]:  # it has no infinity
+        assert not_finite({**good, "bad": torch.tensor([1.0, value]).to(dtype)}) == "bad"
 
 
 def test_an_empty_folder_may_be_filled(tiny: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adapterlab.errors import ConfigError, FormatError
+from adapterlab.settings import user_path
 
 if TYPE_CHECKING:
     from adapterlab.convert.building import Conversion
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
 Adapter = Annotated[str, typer.Argument(help="A run folder or an adapter folder.", show_default=False)]
 Output = Annotated[Path, typer.Option(help="Folder to write.", show_default=False)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the output folder if this command wrote it, or one like it.")
+]
 Rank = Annotated[int | None, typer.Option(help="Largest rank of each module.")]
 Energy = Annotated[
     float | None, typer.Option(help="Instead of a rank: the share of each module's squared norm to keep, such as 0.9.")
@@ -39,13 +42,25 @@ def adapter_place(target: str, model: str | None, checkpoint: str, trust_remote_
     return place
 
 
+def check_adapter_output(output: Path, overwrite: bool, inputs: Sequence[str | Path | None]) -> None:
+    """Check before the work that its adapter can be written.
+
+    Raises:
+        OutputError: the folder is not free, or is or holds one of the inputs.
+    """
+    from adapterlab.io.atomic import check_free
+    from adapterlab.io.folder import ADAPTER
+
+    check_free(output, overwrite=overwrite, kind=ADAPTER, inputs=inputs)
+
+
 def check_same_base(places: Sequence[Place]) -> None:
     """Check that adapters belong to one base model.
 
     Raises:
         FormatError: they name different ones.
     """
-    bases = [Path(p.base).expanduser() for p in places]
+    bases = [user_path(p.base) for p in places]
     if len({str(base.resolve() if base.is_dir() else base) for base in bases}) > 1:
         listed = "; ".join(f"{place.adapter} for {place.base!r}" for place in places)
         raise FormatError(

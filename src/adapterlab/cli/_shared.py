@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from adapterlab.errors import ConfigError
+from adapterlab.settings import user_path
 from adapterlab.terminal import shown
 
 Target = Annotated[str, typer.Argument(help="A run folder, an adapter folder, or a base model.", show_default=False)]
@@ -84,7 +84,7 @@ def read_lines(file: str) -> list[str]:
     import sys
 
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).expanduser().read_text(encoding="utf-8")
+        text = sys.stdin.read() if file == "-" else user_path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}. Give a UTF-8 text file with one prompt a line.") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -102,11 +102,12 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+    from adapterlab.foreign.streams import steady_output
     from adapterlab.terminal import Terminal
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=Terminal(stderr=True), transient=True) as display:
+    with steady_output(), Progress(*columns, console=Terminal(stderr=True), transient=True) as display:
 
         def update(phase: str, done: int, total: int) -> None:
             if phase not in tasks:

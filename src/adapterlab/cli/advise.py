@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adapterlab.cli._shared import AsJson, Trust, print_json, say, settings
+from adapterlab.settings import user_path
 
 if TYPE_CHECKING:
     from adapterlab.compare.advice import Advice
@@ -36,9 +37,11 @@ def advise(
     from adapterlab.errors import OutputError
     from adapterlab.io.atomic import write_text
 
+    write = write and user_path(write)
     if write is not None and write.exists():
         raise OutputError(f"{write} exists already, and nothing is overwritten. Choose another file.")
-    found = ask(model, _data(data, more or []), memory=_bytes(memory), folder=past, trust_remote_code=trust_remote_code)
+    rows = _data(data, more or [])
+    found = ask(model, rows, memory=_bytes(memory), folder=user_path(past), trust_remote_code=trust_remote_code)
     if as_json:
         print_json({**dataclasses.asdict(found), "plan": found.plan and found.plan.to_json(), "config": found.config()})
         return
@@ -58,7 +61,7 @@ def _data(name: str, more: list[str]) -> Any:
     from adapterlab.errors import ConfigError
     from adapterlab.settings import explain
 
-    source = "path" if Path(name).expanduser().exists() or any(mark in name for mark in "/.") else "task"
+    source = "path" if user_path(name).exists() or any(mark in name for mark in "/.") else "task"
     try:
         return DataConfig(**{source: name, **settings(more, "--data")})
     except ValidationError as error:

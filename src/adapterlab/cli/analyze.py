@@ -34,21 +34,23 @@ def analyze(
     as_json: AsJson = False,
 ) -> None:
     """Show what training changed: spectra, ranks, and magnitude against direction, for one or two adapters."""
-    from adapterlab.io.atomic import check_free, new_folder, write_json
+    from adapterlab.io.atomic import Kind, check_free, new_folder, write_json
 
+    places = _places([target] if other is None else [target, other], base, checkpoint, trust_remote_code)
+    kind = Kind("an analysis", ("analysis.json",), ("analysis.json", "analysis.png"))
     if output is not None:
-        check_free(output, overwrite=overwrite)
+        inputs = [folder for place in places for folder in place.folders]
+        check_free(output, overwrite=overwrite, kind=kind, inputs=inputs)
         if picture:
             from adapterlab.convert.picture import check_drawing
 
             check_drawing()
-    places = _places([target] if other is None else [target, other], base, checkpoint, trust_remote_code)
     found, cosines = _analyses(places, device, precision)
     report: dict[str, Any] = {name: analysis.to_dict() for name, analysis in found.items()}
     if other is not None:
         report = {**report, "cosine": cosines}
     if output is not None:
-        with new_folder(output, overwrite=overwrite) as work:
+        with new_folder(output, overwrite=overwrite, kind=kind) as work:
             write_json(work / "analysis.json", report)
             if picture:
                 from adapterlab.convert.picture import draw

@@ -11,6 +11,7 @@ from adapterlab.cli._conversion import (
     Overwrite,
     Rank,
     adapter_place,
+    check_adapter_output,
     check_same_base,
     open_adapters,
     save_made,
@@ -44,11 +45,9 @@ def combine(
     as_json: AsJson = False,
 ) -> None:
     """Make one LoRA adapter of several adapters of any linear methods, and say how exact it is."""
-    from adapterlab.io.atomic import check_free
-
-    check_free(output, overwrite=overwrite)
     chosen = _numbers(weights)
     places = [adapter_place(target, model, checkpoint, trust_remote_code) for target in adapters]
+    check_adapter_output(output, overwrite, [folder for place in places for folder in place.folders])
     check_same_base(places)
     host, names = open_adapters(places, device, precision)
 

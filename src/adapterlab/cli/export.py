@@ -12,6 +12,8 @@ from adapterlab.cli._conversion import (
     Output,
     Overwrite,
     Rank,
+    adapter_place,
+    check_adapter_output,
     open_adapter,
     save_made,
     show_conversion,
@@ -43,9 +45,8 @@ def export(
         raise ConfigError(f"--as {form} is unknown. {nearest(form, FORMS)}")
     if form == "peft" and (rank is not None or energy is not None):
         raise ConfigError("--rank and --energy go with --as lora; --as peft keeps the adapter as it is.")
-    from adapterlab.io.atomic import check_free
-
-    check_free(output, overwrite=overwrite)
+    place = adapter_place(adapter, model, checkpoint, trust_remote_code)
+    check_adapter_output(output, overwrite, place.folders)
     _, host, place = open_adapter(adapter, model, checkpoint, device, precision, trust_remote_code)
     if form == "peft":
         from adapterlab.convert import export_peft

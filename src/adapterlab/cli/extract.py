@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from adapterlab.cli._conversion import Energy, Output, Overwrite, Rank, save_made, show_conversion
+from adapterlab.cli._conversion import Energy, Output, Overwrite, Rank, check_adapter_output, save_made, show_conversion
 from adapterlab.cli._shared import AsJson, Device, Trust, bars
 
 
@@ -27,10 +27,9 @@ def extract(
 ) -> None:
     """Make a LoRA adapter of a fully tuned model, by truncated SVD of what changed; by default 0.9 of the energy."""
     from adapterlab.convert.low_rank import check_size
-    from adapterlab.io.atomic import check_free
 
     check_size(rank, energy)
-    check_free(output, overwrite=overwrite)
+    check_adapter_output(output, overwrite, [tuned, base])
 
     from adapterlab.convert import extract_lora
     from adapterlab.hosts import host

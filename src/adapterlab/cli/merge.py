@@ -46,14 +46,14 @@ def merge(
     if samples and data:
         raise ConfigError("--samples and --data both say what to compare on. Give one of them.")
     lines = read_lines(samples) if samples else None
+    from adapterlab.convert.merging import MERGED, merge_into_base
     from adapterlab.evaluate.opening import open_target
     from adapterlab.io.atomic import check_free
 
-    check_free(output, overwrite=overwrite)
     place = adapter_place(adapter, model, checkpoint, trust_remote_code)
+    check_free(output, overwrite=overwrite, kind=MERGED, inputs=[*place.folders, samples])
     opened = open_target(place, device=device, precision=dtype)
 
-    from adapterlab.convert.merging import merge_into_base
     from adapterlab.convert.verifying import TEXTS
 
     assert opened.host is not None

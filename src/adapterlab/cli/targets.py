@@ -11,6 +11,7 @@ import typer
 
 from adapterlab.cli._shared import AsJson, Trust, print_json
 from adapterlab.errors import ModelError
+from adapterlab.settings import user_path
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -61,12 +62,10 @@ def _skeleton(name: str, trusted: bool) -> Any:
 
 def _where_config_is(name: str) -> str:
     """A folder, or a repository of the hub, of which only the configuration will be fetched."""
-    from pathlib import Path
-
     from adapterlab.models import catalogue, resolve
     from adapterlab.models.source import Hub
 
-    folder, entry = Path(name).expanduser(), catalogue().get(name)
+    folder, entry = user_path(name), catalogue().get(name)
     if entry is not None:
         where = entry.where()
         return str(where or (entry.source.repo if isinstance(entry.source, Hub) else resolve(name)))

@@ -26,7 +26,7 @@ def train(
     """Train an adapter as a YAML file says, with KEY=VALUE overrides such as training.lr=1e-4.
 
     The output folder gets adapters (best/, last/), metrics.jsonl, run.json, config.yaml and a checkpoint.
-    Ctrl-C finishes the step and saves a checkpoint.
+    Ctrl-C finishes the step and saves a checkpoint; so do a closed terminal and SIGTERM.
     """
     import shlex
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from adapterlab.compare.results import UNTRAINED
 from adapterlab.data.config import DataConfig
 from adapterlab.errors import AdapterlabError, ConfigError, nearest
-from adapterlab.settings import Settings
+from adapterlab.settings import Settings, UserPath, user_path
 from adapterlab.train.config import TrainConfig, Training, flatten
 
 FULL = "full"
@@ -127,7 +127,7 @@ class CompareConfig(Settings):
     level: float = Field(0.05, gt=0, lt=1, description="of significance, after correction for all pairs")
     processes: int | None = Field(None, ge=1, description="runs at a time; null: as memory and cores allow")
     threads: int | None = Field(None, ge=1, description="CPU threads of each run; null: cores shared fairly")
-    output: Path = Field(Path("comparisons/default"), description="folder; nothing in it is overwritten unasked")
+    output: UserPath = Field(Path("comparisons/default"), description="folder; nothing in it is overwritten unasked")
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
@@ -232,7 +232,7 @@ def load_config(path: str | Path | None, changes: Mapping[str, Any] | None = Non
     Raises:
         ConfigError: the file is missing or malformed, or a setting is unknown or out of range.
     """
-    tree = _read(Path(path)) if path is not None else {}
+    tree = _read(user_path(path)) if path is not None else {}
     for key, value in dict(changes or {}).items():
         old = tree.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping):

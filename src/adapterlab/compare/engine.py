@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import platform
 import time
@@ -12,15 +11,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import psutil
-from filelock import FileLock, Timeout
 
 from adapterlab.compare import preparing
 from adapterlab.compare.config import DATA, CompareConfig, Contender
-from adapterlab.compare.jobs import JOB, LOCK, LOG, Job, JobFolder
+from adapterlab.compare.jobs import JOB, LOG, Job, JobFolder
 from adapterlab.compare.pools import LocalPool, Pool, RayPool
 from adapterlab.compare.results import UNTRAINED, Comparison, Run, Search
 from adapterlab.compare.summary import summarise
-from adapterlab.errors import ConfigError, OutputError
+from adapterlab.errors import ConfigError
+from adapterlab.foreign.streams import steady_output
 from adapterlab.io.atomic import write_json
 from adapterlab.train.config import Training
 from adapterlab.train.run import git_revision, now, versions
@@ -95,11 +94,8 @@ def compare(
     preparing.check_attach(config, contenders)
     if engine not in ("local", "ray"):
         raise ConfigError(f"engine={engine!r} is unknown. Use local or ray.")
-    preparing.open_folder(config, overwrite=overwrite)
-    with _alone(config.output):
-        if overwrite:
-            preparing.clear(config.output)
-        preparing.write_rows(config, facts, train, held)
+    with preparing.claimed(config, overwrite=overwrite), steady_output():
+        preparing.write_rows(config, facts, train, held, overwrite=overwrite)
         pool = _pool(config, engine)
         work = _Work(config, contenders, pool, judge, facts, engine)
         if retry:
@@ -108,18 +104,6 @@ def compare(
             return work.run(watcher)
         finally:
             pool.stop()
-
-
-@contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Keep a second process away from the same folder."""
-    try:
-        with FileLock(root / LOCK, timeout=0):
-            yield
-    except Timeout:
-        raise OutputError(
-            f"Another process is working on the comparison in {root}. Wait for it, or choose another output."
-        ) from None
 
 
 def _pool(config: CompareConfig, engine: str) -> Pool:

@@ -26,8 +26,8 @@ from adapterlab.errors import FormatError
 from adapterlab.io.atomic import write_json
 
 Kind = Literal["untrained", "probe", "search", "run"]
-CONFIG, JOB, RESULT, FAILURE, PROGRESS, LOG, LOCK = (
-    "compare.yaml", "job.json", "result.json", "failure.json", "progress.json", "log.txt", ".lock"
+CONFIG, JOB, RESULT, FAILURE, PROGRESS, LOG = (
+    "compare.yaml", "job.json", "result.json", "failure.json", "progress.json", "log.txt"
 )  # fmt: skip
 
 

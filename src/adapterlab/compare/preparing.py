@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +17,15 @@ from adapterlab.compare.jobs import CONFIG
 from adapterlab.compare.results import FILE, UNTRAINED
 from adapterlab.data import Example, fingerprint, load_data, scorer_for
 from adapterlab.errors import AttachError, ConfigError, DataError, FormatError, OutputError
-from adapterlab.io.atomic import explained, write_json, write_text
+from adapterlab.io import successor
+from adapterlab.io.atomic import write_json, write_text
+from adapterlab.io.disk import alone, content, explained, remove, tidy
 from adapterlab.io.links import check_links
 from adapterlab.train.config import TrainConfig
 
 FACTS = "facts.json"
 _HELD_SHARE, _HELD_MOST = 10, 100
-_OURS = (CONFIG, FILE, DATA, UNTRAINED, "probe", "lr", "runs")
+_OURS = (CONFIG, FILE, DATA, UNTRAINED, "probe", "lr", "runs")  # what the next comparison in the folder replaces
 
 
 def check_attach(config: CompareConfig, contenders: Sequence[Contender]) -> None:
@@ -55,10 +57,10 @@ def _attach_weightless(config: CompareConfig, train: TrainConfig) -> None:
     from adapterlab.hosts import Host
     from adapterlab.models import resolve
 
-    trusted = {"trust_remote_code": config.trust_remote_code}
-    shape = read_config(resolve(config.model), **trusted)
+    trusted = config.trust_remote_code
+    shape = read_config(resolve(config.model), trust_remote_code=trusted)
     with torch.device("meta"):
-        host = Host(build(shape, **trusted))
+        host = Host(build(shape, trust_remote_code=trusted))
         try:
             host.attach(train.make_method(), "trial")
         except (ConfigError, AttachError):
@@ -111,38 +113,32 @@ def read_rows(config: CompareConfig) -> tuple[dict[str, Any], Literal["score", "
     return facts, judge, train, [splits.train[i] for i in sorted(chosen)]
 
 
-def open_folder(config: CompareConfig, *, overwrite: bool) -> None:
-    """Make the comparison's folder, or check that it holds the same comparison.
+@contextlib.contextmanager
+def claimed(config: CompareConfig, *, overwrite: bool) -> Iterator[None]:
+    """Make the comparison's folder, or check that it holds the same comparison; keep others away from it meanwhile.
 
     Raises:
-        OutputError: it holds something else.
+        OutputError: it holds something else, or another process works in it.
         ConfigError: it holds a comparison with another configuration.
         FormatError: a link in it leads out of it.
     """
-    root = config.output
+    root, saved = config.output, config.output / CONFIG
     check_links(root)
     if root.is_file():
         raise OutputError(f"{root} is a file; a comparison needs a folder. Choose another output.")
-    saved = root / CONFIG
-    if root.is_dir() and any(root.iterdir()) and not saved.is_file():
-        raise OutputError(
-            f"{root} is not empty and holds no {CONFIG}: it is not a comparison's folder, and its content is left "
-            "alone. Choose another output."
-        )
-    if saved.is_file() and not overwrite:
-        _check_same(config, saved)
     with explained(root):
         root.mkdir(parents=True, exist_ok=True)
-
-
-def clear(root: Path) -> None:
-    """Remove what comparisons write, and nothing else."""
-    with explained(root):
-        for name in _OURS:
-            if (root / name).is_dir():
-                shutil.rmtree(root / name)
-            else:
-                (root / name).unlink(missing_ok=True)
+    with alone(root):
+        tidy(root)
+        successor.recover(root, _OURS)
+        if content(root) and not saved.is_file():
+            raise OutputError(
+                f"{root} is not empty and holds no {CONFIG}: it is not a comparison's folder, and its content is left "
+                "alone. Choose another output."
+            )
+        if saved.is_file() and not overwrite:
+            _check_same(config, saved)
+        yield
 
 
 def _check_same(config: CompareConfig, saved: Path) -> None:
@@ -159,26 +155,51 @@ def _check_same(config: CompareConfig, saved: Path) -> None:
         )
 
 
-def write_rows(config: CompareConfig, facts: Mapping[str, Any], train: list[Example], held: list[Example]) -> None:
-    """Write the rows that every run trains on, and the configuration; on a second start, check that they are the same.
+def write_rows(
+    config: CompareConfig,
+    facts: Mapping[str, Any],
+    train: list[Example],
+    held: list[Example],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write the configuration and the rows that every run trains on; on a second start, check that they are the same.
+
+    With `overwrite` an earlier comparison goes once they are written, and not before.
 
     Raises:
         DataError: the rows are others than when the comparison began.
+        OutputError: they cannot be written.
     """
-    folder = config.output / DATA
-    if (folder / FACTS).is_file():
-        before = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        changed = [key for key in ("fingerprint", "train_fingerprint") if before.get(key) != facts[key]]
-        if changed:
-            raise DataError(
-                f"The rows of {facts['source']} have changed since the comparison in {config.output} began, so its "
-                "runs could not be compared. Restore them, or choose another output."
-            )
-    else:
+    if not overwrite:
+        _write_rows(config, config.output, facts, train, held)
+        return
+    work = successor.begin(config.output)
+    try:
+        _write_rows(config, work, facts, train, held)
+    except BaseException:
+        remove(work)
+        raise
+    successor.arrive(config.output, _OURS)
+
+
+def _write_rows(
+    config: CompareConfig, root: Path, facts: Mapping[str, Any], train: list[Example], held: list[Example]
+) -> None:
+    # The configuration comes first: it says that the folder is a comparison's.
+    write_text(root / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config.plain())))
+    folder = root / DATA
+    if not (folder / FACTS).is_file():
         write_text(folder / TRAIN, "".join(_line(e) for e in train))
         write_text(folder / HELD, "".join(_line(e) for e in held))
         write_json(folder / FACTS, dict(facts))
-    write_text(config.output / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config.plain())))
+        return
+    before = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    if any(before.get(key) != facts[key] for key in ("fingerprint", "train_fingerprint")):
+        raise DataError(
+            f"The rows of {facts['source']} have changed since the comparison in {config.output} began, so its "
+            "runs could not be compared. Restore them, or choose another output."
+        )
 
 
 def _line(example: Example) -> str:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from adapterlab.errors import FormatError
 from adapterlab.io.atomic import write_json
 from adapterlab.io.links import check_links
+from adapterlab.settings import user_path
 
 FILE = "comparison.json"
 FORMAT = 1
@@ -360,7 +361,7 @@ def load(folder: str | Path) -> Comparison:
     Raises:
         FormatError: there is none, or it is damaged or of another version.
     """
-    file = Path(folder)
+    file = user_path(folder)
     if file.is_dir():
         check_links(file)
         file = file / FILE

@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
-from filelock import FileLock
 
 from adapterlab import registry
 from adapterlab.compare import measuring
 from adapterlab.compare.config import CompareConfig
 from adapterlab.compare.exam import general_loss, recorded
 from adapterlab.compare.halving import halve, spread
-from adapterlab.compare.jobs import LOCK, Job, JobFolder, Progress
+from adapterlab.compare.jobs import Job, JobFolder, Progress
 from adapterlab.compare.results import UNTRAINED, Exam, Memory, Run, Search, Trial
 from adapterlab.data import load_data, placed
 from adapterlab.errors import AdapterlabError, AttachError, ConfigError, OutputError, TrainingError
@@ -38,6 +37,7 @@ from adapterlab.evaluate.rows import collator_for, rows_for
 from adapterlab.hosts import Host
 from adapterlab.hosts import load as load_adapter
 from adapterlab.io.atomic import write_json
+from adapterlab.io.disk import alone
 from adapterlab.models import load_model
 from adapterlab.plan import before_run
 from adapterlab.train import folder as files
@@ -241,8 +241,6 @@ def _paper(config: CompareConfig, model: Any, tokenizer: Any) -> Paper:
 def _fit(config: TrainConfig, progress: Progress) -> RunResult:
     """Train, or continue; a run that another version or place of the folder began is started anew."""
     before_run.check(config, print)  # for its reason: without it, the system would end the process for want of memory
-    if config.output.is_dir() and not (config.output / files.RUN).is_file():
-        files.clear(config.output)  # killed before anything was trained
     try:
         result = fit(config, resume=True, quiet=True, callbacks=[Watch(progress)])
     except ConfigError:
@@ -293,7 +291,7 @@ WORK: dict[str, Callable[[Job, JobFolder, Progress], dict[str, Any]]] = {
 def main(path: str) -> int:
     """Do the job of a folder and return the exit status."""
     folder = JobFolder(Path(path))
-    with FileLock(folder.path / LOCK, timeout=120):  # a process whose parent died may need a moment to stop
+    with alone(folder.path, wait=120):  # a process whose parent died may need a moment to stop
         if folder.result() is not None:
             return 0
         job, progress = folder.job(), Progress(folder)

@@ -18,7 +18,8 @@ from adapterlab.hosts import Host
 from adapterlab.hosts import host as host_of
 from adapterlab.io import hf_peft
 from adapterlab.io.atomic import new_folder, write_json
-from adapterlab.io.folder import CONFIG, TENSORS
+from adapterlab.io.folder import ADAPTER, CONFIG, TENSORS, check_finite
+from adapterlab.settings import user_path
 
 Progress = Callable[[str, int, int], None]
 _ENERGY = 0.9
@@ -129,11 +130,12 @@ def export_peft(host: Host, name: str, folder: str | Path, *, overwrite: bool = 
         host: of the model.
         name: of the adapter.
         folder: where to.
-        overwrite: replace a folder that is not empty.
+        overwrite: replace an adapter that is there.
 
     Raises:
         ConfigError: PEFT has no such method.
-        OutputError: the folder is not empty or cannot be written.
+        OutputError: the folder is not empty, holds something else than an adapter, or cannot be written.
+        TrainingError: the adapter holds values that are not finite.
     """
     method = host.methods[host.only(name)]
     found = (
@@ -145,7 +147,9 @@ def export_peft(host: Host, name: str, folder: str | Path, *, overwrite: bool = 
             "export_lora, or --as lora on the command line."
         )
     config, tensors = found
-    with new_folder(Path(folder), overwrite=overwrite) as work:
+    check_finite(name, tensors)
+    folder = user_path(folder)
+    with new_folder(folder, overwrite=overwrite, kind=ADAPTER) as work:
         save_file({k: v.cpu().contiguous().clone() for k, v in tensors.items()}, work / TENSORS, {"format": "pt"})
         write_json(work / CONFIG, config)
-    return Path(folder)
+    return folder

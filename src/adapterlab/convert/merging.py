@@ -17,11 +17,13 @@ from adapterlab.convert.verifying import TEXTS, Row, Verification, compare, toke
 from adapterlab.errors import ConfigError, MergeError, nearest
 from adapterlab.foreign.model import base_name, plain_class
 from adapterlab.hosts import Host
-from adapterlab.io.atomic import check_free, new_folder, write_json
+from adapterlab.io.atomic import Kind, check_free, new_folder, write_json
 from adapterlab.models.progress import quiet_transformers
+from adapterlab.settings import user_path
 
 Quantized = Literal["error", "dequantize", "requantize"]
 REPORT = "merge.json"
+MERGED = Kind("a merged model", (REPORT,), (REPORT,), listing=REPORT)
 
 
 @dataclass(frozen=True)
@@ -75,19 +77,21 @@ def merge_into_base(
         samples: what to compare on: texts, or rows of the model's arguments without batch dimension.
         tied: what to do where a weight is shared with another module: refuse, or give the module its own.
         quantized: what to do with packed weights: refuse, write them as plain ones, or pack the merged ones again.
-        overwrite: replace a folder that is not empty.
+        overwrite: replace a merged model that is there.
 
     Raises:
         MergeError: the adapter is not linear, a weight is tied or packed and it was not said how to merge, or the
             merged model does not compute what the live one does. Nothing is written then.
-        OutputError: the folder is not empty or cannot be written.
+        OutputError: the folder is not empty, holds something else than a merged model or the base itself, or cannot be
+            written.
     """
     name = host.only(name)
     if quantized not in Quantized.__args__:  # type: ignore[attr-defined]
         raise ConfigError(f"quantized={quantized!r} is unknown. {nearest(quantized, Quantized.__args__)}")  # type: ignore[attr-defined]
     if not hasattr(host.model, "save_pretrained"):
         raise ConfigError(f"A folder is written for models of transformers; this is a {type(host.model).__name__}.")
-    check_free(Path(folder), overwrite=overwrite)
+    base, folder = base_name(host.model), user_path(folder)
+    check_free(folder, overwrite=overwrite, kind=MERGED, inputs=[base])
     rows = _rows(samples, tokenizer, host.model)
     packing = getattr(host.model.config, "quantization_config", None)
     packed = any(site.quantized for site in host.all_sites())
@@ -96,7 +100,7 @@ def merge_into_base(
             f"quantized='requantize' packs as {type(host.model).__name__}.config.quantization_config says, which "
             "is not there. Use quantized='dequantize' and pack what was written, or load the base with such a config."
         )
-    with quiet_transformers(), host.using(name), new_folder(Path(folder), overwrite=overwrite) as work:
+    with quiet_transformers(), host.using(name), new_folder(folder, overwrite=overwrite, kind=MERGED) as work:
         untied = _write_plain(host, name, work, tied, "error" if quantized == "error" else "dequantize")
         verification, dequantized = compare(host, _reload(host.model, work), rows), None
         if packed and quantized == "requantize":
@@ -107,10 +111,10 @@ def merge_into_base(
             raise MergeError(_lost(verification, host.model.dtype))
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
-        base = base_name(host.model)
         dtype = str(host.model.dtype).removeprefix("torch.")
-        report = MergedModel(Path(folder), host.methods[name].id, base, dtype, untied, verification, dequantized)
-        write_json(work / REPORT, {k: v for k, v in report.to_dict().items() if k != "folder"})
+        report = MergedModel(folder, host.methods[name].id, base, dtype, untied, verification, dequantized)
+        files = sorted(file.name for file in work.iterdir())
+        write_json(work / REPORT, {**{k: v for k, v in report.to_dict().items() if k != "folder"}, "files": files})
     return report
 
 

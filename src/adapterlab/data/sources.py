@@ -14,6 +14,7 @@ from typing import Any
 
 from adapterlab.data.formats import SourceRow
 from adapterlab.errors import DataError, nearest
+from adapterlab.settings import user_path
 
 Numbered = Iterator[tuple[int, Any]]
 
@@ -173,7 +174,7 @@ def read_rows(
     Raises:
         DataError: nothing is there, a file is damaged, or there are no rows. The message names file and row.
     """
-    place = Path(path).expanduser()
+    place = user_path(path)
     if place.exists():
         if name:
             raise DataError(f"data.name={name!r} is for hub data sets, but {path} is local. Remove data.name.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from adapterlab.errors import FormatError, nearest
 from adapterlab.io.links import check_links
 from adapterlab.models import check
+from adapterlab.settings import user_path
 
 if TYPE_CHECKING:
     from adapterlab.hosts import Host
@@ -48,6 +49,12 @@ class Place:
     def system(self) -> str | None:
         """The system message that a run was trained with."""
         return (self.data or {}).get("system")
+
+    @property
+    def folders(self) -> list[Path]:
+        """What is read when it is opened, as far as that lies in folders of the user."""
+        found = [self.adapter, self.run, user_path(self.base)]
+        return [folder for folder in found if folder is not None and folder.is_dir()]
 
     @property
     def label(self) -> str:
@@ -92,7 +99,7 @@ def locate(
 
 
 def _find(target: str | Path, model: str | None, checkpoint: str) -> Place:
-    folder = Path(target).expanduser()
+    folder = user_path(target)
     if (folder / RUN_FILE).is_file():
         check_links(folder)
         return _run(folder, model, checkpoint)

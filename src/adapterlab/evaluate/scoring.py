@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,15 +16,18 @@ from pydantic import ValidationError
 from adapterlab.data import (
     DataConfig,
 )
-from adapterlab.errors import ConfigError
+from adapterlab.errors import ConfigError, OutputError
 from adapterlab.evaluate.examination import Paper, Sheet, set_paper, sit
 from adapterlab.evaluate.opening import locate, open_target
 from adapterlab.evaluate.progress import Progress
 from adapterlab.evaluate.result import Evaluation, Figures
 from adapterlab.hosts import Host, host
 from adapterlab.io.atomic import write_json, write_text
-from adapterlab.settings import explain
+from adapterlab.io.disk import alone, explained, tidy
+from adapterlab.settings import explain, user_path
 
+_FIGURES, _ANSWERS = {"target", "source", "loss"}, {"prompt", "reference", "answer"}  # what their files say for certain
+_PATIENCE = 60  # seconds to wait while another evaluation writes
 # Settings that say where rows come from. Where one of the first group is given, all of the second are a run's no more.
 _EVAL_SOURCE = ("eval_path", "eval_split", "eval_size")
 _REPLACES = (
@@ -79,9 +83,10 @@ def score(
         DataError: there are no evaluation examples, or one does not fit into the model's window.
         ConfigError: settings are missing or contradict each other.
         FormatError: a run or adapter folder is damaged.
+        OutputError: a file in the output folder would be replaced that is no evaluation of this target.
     """
-    label, cfg, net, tokenizer, output = _resolve(
-        target, tokenizer, data, checkpoint, model, output, trust_remote_code, device=device, precision=precision
+    label, cfg, net, tokenizer, stem = _resolve(
+        target, tokenizer, data, checkpoint, model, output, limit, trust_remote_code, device=device, precision=precision
     )
     attached = host(net)
     if base and attached is None:
@@ -95,7 +100,6 @@ def score(
     rows = _rows(paper, sheet, plain)
     paired = list(zip(sheet.right, plain.right, strict=True)) if plain and paper.scorer else None
     figures = _figures(sheet)
-    stem = None if output is None else Path(output) / _stem(checkpoint, data, limit)
     result = Evaluation(
         **{f.name: getattr(figures, f.name) for f in dataclasses.fields(Figures)},
         target=label,
@@ -119,9 +123,13 @@ def score(
 def _write(result: Evaluation, stem: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
     if stem is None:
         return
-    if result.answers is not None:
-        write_text(result.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    write_json(stem.with_suffix(".json"), result.to_dict())
+    with explained(stem.parent):
+        stem.parent.mkdir(parents=True, exist_ok=True)
+    with alone(stem.parent, wait=_PATIENCE):  # answers and figures belong together
+        tidy(stem.parent)
+        if result.answers is not None:
+            write_text(result.answers, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_json(stem.with_suffix(".json"), result.to_dict())
 
 
 def _resolve(
@@ -131,21 +139,61 @@ def _resolve(
     checkpoint: str,
     model: str | None,
     output: str | Path | None,
+    limit: int | None,
     trust_remote_code: bool,
     **options: str | None,
-) -> tuple[str, DataConfig, Any, Any, str | Path | None]:
-    """Label, data settings, model, tokenizer and output folder of a target."""
+) -> tuple[str, DataConfig, Any, Any, Path | None]:
+    """Label, data settings, model and tokenizer of a target, and where its results go, without their endings."""
+    stem = None if output is None else user_path(output) / _stem(checkpoint, data, limit)
     if not isinstance(target, (str, Path)):
         net = target.model if isinstance(target, Host) else target
         if tokenizer is None:
             raise ConfigError("score needs the tokenizer when it is given a model: score(model, tokenizer, data=...).")
-        return type(net).__name__, _data(data, None), net, tokenizer, output
+        _check_results(stem, label := type(net).__name__)
+        return label, _data(data, None), net, tokenizer, stem
     place = locate(target, model=model, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
     cfg = _data(data, place.data)  # before the model is loaded: a wrong setting should not cost a minute
+    label = str(place.adapter or place.base)
+    _check_results(stem, label)
+    if stem is None and place.run is not None:
+        stem = place.run / "evaluation" / _stem(checkpoint, data, limit)
+        _check_results(stem, None)  # a run that was moved is still the same
     opened = open_target(place, **options)
-    if output is None and place.run is not None:
-        output = place.run / "evaluation"
-    return str(place.adapter or place.base), cfg, opened.model, tokenizer or opened.tokenizer, output
+    return label, cfg, opened.model, tokenizer or opened.tokenizer, stem
+
+
+def _check_results(stem: Path | None, label: str | None) -> None:
+    """Check that nothing else is replaced than an earlier evaluation, of the same target where one is given.
+
+    Raises:
+        OutputError: there is something else.
+    """
+    if stem is None:
+        return
+    figures, answers = stem.with_suffix(".json"), stem.with_suffix(".jsonl")
+    for file, keys in ((figures, _FIGURES), (answers, _ANSWERS)):
+        found = _first_object(file)
+        if found is not None and not keys <= found.keys():
+            raise OutputError(
+                f"{file} is there already and no evaluation of adapterlab, so it is left alone. Choose another output."
+            )
+    target = str((_first_object(figures) or {}).get("target", label))
+    if label is not None and Path(target).resolve() != Path(label).resolve():
+        raise OutputError(
+            f"{figures} is the evaluation of {target}, and would be replaced by that of {label}. Choose another output."
+        )
+
+
+def _first_object(file: Path) -> dict[str, Any] | None:
+    """What a JSON file holds, or the first line of a file of lines; empty when it is no object, None when not there."""
+    if not os.path.lexists(file):
+        return None
+    try:
+        with file.open(encoding="utf-8") as stream:
+            found = json.loads(stream.readline() if file.suffix == ".jsonl" else stream.read())
+        return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
 
 
 def _data(given: DataConfig | Mapping[str, Any] | None, of_run: Mapping[str, Any] | None) -> DataConfig:

@@ -3,50 +3,102 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import hashlib
+import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adapterlab.errors import OutputError
+from adapterlab.io.disk import LOCK, OLD, PART, alone, content, explained, left_behind, sync, tidy
+from adapterlab.settings import user_path
+
+_HEAD = 4096  # bytes of a file in which its maker is named
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A sort of folder that adapterlab writes. Asked to overwrite, it replaces such a folder and no other.
+
+    Attributes:
+        name: for messages, such as "an adapter".
+        marks: files of which at least one is there.
+        holds: names of what may be there.
+        listing: the file among them that names further ones, as a JSON list under "files".
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    holds: tuple[str, ...]
+    listing: str | None = None
+
+    def foreign(self, folder: Path) -> list[str]:
+        """Name what does not belong into a folder of this sort; everything where the folder is of another one."""
+        there = content(folder)
+        if not set(self.marks) & set(there):
+            return there
+        return [name for name in there if name not in self.holds and name not in self._listed(folder)]
+
+    def _listed(self, folder: Path) -> list[str]:
+        try:
+            text = (folder / self.listing).read_text(encoding="utf-8") if self.listing else "{}"
+            return list(json.loads(text)["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
 
 
 @contextlib.contextmanager
-def new_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(final: Path, *, overwrite: bool = False, kind: Kind | None = None) -> Iterator[Path]:
     """Fill a temporary folder beside `final`, then put it in its place in one step.
 
     Args:
         final: the folder to make.
         overwrite: replace a folder that is there and not empty.
+        kind: the sort of folder that may be replaced; None: whatever is there is the caller's own.
 
     Raises:
-        OutputError: it is not empty, cannot be written, or the disk is full. What was there stays as it was.
+        OutputError: it is not empty, of another kind, written by another process, cannot be written, or the disk is
+            full. What was there stays as it was.
     """
-    final = Path(final).absolute()
-    check_free(final, overwrite=overwrite)
+    final = user_path(final).absolute()
+    _check_protected(final)
     with explained(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent))
-    old = work.with_suffix(".old")
-    try:
+    with alone(final, beside=True):
+        tidy(final.parent, final.name)
+        _check(final, overwrite, kind)
         with explained(final):
-            yield work
-            for file in work.rglob("*"):
-                if file.is_file():
-                    _sync(file)
-            work.chmod(0o777 & ~_umask())
-            if final.exists():
-                final.rename(old)
-            work.rename(final)
-            _sync(final.parent)
+            work = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=PART, dir=final.parent))
+        try:
+            with explained(final):
+                yield work
+                for file in work.rglob("*"):
+                    if file.is_file():
+                        sync(file)
+                work.chmod(0o777 & ~_umask())
+                _check(final, overwrite, kind)  # again: not everyone asks for the lock
+                _put(work, final)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+def _put(work: Path, final: Path) -> None:
+    """Put a folder in its place. Killed between the two renames, the next writer puts the old one back."""
+    old = work.with_suffix(OLD)
+    if final.exists():
+        final.rename(old)
+    try:
+        work.rename(final)
+        sync(final.parent)
     except BaseException:
         if old.exists() and not final.exists():
             old.rename(final)
-        shutil.rmtree(work, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -71,27 +123,127 @@ def new_files(folder: Path) -> Iterator[Path]:
             files = sorted(file for file in work.rglob("*") if file.is_file())
             for file in files:
                 file.chmod(0o666 & ~_umask())
-                _sync(file)
+                sync(file)
             for file in files:
                 final = folder / file.relative_to(work)
                 final.parent.mkdir(exist_ok=True)
                 file.replace(final)
-        _sync(folder)
+        sync(folder)
 
 
-def check_free(final: Path, *, overwrite: bool = False) -> None:
+def check_free(
+    final: Path, *, overwrite: bool = False, kind: Kind | None = None, inputs: Sequence[str | Path | None] = ()
+) -> None:
     """Check that a folder may be written.
 
+    Args:
+        final: the folder.
+        overwrite: it may be there already.
+        kind: the sort of folder that may be replaced; None: whatever is there is the caller's own.
+        inputs: what the new folder is made from: never replaced. Those that are no paths are passed over.
+
     Raises:
-        OutputError: it is a file, or holds something and `overwrite` is false.
+        OutputError: it is a file, another process writes it, or it holds something and is not to be replaced, or must
+            not be.
     """
+    final = user_path(final).absolute()
+    if not final.exists() and left_behind(final):
+        with alone(final, beside=True):
+            tidy(final.parent, final.name)
+    _check(final, overwrite, kind, inputs)
+
+
+def _check(final: Path, overwrite: bool, kind: Kind | None, inputs: Sequence[str | Path | None] = ()) -> None:
     if final.is_file():
         raise OutputError(f"{final} is a file; an output folder is needed. Choose another path.")
-    if final.is_dir() and any(final.iterdir()) and not overwrite:
+    if (final / LOCK).exists():
+        with alone(final):  # it is free, or this raises
+            pass
+    there = content(final)
+    if there and not overwrite:
         raise OutputError(
             f"The folder {final} is not empty, and nothing is overwritten unless asked. Choose another folder, or "
             "pass overwrite (--overwrite on the command line)."
         )
+    if there:
+        _check_protected(final)
+        _check_replaceable(final, kind, inputs)
+
+
+def check_made_here(file: Path) -> None:
+    """Check that a file is not there, or names adapterlab as what made it, so that it may be replaced.
+
+    Raises:
+        OutputError: it is somebody else's.
+    """
+    if not os.path.lexists(file):
+        return
+    with explained(file), file.open("rb") as stream:
+        ours = b"adapterlab" in stream.read(_HEAD)
+    if not ours:
+        raise OutputError(f"{file} is there already and not from adapterlab, so it is left alone. Choose another name.")
+
+
+def _check_protected(final: Path) -> None:
+    for name, place in {"the home folder": Path(os.path.expanduser("~")), "the working directory": Path.cwd()}.items():
+        if place.resolve().is_relative_to(final.resolve()):
+            raise OutputError(f"{final} is or holds {name}, and is never replaced. Choose a folder of its own.")
+
+
+def _check_replaceable(final: Path, kind: Kind | None, inputs: Sequence[str | Path | None]) -> None:
+    for given in inputs:
+        place = user_path(given) if given else None
+        if place is not None and place.exists() and place.resolve().is_relative_to(final.resolve()):
+            raise OutputError(
+                f"{final} is or holds {given}, which is read here, and is never replaced. Choose another folder."
+            )
+    foreign = kind.foreign(final) if kind else []
+    if kind and foreign:
+        more = ", ..." if len(foreign) > 4 else ""
+        raise OutputError(
+            f"Only {kind.name} that adapterlab wrote is overwritten here, and {final} holds something else "
+            f"({', '.join(foreign[:4])}{more}). Its content is left alone. Choose another folder."
+        )
+
+
+class Sealed(io.BufferedWriter):
+    """A file that knows the SHA-256 of what was written into it."""
+
+    def __init__(self, raw: io.FileIO):
+        super().__init__(raw)
+        self._digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        """Write bytes."""
+        self._digest.update(data)
+        return super().write(data)
+
+    def hexdigest(self) -> str:
+        """The checksum so far."""
+        return self._digest.hexdigest()
+
+
+@contextlib.contextmanager
+def new_file(file: Path) -> Iterator[Sealed]:
+    """Fill a temporary file beside `file`, then put it in its place in one step, once it is on the disk.
+
+    Raises:
+        OutputError: it cannot be written. What was there stays as it was.
+    """
+    with explained(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=PART, dir=file.parent)
+        part = Path(name)
+        try:
+            with Sealed(io.FileIO(handle, "wb")) as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.chmod(0o666 & ~_umask())
+            part.replace(file)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
 
 def write_text(file: Path, text: str) -> None:
@@ -100,19 +252,8 @@ def write_text(file: Path, text: str) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    with explained(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(text)
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(part).chmod(0o666 & ~_umask())
-            Path(part).replace(file)
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
+    with new_file(user_path(file)) as stream:
+        stream.write(text.encode())
 
 
 def json_text(value: Any) -> str:
@@ -123,42 +264,6 @@ def json_text(value: Any) -> str:
 def write_json(file: Path, value: Any) -> None:
     """Write a JSON file atomically, indented, keys in their order."""
     write_text(file, json_text(value))
-
-
-@contextlib.contextmanager
-def explained(target: Path) -> Iterator[None]:
-    """Turn errors of the file system into an `OutputError` that says what to do."""
-    try:
-        yield
-    except OutputError:
-        raise
-    except Exception as error:
-        # safetensors reports a full disk as an exception of its own, with the system's text inside.
-        number = error.errno if isinstance(error, OSError) else None
-        if number == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error):
-            free = shutil.disk_usage(_existing(target)).free
-            raise OutputError(
-                f"The disk is full: {target} could not be written ({free / 2**20:.0f} MiB free). Nothing was "
-                "changed there. Free some space, or choose a folder on another disk."
-            ) from error
-        if isinstance(error, OSError):
-            raise OutputError(
-                f"{target} cannot be written: {error.strerror or error}. Check the path and its permissions, or "
-                "choose another folder."
-            ) from error
-        raise
-
-
-def _existing(path: Path) -> Path:
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _umask() -> int:

@@ -9,6 +9,7 @@ README.md                   a model card
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -24,16 +25,18 @@ from torch import Tensor, nn
 from adapterlab.core.method import Method
 from adapterlab.engine.allowance import Allowance
 from adapterlab.engine.attachments import Attachments
-from adapterlab.errors import AttachError, ConfigError, FormatError, TargetError
+from adapterlab.errors import AttachError, ConfigError, FormatError, TargetError, TrainingError
 from adapterlab.foreign.model import base_name, base_revision, is_adapter_path
 from adapterlab.foreign.sharding import gathered, leads, whole
 from adapterlab.io import hf_peft
-from adapterlab.io.atomic import new_folder, write_json, write_text
+from adapterlab.io.atomic import Kind, new_folder, write_json, write_text
 from adapterlab.io.beside import add_beside
 from adapterlab.io.card import model_card
+from adapterlab.io.finite import not_finite
 from adapterlab.io.links import check_links
 from adapterlab.models.pulling import nothing_fetched
 from adapterlab.registry import method as method_by_id
+from adapterlab.settings import user_path
 
 FORMAT = 1
 TENSORS = "adapter_model.safetensors"
@@ -42,6 +45,8 @@ METHOD = "method.json"
 STATE = "model.safetensors"  # where trainers keep the state of a model
 _TIMES, _ALWAYS = 8, 1 << 22  # random bases and permutations of a whole model, padded to powers of two, are 6 times
 _LOADING: ContextVar[tuple[Path, ...]] = ContextVar("loading", default=())
+CARD = "README.md"
+ADAPTER = Kind("an adapter", (METHOD, CONFIG), (TENSORS, CONFIG, METHOD, CARD))
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class AdapterInfo:
         written_by: `adapterlab` or `peft`.
         modules: paths of the adapted modules.
         sha256: of the tensor file when it was saved, or None.
+        seal: checksum of what this file says on the tensors' meaning when it was saved, or None.
     """
 
     folder: Path
@@ -69,6 +75,7 @@ class AdapterInfo:
     written_by: str
     modules: tuple[str, ...] = ()
     sha256: str | None = None
+    seal: str | None = None
 
 
 def save(
@@ -77,6 +84,7 @@ def save(
     name: str | None = None,
     *,
     overwrite: bool = False,
+    kind: Kind | None = ADAPTER,
     base_model: str | None = None,
     notes: dict[str, Any] | None = None,
 ) -> Path:
@@ -88,23 +96,25 @@ def save(
         host: of the model.
         folder: where to; its parents are made.
         name: of the adapter; needed when there are several.
-        overwrite: replace a folder that is not empty.
+        overwrite: replace an adapter that is there.
+        kind: what else may be replaced; None: whatever is there.
         base_model: name of the base model to record; default: what the model's configuration says.
         notes: facts for the model card, such as data and results.
 
     Raises:
         AttachError: the model was changed after attaching, and part of the adapter is gone.
-        OutputError: the folder is not empty or cannot be written, or the model is sharded by FSDP1, whose slices cannot
-            be gathered; what was there stays as it was.
+        OutputError: the folder is not empty, holds something else than an adapter, or cannot be written, or the model
+            is sharded by FSDP1, whose slices cannot be gathered; what was there stays as it was.
+        TrainingError: the adapter holds values that are not finite.
     """
     name = host.only(name)
-    found, folder = gather(host, name, base_model), Path(folder)
+    found, folder = gather(host, name, base_model), user_path(folder)
     if not found.leads:
         return folder
-    with new_folder(folder, overwrite=overwrite) as work:
+    with new_folder(folder, overwrite=overwrite, kind=kind) as work:
         found.write(work)
         card = model_card(host, name, found.info["base_model"], found.config is not None, notes or {})
-        write_text(work / "README.md", card)
+        write_text(work / CARD, card)
     return folder
 
 
@@ -129,7 +139,8 @@ class Contents:
         write_tensors(work / TENSORS, self.tensors)
         if self.config is not None:
             write_json(work / CONFIG, self.config)
-        write_json(work / METHOD, {**self.info, "sha256": _sha256(work / TENSORS)})
+        info = {**self.info, "sha256": _sha256(work / TENSORS)}
+        write_json(work / METHOD, {**info, "seal": _seal(info)})
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -147,6 +158,7 @@ def gather(host: Attachments, name: str, base_model: str | None = None) -> Conte
     Raises:
         AttachError: the model was changed after attaching, and part of the adapter is gone.
         OutputError: the model is sharded by FSDP1 or ZeRO-3, whose slices cannot be gathered here.
+        TrainingError: the adapter holds values that are not finite.
     """
     host.check_intact(name)
     method = host.methods[name]
@@ -166,6 +178,8 @@ def gather(host: Attachments, name: str, base_model: str | None = None) -> Conte
         "modules": list(host.adapters(name)),
     }
     add_beside(host, name, config, info, tensors)
+    if leads(held):
+        check_finite(name, tensors)
     return Contents(tensors, config, info, leads(held))
 
 
@@ -175,7 +189,7 @@ def read_info(folder: str | Path) -> AdapterInfo:
     Raises:
         FormatError: it holds no adapter, or a damaged one.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     check_links(folder, METHOD, CONFIG, TENSORS)
     if (folder / METHOD).is_file():
         info = read_json(folder / METHOD)
@@ -187,7 +201,7 @@ def read_info(folder: str | Path) -> AdapterInfo:
         try:
             return AdapterInfo(
                 folder, info["method"], dict(info["fields"]), info["base_model"], info["base_revision"], info["name"],
-                "adapterlab", tuple(info["modules"]), info["sha256"],
+                "adapterlab", tuple(info["modules"]), info["sha256"], info.get("seal"),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             fault = f"lacks {error}" if isinstance(error, KeyError) else f"has fields of a wrong type ({error})"
@@ -221,6 +235,7 @@ def load(target: Attachments, folder: str | Path, name: str | None = None, *, ac
     active = not target.methods if active is None else active
     try:
         method = _method(info, tensors, target)
+        _check_seal(info)
         # Tensors in our own names tell a method its structure; PEFT's are renamed once the method stands.
         saved, like = (tensors, None) if method.hf is None else (None, hf_peft.like(method, target, tensors))
         with nothing_fetched(), _within(info.folder), Allowance(_accounted_for(target, tensors)):
@@ -270,6 +285,35 @@ def _fill(target: Attachments, name: str, info: AdapterInfo, method: Method, ten
         raise FormatError(_foreign(info, target.model, str(error))) from None
 
 
+def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Check that an adapter may be saved.
+
+    Raises:
+        TrainingError: it holds values that are not finite.
+    """
+    if (key := not_finite(tensors)) is not None:
+        raise TrainingError(
+            f"The adapter {name!r} holds values that are not finite, first in {key}, and is not saved. Training it "
+            "went wrong: lower the learning rate, or load what was saved before."
+        )
+
+
+def _check_seal(info: AdapterInfo) -> None:
+    """Settings decide what the tensors mean; they were valid here, and may still be others than those saved."""
+    if info.seal is not None and info.seal != _seal(dataclasses.asdict(info)):
+        raise FormatError(
+            f"{info.folder / METHOD} is not what was saved: method, fields, modules or sha256 have changed. Copy the "
+            'folder again. If it was edited on purpose, remove "seal" from it too.'
+        )
+
+
+def _seal(info: Mapping[str, Any]) -> str:
+    """The checksum of what decides an adapter's meaning; names may be edited."""
+    meaning = [info[key] for key in ("method", "fields", "modules", "sha256")]
+    plain = json.loads(json.dumps(meaning))  # keys are text then, as they are when the file is read
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
 def _method(info: AdapterInfo, tensors: dict[str, Tensor], host: Attachments) -> Method:
     """The method with its settings; for a PEFT folder the targets are what its tensors are called."""
     try:
@@ -311,9 +355,15 @@ def _tensors(info: AdapterInfo) -> dict[str, Tensor]:
             f"another program rewrote it; in that case remove {METHOD} to load the folder as a PEFT adapter."
         )
     try:
-        return load_file(file)
+        tensors = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise FormatError(f"{file} is damaged ({error}). Copy it again, or save the adapter again.") from None
+    if (key := not_finite(tensors)) is not None:
+        raise FormatError(
+            f"{file} holds values that are not finite, first in {key}: such an adapter answers nothing. Its training "
+            "went wrong; take an earlier checkpoint, or train again with a lower learning rate."
+        )
+    return tensors
 
 
 def read_json(file: Path) -> dict[str, Any]:

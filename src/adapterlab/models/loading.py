@@ -14,6 +14,7 @@ from adapterlab.foreign.pretrained import read_config, read_model, read_tokenize
 from adapterlab.models.catalogue import DEFAULT
 from adapterlab.models.progress import quiet_transformers
 from adapterlab.models.pulling import resolve
+from adapterlab.settings import user_path
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZATIONS = ("nf4", "int8")
@@ -66,7 +67,7 @@ def load_model(
         model = _load_weights(folder, config, trust_remote_code, dtype=dtype, **options)
     if quantize is None:
         model.to(place)
-    known_as = str(folder) if Path(name).expanduser().is_dir() else str(name)
+    known_as = str(folder) if user_path(name).is_dir() else str(name)
     model.name_or_path = model.config.name_or_path = known_as
     return model.eval(), tokenizer
 

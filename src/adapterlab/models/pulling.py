@@ -13,6 +13,7 @@ from adapterlab.models.catalogue import DEFAULT, catalogue
 from adapterlab.models.folder import check_folder
 from adapterlab.models.progress import bars
 from adapterlab.models.source import Hub, Source
+from adapterlab.settings import user_path
 
 _FETCHING = ContextVar("fetching", default=True)
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
@@ -91,7 +92,7 @@ def check(name: str | Path) -> None:
 def _find(name: str, revision: str | None) -> Path | tuple[Source, Path]:
     """Tell which of the three forms a name has."""
     entry = catalogue().get(name)
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if entry is not None and revision is None:
         return entry.source, entry.folder
     if entry is not None and isinstance(entry.source, Hub):

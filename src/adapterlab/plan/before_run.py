@@ -177,7 +177,10 @@ def _subject(config: TrainConfig) -> tuple[Setup, Device] | None:
 def _kept(setup: Setup, place: Device) -> Plan | None:
     """The plan that an earlier run left, for the memory of now."""
     try:
-        found = Plan.from_json(json.loads(_file(setup, place).read_text(encoding="utf-8")))
+        kept = json.loads(_file(setup, place).read_text(encoding="utf-8"))
+        if kept["sha256"] != _sha256(kept["plan"]):
+            return None  # damaged: a wrong figure could refuse a run that fits
+        found = Plan.from_json(kept["plan"])
     except (AdapterlabError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError):
         return None  # absent, or of no use: a run needs no plan
     return replace(found, limit=_available(place))
@@ -207,9 +210,14 @@ def remember(setup: Setup, place: Device, found: Plan) -> None:
     file = _file(setup, place)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(found.to_json()))
+        plan = json.loads(json.dumps(found.to_json()))
+        write_text(file, json.dumps({"plan": plan, "sha256": _sha256(plan)}))
     except OSError:  # a full or read-only disk is no reason not to train
         return
+
+
+def _sha256(plan: Any) -> str:
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
 def check_fits(config: TrainConfig, found: Plan | None) -> None:

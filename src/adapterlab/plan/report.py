@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from adapterlab.errors import ConfigError, require
-from adapterlab.io.atomic import write_text
+from adapterlab.io.atomic import check_made_here, new_file, write_text
 from adapterlab.plan.result import Plan
+from adapterlab.settings import user_path
 
 if TYPE_CHECKING:
     from adapterlab.plan.advice import Change
@@ -179,11 +180,13 @@ def save(plans: Sequence[Plan], file: str | Path) -> Path:
 
     Raises:
         ConfigError: the ending is another.
+        OutputError: it cannot be written, or would replace a file that is not from here.
         MissingDependencyError: matplotlib is not installed (PNG only).
     """
-    path = Path(file)
+    path = user_path(file)
     if path.suffix not in (".png", ".html"):
         raise ConfigError(f"A picture is written as .png or .html; received {str(file)!r}. Change the ending.")
+    check_made_here(path)
     if path.suffix == ".png":
         return _png(plans, path)
     write_text(path, _page(plans))
@@ -212,7 +215,8 @@ def _png(plans: Sequence[Plan], path: Path) -> Path:
     axes.set(xlabel="GiB", title="Memory at the peak")
     axes.invert_yaxis()
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    figure.savefig(path, dpi=120, format="png")
+    with new_file(path) as stream:
+        figure.savefig(stream, dpi=120, format="png", metadata={"Software": "adapterlab"})
     return path
 
 
@@ -238,7 +242,8 @@ def _page(plans: Sequence[Plan]) -> str:
     )
     model = html.escape(plans[0].model) if plans else ""
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Plan of {model}</title><style>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="generator" content="adapterlab">'
+        f"<title>Plan of {model}</title><style>"
         "body{font:15px sans-serif;max-width:60em;margin:2em auto;padding:0 1em}p{margin:1em 0 .2em}"
         ".bar{display:flex;height:1.6em;background:#eee}.bar i{display:block}"
         ".legend span{margin-right:1.2em;white-space:nowrap}.legend i{display:inline-block;width:.9em;height:.9em;"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import ModelError, nearest
 from adapterlab.foreign.model import text_config
+from adapterlab.settings import user_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -145,7 +146,7 @@ def config_of(
 
     if isinstance(model, PretrainedConfig):
         return _checked(model, type(model).__name__)
-    folder = Path(model).expanduser()
+    folder = user_path(model)
     if folder.is_dir():
         return _checked(_read(folder, None, trust_remote_code), str(model))
     known = shapes()

@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from adapterlab.data.config import DataConfig
 from adapterlab.errors import ConfigError, nearest
-from adapterlab.settings import Settings, keys
+from adapterlab.settings import Settings, UserPath, keys, user_path
 
 if TYPE_CHECKING:
     from adapterlab.core.method import Method
@@ -132,7 +132,9 @@ class TrainConfig(Settings):
     )
     data: DataConfig = Field(description="where the rows come from")
     training: Training = Field(default_factory=Training, description="how to train")
-    output: Path = Field(Path("runs/default"), description="folder of the run; nothing in it is overwritten unasked")
+    output: UserPath = Field(
+        Path("runs/default"), description="folder of the run; nothing in it is overwritten unasked"
+    )
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
@@ -205,7 +207,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainC
     Raises:
         ConfigError: the file is missing or malformed, or a setting is unknown or out of range.
     """
-    path = Path(path)
+    path = user_path(path)
     from_file, from_line = _read(path), _parse(overrides)
     for tree in (from_file, from_line):
         _check_known(tree)

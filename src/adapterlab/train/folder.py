@@ -5,16 +5,20 @@ config.yaml       the same configuration, ready to be run again
 metrics.jsonl     one line a step and one an evaluation
 best/, last/      adapters
 trackers/         what trackers such as tensorboard write
-checkpoint/       the state for `--resume`; one file, replaced when the next one is complete
+checkpoint/       the state for `--resume`; one file with its checksum, replaced when the next one is complete
+
+Where a run takes the place of an earlier one, all this is written into .adapterlab-next/ until there is a first
+checkpoint or adapter: until then the earlier results stay as they are.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,10 @@ import torch
 
 from adapterlab import io
 from adapterlab.errors import ConfigError, FormatError, OutputError
-from adapterlab.io.atomic import check_free, explained, write_json
+from adapterlab.io import successor
+from adapterlab.io.atomic import new_file, write_json, write_text
+from adapterlab.io.disk import alone, content, explained, remove, tidy
+from adapterlab.io.finite import not_finite
 from adapterlab.io.links import check_links
 from adapterlab.train.loop import Listener, Loop, Record
 from adapterlab.train.signals import Interrupted
@@ -30,21 +37,42 @@ from adapterlab.train.signals import Interrupted
 RUN, CONFIG, METRICS, BEST, LAST = "run.json", "config.yaml", "metrics.jsonl", "best", "last"
 TRACKERS = "trackers"
 CHECKPOINT = Path("checkpoint") / "state.pt"
+_RESULTS = (RUN, CONFIG, METRICS, BEST, LAST, CHECKPOINT.parent.name)  # what the next run in the folder replaces
+_SEAL = b"\nsha256 %s\n"
 # Settings that may differ when a run is resumed, because they cannot change what is trained.
 _FREE = ("output", "trust_remote_code", "training.log_every", "training.save_every", "training.trackers")
 
 
-def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make the output folder, or check that it may be used.
+@contextlib.contextmanager
+def claimed(folder: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Keep the output folder for one run as long as the context lasts.
 
     Raises:
         FormatError: a link in it leads out of it.
-        OutputError: it holds something and neither `resume` nor `overwrite` is asked for, it holds something else than
-            a run, or it cannot be written.
+        OutputError: another process writes it, it holds something and neither `resume` nor `overwrite` is asked for, it
+            holds something else than a run, or it cannot be written.
     """
+    if folder.is_file():
+        raise OutputError(f"{folder} is a file; an output folder is needed. Choose another path.")
     check_links(folder)
-    filled = folder.is_dir() and any(folder.iterdir())
-    ours = (folder / RUN).is_file()
+    made = not folder.exists()
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with alone(folder):
+            for place in (folder, folder / CHECKPOINT.parent):
+                if place.is_dir() and not place.is_symlink():
+                    tidy(place)
+            successor.recover(folder, _RESULTS)
+            _check_usable(folder, resume=resume, overwrite=overwrite)
+            yield
+    finally:
+        if made and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()  # nothing came of it
+
+
+def _check_usable(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    filled, ours = bool(content(folder)), (folder / RUN).is_file()
     if filled and (resume or overwrite) and not ours:
         raise OutputError(
             f"{folder} is not empty and holds no {RUN}: it is not a run's folder, and its content is left alone. "
@@ -56,22 +84,6 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"The folder {folder} is not empty, and nothing is overwritten unless asked. Choose another output, or "
             f"pass --overwrite (overwrite=True).{hint}"
         )
-    if not resume:
-        check_free(folder, overwrite=overwrite)
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-
-
-def clear(folder: Path) -> None:
-    """Remove the files of an earlier run, and nothing else."""
-    with explained(folder):
-        for name in (RUN, CONFIG, METRICS):
-            (folder / name).unlink(missing_ok=True)
-        for name in (BEST, LAST, TRACKERS, CHECKPOINT.parent.name):
-            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -116,36 +128,56 @@ def read_run(folder: Path) -> dict[str, Any]:
 def write_state(file: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint; the one before stays until this one is complete on the disk.
 
+    Behind what torch writes, which torch reads without it, stands the checksum of all that.
+
     Raises:
         OutputError: the disk is full or the file cannot be written. The checkpoint before is untouched.
     """
-    part = file.with_suffix(".part")
-    with explained(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as stream:
-                torch.save(dict(state), stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(file)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+    with new_file(file) as stream:
+        torch.save({**state, "sealed": True}, stream)
+        stream.write(_SEAL % stream.hexdigest().encode())
 
 
 def read_state(file: Path) -> dict[str, Any]:
-    """Read a checkpoint.
+    """Read a checkpoint, after checking that it is what was written.
 
     Raises:
-        FormatError: it is damaged.
+        FormatError: it is damaged, or was saved with values that are not finite.
     """
     try:
+        sealed = _check_seal(file)
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        if state.pop("sealed", False) and not sealed:  # checkpoints of early versions have no checksum
+            raise ValueError("its checksum is gone")
     except Exception as error:  # torch.load has no error type of its own
         raise FormatError(
             f"The checkpoint {file} cannot be read ({str(error).splitlines()[0]}). Start again with --overwrite."
         ) from error
+    if (key := not_finite(state["adapter"])) is not None:
+        raise FormatError(
+            f"The checkpoint {file} holds values that are not finite, first in {key}: training had failed before it "
+            "was saved. Start again with --overwrite, and a lower training.lr."
+        )
     return state
+
+
+def _check_seal(file: Path) -> bool:
+    """Compare a checkpoint with the checksum at its end; say whether there is one."""
+    length = len(_SEAL % (b"0" * 64))
+    with file.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END) - length
+        stream.seek(max(0, size))
+        seal = stream.read()
+        if not seal.startswith(_SEAL.partition(b"%")[0]):
+            return False
+        stream.seek(0)
+        digest, left = hashlib.sha256(), size
+        while left:
+            left -= len(block := stream.read(min(left, 1 << 20)))
+            digest.update(block)
+    if seal != _SEAL % digest.hexdigest().encode():
+        raise ValueError("it is damaged: its checksum differs")
+    return True
 
 
 class RunFolder(Listener):
@@ -159,9 +191,39 @@ class RunFolder(Listener):
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], facts: Mapping[str, Any]):
         self.folder, self.identity, self.facts = folder, dict(identity), dict(facts)
+        self._work = folder  # where files go
+        self._outdated: list[Path] = []  # of trackers, which write into the folder from the start
         self._saved = -1
 
-    # ------------------------------------------------------------------ continuing
+    # ------------------------------------------------------------------ beginning and continuing
+
+    def begin(self, config: str) -> None:
+        """Make room for a new run; the results of an earlier one stay until the new one has any.
+
+        Args:
+            config: text of config.yaml.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        if any((self.folder / name).exists() for name in (CHECKPOINT, BEST, LAST)):
+            self._outdated = [path for path in (self.folder / TRACKERS).rglob("*") if path.is_file()]
+            self._work = successor.begin(self.folder)
+        else:
+            with explained(self.folder):
+                for name in (*_RESULTS, TRACKERS):
+                    remove(self.folder / name)
+        try:
+            self.note("running")  # first of all: it says that the folder is a run's
+            write_text(self._work / CONFIG, config)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def abandon(self) -> None:
+        """Leave the earlier results in their place, after an error before there were any new ones."""
+        if self._work != self.folder:
+            remove(self._work)
 
     def resume(self, loop: Loop, state: Mapping[str, Any]) -> None:
         """Put a loop into the state of the checkpoint and forget the metrics of later steps.
@@ -181,24 +243,23 @@ class RunFolder(Listener):
             with explained(metrics):
                 os.truncate(metrics, min(state["metrics"], metrics.stat().st_size))
 
-    def _tidy(self) -> None:
-        """Undo what a kill in the middle of replacing an adapter leaves behind."""
-        for name in (BEST, LAST):
-            for old in self.folder.glob(f".{name}.*.old"):
-                shutil.rmtree(old) if (self.folder / name).exists() else old.rename(self.folder / name)
-            for part in self.folder.glob(f".{name}.*.part"):
-                shutil.rmtree(part)
+    def _arrived(self) -> None:
+        """There is a first result: now the earlier ones go."""
+        if self._work != self.folder:
+            successor.arrive(self.folder, _RESULTS)
+            self._work = self.folder
+            for path in self._outdated:
+                remove(path)
 
     # ------------------------------------------------------------------ events
 
     def started(self, loop: Loop) -> None:
         """Note that the run is under way; without a checkpoint to continue from, start the metrics anew."""
         if loop.accelerator.is_main_process:
-            self._tidy()
             self.note("running")
             if not loop.status.step:
-                with explained(self.folder / METRICS):
-                    (self.folder / METRICS).write_bytes(b"")
+                with explained(self._work / METRICS):
+                    (self._work / METRICS).write_bytes(b"")
 
     def stepped(self, loop: Loop, record: Record) -> None:
         """Write a line."""
@@ -238,29 +299,32 @@ class RunFolder(Listener):
             return
         state = {**loop.state_dict(), "identity": self.identity, "metrics": 0}
         if loop.accelerator.is_main_process:
-            metrics = self.folder / METRICS
+            metrics = self._work / METRICS
             with explained(metrics), metrics.open("ab") as stream:
                 os.fsync(stream.fileno())
                 state["metrics"] = stream.tell()
-            write_state(self.folder / CHECKPOINT, state)
+            write_state(self._work / CHECKPOINT, state)
+            self._arrived()
         self._saved = loop.status.step
         loop.accelerator.wait_for_everyone()
 
     def note(self, status: str, **more: Any) -> None:
         """Write run.json."""
         self.facts.update(status=status, **more)
-        write_json(self.folder / RUN, _json(self.facts))
+        write_json(self._work / RUN, _json(self.facts))
 
     def _line(self, loop: Loop, record: Record) -> None:
         if loop.accelerator.is_main_process:
-            with explained(self.folder / METRICS), (self.folder / METRICS).open("a", encoding="utf-8") as stream:
+            with explained(self._work / METRICS), (self._work / METRICS).open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(_json(record)) + "\n")
 
     def _adapter(self, loop: Loop, part: str) -> None:
+        loop.check_weights()
         if loop.accelerator.is_main_process:
             status = loop.status
             notes = {"step": status.step, "train loss": status.train_loss, "evaluation loss": status.eval_loss}
-            io.save(loop.host, self.folder / part, loop.name, overwrite=True, notes=_json(notes))
+            io.save(loop.host, self._work / part, loop.name, overwrite=True, kind=None, notes=_json(notes))
+            self._arrived()
         loop.accelerator.wait_for_everyone()
 
 

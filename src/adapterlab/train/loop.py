@@ -25,6 +25,7 @@ from adapterlab.errors import ConfigError, DataError, TrainingError
 from adapterlab.evaluate.loss import evaluate_loss
 from adapterlab.foreign.process_memory import give_back
 from adapterlab.hosts import Host
+from adapterlab.io.finite import not_finite
 from adapterlab.optim import adamw, schedule
 from adapterlab.train import rng
 from adapterlab.train.config import Training
@@ -194,9 +195,9 @@ class Loop:
         """Train to the end.
 
         Raises:
-            TrainingError: loss or gradient are not finite.
+            TrainingError: loss, gradient or adapter are not finite.
             NotTrainingError: something that should train does not.
-            Interrupted: SIGINT or SIGTERM arrived; the step was finished first.
+            Interrupted: a signal asked for the end; the step was finished first.
         """
         status = self.status
         try:
@@ -213,6 +214,7 @@ class Loop:
                         self._tell("interrupted")
                         raise Interrupted(status.step)
             self.proof.close(self._raw)
+            self.check_weights()
             self._tell("trained")
             self.method.finish(self.host, self.name)
             self.host.model.eval()
@@ -284,7 +286,12 @@ class Loop:
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what an exact continuation needs. Call it on every process."""
+        """Return what an exact continuation needs. Call it on every process.
+
+        Raises:
+            TrainingError: the adapter is not finite, so that nothing could continue from it.
+        """
+        self.check_weights()
         scaler = self.accelerator.scaler
         tensors = self.host.tensors(self.name)
         return {
@@ -363,7 +370,20 @@ class Loop:
             raise TrainingError(
                 f"The {what} is {value} at step {index + 1} (learning rate {rate:g}). Likely causes: the learning rate "
                 "is too high (lower training.lr or lengthen training.warmup), fp16 overflowed (use bf16 or fp32), or "
-                "the base weights hold numbers that are not finite. An earlier checkpoint is kept."
+                "the base weights hold numbers that are not finite. What was saved before is kept."
+            )
+
+    def check_weights(self) -> None:
+        """Check what is about to be saved.
+
+        Raises:
+            TrainingError: the adapter holds values that are not finite.
+        """
+        if (key := not_finite(self.host.tensors(self.name))) is not None:
+            rate = max(group["lr"] for group in self._raw.param_groups)
+            raise TrainingError(
+                f"After step {self.status.step} (learning rate {rate:g}) {key} holds values that are not finite, and "
+                "is not saved. Lower training.lr or lengthen training.warmup. What was saved before is kept."
             )
 
     def _tell(self, event: str, *details: Any) -> None:

@@ -24,10 +24,11 @@ from torch import Tensor
 from adapterlab.data import Report, fingerprint, load_data, render_sample
 from adapterlab.data.formats import Columns
 from adapterlab.engine.attention import fast_attention
-from adapterlab.errors import ConfigError
+from adapterlab.errors import ConfigError, OutputError
 from adapterlab.evaluate.rows import collator_for, rows_for
 from adapterlab.foreign.model import is_encoder_decoder
 from adapterlab.foreign.private_transformers import forget_accelerate
+from adapterlab.foreign.streams import steady_output
 from adapterlab.hosts import Host
 from adapterlab.io.atomic import write_text
 from adapterlab.models import load_model
@@ -104,41 +105,56 @@ def fit(
         OutputError: the output folder cannot be used.
         DataError: there are no usable rows.
         TrainingError: training cannot go on, or something does not train.
-        Interrupted: SIGINT or SIGTERM arrived; a checkpoint was saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived; a checkpoint was saved.
     """
     config = config if isinstance(config, TrainConfig) else TrainConfig(**config)
     check_trackers(config.training.trackers)
     accelerator = make_accelerator(config)
-    main = accelerator.is_main_process
-    console = Terminal(quiet=quiet or not main)
     sources = dict(provenance or provenance_of(config, {"Python": config.model_dump(exclude_unset=True)}))
-    console.print(config_table(config.flat(), sources, config.meanings() if dry_run else None))
-    if main and not dry_run:
-        files.claim(config.output, resume=resume, overwrite=overwrite)
-    accelerator.wait_for_everyone()
-    if resume and not dry_run and (done := _finished(config)):
-        console.print(f"The run in {config.output} is finished already; nothing is left to do.", highlight=False)
-        console.print(result_table(done))
-        return done
-    checkpoint = config.output / files.CHECKPOINT
-    state = files.read_state(checkpoint) if resume and not dry_run and checkpoint.is_file() else None
-    if state is not None:  # before anything is loaded; the data follow when they are read
-        files.check_same(config.output, state["identity"], {**state["identity"], **config.flat()})
+    with contextlib.ExitStack() as held:
+        held.enter_context(steady_output())
+        console = Terminal(quiet=quiet or not accelerator.is_main_process)
+        console.print(config_table(config.flat(), sources, config.meanings() if dry_run else None))
+        if dry_run:
+            _try_out(config, accelerator, console, force=force)
+            return None
+        if accelerator.is_main_process:
+            held.enter_context(files.claimed(config.output, resume=resume, overwrite=overwrite))
+        accelerator.wait_for_everyone()
+        if resume and (done := _finished(config)):
+            console.print(f"The run in {config.output} is finished already; nothing is left to do.", highlight=False)
+            console.print(result_table(done))
+            return done
+        checkpoint = config.output / files.CHECKPOINT
+        state = files.read_state(checkpoint) if resume and checkpoint.is_file() else None
+        if state is not None:  # before anything is loaded; the data follow when they are read
+            files.check_same(config.output, state["identity"], {**state["identity"], **config.flat()})
+        job, loop = _loaded(config, accelerator, console, force=force, state=state)
+        facts = _facts(config, job, sources) | {"fast_paths": [dataclasses.asdict(path) for path in fast_paths(loop)]}
+        run_folder = RunFolder(config.output, _identity(config, job), facts)
+        trackers = [Trackers(config.flat())] if config.training.trackers else []
+        loop.listeners = [*([] if console.quiet else [Display(console)]), *callbacks, *trackers, run_folder]
+        _open(config, loop, run_folder, state)
+        return _train(config, loop, run_folder, console)
+
+
+def _loaded(
+    config: TrainConfig, accelerator: Accelerator, console: Terminal, *, force: bool, state: Mapping[str, Any] | None
+) -> tuple[Job, Loop]:
+    """Load everything and show what will train."""
     with _announced(config, accelerator, console, force=force):
         job = load(config, accelerator, saved=state["adapter"] if state else None)
         loop = _loop(config, job, accelerator, prepare=state is None)
     console.print(proof_table(job.host.summary(NAME), _story(job, loop), _sample(job)))
-    if dry_run:
-        with fast_attention(job.host.model):
-            job.host.verify(loop.batch(loop.sampler.step(0)[0][:2]))
-        console.print("Every adapted module is reached, and every trainable tensor gets a gradient.", style="green")
-        return None
-    facts = _facts(config, job, sources) | {"fast_paths": [dataclasses.asdict(path) for path in fast_paths(loop)]}
-    run_folder = RunFolder(config.output, _identity(config, job), facts)
-    trackers = [Trackers(config.flat())] if config.training.trackers else []
-    loop.listeners = [*([] if console.quiet else [Display(console)]), *callbacks, *trackers, run_folder]
-    _open(config, loop, run_folder, state)
-    return _train(config, loop, run_folder, console)
+    return job, loop
+
+
+def _try_out(config: TrainConfig, accelerator: Accelerator, console: Terminal, *, force: bool) -> None:
+    """Run one batch forward and backward, and write nothing."""
+    job, loop = _loaded(config, accelerator, console, force=force, state=None)
+    with fast_attention(job.host.model):
+        job.host.verify(loop.batch(loop.sampler.step(0)[0][:2]))
+    console.print("Every adapted module is reached, and every trainable tensor gets a gradient.", style="green")
 
 
 def _announced(
@@ -155,13 +171,12 @@ def _announced(
 
 def _open(config: TrainConfig, loop: Loop, run_folder: RunFolder, state: Mapping[str, Any] | None) -> None:
     """Continue from the state of a checkpoint, or make the folder ready for a new run."""
+    text = OmegaConf.to_yaml(OmegaConf.create(config.plain()))
     if state is not None:
         run_folder.resume(loop, state)
-    elif loop.accelerator.is_main_process:
-        files.clear(config.output)
-    loop.accelerator.wait_for_everyone()
     if loop.accelerator.is_main_process:
-        write_text(config.output / files.CONFIG, OmegaConf.to_yaml(OmegaConf.create(config.plain())))
+        write_text(config.output / files.CONFIG, text) if state is not None else run_folder.begin(text)
+    loop.accelerator.wait_for_everyone()
 
 
 def _train(config: TrainConfig, loop: Loop, run_folder: RunFolder, console: Terminal) -> RunResult:
@@ -172,7 +187,9 @@ def _train(config: TrainConfig, loop: Loop, run_folder: RunFolder, console: Term
         raise
     except BaseException as error:
         if main:
-            run_folder.note("failed", error=f"{type(error).__name__}: {error}")
+            with contextlib.suppress(OutputError):  # on a full disk there is no room for a note either
+                run_folder.note("failed", error=f"{type(error).__name__}: {error}")
+            run_folder.abandon()
         raise
     result = _result(config, loop)
     if main:

@@ -1,4 +1,4 @@
-"""Stop between two steps when the user presses Ctrl-C or the system asks the process to end."""
+"""Stop between two steps when the user presses Ctrl-C, the terminal closes, or the system asks the process to end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-_ASKED = (signal.SIGINT, signal.SIGTERM)
+_ASKED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Interrupted(KeyboardInterrupt):
@@ -29,9 +29,10 @@ class Interrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGINT or SIGTERM into an answer "yes" of the function that is given; a second one acts at once.
+    """Turn the first SIGINT, SIGTERM or SIGHUP into an answer "yes" of the function that is given.
 
-    Outside the main thread, where signals cannot be caught, the answer is always "no".
+    A second one acts at once. A signal that is ignored already (SIGHUP under nohup) stays so. Outside the main thread,
+    where signals cannot be caught, the answer is always "no".
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -47,7 +48,8 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         asked.set()
         restore()
 
-    before.update({number: signal.signal(number, note) for number in _ASKED})
+    heeded = [number for number in _ASKED if signal.getsignal(number) is not signal.SIG_IGN]
+    before.update({number: signal.signal(number, note) for number in heeded})
     try:
         yield asked.is_set
     finally:

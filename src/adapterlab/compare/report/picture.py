@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from adapterlab.compare.report import charts
 from adapterlab.compare.report.table import COLUMNS, Row
@@ -19,7 +19,7 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(groups: Sequence[Sequence[Row]], file: Path) -> None:
+def draw(groups: Sequence[Sequence[Row]], file: Path | BinaryIO) -> None:
     """Draw training loss, evaluation loss, and the judge against memory: one line of panels for each group.
 
     Args:

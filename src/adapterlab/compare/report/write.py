@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from adapterlab.compare.report import page, peft, picture, table
 from adapterlab.compare.results import Comparison, load
-from adapterlab.errors import ConfigError
-from adapterlab.io.atomic import explained, write_json, write_text
+from adapterlab.errors import ConfigError, OutputError
+from adapterlab.io.atomic import check_made_here, new_file, write_json, write_text
+from adapterlab.settings import user_path
 
 PAGE, RESULTS, MARKDOWN, CSV, PICTURE = "report.html", "results.json", "table.md", "table.csv", "loss_curves.png"
 FILES = (PAGE, RESULTS, MARKDOWN, CSV, PICTURE)
@@ -29,13 +28,14 @@ def write(comparisons: Comparison | Sequence[Comparison], folder: str | Path) ->
 
     Raises:
         ConfigError: there is nothing to show.
-        OutputError: they cannot be written.
+        OutputError: they cannot be written, or would replace files that are not from here.
     """
     many = [comparisons] if isinstance(comparisons, Comparison) else list(comparisons)
     if not many or not any(c.runs for c in many):
         raise ConfigError("A report needs at least one comparison with runs; received none. Run adapterlab compare.")
     many = _named_apart(many)
-    folder, rows = Path(folder), table.build(many)
+    folder, rows = user_path(folder), table.build(many)
+    _check_place(folder)
     write_text(folder / PAGE, page.page(many, rows))
     write_json(folder / RESULTS, peft.records(many))
     write_text(folder / MARKDOWN, _markdown(many, rows))
@@ -62,7 +62,7 @@ def rebuild(folders: Sequence[str | Path], output: str | Path | None = None) -> 
         FormatError: one of them holds no comparison.
         OutputError: the report cannot be written.
     """
-    paths = [Path(folder) for folder in folders]
+    paths = [user_path(folder) for folder in folders]
     if not paths:
         raise ConfigError("A report needs at least one folder of a comparison; received none.")
     if twice := {str(p) for p in paths if sum(q.resolve() == p.resolve() for q in paths) > 1}:
@@ -73,6 +73,17 @@ def rebuild(folders: Sequence[str | Path], output: str | Path | None = None) -> 
         )
     comparisons = [load(path) for path in paths]
     return write(comparisons, paths[0] if output is None else output)
+
+
+def _check_place(folder: Path) -> None:
+    """The page is written first, so that where it is not ours, or not there, the other files are not ours either."""
+    check_made_here(folder / PAGE)
+    foreign = [] if (folder / PAGE).exists() else [name for name in FILES if (folder / name).exists()]
+    if foreign:
+        raise OutputError(
+            f"{folder} holds {', '.join(foreign)} already, not from adapterlab, which are left alone. Choose another "
+            "output."
+        )
 
 
 def _named_apart(comparisons: list[Comparison]) -> list[Comparison]:
@@ -91,12 +102,5 @@ def _draw(rows: Sequence[table.Row], file: Path) -> None:
     groups: dict[int, list[table.Row]] = {}
     for row in rows:
         groups.setdefault(id(row.comparison), []).append(row)
-    with explained(file):
-        handle, part = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-        os.close(handle)
-        try:
-            picture.draw(list(groups.values()), Path(part))
-            Path(part).chmod((file.parent / PAGE).stat().st_mode & 0o777)
-            Path(part).replace(file)
-        finally:
-            Path(part).unlink(missing_ok=True)
+    with new_file(file) as stream:
+        picture.draw(list(groups.values()), stream)
