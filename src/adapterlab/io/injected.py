@@ -32,7 +32,7 @@ def ignore_injected(model: nn.Module) -> None:
         del hooks[key]
 
 
-def translate(model: nn.Module, state: dict[str, Tensor], lead: str, *_: Any) -> None:
+def translate(model: nn.Module, state: dict[str, Tensor], lead: str, *more: Any) -> None:
     """Give the tensors of such a state the names they have here; any other is left as it is."""
     host = attachments(model)
     if host is None or len(host.methods) != 1 or not any(_BASE[0] in key for key in state):
