@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +125,29 @@ def test_another_comparison_in_the_folder_stays(fields: dict[str, Any], inline: 
     assert {p: p.read_bytes() for p in Path(fields["output"]).rglob("*") if p.is_file()} == before
     compare(CompareConfig(**{**fields, "budget": {"steps": 7}}), overwrite=True)
     assert yaml.safe_load((fields["output"] / "compare.yaml").read_text())["budget"]["steps"] == 7
+
+
+def test_an_earlier_comparison_goes_when_the_next_one_is_written(
+    fields: dict[str, Any], inline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(folder: Path) -> int:
+        (folder / "failure.json").write_text(json.dumps({"reason": "x", "final": True, "attempts": 1}))
+        return 1
+
+    inline(work)
+    compare(CompareConfig(**fields))
+    root = Path(fields["output"])
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(OutputError, match="disk is full"):
+            compare(CompareConfig(**{**fields, "budget": {"steps": 7}}), overwrite=True)
+    assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
+    (root / "compare.yaml").unlink()
+    for path in root.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (root / ".lock").touch()  # all that a comparison leaves that is killed at its first change
+    compare(CompareConfig(**fields))
 
 
 def test_a_folder_of_something_else_stays(fields: dict[str, Any], inline: Callable[..., Any]) -> None:

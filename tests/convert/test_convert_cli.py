@@ -122,6 +122,26 @@ def test_export(run, base_folder, south, north, tmp_path, saved_adapter) -> None
     assert not (tmp_path / "x").exists()
 
 
+def test_overwrite_replaces_what_a_verb_made_and_never_an_input(run, base_folder, north, south, tmp_path) -> None:
+    made, figures = tmp_path / "made", tmp_path / "figures"
+    for _ in range(2):
+        run("export", south, "--rank", 1, "--output", made, "--overwrite", *CPU)
+        run("analyze", south, "--output", figures, "--no-picture", "--overwrite", *CPU)
+    (figures / "notes.txt").touch()
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "one.jpg").touch()
+    verbs = [["merge", north], ["export", north], ["combine", north, south], ["analyze", north]]
+    for verb in [*verbs, ["extract", base_folder, "--base", base_folder]]:
+        for place in (photos, base_folder, north, figures, tmp_path):
+            before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
+            if place == north and verb[0] == "extract":
+                continue  # an adapter, and no input
+            with pytest.raises(OutputError, match=r"left alone|never replaced"):
+                run(*verb, "--output", place, "--overwrite", *CPU)
+            assert {file: file.read_bytes() for file in place.rglob("*") if file.is_file()} == before
+
+
 def test_extract(run, base, folder_of, base_folder, tmp_path) -> None:
     tuned = base()
     with torch.no_grad():

@@ -58,6 +58,21 @@ def test_evaluate_prints_a_table_or_json(run: Run, run_folder: Path) -> None:
     assert plain["loss"] != found["loss"]
 
 
+def test_evaluate_replaces_only_evaluations_of_the_same_target(run: Run, run_folder: Path, tmp_path: Path) -> None:
+    options = ["--limit", 2, "--max-new-tokens", 2, "--json", "--output", tmp_path / "out"]
+    for _ in range(2):
+        assert run("evaluate", run_folder, *options)[0] == 0
+    (file,) = (tmp_path / "out").glob("*.json")
+    figures = json.loads(file.read_text())
+    others = {"somebody's": {"a": 1}, "not an object": [], "of another": {**figures, "target": "elsewhere"}}
+    for text in [*map(json.dumps, others.values()), "half {"]:
+        file.write_text(text)
+        code, _, err = run("evaluate", run_folder, *options)
+        assert code == 2
+        assert "Choose another output" in err
+        assert file.read_text() == text
+
+
 def test_generate_answers_as_the_library_does(run: Run, adapter: Path, base_folder: Path, tmp_path: Path) -> None:
     options = ["--precision", "fp32", "--max-new-tokens", 8]
     (expected,) = answer_of(adapter, "hello")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +62,18 @@ def test_results_take_the_place_of_earlier_ones_wherever_a_kill_strikes(tmp_path
 
 
 def test_one_process_at_a_time_and_a_killed_one_locks_nothing(tmp_path: Path) -> None:
-    code = (
-        "import sys, time; from pathlib import Path; from adapterlab.io.disk import alone\n"
-        f"with alone(Path({str(tmp_path)!r})): print('in', flush=True); time.sleep(60)"
-    )
-    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
-    assert other.stdout is not None
-    assert other.stdout.readline() == b"in\n"
+    here, there = os.pipe()
+    other = os.fork()
+    if other == 0:
+        with alone(tmp_path):
+            os.write(there, b"in")
+            time.sleep(60)
+    assert os.read(here, 2) == b"in"
     with pytest.raises(OutputError, match=r"Another process is writing(.|\n)*choose another folder"), alone(tmp_path):
         pass
-    other.kill()
-    other.communicate()
+    os.kill(other, signal.SIGKILL)
+    os.waitpid(other, 0)
+    assert os.listdir(tmp_path) == [".lock"]
     assert content(tmp_path) == [], "what is left of it does not count"
     with alone(tmp_path):
         pass
@@ -85,9 +87,14 @@ def test_two_writers_of_one_folder(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="Another process"):
             make(final, "second")
     assert (final / "x").read_text() == "first"
-    with pytest.raises(OutputError, match="not empty"), new_folder(tmp_path / "g") as work:
-        (tmp_path / "g").mkdir()  # by somebody who knows no locks
-        (tmp_path / "g" / "theirs").touch()
+
+    def overtaken() -> None:
+        with new_folder(tmp_path / "g"):
+            (tmp_path / "g").mkdir()  # by somebody who knows no locks
+            (tmp_path / "g" / "theirs").touch()
+
+    with pytest.raises(OutputError, match="not empty"):
+        overtaken()
     assert content(tmp_path / "g") == ["theirs"]
     with alone(tmp_path / "g"), pytest.raises(OutputError, match="Another process"):
         make(tmp_path / "g", "x", overwrite=True)

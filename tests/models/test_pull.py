@@ -119,6 +119,17 @@ def test_the_rest_of_a_killed_pull_is_cleared_away(package, store):
     assert hidden(store) == []
 
 
+@pytest.mark.parametrize("parts", [("new", "old"), ("old",)])
+def test_a_pull_that_was_killed_between_its_last_two_steps_is_finished(package, store, parts):
+    where = pull("tiny", progress=False)
+    for part in parts:
+        shutil.copytree(where, store / ".tiny.tmp-0123" / part)
+    shutil.rmtree(where)
+    assert pull("tiny", progress=False) == where
+    assert package.conversions == 1, "nothing is fetched again"
+    assert hidden(store) == []
+
+
 def test_two_pulls_at_once_fetch_once(package):
     inside = threading.Event()
     package.on_convert = lambda folder: inside.wait(0.3)  # time for the other to come to the lock

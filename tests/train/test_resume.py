@@ -232,9 +232,10 @@ def test_earlier_results_stay_until_there_are_new_ones(
     (root / "run" / "notes.txt").write_text("mine")
     before, seen = weights(root / "run", "last"), list[bool]()
     listed = sorted(os.listdir(root / "run"))
-    with monkeypatch.context() as broken, pytest.raises(OutputError, match="disk is full"):
+    with monkeypatch.context() as broken:
         broken.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
-        run()
+        with pytest.raises(OutputError, match="disk is full"):
+            run()
     with pytest.raises(TrainingError):
         run(lr=1e38, clip=None, warmup=0, proof_steps=0)
     assert sorted(os.listdir(root / "run")) == listed

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import io
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -102,6 +105,23 @@ def test_control_c_on_the_command_line(
     assert cli("train", str(root / "run" / "config.yaml"), "--resume", "--quiet") == 0
     steps = [json.loads(line)["step"] for line in (root / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 2, 3, 4, 4]
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.EIO, "terminal is gone")])
+def test_nobody_has_to_read_what_a_run_prints(
+    file: str, root: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    monkeypatch.setenv("HOME", str(root))
+    for stream in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, stream, Closed())
+    result = fit({**yaml.safe_load(Path(file).read_text()), "output": "~/in/home"})
+    assert result is not None
+    assert result.last == root / "in" / "home" / "last"
+    assert load(load_model(str(root / "model"), device="cpu")[0], "~/in/home/last").methods
 
 
 def test_the_adapters_in_the_folder_are_those_of_the_metrics(config: Config, root: Path) -> None:

@@ -380,10 +380,9 @@ class Loop:
             TrainingError: the adapter holds values that are not finite.
         """
         if (key := not_finite(self.host.tensors(self.name))) is not None:
-            rate = max(group["lr"] for group in self._raw.param_groups)
             raise TrainingError(
-                f"After step {self.status.step} (learning rate {rate:g}) {key} holds values that are not finite, and "
-                "is not saved. Lower training.lr or lengthen training.warmup. What was saved before is kept."
+                f"After step {self.status.step} (training.lr {self.training.lr:g}) {key} holds values that are not "
+                "finite, and is not saved. Lower training.lr or lengthen training.warmup. What was saved before is kept."
             )
 
     def _tell(self, event: str, *details: Any) -> None:

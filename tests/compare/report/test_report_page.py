@@ -12,7 +12,7 @@ from fabricate import fabricate
 from adapterlab.cli import main
 from adapterlab.compare.report import page, picture, rebuild, write
 from adapterlab.compare.results import Comparison, Exam, Sample
-from adapterlab.errors import ConfigError, FormatError
+from adapterlab.errors import ConfigError, FormatError, OutputError
 
 VOID = {"meta", "link", "wbr", "br", "hr", "img", "input"}
 NASTY = "</script></pre><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'\""
@@ -162,6 +162,14 @@ def test_a_report_comes_from_the_records_alone(tmp_path):
     if picture.can_draw():
         assert (tmp_path / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
     assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.parametrize("name", ["report.html", "table.csv"])
+def test_files_of_others_are_left_alone(name, tmp_path):
+    (tmp_path / name).write_text("theirs")
+    with pytest.raises(OutputError, match="not from adapterlab"):
+        write(fabricate(), tmp_path)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["theirs"]
 
 
 def test_without_matplotlib_all_but_the_picture_is_written(tmp_path, monkeypatch):
