@@ -6,9 +6,12 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.engine.summary import summarise
+from adapterlab.terminal import shown
 
 if TYPE_CHECKING:
     from adapterlab.engine.attachments import Attachments
+
+_MARKS = {ord("\n"): " ", ord("<"): "&lt;", ord("|"): "&#124;"}  # a name comes from a file, and is no part of the page
 
 
 def model_card(host: Attachments, name: str, base_model: str | None, peft: bool, notes: dict[str, Any]) -> str:
@@ -34,7 +37,7 @@ def model_card(host: Attachments, name: str, base_model: str | None, peft: bool,
         *(f"{key}: {json.dumps(value)}" for key, value in head.items() if value),
         "---",
         "",
-        f"# {type(method).__name__} adapter for {base}",
+        f"# {type(method).__name__} adapter for {shown(base).translate(_MARKS)}",
         "",
         f"{method.paper or type(method).__name__}: {summary.trainable:,} of {summary.total:,} parameters were trained "
         f"({100 * summary.trainable / max(1, summary.total):.3f} %), on "
@@ -46,7 +49,7 @@ def model_card(host: Attachments, name: str, base_model: str | None, peft: bool,
         "```python",
         "import adapterlab as al",
         "",
-        f'model, tokenizer = al.load_model("{base}")',
+        f"model, tokenizer = al.load_model({json.dumps(base)})",
         'host = al.load(model, "THIS_FOLDER")',
         "```",
         "",

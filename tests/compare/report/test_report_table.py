@@ -2,6 +2,7 @@ import csv
 import io
 import itertools
 import random
+import re
 import statistics
 
 import pytest
@@ -10,7 +11,8 @@ from fabricate import fabricate
 from adapterlab.compare.report import amounts, charts, peft, table
 from adapterlab.compare.report.join import alike, join
 from adapterlab.compare.report.svg import Axis
-from adapterlab.compare.results import UNTRAINED
+from adapterlab.compare.report.write import write
+from adapterlab.compare.results import UNTRAINED, Recommendation
 
 MADE = fabricate()
 
@@ -69,6 +71,38 @@ def test_csv_holds_every_figure_in_full_precision():
     assert float(line["training_flops"]) == runs[0].flops
     assert float(line["score_best_low"]) < float(line["score_best"]) < float(line["score_best_high"])
     assert {line["lr"] for line in lines if line["method"] == "ia3"} == {"0.01"}
+
+
+def named(label):
+    """The comparison with the label of one method replaced, and the text in every remark and the advice."""
+    spoilt = {"label": label, "status": "failed", "reason": label}
+    runs = [run.model_copy(update=spoilt) if run.label == "ia3" else run for run in MADE.runs]
+    return MADE.model_copy(update={"runs": runs, "recommendation": Recommendation(text=label), "standings": []})
+
+
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+cmd|'/C calc'!A0", "-2+3", "@SUM(A1)", " =1", "\t=1", "<script>alert(1)</script>", "a\x1b[31m|b"]
+)
+def test_no_text_of_a_comparison_acts_in_the_tables(tmp_path, monkeypatch, text):
+    monkeypatch.setattr("adapterlab.compare.report.picture.can_draw", lambda: False)
+    write([named(text)], tmp_path)
+    written = (tmp_path / "table.md").read_text()
+    assert not re.search(r"(?<!\\)<|\x1b", written)
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in written.split("\n\n")[0].splitlines()}) == 1
+    cells = [cell for line in csv.reader(io.StringIO((tmp_path / "table.csv").read_text())) for cell in line]
+    assert any(text.replace("\x1b", "\\u001b") in cell for cell in cells)
+    assert not [cell for cell in cells if "\x1b" in cell or (cell.strip()[:1] in tuple("=+-@") and not number(cell))]
+
+
+def number(cell):
+    try:
+        return isinstance(float(cell), float)
+    except ValueError:
+        return False
+
+
+def test_numbers_below_zero_stay_numbers():
+    assert [table._inert(value) for value in (-0.5, "-0.5", "+2", None, "-x")] == [-0.5, "-0.5", "+2", None, "'-x"]
 
 
 def test_the_classic_markdown_table_is_complete():

@@ -11,6 +11,7 @@ from typing import Literal
 from adapterlab.compare.report import amounts
 from adapterlab.compare.report.join import alike, join, joined_label, score_interval
 from adapterlab.compare.results import UNTRAINED, Comparison, Interval, Run, Standing, mean
+from adapterlab.terminal import shown
 
 COLOURS = (  # on light and on dark ground
     ("#2468b0", "#6fb1f0"),
@@ -208,12 +209,12 @@ def markdown(rows: Sequence[Row]) -> str:
     parts = [_grid(rows, classic, rank=True, many=many)]
     if more := columns(rows, "more"):
         parts.append(_grid(rows, more, rank=False, many=many))
-    remarks = [f"- {_escape(row.name)}: {_escape(row.remark)}" for row in rows if row.remark]
+    remarks = [f"- {plain(row.name)}: {plain(row.remark)}" for row in rows if row.remark]
     return "\n\n".join([*parts, *(["\n".join(remarks)] if remarks else [])]) + "\n"
 
 
 def comma_separated(rows: Sequence[Row]) -> str:
-    """Write every figure in full precision, with a header; missing figures are empty."""
+    """Write every figure in full precision, with a header; missing figures are empty, and no cell is a formula."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     intervals = [c.key for c in COLUMNS if any(row.cells[c.key].interval for row in rows)]
@@ -222,7 +223,8 @@ def comma_separated(rows: Sequence[Row]) -> str:
     for row in rows:
         first = [row.folder, row.label, row.rank, len(row.runs), row.lr]
         ends = [end for key in intervals for end in row.cells[key].interval or (None, None)]
-        writer.writerow([*first, *(row.cells[c.key].value for c in COLUMNS), *ends, row.remark])
+        cells = [*first, *(row.cells[c.key].value for c in COLUMNS), *ends, row.remark]
+        writer.writerow([_inert(value) for value in cells])
     return stream.getvalue()
 
 
@@ -275,12 +277,24 @@ def _grid(rows: Sequence[Row], shown: Sequence[Column], *, rank: bool, many: boo
     aligned = ["---"] * many + ["---:"] * rank + ["---"] + ["---:"] * len(shown)
     lines = [header, aligned]
     for row in rows:
-        cells = [_escape(row.folder)] * many + [str(row.rank or amounts.MISSING)] * rank + [_escape(row.label)]
+        cells = [plain(row.folder)] * many + [str(row.rank or amounts.MISSING)] * rank + [plain(row.label)]
         lines.append([*cells, *(str(row.cells[column.key]) for column in shown)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _escape(text: str) -> str:
+def plain(text: str) -> str:
+    """Write a text so that Markdown shows it on one line as it is; no mark, tag or control character in it acts."""
     for mark in "\\|*`[<":
         text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.split())
+    return shown(" ".join(text.split()))
+
+
+def _inert(value: object) -> object:
+    """A cell that no spreadsheet takes for a formula: texts that begin like one get an apostrophe, numbers nothing."""
+    if not isinstance(value, str):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return shown(f"'{value}" if value.lstrip()[:1] in ("=", "+", "-", "@") else value)
+    return value

@@ -94,8 +94,9 @@ def _named_apart(comparisons: list[Comparison]) -> list[Comparison]:
 
 
 def _markdown(comparisons: Sequence[Comparison], rows: Sequence[table.Row]) -> str:
-    advice = [c.recommendation.text for c in comparisons if c.recommendation is not None]
-    return "\n\n".join([*page.notices(comparisons), table.markdown(rows).rstrip("\n"), *advice]) + "\n"
+    advice = [table.plain(c.recommendation.text) for c in comparisons if c.recommendation is not None]
+    notices = map(table.plain, page.notices(comparisons))
+    return "\n\n".join([*notices, table.markdown(rows).rstrip("\n"), *advice]) + "\n"
 
 
 def _draw(rows: Sequence[table.Row], file: Path) -> None:
