@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import transformers
@@ -158,3 +160,22 @@ def test_an_adapter_that_needs_itself_is_refused(tiny_llama, tmp_path):
     edit(tmp_path / "adapter" / "method.json", fields=fields)
     with pytest.raises(al.errors.FormatError, match="names itself"):
         al.load(LlamaForCausalLM.from_pretrained(tiny_llama), tmp_path / "adapter")
+
+
+def test_whether_code_may_run_is_said_wherever_transformers_could_ask():
+    root, silent = Path(al.__file__).parent, []
+    for file in root.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config"):
+                said = any(keyword.arg == "trust_remote_code" for keyword in node.keywords)
+                if not said and not ast.unparse(node.func).startswith("PeftModel."):
+                    silent.append(f"{file.relative_to(root)}: {ast.unparse(node)}")
+    assert not silent
+
+
+def test_shards_lie_in_the_folder(folder, tmp_path):
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {"lm_head.weight": "../outside.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="outside"):
+        load_model(folder, device="cpu")

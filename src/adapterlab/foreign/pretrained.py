@@ -47,9 +47,9 @@ def read_config(where: str | Path, *, trust_remote_code: bool, revision: str | N
         OSError, ValueError, KeyError, TypeError: it cannot be read.
     """
     place = _place(where, revision)
-    plain, _ = PretrainedConfig.get_config_dict(where, **place)
-    _check_counts(where, plain, trust_remote_code)
     with _named(where):
+        plain, _ = PretrainedConfig.get_config_dict(where, **place)
+        _check_counts(where, plain, trust_remote_code)
         found: PretrainedConfig = AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **place)
     return found
 
@@ -92,7 +92,8 @@ def read_model(
         ModelError: it needs code that may not run, or its configuration asks for more than the files can hold.
         OSError, ValueError, KeyError, SafetensorError: it cannot be read.
     """
-    _check_sizes(folder, config, trust_remote_code)
+    if not trust_remote_code:  # who trusts the code trusts its numbers, and that code may not run without values
+        _check_sizes(folder, config)
     with _named(folder):
         # Wrong shapes are let through here: the caller reports them together with what is missing.
         return _kind(config).from_pretrained(  # type: ignore[no-any-return]
@@ -111,9 +112,11 @@ def _place(where: str | Path, revision: str | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _named(where: str | Path) -> Iterator[None]:
-    """Say which setting is meant where code of a folder would have to run."""
+    """Say which setting is meant where code of a folder would have to run, and take any shape of a file for a fault."""
     try:
         yield
+    except (AttributeError, IndexError, RecursionError) as error:
+        raise ValueError(f"it is not as transformers writes it ({type(error).__name__}: {error})") from error
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
@@ -152,12 +155,12 @@ def _leaves(value: Any, path: tuple[str | int, ...] = ("",)) -> Iterator[tuple[t
         yield path, value
 
 
-def _check_sizes(folder: Path, config: PretrainedConfig, trust_remote_code: bool) -> None:
+def _check_sizes(folder: Path, config: PretrainedConfig) -> None:
     """Compare what a configuration asks for with what the weight files can hold, before any memory is taken."""
     held = sum(file.stat().st_size for file in folder.iterdir() if _is_weights(file))
     try:
         with torch.device("meta"):
-            model = build(config, trust_remote_code=trust_remote_code)
+            model = build(config, trust_remote_code=False)
     except (RuntimeError, OverflowError, MemoryError, ZeroDivisionError) as error:
         raise ModelError(f"No model can be made of config.json in {str(folder)!r}: {error}") from None
     asked = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))

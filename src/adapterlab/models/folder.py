@@ -22,7 +22,7 @@ def missing_files(folder: Path) -> list[str]:
             shards = sorted(set(json.loads(weights.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError):
             return [*lacking, f"a readable {weights.name}"]
-        lacking += [shard for shard in shards if not (folder / shard).is_file()]
+        lacking += [shard for shard in shards if Path(shard).name != shard or not (folder / shard).is_file()]
     return lacking
 
 

@@ -45,7 +45,8 @@ class ProxyTuning(Method):
     Inference: not mergeable; each step runs three models.
 
     Models are named by folder or catalogue name and loaded when the method is attached, in the base's precision and on
-    its device; a module that is in memory is first given a name with `ProxyTuning.hold`. Saving keeps the names.
+    its device; a module that is in memory is first given a name with `ProxyTuning.hold`. Saving keeps the names, and
+    loading fetches none of them; a model that brings code of its own is loaded by you and held.
 
     Reference: "Tuning Language Models by Proxy", arXiv 2401.08565.
 
