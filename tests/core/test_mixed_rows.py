@@ -6,7 +6,26 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
 import adapterlab as al
 from adapterlab.errors import AttachError, MergeError
@@ -130,3 +149,100 @@ def test_beams_around_a_block_and_inside_it(tiny: Any, randomise: Any, logits: A
         with host.using(name):
             alone = logits(model, {"input_ids": ids})[3 * row : 3 * row + 3]
         assert torch.allclose(mixed[3 * row : 3 * row + 3], alone, atol=1e-4), name
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4
+}  # fmt: skip
+DECODER = {**SIZES, "num_key_value_heads": 2, "pad_token_id": 0, "max_position_embeddings": 64}
+ROUTED = {**DECODER, "num_experts_per_tok": 2}
+T5ISH: dict[str, Any] = {
+    "vocab_size": 64, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4,
+    "decoder_start_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+FAMILIES: dict[str, Any] = {
+    "gpt_oss": lambda: GptOssForCausalLM(
+        GptOssConfig(**ROUTED, num_local_experts=4, head_dim=8, layer_types=["full_attention"])
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=64)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**SIZES, num_labels=3)),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**ROUTED, num_local_experts=4)),
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**ROUTED, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    ),
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**T5ISH)),
+    "switch": lambda: SwitchTransformersForConditionalGeneration(
+        SwitchTransformersConfig(**T5ISH, num_experts=4, num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)
+    ),
+    "xlnet": lambda: XLNetForSequenceClassification(
+        XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=4, d_inner=48, num_labels=3)
+    ),
+}
+
+
+def attached(family: str, methods: list[Any], randomise: Any) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    model = FAMILIES[family]().eval()
+    host = al.attach(model, methods[0], "0")
+    for i, method in enumerate(methods[1:], 1):
+        host.attach(method, str(i))
+    randomise(host, size=0.2)
+    return model, host
+
+
+@pytest.mark.parametrize("rows", [2, 4], ids=["fewer rows than heads", "as many rows as heads and tokens"])
+@pytest.mark.parametrize(
+    ("family", "methods"),
+    [
+        ("gpt_oss", [al.LoRA(r=2, targets=["q"]), al.PrefixTuning(length=2)]),
+        ("gpt2", [al.LoRA(r=2, targets=[r".*\.wpe"]), al.LoRA(r=2, targets=[r".*\.wte"])]),
+        ("gpt2", [al.DoRA(r=2, targets=[r".*\.wpe"]), al.LoRA(r=2, targets=[r".*\.wte"])]),
+        ("bert", [al.LoRA(r=2, targets=[r".*\.position_embeddings", r".*pooler\.dense"]), al.DoRA(r=2, targets=["v"])]),
+        ("mixtral", [al.AdapterParallel(m=4), al.LoRA(r=2, targets=["q"], modules_to_save=["gate"])]),
+        ("qwen2_moe", [al.LoRA(r=2, targets=[r".*shared_expert\..*"]), al.DoRA(r=2, targets=[r".*shared_expert\..*"])]),
+    ],
+    ids=["sinks", "positions added", "positions", "pooled", "router", "flattened tokens"],
+)
+def test_rows_are_what_the_batch_has_and_nothing_else_of_that_size(
+    family: str, methods: list[Any], rows: int, randomise: Any, logits: Any
+) -> None:
+    model, host = attached(family, methods, randomise)
+    ids = torch.randint(3, 60, (rows, 4), generator=torch.Generator().manual_seed(0))
+    names = ["1", "0", None, "1"][:rows]
+    with host.rows(names):
+        mixed = logits(model, {"input_ids": ids})
+    for row, name in enumerate(names):
+        with host.using(*([name] if name else [])):
+            alone = logits(model, {"input_ids": ids})[row]
+        assert torch.allclose(mixed[row], alone, atol=1e-5), name
+    assert not any(module._forward_pre_hooks for module in model.modules()), "nothing is left behind"
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "said"),
+    [
+        ("t5", [r".*relative_attention_bias"], "numbers .* that were made inside the model"),
+        ("switch", ["wi", "wo"], "one of several modules that tokens may be chosen for"),
+        ("xlnet", [r".*layer_1"], "the model goes by time first"),
+    ],
+)
+def test_what_cannot_be_told_apart_by_rows_is_refused(
+    family: str, targets: list[str], said: str, randomise: Any
+) -> None:
+    model, host = attached(family, [al.LoRA(r=2, targets=targets)], randomise)
+    ids = torch.arange(3, 19).view(4, 4)
+    batch = {"input_ids": ids, **({"decoder_input_ids": ids} if family in ("t5", "switch") else {})}
+    with pytest.raises(AttachError, match=f"cannot be told apart at .*{said}"), host.rows(["0", None, "0", None]):
+        model(**batch)
+    model(**batch)
+
+
+def test_stacked_slots_follow_flattened_tokens(randomise: Any, logits: Any) -> None:
+    low = [al.LoRA(r=2, targets=["q", r".*shared_expert\..*"]), al.LoRA(r=3, targets=["v"])]
+    model, host = attached("qwen2_moe", low, randomise)
+    ids = torch.randint(3, 60, (3, 4), generator=torch.Generator().manual_seed(0))
+    with host.rows(["0", None, "1"]):
+        expected = logits(model, {"input_ids": ids})
+    with host.stack("0", "1") as stack:
+        stack.rows(["0", None, "1"])
+        assert torch.allclose(logits(model, {"input_ids": ids}), expected, atol=1e-5)

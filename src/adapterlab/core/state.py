@@ -20,6 +20,7 @@ class State:
         losses: sink for auxiliary losses while someone collects them, else None.
         taps: tensors that one adapter leaves for another during a forward pass.
         carrier: what the adapters were attached with, to be found from a wrapped module.
+        batches: while a mixed batch is computed, what each of the modules around the current one was given.
     """
 
     active: tuple[str, ...] = ()
@@ -27,6 +28,7 @@ class State:
     losses: list[Tensor] | None = None
     taps: dict[str, Any] = field(default_factory=dict)
     carrier: Any = field(default=None, repr=False, compare=False)
+    batches: list[Any] = field(default_factory=list)
 
     def emit(self, loss: Tensor) -> None:
         """Add an auxiliary loss to the forward pass; dropped when nobody collects."""
@@ -43,13 +45,15 @@ class State:
             self.losses = before
 
     @contextlib.contextmanager
-    def showing(self, rows: Sequence[tuple[str, ...]]) -> Iterator[None]:
+    def showing(self, rows: Sequence[tuple[str, ...]], batch: Any) -> Iterator[None]:
         """Take the batch to have other rows inside the context."""
         before, self.rows = self.rows, tuple(rows)
+        self.batches.append(batch)
         try:
             yield
         finally:
             self.rows = before
+            self.batches.pop()
 
     def snapshot(self) -> dict[str, Any]:
         """Record what a later recomputation of the same forward pass must see."""

@@ -17,6 +17,7 @@ from adapterlab.core.state import State
 from adapterlab.core.targets import Targets
 from adapterlab.engine.anatomy import Anatomy
 from adapterlab.engine.attention import bridge
+from adapterlab.engine.batch_rows import followed
 from adapterlab.engine.heads import check_whole, say_random, without_home
 from adapterlab.engine.intact import Place, check_heard, check_intact, hidden
 from adapterlab.engine.loading import stop_watching, watch_loads
@@ -534,8 +535,10 @@ class Attachments(Anatomy):
         before = self.active
         self._switch(used)
         self.state.rows = rows
+        paths = dict.fromkeys(path for name in used for path in self.adapters(name))
         try:
-            yield self
+            with followed(self.model, paths, self.state, lambda: len(self.state.rows or rows)):
+                yield self
         finally:
             self.state.rows = None
             self.activate(*before)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from adapterlab.engine.batch_rows import Batch, lead, rows_given
 from adapterlab.errors import AttachError
+from adapterlab.foreign.calls import argument_names
+from adapterlab.foreign.model import plain_class
 
 if TYPE_CHECKING:
     from adapterlab.core.adapter import Adapter
@@ -28,28 +33,45 @@ def mixed(adapters: Mapping[str, Adapter], state: State, run: Callable[..., Any]
         adapters: of the module, by key, in order of attachment.
         state: with the keys for each row of the batch.
         run: the module's own computation.
-        args: tensors have the rows in their first dimension, or 1 there.
+        args: what the module is called with; `batch_rows` says which of it are rows.
         kwargs: likewise.
+
+    Raises:
+        AttachError: what the module is given cannot be told apart by rows, or an adapter mixes rows.
     """
     rows: Rows = state.rows or ()
     here = [tuple(name for name in adapters if name in row) for row in rows]
     if not any(here):
         return run(*args, **kwargs)
-    additive = all(adapters[name].additive for row in here for name in row)
-    size = max(a.shape[0] for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.dim())
-    if size == 1 and not additive:
-        size = len(rows)  # what all rows share, such as position ids
-    if size % len(rows):
-        raise AttachError(
-            f"host.rows names {len(rows)} rows and the batch has {size}: give one entry for each row of the batch."
-        )
-    # Beam search repeats each row, and experts see rows as runs of tokens: both keep the order of the rows.
+    used = {name: adapters[name] for row in here for name in row}
+    site = next(iter(used.values())).site
+    x = lead(argument_names(plain_class(site.module)), args, kwargs)
+    batch = rows_given(site.path, x, state, len(rows))
+    size = batch.rows if x is None or len(x) == 1 else len(x)
+    # Beam search repeats each row, and flattened tokens are runs of each row: both keep the order of the rows.
     owner = torch.arange(len(rows)).repeat_interleave(size // len(rows))
     groups = {names: owner_of(here, names)[owner].nonzero()[:, 0] for names in dict.fromkeys(here)}
-    if additive:
+    if all(adapter.additive for adapter in used.values()):
         return _added(adapters, groups, run, *args, **kwargs)
-    given = [rows[i] for i in owner.tolist()]
-    return _gathered(adapters, groups, given, state, run, args, kwargs)
+    split = _Split(size, batch, x, [rows[i] for i in owner.tolist()])
+    return _gathered(adapters, groups, split, state, run, args, kwargs)
+
+
+@dataclass(frozen=True)
+class _Split:
+    """How a call is taken apart.
+
+    Attributes:
+        size: of the first dimension, in which the rows stand.
+        batch: what the module is given.
+        x: the tensor that says so.
+        rows: adapters of each entry of that dimension.
+    """
+
+    size: int
+    batch: Batch
+    x: Tensor | None
+    rows: Rows
 
 
 def owner_of(here: Sequence[tuple[str, ...]], names: tuple[str, ...]) -> Tensor:
@@ -66,6 +88,9 @@ def _added(
     **kwargs: Any,
 ) -> Tensor:
     y: Tensor = run(x, *args, **kwargs)
+    size = sum(map(len, groups.values()))
+    if len(x) == 1 < size:  # all rows share it
+        x, y = x.expand(size, *x.shape[1:]), y.expand(size, *y.shape[1:])
     for names, index in groups.items():
         index = index.to(x.device)
         for name in names:
@@ -76,7 +101,7 @@ def _added(
 def _gathered(
     adapters: Mapping[str, Adapter],
     groups: Mapping[tuple[str, ...], Tensor],
-    rows: Rows,
+    split: _Split,
     state: State,
     run: Callable[..., Any],
     args: Any,
@@ -88,8 +113,9 @@ def _gathered(
         for name in names:
             _check(name, adapters[name])
             call = functools.partial(adapters[name].around, call)
-        part_args, part_kwargs = (_take(value, index, len(rows)) for value in (args, kwargs))
-        with state.showing([rows[i] for i in index.tolist()]):  # modules inside see the rows of the group alone
+        part_args, part_kwargs = (_take(value, index, split) for value in (args, kwargs))
+        batch = dataclasses.replace(split.batch, rows=split.batch.rows * len(index) // split.size)
+        with state.showing([split.rows[i] for i in index.tolist()], batch):  # inside are the rows of the group alone
             results.append(_spread(call(*part_args, **part_kwargs), len(index)))
         order.append(index)
     back = torch.cat(order).argsort()
@@ -104,13 +130,20 @@ def _check(name: str, adapter: Adapter) -> None:
         )
 
 
-def _take(value: Any, index: Tensor, size: int) -> Any:
+def _take(value: Any, index: Tensor, split: _Split) -> Any:
     if isinstance(value, Tensor):
-        return value[index.to(value.device)] if value.dim() > 1 and value.shape[0] == size else value
+        rows = value is split.x or value.dim() > 1
+        told = value is split.x or value.dim() != 2 or not value.is_floating_point()
+        if not told and len(value) == split.size == split.batch.tokens:
+            raise AttachError(
+                f"A tensor of {list(value.shape)} may belong to the rows or to the tokens of a batch that has as many "
+                "of both. Run the rows of each adapter in a batch of their own, with host.using."
+            )
+        return value[index.to(value.device)] if rows and len(value) == split.size else value
     if isinstance(value, (tuple, list)):
-        return type(value)(_take(v, index, size) for v in value)
+        return type(value)(_take(v, index, split) for v in value)
     if isinstance(value, dict):
-        return {k: _take(v, index, size) for k, v in value.items()}
+        return {k: _take(v, index, split) for k, v in value.items()}
     if type(value).__name__.endswith("Cache"):
         raise AttachError(
             "These adapters stand around a whole block or model, whose key-value cache cannot be split by rows. "
@@ -128,6 +161,19 @@ def _spread(result: Any, count: int) -> Any:
     return result
 
 
+def _joined(results: list[Tensor], back: Tensor) -> Tensor:
+    """Put the results of groups behind each other, in the order of the rows; each row may have a run of entries."""
+    total = sum(len(r) if r.dim() else 0 for r in results)
+    runs, left = divmod(total, len(back))
+    if left or not runs:
+        raise AttachError(
+            f"A result of {[list(r.shape) for r in results]} cannot be put together from {len(back)} rows. Run the "
+            "rows of each adapter in a batch of their own, with host.using."
+        )
+    whole = torch.cat(results)
+    return whole.unflatten(0, (len(back), runs))[back.to(whole.device)].flatten(0, 1)
+
+
 def _join(results: list[Any], back: Tensor, inside: bool = False) -> Any:
     first = results[0]
     if type(first).__name__.endswith("Cache"):
@@ -135,7 +181,7 @@ def _join(results: list[Any], back: Tensor, inside: bool = False) -> Any:
     if inside and isinstance(first, Tensor) and len({r.shape[1:] for r in results}) > 1:
         return None  # attention weights over different numbers of keys
     if isinstance(first, Tensor):
-        return torch.cat(results)[back.to(first.device)]
+        return _joined(results, back)
     if isinstance(first, tuple) and not hasattr(first, "_fields"):
         return tuple(_join([r[i] for r in results], back, True) for i in range(len(first)))
     if isinstance(first, dict):

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from adapterlab.core.adapter import Delta
 from adapterlab.core.site import Site
+from adapterlab.engine.batch_rows import followed, rows_given
 from adapterlab.engine.wrapping import put, take
 from adapterlab.errors import AttachError, nearest
 from adapterlab.foreign.quantized import compute_dtype
 
 if TYPE_CHECKING:
+    from adapterlab.core.state import State
     from adapterlab.engine.attachments import Attachments
 
 _KEY = "_slots"
@@ -35,7 +37,7 @@ class Slots(Delta):
     A: Tensor
     B: Tensor
 
-    def __init__(self, site: Site, parts: Sequence[tuple[Tensor, Tensor] | None], rows: Tensor):
+    def __init__(self, site: Site, parts: Sequence[tuple[Tensor, Tensor] | None], rows: Tensor, state: State):
         super().__init__(site)
         out, in_ = site.shape
         # In the dtype that the products run in: to cast the factors of all slots in every call costs more than these.
@@ -48,11 +50,12 @@ class Slots(Delta):
                 a, b = part
                 self.A[slot, : len(a)] = a.detach()
                 self.B[slot, :, : len(a)] = b.detach()
-        self.rows = rows
+        self.rows, self.state = rows, state
 
     def added(self, x: Tensor) -> Tensor:
         """(x Aᵀ) Bᵀ with each row's own factors, in the dtype of x: `[batch, ..., out]`."""
-        repeats = x.shape[0] // len(self.rows)  # beam search repeats each row
+        rows_given(self.site.path, x, self.state, len(self.rows))
+        repeats = x.shape[0] // len(self.rows)  # beam search repeats each row, and flattened tokens are runs of each
         slot = self.rows.repeat_interleave(repeats) if repeats > 1 else self.rows
         a, b = (factors.index_select(0, slot).to(x.dtype) for factors in (self.A, self.B))
         flat = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -93,13 +96,14 @@ def stacked(host: Attachments, names: Sequence[str]) -> Iterator[Stack]:
         plan.append((next(a.site for a in here if a is not None), [_factored(a, path) for a in here]))
     before, device = host.active, next(host.model.parameters()).device
     rows = torch.zeros(1, dtype=torch.int64, device=device)
-    slots = [Slots(site, parts, rows) for site, parts in plan]
+    slots = [Slots(site, parts, rows, host.state) for site, parts in plan]
     host.activate()
     try:
         for slot in slots:
             put(slot.site.module, _KEY, slot.eval(), host.state)
         host.state.active = (_KEY,)
-        yield Stack(names, slots, device)
+        with followed(host.model, paths, host.state, lambda: len(slots[0].rows)):
+            yield Stack(names, slots, device)
     finally:
         for slot in slots:
             take(slot.site.module, _KEY)

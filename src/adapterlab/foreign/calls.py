@@ -60,6 +60,19 @@ def calls(cls: Any) -> Calls:
     return Calls(frozenset(called), frozenset(read))
 
 
+@functools.cache
+def swaps_rows(cls: Any) -> bool:
+    """Whether the forward of a class exchanges the first two dimensions of something, as models do that go by time."""
+    for node in ast.walk(_tree(cls, "forward") or ast.Module([], [])):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            given = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            if (node.func.attr == "transpose" and given in ([0, 1], [1, 0])) or (
+                node.func.attr == "permute" and given[:2] == [1, 0]
+            ):
+                return True
+    return False
+
+
 def _tree(cls: Any, name: str) -> ast.AST | None:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(getattr(cls, name))))

@@ -1,0 +1,179 @@
+"""What is a row of a mixed batch: followed from the model's own input down to every module that adapters are on.
+
+The outermost call says how many rows and tokens there are. A module below has rows in what it is given if that begins
+with as many rows, with all tokens of all rows behind each other, or with the parts that rows were cut into. Whatever
+else it is given is not told apart by guessing: what all rows share (positions) is computed for all, and tokens that a
+router chose, or tensors of another order, are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from adapterlab.errors import AttachError
+from adapterlab.foreign.calls import argument_names, swaps_rows
+from adapterlab.foreign.model import plain_class
+
+if TYPE_CHECKING:
+    from adapterlab.core.state import State
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a module is given.
+
+    Attributes:
+        rows: how many rows there are, those of beams counted each.
+        tokens: positions of a row; None where that is not told.
+        ids: they are numbers of tokens, and no values yet.
+        swaps: a module around exchanges rows and tokens of something, so that a square may stand either way.
+    """
+
+    rows: int
+    tokens: int | None
+    ids: bool
+    swaps: bool = False
+
+
+def lead(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the first tensor that a module is called with, in the order of its forward's arguments."""
+    named = sorted(kwargs, key=lambda name: names.index(name) if name in names else len(names))
+    return next((v for v in (*args, *(kwargs[n] for n in named)) if isinstance(v, Tensor) and v.dim()), None)
+
+
+def below(x: Tensor, batch: Batch | str | None, wanted: int, chosen: bool = False) -> Batch | str:
+    """Say what rows a module is given, from what the module around it is.
+
+    Args:
+        x: the first tensor that it is given.
+        batch: of the module around it; None for the outermost; a reason where there are no rows any more.
+        wanted: how many rows have adapters.
+        chosen: it is one of several in a list, of which a router may choose.
+
+    Returns:
+        The rows, or why there are none.
+
+    Raises:
+        AttachError: the outermost call has another number of rows.
+    """
+    if isinstance(batch, str):
+        return batch
+    count, ids = len(x), not x.is_floating_point()
+    tokens = x.shape[1] if x.dim() == (2 if ids else 3) else None
+    if batch is None:
+        if count % wanted:
+            raise AttachError(
+                f"host.rows names {wanted} rows and the batch has {count}: give one entry for each row of the batch."
+            )
+        return Batch(count, tokens, ids)
+    if ids:
+        return _of_ids(x, batch, tokens)
+    shape, whole = list(x.shape), batch.rows * (batch.tokens or 0)
+    if chosen and x.dim() == 2:
+        return f"it is one of several modules that tokens may be chosen for, and gets {shape}"
+    if count == batch.rows:
+        if batch.swaps and tokens == count == batch.tokens:
+            return f"it gets {shape}, and the model goes by time first, so that rows and tokens cannot be told apart"
+        return replace(batch, tokens=1 if x.dim() == 2 else tokens, ids=False)
+    if x.dim() == 2 and count == whole:
+        return replace(batch, ids=False)
+    cut = x.dim() > 3 or (tokens is not None and count * tokens == whole)
+    if x.dim() > 2 and cut and count % batch.rows == 0 and x.shape[1] != batch.rows:
+        return replace(batch, rows=count, tokens=tokens, ids=False)
+    return f"it gets {shape}, where the batch has {batch.rows} rows of {batch.tokens or 'unknown'} tokens"
+
+
+def _of_ids(x: Tensor, batch: Batch, tokens: int | None) -> Batch | str:
+    """Numbers choose rows of a table: those of tokens belong to a row, those of positions may be shared by all."""
+    if x.dim() > 1 and len(x) == 1 != batch.rows:
+        return replace(batch, tokens=tokens, ids=True)
+    if x.dim() > 1 and len(x) == batch.rows and batch.ids:
+        return replace(batch, tokens=tokens, ids=True)
+    return f"it gets numbers {list(x.shape)} that were made inside the model, not of its {batch.rows} rows"
+
+
+def rows_given(path: str, x: Tensor | None, state: State, wanted: int) -> Batch:
+    """Say what rows a module with adapters is given.
+
+    Args:
+        path: of the module.
+        x: the first tensor that it is given.
+        state: knows what the modules around it were given.
+        wanted: how many rows have adapters.
+
+    Raises:
+        AttachError: there are no rows in what it is given.
+    """
+    outer = state.batches[-1] if state.batches else None
+    found = outer or "it gets no tensor" if x is None else below(x, outer, wanted)
+    if isinstance(found, str):
+        raise AttachError(
+            f"The adapters of a mixed batch cannot be told apart at {path}: {found}. Run the rows of each adapter in a "
+            "batch of their own, with host.using."
+        )
+    return found
+
+
+@contextlib.contextmanager
+def followed(model: nn.Module, paths: Iterable[str], state: State, wanted: Callable[[], int]) -> Iterator[None]:
+    """Note inside the context what rows each module with adapters, and each module around one, is given.
+
+    Args:
+        model: the root.
+        paths: of the modules with adapters.
+        state: shared by the adapters.
+        wanted: tells how many rows have adapters.
+    """
+    around = {""} | {path for whole in paths for path in _prefixes(whole)}
+    handles: list[Any] = []
+    try:
+        for path in around:
+            module = model.get_submodule(path)
+            parent = model.get_submodule(path.rpartition(".")[0]) if path else None
+            chosen = isinstance(parent, (nn.ModuleList, nn.ModuleDict))
+            enter = _Enter(state, wanted, plain_class(module), chosen)
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(_Leave(state), always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        state.batches.clear()
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
+
+class _Enter:
+    """Notes what a module is given."""
+
+    def __init__(self, state: State, wanted: Callable[[], int], cls: Any, chosen: bool):
+        self.state, self.wanted, self.chosen = state, wanted, chosen
+        self.names, self.swaps = argument_names(cls), swaps_rows(cls)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        batches, x = self.state.batches, lead(self.names, args, kwargs)
+        outer = batches[-1] if batches else None
+        # What fails here fails the call, and `_Leave` is called for it all the same.
+        batches.append(outer)
+        if x is not None:
+            found = below(x, outer, self.wanted(), self.chosen)
+            batches[-1] = replace(found, swaps=True) if self.swaps and isinstance(found, Batch) else found
+
+
+class _Leave:
+    """Forgets it again."""
+
+    def __init__(self, state: State):
+        self.state = state
+
+    def __call__(self, *_: Any) -> None:
+        if self.state.batches:
+            self.state.batches.pop()
