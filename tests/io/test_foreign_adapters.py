@@ -11,18 +11,18 @@ import pytest
 
 import adapterlab as al
 from adapterlab.compare.config import CompareConfig
-from adapterlab.compare.preparing import open_folder
+from adapterlab.compare.preparing import claimed as comparison_folder
 from adapterlab.compare.results import load as load_comparison
 from adapterlab.errors import FormatError, TargetError
 from adapterlab.evaluate.opening import locate
-from adapterlab.train.folder import claim
+from adapterlab.train.folder import claimed
 
 ENDLESS = r"(a|b|\w|.)+(.*)+[^\w.]"
 
 
 def edit(folder, name, **changes):
     file = folder / name
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes, "seal": None}))
 
 
 @pytest.fixture
@@ -99,8 +99,8 @@ def test_a_link_out_of_a_run_is_never_followed(tmp_path, name):
     place.symlink_to(outside)  # a dead one where nothing was
     before = outside.read_text() if outside.is_file() else None
     for use in (
-        lambda: claim(run, resume=True, overwrite=False),
-        lambda: claim(run, resume=False, overwrite=True),
+        lambda: claimed(run, resume=True, overwrite=False).__enter__(),
+        lambda: claimed(run, resume=False, overwrite=True).__enter__(),
         lambda: locate(run),
     ):
         with pytest.raises(FormatError, match="lies outside"):
@@ -112,7 +112,7 @@ def test_links_that_stay_inside_and_folders_that_are_links_are_used(tmp_path):
     run = run_folder(tmp_path / "run")
     (run / "latest").symlink_to("best")
     (tmp_path / "alias").symlink_to(run)
-    claim(tmp_path / "alias", resume=True, overwrite=False)
+    claimed(tmp_path / "alias", resume=True, overwrite=False).__enter__()
 
 
 @pytest.mark.parametrize("name", ["method.json", "adapter_config.json", "adapter_model.safetensors"])
@@ -138,4 +138,4 @@ def test_a_link_out_of_a_comparison_is_never_followed(tmp_path, name):
         load_comparison(root)
     config = CompareConfig(data={"task": "chain_sum"}, methods=["lora"], budget={"steps": 1}, output=root)
     with pytest.raises(FormatError, match="lies outside"):
-        open_folder(config, overwrite=True)
+        comparison_folder(config, overwrite=True).__enter__()

@@ -34,7 +34,8 @@ class Words(PreTrainedTokenizerFast):
 
 
 def edit(file, **changes):
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    unsealed = {"seal": None} if file.name == "method.json" else {}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes, **unsealed}))
 
 
 @pytest.fixture
