@@ -101,7 +101,7 @@ def test_what_is_not_understood_is_refused_with_row_and_column(write_rows: Any, 
     ("row", "contents"),
     [
         ({"instruction": "x", "input": 0, "output": 3.0}, ["x\n\n0", "3.0"]),
-        ({"instruction": "x", "input": None, "output": "y"}, ["x", "y"]),
+        ({"instruction": "x", "input": None, "output": 10**400}, ["x", str(10**400)]),
         ({"instruction": "x", "input": "c", "output": "y", "text": "x c y"}, ["x\n\nc", "y"]),
         ({"prompt": "x", "completion": "y", "history": [["a", "b"]], "system": "s"}, ["s", "a", "b", "x", "y"]),
         ({"messages": [USER, BOT], "system": "s"}, ["s", "Q", "A"]),
@@ -125,6 +125,7 @@ def test_numbers_are_learnt_as_they_are_written(tmp_path: Any) -> None:
         ("r.jsonl", '{"prompt": "x", "completion": "y", "completion": "z"}\n', "Row 1 .*'completion' stands twice"),
         ("r.json", '[{"messages": [{"role": "user", "role": "assistant"}]}]', "'role' stands twice"),
         ("r.jsonl", '{"prompt": "x", "completion": "\\ud83d"}', "Row 1 .*half a character"),
+        ("r.jsonl", '{"prompt": "x", "completion": ' + "9" * 5000 + "}", "Row 1 .*is not valid JSON"),
         ("r.csv", "prompt,completion,completion\nx,y,z\n", "'completion' stands twice"),
     ],
 )

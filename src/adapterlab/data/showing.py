@@ -134,7 +134,10 @@ class Showing:
         function = {"name": "probe", "arguments": arguments}
         calls = [{"type": "function", "id": "probe0000", "function": function}]
         tool = {"name": "probe", "description": "probe", "parameters": {"type": "object", "properties": {}}}
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+        messages: list[Message] = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": "", "tool_calls": calls},
+        ]
         try:
             shown = self.render(messages, {"tools": [{"type": "function", "function": tool}]})
         except RENDERING:

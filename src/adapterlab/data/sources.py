@@ -59,7 +59,7 @@ def _parsed(text: str) -> Any:
     return value
 
 
-_NOT_JSON = (UnicodeDecodeError, json.JSONDecodeError, RecursionError, _Unusable)
+_NOT_JSON = (ValueError, RecursionError)  # of more digits than Python reads as well
 
 
 def _jsonl(path: Path) -> Numbered:

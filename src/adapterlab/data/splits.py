@@ -116,7 +116,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
     """
     digest = hashlib.sha256()
     for example in examples:
-        content = [example.messages, example.text, example.answer, example.meta]
+        content: list[Any] = [example.messages, example.text, example.answer, example.meta]
         content += [part for part in (example.context, example.trained) if part]
         digest.update(json.dumps(content, sort_keys=True, default=_plain).encode())
         digest.update(b"\n")

@@ -67,8 +67,8 @@ def text(row: Mapping[str, Any], column: str) -> str:
     if column not in row:
         raise RowProblem(f"column {column!r} is missing")
     value = row[column]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number and not isinstance(value, str):
+    number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, bool) or not (number or isinstance(value, str)):
         raise RowProblem(f"column {column!r} is {kind(value)}, not text")
     if not str(value).strip():
         raise RowProblem(f"column {column!r} is empty")
