@@ -381,8 +381,9 @@ class Loop:
         """
         if (key := not_finite(self.host.tensors(self.name))) is not None:
             raise TrainingError(
-                f"After step {self.status.step} (training.lr {self.training.lr:g}) {key} holds values that are not "
-                "finite, and is not saved. Lower training.lr or lengthen training.warmup. What was saved before stays."
+                f"After step {self.status.step} (training.lr={self.training.lr:g}) {key} holds values that are not "
+                "finite, and is not saved. Lower training.lr or lengthen training.warmup. What was saved before is "
+                "kept."
             )
 
     def _tell(self, event: str, *details: Any) -> None:
