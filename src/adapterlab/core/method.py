@@ -37,6 +37,8 @@ class Method(Settings):
         starts_at_base: the model computes what the base does until a step is made.
         trains: it has tensors that train.
         typical_lr: a learning rate to begin a search with.
+        derived: numbers that attaching may make for each number of the base, beside those that are saved; sizes in a
+            file that ask for more are refused.
     """
 
     id: ClassVar[str]
@@ -50,6 +52,7 @@ class Method(Settings):
     starts_at_base: ClassVar[bool] = True
     trains: ClassVar[bool] = True
     typical_lr: ClassVar[float] = 5e-4
+    derived: ClassVar[float] = 0.5
 
     modules_to_save: tuple[str, ...] = Field(
         (), description="modules trained in full beside the adapter, such as a new classifier head"

@@ -43,7 +43,7 @@ TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 METHOD = "method.json"
 STATE = "model.safetensors"  # where trainers keep the state of a model
-_TIMES, _ALWAYS = 8, 1 << 22  # random bases and permutations of a whole model, padded to powers of two, are 6 times
+_TIMES, _ALWAYS = 4, 1 << 22  # what is saved may be made anew a few times, and small things always
 _LOADING: ContextVar[tuple[Path, ...]] = ContextVar("loading", default=())
 CARD = "README.md"
 ADAPTER = Kind("an adapter", (METHOD, CONFIG), (TENSORS, CONFIG, METHOD, CARD))
@@ -238,7 +238,7 @@ def load(target: Attachments, folder: str | Path, name: str | None = None, *, ac
         _check_seal(info)
         # Tensors in our own names tell a method its structure; PEFT's are renamed once the method stands.
         saved, like = (tensors, None) if method.hf is None else (None, hf_peft.like(method, target, tensors))
-        with nothing_fetched(), _within(info.folder), Allowance(_accounted_for(target, tensors)):
+        with nothing_fetched(), _within(info.folder), Allowance(_accounted_for(target, method, tensors)):
             target.attach(method, name, active=active, saved=saved, like=like)
     except (TargetError, ConfigError) as error:
         raise FormatError(_foreign(info, target.model, str(error))) from None
@@ -253,10 +253,11 @@ def load(target: Attachments, folder: str | Path, name: str | None = None, *, ac
         raise
 
 
-def _accounted_for(host: Attachments, tensors: dict[str, Tensor]) -> int:
-    """Numbers that attaching may make: what a file holds, and what methods derive from the base beside it."""
-    held = sum(value.numel() for value in tensors.values()) + sum(p.numel() for p in host.model.parameters())
-    return _TIMES * held + _ALWAYS
+def _accounted_for(host: Attachments, method: Method, tensors: dict[str, Tensor]) -> int:
+    """Numbers that attaching may make: what the file holds, and what the method derives from the base beside it."""
+    held = sum(value.numel() for value in tensors.values())
+    base = sum(parameter.numel() for parameter in host.model.parameters())
+    return round(_TIMES * held + method.derived * base) + _ALWAYS
 
 
 @contextlib.contextmanager

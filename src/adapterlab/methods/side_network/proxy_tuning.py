@@ -59,6 +59,7 @@ class ProxyTuning(Method):
     formula: ClassVar[str] = "0"
     starts_at_base: ClassVar[bool] = False
     trains: ClassVar[bool] = False
+    derived: ClassVar[float] = 1e6  # whole models, whose sizes are checked when they are loaded
 
     expert: str = Field(description="the tuned small model: folder, catalogue name, or name given to `hold`")
     anti_expert: str | None = Field(

@@ -53,6 +53,7 @@ class IntrinsicSAID(LayerMethod):
 
     formula: ClassVar[str] = "d, for all modules together"
     typical_lr: ClassVar[float] = 0.005
+    derived: ClassVar[float] = 8.0  # signs and permutations of every weight, padded to powers of two
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
 
     d: int = Field(20000, ge=1, description="number of trained values, the scales among them")
