@@ -42,7 +42,7 @@ class Settings(BaseModel):
         ConfigError: a field is unknown, of the wrong type or out of range. All faults are reported at once.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
     reference: ClassVar[str] = ""
 
     def __init__(self, **fields: Any) -> None:
@@ -87,6 +87,9 @@ def _owner(cls: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
             return None
         cls = found
     return cls
+
+
+SEEDS = 2**32  # numpy takes seeds below
 
 
 @dataclass(frozen=True)

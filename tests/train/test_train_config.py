@@ -84,13 +84,20 @@ def test_fp16_on_a_cpu_is_refused_with_the_next_step(file: Path) -> None:
         load_config(file, ["precision=fp16", "device=cpu"])
 
 
+LAUGHS = "a: &a [0, 0]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("model: [1\nprecision: x\n", "line 2"),
-        ("model: a\nmodel: b\n", "duplicate key"),
+        ("model: a\nmodel: b\n", "'model' is there twice"),
         ("- a\n- b\n", "holds a list"),
-        ("model: ${nowhere}\n", "nowhere"),
+        ("model: !!python/name:os.system x\n", "constructor for the tag"),
+        ("[" * 5000, "nested too deeply"),
+        (LAUGHS, "stand for more than"),
     ],
 )
 def test_malformed_files_are_named_with_the_place(tmp_path: Path, text: str, message: str) -> None:

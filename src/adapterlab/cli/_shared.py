@@ -62,17 +62,9 @@ def settings(pairs: Sequence[str], option: str) -> dict[str, Any]:
     Raises:
         ConfigError: a pair is malformed.
     """
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
+    from adapterlab.yaml_text import overrides
 
-    for pair in pairs:
-        if not pair.partition("=")[0].strip() or "=" not in pair:
-            raise ConfigError(f"{option} takes key=value, for example {option} eval_size=50; received {pair!r}.")
-    try:
-        found: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(pairs)))
-    except YAMLError as error:
-        raise ConfigError(f"{option}: a value of {' '.join(pairs)!r} is not valid YAML: {error}.") from None
-    return dict(found)
+    return overrides(pairs, f"{option} eval_size=50")
 
 
 def read_lines(file: str) -> list[str]:

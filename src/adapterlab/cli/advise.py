@@ -31,11 +31,10 @@ def advise(
     """Advise settings to start from, each with its reason and source; earlier comparisons count first."""
     import dataclasses
 
-    from omegaconf import OmegaConf
-
     from adapterlab.compare.advice import advise as ask
     from adapterlab.errors import OutputError
     from adapterlab.io.atomic import write_text
+    from adapterlab.yaml_text import written
 
     write = write and user_path(write)
     if write is not None and write.exists():
@@ -46,7 +45,7 @@ def advise(
         print_json({**dataclasses.asdict(found), "plan": found.plan and found.plan.to_json(), "config": found.config()})
         return
     _show(found)
-    text = OmegaConf.to_yaml(OmegaConf.create(found.config()))
+    text = written(found.config())
     if write is not None:
         write_text(write, text)
         say(f"Written to {write}. Train with: adapterlab train {write}")

@@ -11,10 +11,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from adapterlab import yaml_text
 from adapterlab.compare.results import UNTRAINED
 from adapterlab.data.config import DataConfig
 from adapterlab.errors import AdapterlabError, ConfigError, nearest
-from adapterlab.settings import Settings, UserPath, user_path
+from adapterlab.settings import SEEDS, Settings, UserPath, user_path
 from adapterlab.train.config import TrainConfig, Training, flatten
 
 FULL = "full"
@@ -35,7 +36,7 @@ _RESERVED = ("name", "label", "lr")
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Budget(_Part):
@@ -114,8 +115,10 @@ class CompareConfig(Settings):
     exclude: tuple[str, ...] = Field((), description="ids, or patterns of them, to leave out of patterns in methods")
     full: bool = Field(False, description="compare with full tuning too")
     budget: Budget = Field(description="how long each run trains")
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1), min_length=1, description="a number of them, or all")
-    lr: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+    seeds: tuple[Annotated[int, Field(ge=0, lt=SEEDS)], ...] = Field(
+        (0, 1), min_length=1, description="a number of them, or all"
+    )
+    lr: Literal["auto"] | Annotated[float, Field(ge=0)] = Field(
         "auto", description="auto: searched for each method; a method's own lr goes first"
     )
     search: SearchSettings = Field(default_factory=SearchSettings, description="how auto works")
@@ -232,7 +235,7 @@ def load_config(path: str | Path | None, changes: Mapping[str, Any] | None = Non
     Raises:
         ConfigError: the file is missing or malformed, or a setting is unknown or out of range.
     """
-    tree = _read(user_path(path)) if path is not None else {}
+    tree = yaml_text.read(user_path(path), "examples/compare_*.yaml") if path is not None else {}
     for key, value in dict(changes or {}).items():
         old = tree.get(key)
         if isinstance(value, Mapping) and isinstance(old, Mapping):
@@ -245,22 +248,6 @@ def load_config(path: str | Path | None, changes: Mapping[str, Any] | None = Non
 
 def _given_source(key: str, value: Mapping[str, Any]) -> bool:
     return key == "data" and not value.keys().isdisjoint(("path", "task"))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    if not path.is_file():
-        raise ConfigError(f"There is no configuration file {str(path)!r}. Examples are in examples/compare_*.yaml.")
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {str(error).strip()}.") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} should hold settings such as 'methods:', and holds a {type(tree).__name__}.")
-    return {str(key): value for key, value in tree.items()}
 
 
 def _entry(item: Any) -> dict[str, Any]:

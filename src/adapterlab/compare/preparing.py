@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-
+from adapterlab import yaml_text
 from adapterlab.compare.config import DATA, HELD, TRAIN, CompareConfig, Contender
 from adapterlab.compare.jobs import CONFIG
 from adapterlab.compare.results import FILE, UNTRAINED
@@ -143,8 +142,7 @@ def claimed(config: CompareConfig, *, overwrite: bool) -> Iterator[None]:
 
 def _check_same(config: CompareConfig, saved: Path) -> None:
     try:
-        before: Any = OmegaConf.to_container(OmegaConf.load(saved))
-        differing = config.differences(before)
+        differing = config.differences(yaml_text.read(saved, "examples/compare_*.yaml"))
     except Exception as error:
         raise FormatError(f"{saved} cannot be read ({error}). Choose another output.") from None
     if differing:
@@ -187,7 +185,7 @@ def _write_rows(
     config: CompareConfig, root: Path, facts: Mapping[str, Any], train: list[Example], held: list[Example]
 ) -> None:
     # The configuration comes first: it says that the folder is a comparison's.
-    write_text(root / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config.plain())))
+    write_text(root / CONFIG, yaml_text.written(config.plain()))
     folder = root / DATA
     if not (folder / FACTS).is_file():
         write_text(folder / TRAIN, "".join(_line(e) for e in train))

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from adapterlab.errors import nearest
+from adapterlab.settings import SEEDS
 
 # The columns that the known formats read; `formats.py` holds the formats themselves.
 COLUMNS = (
@@ -34,7 +35,7 @@ TASK_ROWS = 2000
 class DataConfig(BaseModel):
     """Where the rows come from, how they become token rows, and how answers are scored."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     path: str | None = Field(
         None,
@@ -82,7 +83,7 @@ class DataConfig(BaseModel):
         description="How generated answers are compared with the reference: the same text, the same final number, or "
         "the task's own verifier.",
     )
-    seed: int = Field(0, ge=0, description="Seed of the held-out choice and of generated rows.")
+    seed: int = Field(0, ge=0, lt=SEEDS, description="Seed of the held-out choice and of generated rows.")
 
     @field_validator("columns")
     @classmethod

@@ -81,7 +81,7 @@ def _device(device: str | torch.device | None) -> torch.device:
         place = torch.device(device)
     except RuntimeError as error:
         raise ConfigError(f"device={device!r} is unknown. On this machine there is: {', '.join(there)}.") from error
-    if place.type in ("mps", "cuda") and place.type not in there:
+    if place.type == "meta" or (place.type in ("mps", "cuda") and place.type not in there):
         raise ConfigError(f"device={device!r} is not there. On this machine there is: {', '.join(there)}.")
     return place
 

@@ -7,14 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from yaml import YAMLError
 
+from adapterlab import yaml_text
 from adapterlab.data.config import DataConfig
 from adapterlab.errors import ConfigError, nearest
-from adapterlab.settings import Settings, UserPath, keys, user_path
+from adapterlab.settings import SEEDS, Settings, UserPath, keys, user_path
 
 if TYPE_CHECKING:
     from adapterlab.core.method import Method
@@ -35,7 +33,7 @@ _REPLACES = {
 class Training(BaseModel):
     """How to train. A step is one update of the optimizer: batch_size × accumulation × processes rows."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     steps: int | None = Field(None, ge=1, description="optimizer steps; set this or epochs")
     epochs: float | None = Field(
@@ -43,13 +41,13 @@ class Training(BaseModel):
     )
     batch_size: int = Field(16, ge=1, description="rows computed at once on each process")
     accumulation: int = Field(1, ge=1, description="batches whose gradients are summed for one step")
-    lr: float = Field(2e-4, ge=0, allow_inf_nan=False, description="highest learning rate")
+    lr: float = Field(2e-4, ge=0, description="highest learning rate")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after the warm-up")
     warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = Field(
         0.03, description="warm-up from lr / warm-up steps: a number of steps (integer), or a share of all (below 1)"
     )
-    min_lr: float = Field(0.0, ge=0, allow_inf_nan=False, description="learning rate that the decay ends in")
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="decoupled weight decay of AdamW")
+    min_lr: float = Field(0.0, ge=0, description="learning rate that the decay ends in")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay of AdamW")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="decay of AdamW's moments"
     )
@@ -57,9 +55,7 @@ class Training(BaseModel):
     label_smoothing: float = Field(
         0.0, ge=0, lt=1, description="share of each target spread evenly over the vocabulary; evaluation has none"
     )
-    z_loss: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="coefficient of the squared logsumexp of the logits in training"
-    )
+    z_loss: float = Field(0.0, ge=0, description="coefficient of the squared logsumexp of the logits in training")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null clips nothing")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null: ten in the run")
     eval_batch_size: int | None = Field(None, ge=1, description="rows of an evaluation batch; null: batch_size")
@@ -84,7 +80,7 @@ class Training(BaseModel):
     proof_steps: int = Field(
         3, ge=0, description="steps within which every trainable tensor must have got a gradient and moved; 0: no check"
     )
-    seed: int = Field(0, ge=0, description="seed of the start values, the order of rows and dropout")
+    seed: int = Field(0, ge=0, lt=SEEDS, description="seed of the start values, the order of rows and dropout")
     trackers: tuple[TrackerName, ...] = Field((), description="experiment trackers that also receive the metrics")
     log_every: int = Field(10, ge=1, description="steps between printed lines and tracker entries")
 
@@ -208,12 +204,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[TrainC
         ConfigError: the file is missing or malformed, or a setting is unknown or out of range.
     """
     path = user_path(path)
-    from_file, from_line = _read(path), _parse(overrides)
+    from_file = _normal(yaml_text.read(path, "examples/*.yaml"))
+    from_line = _normal(yaml_text.overrides(overrides))
     for tree in (from_file, from_line):
         _check_known(tree)
     _make_room(from_file, from_line)
-    merged = OmegaConf.to_container(OmegaConf.merge(from_file, from_line))
-    config = TrainConfig(**{str(key): value for key, value in dict(merged).items()})  # type: ignore[arg-type]
+    config = TrainConfig(**yaml_text.merged(from_file, from_line))
     return config, provenance(config, {path.name: from_file, COMMAND_LINE: from_line})
 
 
@@ -229,38 +225,6 @@ def provenance(config: TrainConfig, given: Mapping[str, Mapping[str, Any]]) -> P
         for key, _ in flatten(tree):
             sources.update({known: source for known in sources if f"{known}.".startswith(f"{key}.")})
     return sources
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"There is no configuration file {str(path)!r}. Examples are in examples/*.yaml.")
-    try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "an unknown line"
-        reason = getattr(error, "problem", None) or error
-        raise ConfigError(
-            f"{path} is not valid YAML: {reason} ({where}). Check brackets and indentation there."
-        ) from None
-    except (OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {str(error).strip()}.") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path} should hold settings such as 'model: smollm2-135m', and holds a {type(tree).__name__}."
-        )
-    return _normal(tree)
-
-
-def _parse(overrides: Sequence[str]) -> dict[str, Any]:
-    for text in overrides:
-        if "=" not in text or text.startswith(("=", "-")):
-            raise ConfigError(f"{text!r} is no override. Write key=value, such as training.lr=1e-4.")
-    try:
-        tree = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)), resolve=True)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"The overrides {' '.join(overrides)} cannot be read: {str(error).strip()}.") from None
-    return _normal(dict(tree))  # type: ignore[arg-type]
 
 
 def _normal(tree: dict[Any, Any]) -> dict[str, Any]:

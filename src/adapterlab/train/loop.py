@@ -36,6 +36,7 @@ from adapterlab.train.signals import Interrupted, stop_on_signals
 
 Row = Mapping[str, Sequence[int]]
 Record = dict[str, Any]
+_SMALL, _OFTEN = 4096, 100  # rows of a step that are never too many; how often a row may count in larger ones
 _SIMPLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -150,6 +151,7 @@ class Loop:
             None if training.steps else training.row_limit(len(rows)),
             training.group_by_length,
         )
+        _check_step(self.sampler.per_step, len(rows))
         self.total = training.total_steps(len(rows), self.sampler.per_step)
         self.eval_every = training.eval_every or math.ceil(self.total / 10)
         self.status = Status()
@@ -422,6 +424,15 @@ def train(host: Host, name: str, rows: Sequence[Row], training: Training | None 
         DataError: there is nothing to train on.
     """
     return Loop(host, name, rows, training, **options).run()
+
+
+def _check_step(per_step: int, rows: int) -> None:
+    """Refuse a step in which every row counts a hundred times: a slip of the keys that would fill the memory."""
+    if per_step > max(_SMALL, _OFTEN * rows):
+        raise ConfigError(
+            f"A step is batch_size x accumulation x processes = {per_step:,} rows, and there are {rows:,}: each would "
+            "count many times in one step. Lower training.batch_size or training.accumulation."
+        )
 
 
 def _device(model: nn.Module) -> torch.device:

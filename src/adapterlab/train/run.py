@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from omegaconf import OmegaConf
 from rich.text import Text
 from torch import Tensor
 
+from adapterlab import yaml_text
 from adapterlab.data import Report, fingerprint, load_data, render_sample
 from adapterlab.data.formats import Columns
 from adapterlab.engine.attention import fast_attention
@@ -171,7 +171,7 @@ def _announced(
 
 def _open(config: TrainConfig, loop: Loop, run_folder: RunFolder, state: Mapping[str, Any] | None) -> None:
     """Continue from the state of a checkpoint, or make the folder ready for a new run."""
-    text = OmegaConf.to_yaml(OmegaConf.create(config.plain()))
+    text = yaml_text.written(config.plain())
     if state is not None:
         run_folder.resume(loop, state)
     if loop.accelerator.is_main_process:

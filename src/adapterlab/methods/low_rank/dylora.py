@@ -56,7 +56,7 @@ class DyLoRA(LoRA):
     draws: Literal["uniform", "geometric"] = Field("uniform", description="how ranks are drawn; geometric has p = 0.15")
     update: Literal["prefix", "row"] = Field("prefix", description="train ranks 1 to b, or rank b alone")
     strict: bool = Field(False, description="let momentum and weight decay move only what a step trains")
-    seed: int = Field(0, ge=0, description="of the draws")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="of the draws")
 
     @field_validator("init")
     @classmethod

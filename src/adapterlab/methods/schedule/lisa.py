@@ -55,7 +55,7 @@ class LISA(Method):
     on_switch: Literal["drop", "keep", "offload"] = Field(
         "drop", description="what happens to the optimizer state of blocks that are frozen again"
     )
-    seed: int = Field(0, ge=0, description="of the draws")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="of the draws")
     exclude: tuple[str, ...] = Field((), description="modules to leave frozen always: roles, names or patterns")
     keep_base: bool = Field(
         True, description="store the original values, so that the adapter can be switched off and removed"

@@ -54,7 +54,7 @@ class FourierFT(LayerMethod):
 
     n: int = Field(1000, ge=1, description="trained values for each module")
     alpha: float = Field(150.0, gt=0, description="factor on the update; 300 for layers of 4096")
-    seed: int = Field(777, ge=0, description="of the random places; the same in all layers of one shape")
+    seed: int = Field(777, ge=0, lt=1 << 63, description="of the random places; the same in all layers of one shape")
     start: Literal["normal", "zeros"] = Field("normal", description="values to start from: N(0, 1), or the base itself")
     n_pattern: dict[Pattern, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict, description="other n for modules whose path ends in a match of the key"
