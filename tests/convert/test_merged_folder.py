@@ -113,18 +113,23 @@ def test_a_packed_base(packed, tokenizer, tmp_path) -> None:
 
 
 def test_nothing_is_overwritten_or_left_behind(base, put, tokenizer, tmp_path, monkeypatch) -> None:
-    host = put(base(), al.LoRA(r=2))
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "mine.txt").write_text("mine")
+    host, made = put(base(), al.LoRA(r=2)), tmp_path / "m"
+    merge_into_base(host, tokenizer, made)
+    before = {file.name: file.read_bytes() for file in made.iterdir()}
     with pytest.raises(OutputError, match="not empty"):
-        merge_into_base(host, tokenizer, tmp_path / "m")
+        merge_into_base(host, tokenizer, made)
+    (made / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"something else \(mine\.txt\)"):
+        merge_into_base(host, tokenizer, made, overwrite=True)
+    (made / "mine.txt").unlink()
     monkeypatch.setattr(module, "_reload", lambda *_: base(seed=5))  # what was written computes something else
     with pytest.raises(MergeError, match="merging loses what it does"):
-        merge_into_base(host, tokenizer, tmp_path / "m", overwrite=True)
-    assert [p.name for p in tmp_path.rglob("*")] == ["m", "mine.txt"]
+        merge_into_base(host, tokenizer, made, overwrite=True)
+    assert {file.name: file.read_bytes() for file in made.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [made]
     monkeypatch.undo()
-    merge_into_base(host, tokenizer, tmp_path / "m", overwrite=True)
-    assert not (tmp_path / "m" / "mine.txt").exists()
+    merge_into_base(host, tokenizer, made, overwrite=True)
+    assert {file.name for file in made.iterdir()} == before.keys()
 
 
 def test_an_update_that_vanishes_in_bfloat16_is_refused(base, put, tokenizer, tmp_path) -> None:
