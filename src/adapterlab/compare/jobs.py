@@ -24,6 +24,7 @@ from adapterlab.compare.config import CompareConfig, Contender
 from adapterlab.compare.results import UNTRAINED
 from adapterlab.errors import FormatError
 from adapterlab.io.atomic import write_json
+from adapterlab.json_text import parsed
 
 Kind = Literal["untrained", "probe", "search", "run"]
 CONFIG, JOB, RESULT, FAILURE, PROGRESS, LOG = (
@@ -137,7 +138,7 @@ class JobFolder:
     def progress(self) -> dict[str, Any]:
         """How far it is: `phase`, `step`, `total`, `loss`, `elapsed` seconds; empty before it starts."""
         try:
-            return dict(json.loads((self.path / PROGRESS).read_text(encoding="utf-8")))
+            return dict(parsed((self.path / PROGRESS).read_text(encoding="utf-8")))
         except (OSError, ValueError):  # absent, or just being replaced: the next look will find it
             return {}
 
@@ -148,7 +149,7 @@ class JobFolder:
     def _read(self, name: str) -> dict[str, Any]:
         file = self.path / name
         try:
-            return dict(json.loads(file.read_text(encoding="utf-8")))
+            return dict(parsed(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise FormatError(f"{file} cannot be read ({error}). Remove {self.path} to do this part again.") from None
 

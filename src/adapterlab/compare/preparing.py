@@ -20,6 +20,7 @@ from adapterlab.io import successor
 from adapterlab.io.atomic import write_json, write_text
 from adapterlab.io.disk import alone, content, explained, remove, tidy
 from adapterlab.io.links import check_links
+from adapterlab.json_text import parsed
 from adapterlab.train.config import TrainConfig
 
 FACTS = "facts.json"
@@ -192,7 +193,7 @@ def _write_rows(
         write_text(folder / HELD, "".join(_line(e) for e in held))
         write_json(folder / FACTS, dict(facts))
         return
-    before = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    before = parsed((folder / FACTS).read_text(encoding="utf-8"))
     if any(before.get(key) != facts[key] for key in ("fingerprint", "train_fingerprint")):
         raise DataError(
             f"The rows of {facts['source']} have changed since the comparison in {config.output} began, so its "

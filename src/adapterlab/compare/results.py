@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from adapterlab.errors import FormatError
 from adapterlab.io.atomic import write_json
 from adapterlab.io.links import check_links
+from adapterlab.json_text import parsed
 from adapterlab.settings import user_path
 
 FILE = "comparison.json"
@@ -368,7 +368,7 @@ def load(folder: str | Path) -> Comparison:
     if not file.is_file():
         raise FormatError(f"{file} does not exist: {folder} holds no comparison. Make one with: adapterlab compare.")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parsed(file.read_text(encoding="utf-8"))
         if content.get("format") != FORMAT:
             raise ValueError(f"it has format {content.get('format')!r}, and this version reads {FORMAT}")
         return Comparison(**content)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-import json
 import os
 import signal
 import statistics
@@ -38,6 +37,7 @@ from adapterlab.hosts import Host
 from adapterlab.hosts import load as load_adapter
 from adapterlab.io.atomic import write_json
 from adapterlab.io.disk import alone
+from adapterlab.json_text import parsed
 from adapterlab.models import load_model
 from adapterlab.plan import before_run
 from adapterlab.train import folder as files
@@ -163,7 +163,7 @@ def search(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
     """Find a learning rate by successive halving; every trial is written down when it is done."""
     assert job.contender is not None
     file = folder.path / TRIALS
-    done: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    done: dict[str, Any] = parsed(file.read_text(encoding="utf-8")) if file.is_file() else {}
     session: list[Session] = []
     settings = job.settings().search
 
@@ -270,7 +270,7 @@ def _step_flops(host: Host, paper: Paper, tokenizer: Any) -> float | None:
 
 
 def _curves(output: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    lines = [json.loads(line) for line in (output / files.METRICS).read_text(encoding="utf-8").splitlines()]
+    lines = [parsed(line) for line in (output / files.METRICS).read_text(encoding="utf-8").splitlines()]
     train = [(line["step"], round(line["loss"], 6)) for line in lines if "loss" in line]
     return train, [(line["step"], round(line["eval_loss"], 6)) for line in lines if "eval_loss" in line]
 

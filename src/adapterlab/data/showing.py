@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 
 from adapterlab.data.formats import Example
 from adapterlab.data.turns import CALLS, SPOKEN, Message
+from adapterlab.json_text import parsed
 
 Render = Callable[[Sequence[Message], Mapping[str, Any]], str]
 RENDERING = (TemplateError, TypeError, ValueError, IndexError, KeyError, AttributeError)  # what a template may raise
@@ -117,7 +118,7 @@ class Showing:
         takes_text, takes_object = self._arguments
         if isinstance(arguments, str) and takes_object and not takes_text:
             try:
-                made = json.loads(arguments)
+                made = parsed(arguments)
             except ValueError:
                 return call
         elif isinstance(arguments, dict) and takes_text and not takes_object:

@@ -176,6 +176,10 @@ def read_rows(
     """
     place = user_path(path)
     if place.exists():
+        if not place.is_file() and not place.is_dir():
+            raise DataError(
+                f"{path} is neither a file nor a folder, and rows are read more than once. Write them to a file first."
+            )
         if name:
             raise DataError(f"data.name={name!r} is for hub data sets, but {path} is local. Remove data.name.")
         if place.is_file() and split not in (None, "train"):

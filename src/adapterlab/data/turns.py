@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from adapterlab.json_text import parsed
 
 Row = dict[str, Any]
 Message = dict[str, Any]
@@ -146,7 +147,7 @@ def decoded(value: Any, where: str, of: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parsed(value)
     except (ValueError, RecursionError):
         raise RowProblem(f"{where} is text that is not JSON, not {of}") from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from adapterlab.errors import FormatError, nearest
 from adapterlab.io.links import check_links
+from adapterlab.json_text import parsed
 from adapterlab.models import check
 from adapterlab.settings import user_path
 
@@ -163,7 +163,7 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / RUN_FILE
     advice = "Restore the file, or name the adapter folder itself, such as " + str(folder / "best") + "."
     try:
-        config: Any = json.loads(file.read_text(encoding="utf-8"))["config"]
+        config: Any = parsed(file.read_text(encoding="utf-8"))["config"]
         if not isinstance(config["model"], str) or not isinstance(config["data"], dict):
             raise TypeError("config.model should be a name and config.data a mapping")
     except (OSError, ValueError) as error:

@@ -24,6 +24,7 @@ from adapterlab.evaluate.result import Evaluation, Figures
 from adapterlab.hosts import Host, host
 from adapterlab.io.atomic import write_json, write_text
 from adapterlab.io.disk import alone, explained, tidy
+from adapterlab.json_text import parsed
 from adapterlab.settings import explain, user_path
 
 _FIGURES, _ANSWERS = {"target", "source", "loss"}, {"prompt", "reference", "answer"}  # what their files say for certain
@@ -190,7 +191,7 @@ def _first_object(file: Path) -> dict[str, Any] | None:
         return None
     try:
         with file.open(encoding="utf-8") as stream:
-            found = json.loads(stream.readline() if file.suffix == ".jsonl" else stream.read())
+            found = parsed(stream.readline() if file.suffix == ".jsonl" else stream.read())
         return found if isinstance(found, dict) else {}
     except (OSError, ValueError, RecursionError):
         return {}

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from adapterlab.errors import ModelError
+from adapterlab.errors import AdapterlabError, ModelError
 from adapterlab.foreign.model import is_encoder_decoder
 
 _COUNTS = {"layer", "layers", "block", "blocks", "depth", "depths", "experts", "head", "heads", "labels"}
@@ -115,9 +115,12 @@ def _named(where: str | Path) -> Iterator[None]:
     """Say which setting is meant where code of a folder would have to run, and take any shape of a file for a fault."""
     try:
         yield
-    except (AttributeError, IndexError, RecursionError) as error:
-        raise ValueError(f"it is not as transformers writes it ({type(error).__name__}: {error})") from error
-    except ValueError as error:
+    except (OSError, KeyError, TypeError, SafetensorError, AdapterlabError):
+        raise
+    except Exception as error:  # whatever transformers makes of a shape that it does not know
+        if not isinstance(error, ValueError):
+            what = " ".join(str(error).split())
+            raise ValueError(f"it is not as transformers writes it ({type(error).__name__}: {what})") from error
         if "trust_remote_code" not in str(error):
             raise
         raise ModelError(

@@ -16,6 +16,7 @@ from typing import Any
 
 from adapterlab.errors import OutputError
 from adapterlab.io.disk import LOCK, OLD, PART, alone, content, explained, left_behind, sync, tidy
+from adapterlab.json_text import parsed
 from adapterlab.settings import user_path
 
 _HEAD = 4096  # bytes of a file in which its maker is named
@@ -47,7 +48,7 @@ class Kind:
     def _listed(self, folder: Path) -> list[str]:
         try:
             text = (folder / self.listing).read_text(encoding="utf-8") if self.listing else "{}"
-            return list(json.loads(text)["files"])
+            return list(parsed(text)["files"])
         except (OSError, ValueError, KeyError, TypeError):
             return []
 

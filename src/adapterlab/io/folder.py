@@ -34,6 +34,7 @@ from adapterlab.io.beside import add_beside
 from adapterlab.io.card import model_card
 from adapterlab.io.finite import not_finite
 from adapterlab.io.links import check_links
+from adapterlab.json_text import parsed
 from adapterlab.models.pulling import nothing_fetched
 from adapterlab.registry import method as method_by_id
 from adapterlab.settings import user_path
@@ -374,7 +375,7 @@ def read_json(file: Path) -> dict[str, Any]:
         FormatError: it does not.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parsed(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise FormatError(
             f"{file} cannot be read as JSON ({error}). Copy it again, or save the adapter again."

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from adapterlab.errors import ModelError
+from adapterlab.json_text import parsed
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _ADAPTER_FILES = ("adapter_config.json", "method.json")
@@ -19,7 +19,7 @@ def missing_files(folder: Path) -> list[str]:
         return [*lacking, "model.safetensors"]
     if weights.name.endswith(".index.json"):
         try:
-            shards = sorted(set(json.loads(weights.read_text())["weight_map"].values()))
+            shards = sorted(set(parsed(weights.read_text())["weight_map"].values()))
         except (ValueError, KeyError, AttributeError):
             return [*lacking, f"a readable {weights.name}"]
         lacking += [shard for shard in shards if Path(shard).name != shard or not (folder / shard).is_file()]
@@ -56,7 +56,7 @@ def _refuse_adapter(folder: Path, adapter: Path) -> None:
     if (folder / "config.json").is_file():  # a model saved together with an adapter is still a model
         return
     try:
-        content = json.loads(adapter.read_text())
+        content = parsed(adapter.read_text())
     except ValueError:
         content = {}
     base = content.get("base_model_name_or_path") or content.get("base_model") or content.get("base")

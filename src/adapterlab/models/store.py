@@ -18,6 +18,7 @@ from rich.progress import Progress
 from safetensors import SafetensorError
 
 from adapterlab.errors import AdapterlabError, OutputError
+from adapterlab.json_text import parsed
 from adapterlab.models.progress import phase
 
 MANIFEST = "manifest.json"
@@ -41,7 +42,7 @@ def hashes(paths: Iterable[Path], text: str, progress: Progress) -> list[str]:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Read a folder's manifest; None when there is none or it cannot be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = parsed((folder / MANIFEST).read_text())
         return manifest if isinstance(manifest["files"], dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

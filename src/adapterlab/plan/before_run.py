@@ -19,6 +19,7 @@ import transformers
 from adapterlab.errors import AdapterlabError, ConfigError
 from adapterlab.foreign.model import output_head, text_config
 from adapterlab.io.atomic import write_text
+from adapterlab.json_text import parsed
 from adapterlab.models.catalogue import home
 from adapterlab.models.loading import PRECISIONS
 from adapterlab.plan import process
@@ -177,7 +178,7 @@ def _subject(config: TrainConfig) -> tuple[Setup, Device] | None:
 def _kept(setup: Setup, place: Device) -> Plan | None:
     """The plan that an earlier run left, for the memory of now."""
     try:
-        kept = json.loads(_file(setup, place).read_text(encoding="utf-8"))
+        kept = parsed(_file(setup, place).read_text(encoding="utf-8"))
         if kept["sha256"] != _sha256(kept["plan"]):
             return None  # damaged: a wrong figure could refuse a run that fits
         found = Plan.from_json(kept["plan"])

@@ -31,6 +31,7 @@ from adapterlab.io.atomic import new_file, write_json, write_text
 from adapterlab.io.disk import alone, content, explained, remove, tidy
 from adapterlab.io.finite import not_finite
 from adapterlab.io.links import check_links
+from adapterlab.json_text import parsed
 from adapterlab.train.loop import Listener, Loop, Record
 from adapterlab.train.signals import Interrupted
 
@@ -120,7 +121,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(parsed(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise FormatError(f"{file} cannot be read ({error}). Start again with --overwrite.") from None
 

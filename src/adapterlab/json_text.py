@@ -1,0 +1,18 @@
+"""JSON from files of others."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def parsed(text: str) -> Any:
+    """Read JSON.
+
+    Raises:
+        ValueError: it is none, or is nested deeper than Python reads.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
