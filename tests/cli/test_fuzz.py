@@ -22,6 +22,7 @@ import typer.main
 import yaml
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tiny_runs import make_config, write_data
 
 from adapterlab.cli import build, main
@@ -224,3 +225,35 @@ def test_a_pipe_in_the_place_of_a_file_is_refused(place: Path) -> None:
             assert called(*args)[0] == 2
     finally:
         (place / "pipe.jsonl").unlink()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("train", "{root}/run.yaml", "--dry-run", "training.epochs=.inf", "training.steps=null"), "finite number"),
+        (("train", "{root}/run.yaml", "--dry-run", "training.seed=99999999999999"), "less than 4294967296"),
+        (("train", "{root}/run.yaml", "--dry-run", "training.batch_size=1000000000000"), "each would count many times"),
+        (("train", "{root}/run.yaml", "--dry-run", "method.r=1000000000"), "not enough memory"),
+        (("train", "{root}/run.yaml", "--dry-run", "device=meta"), "is not there"),
+        (("plan", "--model", "{root}/model", "--length", "1000000000"), "more tokens than a step can have"),
+        (("generate", "{root}/run", "1+1=", "--max-new-tokens", "2", "--temperature", "nan"), "temperature must be"),
+        (("extract", "{root}/broken", "--base", "{root}/model", "--output", "{root}/out"), "not finite"),
+        (("export", "{root}/run", "--model", "{root}/broken", "--output", "{root}/out"), "not finite"),
+        (("analyze", "{root}/broken", "--base", "{root}/model"), "not finite"),
+    ],
+)
+def test_what_was_asked_is_named(place: Path, args: tuple[str, ...], message: str) -> None:
+    if not (place / "broken").exists():
+        shutil.copytree(place / "model", place / "broken")
+        weights = load_file(place / "broken" / "model.safetensors")
+        weights["model.layers.0.self_attn.q_proj.weight"][0, 0] = float("nan")
+        save_file(weights, place / "broken" / "model.safetensors", {"format": "pt"})
+    code, said = called(*(arg.format(root=place) for arg in args))
+    assert code == 2
+    assert message in said
+    assert not (place / "out").exists()
+
+
+def test_targets_may_be_a_mapping_over_a_list(place: Path) -> None:
+    targets = "method.targets={include: [q], layers: '0-1'}"
+    assert called("train", place / "run.yaml", "--dry-run", targets)[0] == 0

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_runs import make_config
 
 from adapterlab.io import atomic
 from adapterlab.train import Listener, Loop, fit
 from adapterlab.train.folder import CHECKPOINT, METRICS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tiny_runs import make_config
 
 
 def die(*_: Any) -> None:

@@ -52,7 +52,26 @@ def main(args: list[str] | None = None) -> None:
     show_messages_of_others()
     try:
         build()(args=args, standalone_mode=True)
-    except AdapterlabError as error:
+    except (AdapterlabError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, AdapterlabError) and not _is_out_of_memory(error):
+            raise
         Terminal(stderr=True, highlight=False, soft_wrap=True).print("error:", style="bold red", end=" ")
-        print(shown(str(error)), file=sys.stderr)
+        print(shown(_message(error)), file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed; torch has a class for it on GPUs alone."""
+    return isinstance(error, MemoryError) or any(
+        sign in str(error) for sign in ("can't allocate memory", "out of memory", "Storage size calculation overflowed")
+    )
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, AdapterlabError):
+        return str(error)
+    first = (str(error).strip().splitlines() or ["MemoryError"])[0]
+    return (
+        f"There is not enough memory: {first} Lower batch_size, max_length or the method's rank, or pack the base with "
+        "quantize=nf4; adapterlab plan says what a run needs."
+    )

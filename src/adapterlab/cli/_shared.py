@@ -76,6 +76,8 @@ def read_lines(file: str) -> list[str]:
     import sys
 
     try:
+        if file == "-" and (sys.stdin is None or sys.stdin.closed):
+            raise OSError("standard input is closed")
         text = sys.stdin.read() if file == "-" else user_path(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read: {error}. Give a UTF-8 text file with one prompt a line.") from None

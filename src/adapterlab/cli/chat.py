@@ -117,6 +117,8 @@ class Prompt:
 
     def lines(self) -> Iterator[str]:
         """Yield what the user types; the end of input and Ctrl-C end it."""
+        if sys.stdin is None or sys.stdin.closed:
+            return
         asking = "you> " if sys.stdin.isatty() else ""
         if asking:
             with contextlib.suppress(ImportError):

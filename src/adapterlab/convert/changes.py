@@ -21,9 +21,10 @@ from adapterlab.engine.merge import _check as check_mergeable
 from adapterlab.engine.patches import Patch
 from adapterlab.engine.substitute import Substitute
 from adapterlab.engine.wrapping import adapters_of
-from adapterlab.errors import FormatError
+from adapterlab.errors import FormatError, MergeError
 from adapterlab.foreign.model import base_modules
 from adapterlab.hosts import Host
+from adapterlab.io.finite import not_finite
 
 MATRICES = ("linear", "embedding")
 
@@ -39,6 +40,9 @@ class Change:
         factors: `weight` as a product, when the adapter is one.
         floor: singular values of `weight` up to here may be rounding.
         whole: the module was trained as a copy (`modules_to_save`), which stays one.
+
+    Raises:
+        MergeError: the change holds values that are not finite.
     """
 
     site: Site
@@ -47,6 +51,14 @@ class Change:
     factors: Factors | None = None
     floor: float = 0.0
     whole: bool = False
+
+    def __post_init__(self) -> None:
+        there = {**self.others, **({} if self.weight is None else {"weight": self.weight})}
+        if (leaf := not_finite(there)) is not None:
+            raise MergeError(
+                f"The change of {self.site.path}.{leaf} holds values that are not finite: the base or what was trained "
+                "is damaged. Take an earlier checkpoint, or another copy of the base."
+            )
 
     @property
     def rank(self) -> int:

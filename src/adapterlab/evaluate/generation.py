@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -239,7 +240,10 @@ def _check_settings(max_new_tokens: int, temperature: float, top_p: float, seed:
     faults = [
         (max_new_tokens < 1, f"max_new_tokens must be 1 or more; received {max_new_tokens}."),
         (batch_size < 1, f"batch_size must be 1 or more; received {batch_size}."),
-        (temperature < 0, f"temperature must be 0 (no sampling) or more; received {temperature}. Usual: 0.7 to 1."),
+        (
+            not 0 <= temperature < math.inf,
+            f"temperature must be 0 (no sampling) or more; received {temperature}. Usual: 0.7 to 1.",
+        ),
         (not 0 < top_p <= 1, f"top_p must lie above 0 and up to 1; received {top_p}."),
         (seed < 0, f"seed must be 0 or more; received {seed}."),
     ]

@@ -10,7 +10,7 @@ from adapterlab.core.method import Method
 from adapterlab.errors import AdapterlabError
 from adapterlab.plan.child import each
 from adapterlab.plan.child import processes as child_processes
-from adapterlab.plan.planning import USUAL, make_method, near, plan
+from adapterlab.plan.planning import TOKENS, USUAL, make_method, near, plan
 from adapterlab.plan.result import Plan
 
 _TRIES = 10
@@ -180,6 +180,7 @@ def _largest(
     if start.limit is None:
         return None
     given = _numbers(options, start)
+    end = min(end, TOKENS // (start.batch * start.length // getattr(start, field)))
 
     def needs(count: int) -> int:
         return near(start, model, made, **{**given, field: count * unit}).process

@@ -27,6 +27,7 @@ from adapterlab.train.config import TrainConfig, Training
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+TOKENS = 1 << 26  # of a step; their numbers are real in a simulation
 USUAL = TrainConfig.model_fields["method"].get_default(call_default_factory=True)["name"]
 
 
@@ -243,6 +244,11 @@ def _check(batch: int, length: int, precision: str, quantize: str | None, labell
     for what, value, least in (("batch", batch, 1), ("length", length, 8)):
         if value < least:
             raise ConfigError(f"{what}={value} is too small: it must be at least {least}.")
+    if batch * length > TOKENS:
+        raise ConfigError(
+            f"batch={batch:,} x length={length:,} are more tokens than a step can have anywhere: a plan goes up to "
+            f"{TOKENS:,}. Lower one of them, and count accumulated batches apart."
+        )
     if precision not in PRECISIONS:
         raise ConfigError(f"precision={precision!r} is unknown. {nearest(precision, PRECISIONS)}")
     if quantize is not None and quantize not in QUANTIZATIONS:
