@@ -73,7 +73,7 @@ def test_nobody_else_writes_to_the_terminal():
                 "typer.secho",
             ):
                 found.append(f"{file.relative_to(root)}: {ast.unparse(node)}")
-    assert found == [
-        "cli/__init__.py: print(shown(str(error)), file=sys.stderr)",
+    assert sorted(found) == [
+        "cli/__init__.py: print(shown(_message(error)), file=sys.stderr)",
         "cli/_shared.py: typer.echo(typer.style(plain, **style) if style else plain, nl=nl, err=err)",
     ]

@@ -41,8 +41,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A planner that answers at once."""
 
     def plan(
-        model: str, method: Any, *, batch: int, length: int, device: str, quantize: Any = None, recompute: str = "none"
-    ) -> Quick:
+        model: str, method: Any, *, batch: int, length: int, device: str, quantize: Any = None, recompute: str = "none",
+        trust_remote_code: bool = False,
+    ) -> Quick:  # fmt: skip
+        assert not trust_remote_code
         parameters = {"smollm2-135m": 135e6, "qwen2.5-7b": 7.6e9}[model]
         weights = parameters * (0.6 if quantize else 2)
         each = {"none": 8, "cheap": 4, "full": 1}[recompute] * length * parameters**0.5 * 10

@@ -91,7 +91,8 @@ def model(tokenizer: Any) -> Any:
 @pytest.fixture
 def base_folder(tmp_path: Path, model: Any, tokenizer: Any) -> Path:
     folder = tmp_path / "base"
-    model.save_pretrained(folder)
+    attached = al.host(model)
+    (attached.save_base if attached else model.save_pretrained)(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -45,8 +45,9 @@ def help_config(module: str, name: str) -> Any:
 
             for key in keys(getattr(importlib.import_module(module), name)):
                 default = f"; default: {key.default}" if key.default else "; must be given"
-                typer.echo(f"{typer.style(key.name, bold=True)}  ({key.values}{default})")
-                typer.echo(textwrap.fill(key.meaning, 78, initial_indent="    ", subsequent_indent="    "))
+                say(key.name, nl=False, bold=True)
+                say(f"  ({key.values}{default})")
+                say(textwrap.fill(key.meaning, 78, initial_indent="    ", subsequent_indent="    "))
             raise typer.Exit
 
     return typer.Option("--help-config", is_eager=True, callback=show, help="List the keys of the file and leave.")

@@ -7,7 +7,10 @@ import argparse
 from adapterlab import registry
 from adapterlab.core.method import Method
 from adapterlab.errors import ConfigError, nearest
+from adapterlab.terminal import Terminal
 from adapterlab.testing import CHECKS, FAMILIES, Case, outcome
+
+_OUT = Terminal(highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -34,12 +37,12 @@ def _show(method: type[Method], families: list[str] | None, names: list[str]) ->
     for name in names:
         found = CHECKS[name]
         if reason := found.excluded(method):
-            print(f"– {name}: {reason}", flush=True)
+            _OUT.print(f"– {name}: {reason}")
             continue
         for family in families or found.families:
             result = outcome(found, Case(method, family))
             failed += not result.ok
-            print(f"{'✓' if result.ok else '✗'} {result} ({result.seconds:.1f} s)", flush=True)
+            _OUT.print(f"{'✓' if result.ok else '✗'} {result} ({result.seconds:.1f} s)")
     return failed
 
 

@@ -31,7 +31,7 @@ class Interrupted(KeyboardInterrupt):
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
     """Turn the first SIGINT, SIGTERM or SIGHUP into an answer "yes" of the function that is given.
 
-    A second one acts at once. A signal that is ignored already (SIGHUP under nohup) stays so. Outside the main thread,
+    A second one acts at once. SIGHUP stays ignored where it is already, as under nohup. Outside the main thread,
     where signals cannot be caught, the answer is always "no".
     """
     if threading.current_thread() is not threading.main_thread():
@@ -48,7 +48,8 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         asked.set()
         restore()
 
-    heeded = [number for number in _ASKED if signal.getsignal(number) is not signal.SIG_IGN]
+    ignored = {number for number in _ASKED if signal.getsignal(number) is signal.SIG_IGN}
+    heeded = [number for number in _ASKED if number.name != "SIGHUP" or number not in ignored]
     before.update({number: signal.signal(number, note) for number in heeded})
     try:
         yield asked.is_set
