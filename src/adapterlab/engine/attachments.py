@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -20,6 +19,7 @@ from adapterlab.engine.attention import bridge
 from adapterlab.engine.batch_rows import followed
 from adapterlab.engine.heads import check_whole, say_random, without_home
 from adapterlab.engine.intact import Place, check_heard, check_intact, hidden
+from adapterlab.engine.joining import check_may_join
 from adapterlab.engine.loading import stop_watching, watch_loads
 from adapterlab.engine.patches import Patch
 from adapterlab.engine.sparse import Entries
@@ -27,7 +27,7 @@ from adapterlab.engine.wrapping import HOST, adapters_of, plain_copy, put, take
 from adapterlab.errors import AttachError, MergeError, nearest
 from adapterlab.foreign.model import SHARED, base_modules, plain_path, unwrapped
 from adapterlab.foreign.quantized import is_plain, is_quantized, keep_layout
-from adapterlab.foreign.sharding import fill, is_replicated, is_sharded, whole
+from adapterlab.foreign.sharding import fill, whole
 
 
 def attachments(model: nn.Module) -> Attachments | None:
@@ -78,28 +78,7 @@ class Attachments(Anatomy):
             saved: tensors by the keys of `tensors`; the adapter gets the structure and the values they have.
             like: likewise, for the structure alone; the values are loaded afterwards.
         """
-        if not isinstance(method, Method):
-            raise AttachError(f"attach needs a method such as al.LoRA(r=16), and received {method!r}.")
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
-            raise AttachError(f"An adapter's name has letters, digits, '_' and '-' only; received {name!r}.")
-        if name in self.methods:
-            raise AttachError(
-                f"The model has an adapter {name!r} already ({self.methods[name].id}). Choose another name, or "
-                f"host.detach({name!r}) first. Attached: {', '.join(self.methods)}."
-            )
-        if is_sharded(self.model):
-            # Sharding replaces the parameters: what is attached afterwards is split nowhere, and no optimizer knows it.
-            raise AttachError(
-                f"The model is split among processes already, so {name!r} ({method.id}) cannot join it. Attach, then "
-                "shard, then build the optimizer: load the model again and attach before fully_shard or "
-                "accelerator.prepare."
-            )
-        if is_replicated(self.model):
-            raise AttachError(
-                f"{type(self.model).__name__} holds the model already and knows no tensors that join it later: "
-                f"{name!r} ({method.id}) would not be kept alike on all devices. Attach to the model inside "
-                "(model.module) first, then put it into the wrapper."
-            )
+        check_may_join(self.model, self.methods, method, name)
         before, fresh = self.active, self.new if type(method).trains else ()
         by_default = saved is None and like is None and "modules_to_save" not in method.model_fields_set
         if fresh and by_default:
