@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from adapterlab.foreign.model import base_modules, unwrapped
 
@@ -33,10 +33,13 @@ def watch_saves(model: nn.Module, answer: Answer) -> None:
 
     What only calls the `save_pretrained` of its parts, as sentence-transformers does, is left as it is.
     """
-    _watch(PreTrainedModel, answer)
+    # A model of transformers comes with this module, which takes seconds to import and is not needed for others.
+    theirs = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", ())
+    if theirs:
+        _watch(theirs, answer)
     for _, module in base_modules(model):
-        inner = any(isinstance(m, PreTrainedModel) for _, m in base_modules(module) if m is not module)
-        if is_saved(module) and (isinstance(module, PreTrainedModel) or not inner):
+        inner = any(isinstance(m, theirs) for _, m in base_modules(module) if m is not module)
+        if is_saved(module) and (isinstance(module, theirs) or not inner):
             _watch(next(cls for cls in type(module).__mro__ if _SAVE in vars(cls)), answer)
 
 
