@@ -191,7 +191,7 @@ def test_chat_wants_one_base(run: Run, adapter: Path, base_folder: Path) -> None
         (["generate", "{adapter}", "hi", "--temperature", "-1"], "temperature must be 0"),
         (["generate", "no/such/folder", "hi"], "There is no model 'no/such/folder'"),
         (["evaluate", "{adapter}"], "--data eval_path=FILE"),
-        (["evaluate", "{adapter}", "--data", "eval_path"], "--data takes key=value"),
+        (["evaluate", "{adapter}", "--data", "eval_path"], "Write key=value, such as --data eval_size=50"),
         (["evaluate", "{adapter}", "--data", "eval_path=gone.jsonl"], "gone.jsonl"),
         (["evaluate", "{run}", "--checkpoint", "lats"], "Nearest: last"),
     ],
