@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from adapterlab.terminal import Terminal
@@ -24,21 +25,26 @@ _SMOOTHING = 0.9  # weight of the past in the loss that is shown
 
 def config_table(
     flat: Mapping[str, Any], provenance: Mapping[str, str], meanings: Mapping[str, str] | None = None
-) -> Table:
+) -> Table | Group:
     """Show every setting with where it came from; what the user set stands out.
 
     Args:
         flat: values by dotted key.
         provenance: sources by dotted key.
-        meanings: a sentence by dotted key, shown beside.
+        meanings: a sentence by dotted key, shown below each setting.
     """
-    more = [] if meanings is None else ["meaning"]
-    table = Table("setting", "value", "from", *more, title="Configuration", title_justify="left")
+    sources = {key: provenance.get(key, "default") for key in flat}
+    if meanings is not None:
+        lines: list[Any] = ["Configuration"]
+        for key, value in flat.items():
+            there = "" if sources[key] == "default" else f"  ({sources[key]})"
+            lines.append(Text.assemble((key, "bold" if there else ""), f" = {value}", (there, "dim")))
+            lines += [Padding(Text(meanings[key], style="dim"), (0, 0, 0, 4))] if meanings.get(key) else []
+        return Group(*lines)
+    table = Table(Column("setting", overflow="fold"), "value", "from", title="Configuration", title_justify="left")
     for key, value in flat.items():
-        source = provenance.get(key, "default")
-        style = "dim" if source == "default" else "bold"
-        cells = [key, str(value), source, *([] if meanings is None else [meanings.get(key, "")])]
-        table.add_row(*map(Text, cells), style=style)
+        style = "dim" if sources[key] == "default" else "bold"
+        table.add_row(*map(Text, (key, str(value), sources[key])), style=style)
     return table
 
 
