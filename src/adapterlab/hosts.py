@@ -25,7 +25,7 @@ from adapterlab.foreign.saving import watch_saves
 from adapterlab.io import folder as adapter_folder
 from adapterlab.io import pretrained
 from adapterlab.io.injected import ignore_injected, watch_injected
-from adapterlab.settings import user_path
+from adapterlab.paths import user_path
 
 
 def attach(model: nn.Module, method: Method, name: str = "default") -> Host:

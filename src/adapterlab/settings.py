@@ -15,19 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from adapterlab.errors import ConfigError, nearest
-
-
-def user_path(path: str | Path) -> Path:
-    """Read a path as a shell would: `~` and `~name` are home folders. Environment variables stay as they are.
-
-    Raises:
-        ConfigError: nobody is called like that.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ConfigError(f"{path} begins with the home folder of somebody unknown. Write the whole path.") from None
-
+from adapterlab.paths import user_path
 
 UserPath = Annotated[Path, AfterValidator(user_path)]
 

@@ -54,9 +54,9 @@ _Loader.yaml_implicit_resolvers = _resolvers(yaml.SafeLoader)
 _Dumper.yaml_implicit_resolvers = _resolvers(yaml.SafeDumper)
 
 
-def written(tree: Mapping[str, Any]) -> str:
-    """Write settings, in their order."""
-    return yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def written(tree: Mapping[str, Any], width: int = 80) -> str:
+    """Write settings, in their order; long texts are broken near a width."""
+    return yaml.dump(dict(tree), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width)
 
 
 def read(path: Path, example: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ ROOT = Path(adapterlab.__file__).parent
 # From the ground up. A package may import what stands before it; what shares a line does not know its neighbours.
 FLOORS = (
     ("errors", "version", "lazy", "terminal"),
+    ("paths",),
     ("settings", "yaml_text", "json_text", "foreign", "registry"),
     ("ops", "optim", "data", "models"),
     ("core",),

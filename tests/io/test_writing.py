@@ -14,7 +14,7 @@ from adapterlab.errors import ConfigError, OutputError
 from adapterlab.io import successor
 from adapterlab.io.atomic import Kind, check_free, new_file, new_folder, write_text
 from adapterlab.io.disk import alone, content, tidy
-from adapterlab.settings import user_path
+from adapterlab.paths import user_path
 from killing import at_every_change
 
 THING = Kind("a thing", ("thing.json",), ("thing.json", "more"), listing="thing.json")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adapterlab.errors import ConfigError, FormatError
-from adapterlab.settings import user_path
+from adapterlab.paths import user_path
 
 if TYPE_CHECKING:
     from adapterlab.convert.building import Conversion

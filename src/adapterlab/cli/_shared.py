@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from adapterlab.errors import ConfigError
-from adapterlab.settings import user_path
+from adapterlab.paths import user_path
 from adapterlab.terminal import shown
 
 Target = Annotated[str, typer.Argument(help="A run folder, an adapter folder, or a base model.", show_default=False)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adapterlab.cli._shared import AsJson, Trust, print_json, say, settings
-from adapterlab.settings import user_path
+from adapterlab.paths import user_path
 
 if TYPE_CHECKING:
     from adapterlab.compare.advice import Advice

@@ -11,7 +11,7 @@ import typer
 
 from adapterlab.cli._shared import AsJson, Trust, print_json
 from adapterlab.errors import ModelError
-from adapterlab.settings import user_path
+from adapterlab.paths import user_path
 
 if TYPE_CHECKING:
     from rich.text import Text

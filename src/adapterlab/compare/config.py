@@ -15,7 +15,8 @@ from adapterlab import yaml_text
 from adapterlab.compare.results import UNTRAINED
 from adapterlab.data.config import DataConfig
 from adapterlab.errors import AdapterlabError, ConfigError, nearest
-from adapterlab.settings import SEEDS, Settings, UserPath, user_path
+from adapterlab.paths import user_path
+from adapterlab.settings import SEEDS, Settings, UserPath
 from adapterlab.train.config import TrainConfig, Training, flatten
 
 FULL = "full"

@@ -13,7 +13,7 @@ from adapterlab.errors import FormatError
 from adapterlab.io.atomic import write_json
 from adapterlab.io.links import check_links
 from adapterlab.json_text import parsed
-from adapterlab.settings import user_path
+from adapterlab.paths import user_path
 
 FILE = "comparison.json"
 FORMAT = 1

@@ -19,7 +19,7 @@ from adapterlab.hosts import host as host_of
 from adapterlab.io import hf_peft
 from adapterlab.io.atomic import new_folder, write_json
 from adapterlab.io.folder import ADAPTER, CONFIG, TENSORS, check_finite
-from adapterlab.settings import user_path
+from adapterlab.paths import user_path
 
 Progress = Callable[[str, int, int], None]
 _ENERGY = 0.9

@@ -19,7 +19,7 @@ from adapterlab.foreign.model import base_name, plain_class
 from adapterlab.hosts import Host
 from adapterlab.io.atomic import Kind, check_free, new_folder, write_json
 from adapterlab.models.progress import quiet_transformers
-from adapterlab.settings import user_path
+from adapterlab.paths import user_path
 
 Quantized = Literal["error", "dequantize", "requantize"]
 REPORT = "merge.json"

@@ -14,7 +14,8 @@ from typing import Any
 
 from adapterlab.data.formats import SourceRow
 from adapterlab.errors import DataError, nearest
-from adapterlab.settings import user_path
+from adapterlab.json_text import parsed
+from adapterlab.paths import user_path
 
 Numbered = Iterator[tuple[int, Any]]
 
@@ -50,16 +51,13 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    value = json.loads(text, object_pairs_hook=_once, parse_float=_Written)
+    value = parsed(text, object_pairs_hook=_once, parse_float=_Written)
     if "\\ud" in text or "\\uD" in text:  # half of a pair of escapes is no character
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise _Unusable(f"half a character ({error.object[error.start]!r}) stands in a text") from None
     return value
-
-
-_NOT_JSON = (ValueError, RecursionError)  # of more digits than Python reads as well
 
 
 def _jsonl(path: Path) -> Numbered:
@@ -69,7 +67,7 @@ def _jsonl(path: Path) -> Numbered:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if text:
                     yield number, _parsed(text)
-            except _NOT_JSON as error:
+            except ValueError as error:
                 raise DataError(
                     f"Row {number} of {path} is not valid JSON: {error}. Received: {_shown(line)}. "
                     "Every line of a .jsonl file is one JSON object; mend or remove this line."
@@ -79,7 +77,7 @@ def _jsonl(path: Path) -> Numbered:
 def _json(path: Path) -> Numbered:
     try:
         value = _parsed(path.read_text("utf-8-sig"))
-    except _NOT_JSON as error:
+    except ValueError as error:
         raise DataError(
             f"{path} is not valid JSON: {error}. If it holds one object a line, name it {path.stem}.jsonl."
         ) from None

@@ -148,7 +148,7 @@ def decoded(value: Any, where: str, of: str) -> Any:
         return value
     try:
         return parsed(value)
-    except (ValueError, RecursionError):
+    except ValueError:
         raise RowProblem(f"{where} is text that is not JSON, not {of}") from None
 
 

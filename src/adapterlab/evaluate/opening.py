@@ -12,7 +12,7 @@ from adapterlab.errors import FormatError, nearest
 from adapterlab.io.links import check_links
 from adapterlab.json_text import parsed
 from adapterlab.models import check
-from adapterlab.settings import user_path
+from adapterlab.paths import user_path
 
 if TYPE_CHECKING:
     from adapterlab.hosts import Host

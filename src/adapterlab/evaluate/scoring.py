@@ -25,7 +25,8 @@ from adapterlab.hosts import Host, host
 from adapterlab.io.atomic import write_json, write_text
 from adapterlab.io.disk import alone, explained, tidy
 from adapterlab.json_text import parsed
-from adapterlab.settings import explain, user_path
+from adapterlab.paths import user_path
+from adapterlab.settings import explain
 
 _FIGURES, _ANSWERS = {"target", "source", "loss"}, {"prompt", "reference", "answer"}  # what their files say for certain
 _PATIENCE = 60  # seconds to wait while another evaluation writes
@@ -193,7 +194,7 @@ def _first_object(file: Path) -> dict[str, Any] | None:
         with file.open(encoding="utf-8") as stream:
             found = parsed(stream.readline() if file.suffix == ".jsonl" else stream.read())
         return found if isinstance(found, dict) else {}
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}
 
 

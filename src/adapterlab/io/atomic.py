@@ -17,7 +17,7 @@ from typing import Any
 from adapterlab.errors import OutputError
 from adapterlab.io.disk import LOCK, OLD, PART, alone, content, explained, left_behind, sync, tidy
 from adapterlab.json_text import parsed
-from adapterlab.settings import user_path
+from adapterlab.paths import user_path
 
 _HEAD = 4096  # bytes of a file in which its maker is named
 

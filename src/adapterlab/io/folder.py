@@ -36,8 +36,8 @@ from adapterlab.io.finite import not_finite
 from adapterlab.io.links import check_links
 from adapterlab.json_text import parsed
 from adapterlab.models.pulling import nothing_fetched
+from adapterlab.paths import user_path
 from adapterlab.registry import method as method_by_id
-from adapterlab.settings import user_path
 
 FORMAT = 1
 TENSORS = "adapter_model.safetensors"

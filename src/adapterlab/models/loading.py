@@ -14,7 +14,7 @@ from adapterlab.foreign.pretrained import read_config, read_model, read_tokenize
 from adapterlab.models.catalogue import DEFAULT
 from adapterlab.models.progress import quiet_transformers
 from adapterlab.models.pulling import resolve
-from adapterlab.settings import user_path
+from adapterlab.paths import user_path
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZATIONS = ("nf4", "int8")

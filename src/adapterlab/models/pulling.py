@@ -13,7 +13,7 @@ from adapterlab.models.catalogue import DEFAULT, catalogue
 from adapterlab.models.folder import check_folder
 from adapterlab.models.progress import bars
 from adapterlab.models.source import Hub, Source
-from adapterlab.settings import user_path
+from adapterlab.paths import user_path
 
 _FETCHING = ContextVar("fetching", default=True)
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")

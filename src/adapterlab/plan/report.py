@@ -13,8 +13,8 @@ from rich.text import Text
 
 from adapterlab.errors import ConfigError, require
 from adapterlab.io.atomic import check_made_here, new_file, write_text
+from adapterlab.paths import user_path
 from adapterlab.plan.result import Plan
-from adapterlab.settings import user_path
 
 if TYPE_CHECKING:
     from adapterlab.plan.advice import Change

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterlab.errors import ModelError, nearest
 from adapterlab.foreign.model import text_config
-from adapterlab.settings import user_path
+from adapterlab.paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

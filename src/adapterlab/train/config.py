@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from adapterlab import yaml_text
 from adapterlab.data.config import DataConfig
 from adapterlab.errors import ConfigError, nearest
-from adapterlab.settings import SEEDS, Settings, UserPath, keys, user_path
+from adapterlab.paths import user_path
+from adapterlab.settings import SEEDS, Settings, UserPath, keys
 
 if TYPE_CHECKING:
     from adapterlab.core.method import Method

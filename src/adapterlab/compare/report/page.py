@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from adapterlab import yaml_text
 from adapterlab.compare.report import amounts, charts, svg, table
 from adapterlab.compare.report.charts import Figure
 from adapterlab.compare.report.join import alike
@@ -158,7 +158,7 @@ def _part(comparison: Comparison, rows: list[Row]) -> Part:
         cards=_cards(comparison, own),
         rates=[figure for figure in rates if figure is not None],
         questions=_questions(rows),
-        config=yaml.safe_dump(_plain(comparison.config), sort_keys=False, allow_unicode=True, width=100),
+        config=yaml_text.written(_plain(comparison.config), width=100),
         conditions=_conditions(comparison),
     )
 

@@ -9,7 +9,7 @@ from adapterlab.compare.report import page, peft, picture, table
 from adapterlab.compare.results import Comparison, load
 from adapterlab.errors import ConfigError, OutputError
 from adapterlab.io.atomic import check_made_here, new_file, write_json, write_text
-from adapterlab.settings import user_path
+from adapterlab.paths import user_path
 
 PAGE, RESULTS, MARKDOWN, CSV, PICTURE = "report.html", "results.json", "table.md", "table.csv", "loss_curves.png"
 FILES = (PAGE, RESULTS, MARKDOWN, CSV, PICTURE)
