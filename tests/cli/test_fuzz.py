@@ -23,13 +23,13 @@ import yaml
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_runs import make_config, write_data
 
 from adapterlab.cli import build, main
 from adapterlab.compare.config import CompareConfig
 from adapterlab.settings import keys
 from adapterlab.train.config import TrainConfig
 from tiny_folder import write_model
+from tiny_runs import make_config, write_data
 
 EXAMPLES = int(os.environ.get("ADAPTERLAB_FUZZ", "40"))
 BOUNDED = settings(

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_runs import make_config, write_data
 
 from tiny_folder import write_model
+from tiny_runs import make_config, write_data
 
 
 @pytest.fixture(scope="session")

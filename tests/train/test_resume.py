@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_runs import write_data
 
 from adapterlab.errors import ConfigError, DataError, FormatError, OutputError, TrainingError
 from adapterlab.train import Interrupted, Listener, Loop, fit
 from adapterlab.train.folder import CHECKPOINT, RunFolder, claimed, read_state, write_state
 from killing import at_every_change
+from tiny_runs import write_data
 
 Config = Callable[..., dict[str, Any]]
 TIMED = ("seconds", "memory")
