@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 
 from adapterlab.compare.results import Difference
-from adapterlab.compare.statistics import Sheets, differences, holm, interval, ranks
+from adapterlab.compare.statistics import Sheets, differences, holm, interval, ranks, widening
 
 
 def sheets(values: dict[str, np.ndarray], weights: np.ndarray | None = None) -> Sheets:
@@ -25,7 +26,9 @@ def test_interval_agrees_with_resampling_by_hand() -> None:
     for _ in range(10_000):
         rows = draw.integers(0, 40, size=40)
         means.append(losses[0, rows].sum() / tokens[rows].sum())
-    assert found == pytest.approx(np.percentile(means, [2.5, 97.5]), rel=0.02)
+    middle = losses.sum() / tokens.sum()
+    spread = widening(40) * (np.percentile(means, [2.5, 97.5]) - middle)
+    assert found == pytest.approx(middle + spread, rel=0.02)
 
 
 def test_what_does_not_vary_still_has_an_interval() -> None:
@@ -37,11 +40,24 @@ def test_what_does_not_vary_still_has_an_interval() -> None:
     assert interval(sheets({"a": one}), "a") == pytest.approx((0.502, 0.691), abs=0.001)
 
 
+def test_intervals_of_few_rows_are_as_wide_as_students() -> None:
+    for n, factor in ((4, 3.182446), (10, 2.262157), (30, 2.045230), (1000, 1.962341)):
+        assert widening(n) == pytest.approx((n / (n - 1)) ** 0.5 * factor / 1.959964, rel=0.04)
+    draw = np.random.default_rng(3)
+    held = [_holds_zero(draw.normal(size=6)) for _ in range(300)]
+    assert 0.92 <= np.mean(held) <= 0.98  # a plain bootstrap holds it in about 85 % of the cases
+
+
+def _holds_zero(values: Any) -> bool:
+    low, high = interval(Sheets({"a": values[None]}, {"a": [0]}, np.ones(len(values))), "a", count=2000)
+    return bool(low <= 0 <= high)
+
+
 def test_p_value_agrees_with_all_resamples_of_few_rows() -> None:
     a, b = np.array([[1.0, 1, 0, 1, 1, 0]]), np.array([[0.0, 1, 0, 0, 1, 0]])
     delta = (a - b)[0]
     every = np.array([delta[list(rows)].mean() for rows in itertools.product(range(6), repeat=6)])
-    expected = (np.abs(every - delta.mean()) >= abs(delta.mean()) - 1e-12).mean()
+    expected = (widening(6) * np.abs(every - delta.mean()) >= abs(delta.mean()) - 1e-12).mean()
     (found,) = differences(sheets({"a": a, "b": b}), 0.05)
     assert found.value == pytest.approx(delta.mean())
     assert found.p == pytest.approx(expected, abs=0.015)

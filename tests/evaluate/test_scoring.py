@@ -119,7 +119,11 @@ def test_free_text_has_a_loss_only(adapter: Path, tmp_path: Path) -> None:
     assert found.loss > 0
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"question": "tell", "answer": "once upon a time " * 5}) + "\n")
-    assert "free text" in score(adapter, data={"eval_path": str(long)}).why_no_score
+    read = score(adapter, data={"eval_path": str(long)}, samples=1, base=True, max_new_tokens=3)
+    assert "free text" in read.why_no_score
+    (sample,) = read.samples
+    assert (read.score, sample["score"], sample["base_score"], read.correct) == (None, None, None, None)
+    assert sample.keys() >= {"prompt", "reference", "answer", "base_answer"}
     assert "data.scorer is none" in score(adapter, data={"eval_path": str(long), "scorer": "none"}).why_no_score
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adapterlab.terminal import Terminal
 
 _SHOWN = 300  # characters of a sample answer
+_MARKS: dict[float | None, str | tuple[str, str]] = {1.0: ("✓ ", "green"), 0.0: ("✗ ", "red"), None: ""}  # by score
 
 
 def evaluate(
@@ -40,7 +41,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Use the first n evaluation examples only.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Evaluate the base model too, on the same examples.")] = False,
     model: BaseModel = None,
-    batch_size: Annotated[int, typer.Option(help="Examples computed at once.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Examples computed at once.")] = 32,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer; default: twice the longest reference, at least 64.")
     ] = None,
@@ -130,7 +131,6 @@ def _show_samples(console: Terminal, found: Evaluation) -> None:
     for row in found.samples:
         cells = [Text(str(row[key])[:_SHOWN]) for key in ("prompt", "reference")]
         for key in ["answer", *["base_answer"] * base]:
-            right = row[key.replace("answer", "score")]
-            cells.append(Text.assemble(("✓ ", "green") if right else ("✗ ", "red"), row[key][:_SHOWN]))
+            cells.append(Text.assemble(_MARKS[row[key.replace("answer", "score")]], row[key][:_SHOWN]))
         table.add_row(*cells)
     console.print(table)

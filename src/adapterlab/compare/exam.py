@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
@@ -15,7 +16,8 @@ _BLOCK = 256  # tokens of a row of general text
 
 def recorded(paper: Paper, sheet: Sheet, samples: int) -> Exam:
     """Return what one checkpoint made of the examination, with the first few answers."""
-    shown = list(zip(paper.examples, sheet.answers, sheet.right, strict=False))[:samples]
+    right: Sequence[bool | None] = sheet.right or [None] * len(sheet.answers)
+    shown = list(zip(paper.examples, sheet.answers, right, strict=False))[:samples]
     return Exam(
         loss=sheet.loss,
         losses=sheet.losses,

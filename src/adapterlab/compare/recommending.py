@@ -6,11 +6,16 @@ from collections.abc import Callable, Sequence
 
 from adapterlab.compare.results import UNTRAINED, Comparison, Recommendation, Run, Standing
 
+ONE_SEED = (
+    "What is compared is one trained set of weights of each method, not the methods: another seed may order them "
+    "otherwise. Set seeds=3 or more to compare methods."
+)
+
 
 def recommend(comparison: Comparison) -> Recommendation:
     """Say which method to take for the best result, for least memory and for least time.
 
-    Memory and time are compared among methods that are better than the untrained model beyond doubt; a method that
+    Memory and time are compared among methods that can be told from the untrained model and are better; a method that
     learns nothing may be cheap, but nobody wants it.
 
     Args:
@@ -23,7 +28,8 @@ def recommend(comparison: Comparison) -> Recommendation:
     helpful = [s for s in ranked if _beats_untrained(comparison, s)]
     memory = _least(comparison, helpful or ranked, lambda run: run.peak_memory)
     time = _least(comparison, helpful or ranked, lambda run: run.train_seconds)
-    sentences = [_best(comparison, best), _open(comparison, undecided), _gain(comparison, best, helpful)]
+    sentences = [_best(comparison, best), _open(comparison, ranked, undecided), _gain(comparison, best, helpful)]
+    sentences.append(ONE_SEED if comparison.of_one_seed else "")
     for what, found, amount in (("memory", memory, _gib), ("time", time, _clock)):
         if found:
             at = _value(comparison, found)
@@ -49,17 +55,26 @@ def _best(comparison: Comparison, best: Standing) -> str:
     )
 
 
-def _open(comparison: Comparison, undecided: Sequence[Standing]) -> str:
+def _open(comparison: Comparison, ranked: Sequence[Standing], undecided: Sequence[Standing]) -> str:
+    if len(ranked) < 2:
+        return ""
     if not undecided:
-        return "Every other method is worse beyond doubt."
+        best, second = ranked[0], ranked[1]
+        apart = abs((best.value or 0.0) - (second.value or 0.0))
+        gap = f"{100 * apart:.1f} points" if comparison.judge == "score" else f"{apart:.4f} nats a token"
+        return f"Every other one is worse at {_level(comparison)}; the nearest, {second.label}, by {gap}."
     names = _list([s.label for s in undecided])
     cheap = _least(comparison, undecided, lambda run: run.train_seconds)
     many = cheap is not None and len(undecided) > 1
     hint = f" Of these, {cheap.label} trains fastest ({_clock(comparison, cheap)})." if cheap and many else ""
     return (
-        f"It cannot be told apart from {names} at the {100 * comparison.level:g} % level, corrected for all pairs: "
+        f"It cannot be told apart from {names} at {_level(comparison)}: "
         f"more seeds or more evaluation rows would be needed.{hint}"
     )
+
+
+def _level(comparison: Comparison) -> str:
+    return f"the {100 * comparison.level:g} % level, corrected for all pairs"
 
 
 def _gain(comparison: Comparison, best: Standing, helpful: Sequence[Standing]) -> str:
@@ -67,7 +82,7 @@ def _gain(comparison: Comparison, best: Standing, helpful: Sequence[Standing]) -
     if base is None or best.value is None or base.value is None:
         return ""
     if not helpful:
-        return f"No method is better than the untrained model ({_value(comparison, base)}) beyond doubt."
+        return f"No method is better than the untrained model ({_value(comparison, base)}) at {_level(comparison)}."
     return f"The untrained model has {_value(comparison, base)}."
 
 

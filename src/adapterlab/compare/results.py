@@ -34,14 +34,14 @@ class Sample(Record):
 
     Attributes:
         row: position among the evaluation rows, counted from 0.
-        right: whether the scorer took the answer for right.
+        right: whether the scorer took the answer for right; None where there is none.
     """
 
     row: int
     prompt: str
     reference: str
     answer: str
-    right: bool
+    right: bool | None
 
 
 class Exam(Record):
@@ -66,6 +66,10 @@ class Exam(Record):
     interval: Interval | None = None
     right: list[int] = []
     samples: list[Sample] = []
+
+    def marks(self, judge: str) -> tuple[list[float], list[float]]:
+        """What each row gives the judge, and what it counts: its tokens for the loss, 1 for the score."""
+        return (list(self.right), [1.0] * len(self.right)) if judge == "score" else (self.losses, list(self.tokens))
 
 
 class Memory(Record):
@@ -120,9 +124,11 @@ class Run(Record):
         tokens: input tokens trained on, padding not counted.
         train_seconds: spent in training steps alone.
         wall_seconds: from the start of the process to its end, all attempts together: loading, training, measuring.
-        best_step: step of the lowest evaluation loss.
-        best_loss: that loss; `final_loss`: the one at the end; `train_loss`: of the last training steps (mean of ten).
-        best: exam of the best checkpoint; `final`: of the last one. For the untrained model both are the same.
+        best_step: step of the lowest validation loss.
+        best_loss: that loss, of rows set apart from training, which are not those of the exams; `final_loss`: the one
+            at the end; `train_loss`: of the last training steps (mean of ten). None for the untrained model.
+        best: exam of the checkpoint with the lowest validation loss; `final`: of the last one. For the untrained model
+            both are the same.
         general_loss: mean token loss on the general text shipped with the package, at the checkpoint to be used.
         forgetting: that loss minus the untrained model's on the same text; above 0 is worse.
         adapter_bytes: size of the adapter folder on disk.
@@ -327,6 +333,12 @@ class Comparison(Record):
     def higher_is_better(self) -> bool:
         """Whether more of the judge is better."""
         return self.judge == "score"
+
+    @property
+    def of_one_seed(self) -> bool:
+        """Whether no trained method has finished with two seeds, so that differences are those of sets of weights."""
+        finished = [s.finished for s in self.standings if s.label != UNTRAINED]
+        return any(finished) and max(finished) == 1
 
     def runs_of(self, label: str, status: Status | None = "finished") -> list[Run]:
         """Return the runs of one label, by default the finished ones."""

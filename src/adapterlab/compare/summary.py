@@ -48,9 +48,9 @@ def _sheets(runs: Sequence[Run], judge: str) -> Sheets | None:
     weights: Sequence[float] = ()
     for run in runs:
         if run.status == "finished" and run.best is not None:
-            values.setdefault(run.label, []).append(run.best.right if judge == "score" else run.best.losses)
+            given, weights = run.best.marks(judge)
+            values.setdefault(run.label, []).append(given)
             seeds.setdefault(run.label, []).extend([] if run.is_untrained else [run.seed])
-            weights = [1.0] * len(run.best.right) if judge == "score" else run.best.tokens
     if not values:
         return None
     arrays = {label: np.array(rows, dtype=float) for label, rows in values.items()}

@@ -87,8 +87,7 @@ def untrained(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]
     run = Run(
         label=UNTRAINED, key=UNTRAINED, method=UNTRAINED, seed=0, status="finished", trainable=0, total=total,
         memory=_memory(memory), steps=0, tokens=0, train_seconds=0.0, wall_seconds=progress.elapsed,
-        best_loss=exam.loss, final_loss=exam.loss, best=exam, final=exam,
-        general_loss=general, forgetting=0.0, adapter_bytes=0, inference=cost,
+        best=exam, final=exam, general_loss=general, forgetting=0.0, adapter_bytes=0, inference=cost,
     )  # fmt: skip
     length = _mean_tokens(config, model, tokenizer)
     return {"run": run.model_dump(mode="json"), "device": str(meter.device), "tokens_per_row": length}
@@ -234,8 +233,7 @@ def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
 
 
 def _paper(config: CompareConfig, model: Any, tokenizer: Any) -> Paper:
-    asked = config.evaluation.model_dump(exclude={"samples"})
-    return set_paper(config.data, model, tokenizer, **asked)
+    return set_paper(config.data, model, tokenizer, **config.evaluation.model_dump())
 
 
 def _fit(config: TrainConfig, progress: Progress) -> RunResult:

@@ -45,10 +45,10 @@ class Paper:
     Attributes:
         examples: evaluation examples.
         rows: their tokens and labels.
-        prompts: their tokens up to the answer; empty without a scorer.
+        prompts: tokens up to the answer: of all examples with a scorer, of the first few without.
         scorer: None where answers are not scored.
         why: the reason when they are not, else "".
-        max_new_tokens: longest answer; 0 without a scorer.
+        max_new_tokens: longest answer; 0 where none is asked for.
         batch_size: examples computed at once.
         source: where the examples come from.
         left_out: number of examples that leave no room for an answer within the longest row; nobody is asked those.
@@ -69,13 +69,13 @@ class Paper:
 
 @dataclass(frozen=True)
 class Sheet:
-    """What one model made of a paper; without a scorer there are no answers.
+    """What one model made of a paper.
 
     Attributes:
         losses: summed cross-entropy of each row, in nats.
         tokens: labelled tokens of each row.
-        answers: of the model.
-        right: whether each is.
+        answers: to the paper's prompts.
+        right: whether each is; empty without a scorer.
     """
 
     losses: list[float]
@@ -107,6 +107,7 @@ def set_paper(
     limit: int | None = None,
     batch_size: int = 16,
     max_new_tokens: int | None = None,
+    samples: int = 0,
 ) -> Paper:
     """Prepare the examination of a model.
 
@@ -117,6 +118,7 @@ def set_paper(
         limit: use the first n examples only.
         batch_size: examples computed at once.
         max_new_tokens: longest answer; default: twice the longest reference, and at least 64 tokens.
+        samples: how many answers to ask for where they cannot be scored, for reading alone.
 
     Raises:
         ConfigError: the limit is below 1.
@@ -136,8 +138,9 @@ def set_paper(
     encoded = rows_for(model, tokenizer, examples, data)
     kept = set(encoded.kept)
     examples = [example for i, example in enumerate(examples) if i in kept]
-    prompts = [prompt_of(e, tokenizer, data, seq2seq=seq2seq) for e in examples] if scorer else []
-    tokens = _answer_limit(examples, tokenizer, prompts, None if seq2seq else window, max_new_tokens) if scorer else 0
+    asked = examples if scorer else [e for e in examples[:samples] if e.messages]
+    prompts = [prompt_of(e, tokenizer, data, seq2seq=seq2seq) for e in asked]
+    tokens = _answer_limit(asked, tokenizer, prompts, None if seq2seq else window, max_new_tokens) if asked else 0
     why = "" if scorer else _why(data, examples)
     return Paper(
         examples, encoded.rows, prompts, scorer, why, tokens, batch_size, splits.eval_source, encoded.report.dropped,
@@ -197,7 +200,7 @@ def sit(paper: Paper, model: Any, tokenizer: Any, progress: Progress | None = No
             f"None of the {count} evaluation rows has a token with a label, so there is no loss. "
             "Check data.train_on and data.max_length."
         )
-    if paper.scorer is None:
+    if not paper.prompts:
         return Sheet(losses, tokens, [], [])
     answers = generate(
         model,
@@ -205,8 +208,10 @@ def sit(paper: Paper, model: Any, tokenizer: Any, progress: Progress | None = No
         paper.prompts,
         max_new_tokens=paper.max_new_tokens,
         batch_size=paper.batch_size,
-        progress=counter(progress, prefix + "answers", count) if progress else None,
+        progress=counter(progress, prefix + "answers", len(paper.prompts)) if progress else None,
     )
+    if paper.scorer is None:
+        return Sheet(losses, tokens, answers, [])
     right = [paper.scorer(answer, e) >= 1 for answer, e in zip(answers, paper.examples, strict=True)]
     return Sheet(losses, tokens, answers, right)
 

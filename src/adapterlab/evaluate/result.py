@@ -60,7 +60,7 @@ class Evaluation(Figures):
         max_new_tokens: longest answer allowed, in tokens; None when none were generated.
         seconds: wall time, loading not counted.
         answers: file with all answers, or None.
-        samples: the first few answers, as they are in that file.
+        samples: the first few answers, as they are in that file; their score is None where there is no scorer.
         base: figures of the base model with every adapter off, when asked for.
         fixed: answers that the base has wrong and the adapter right.
         broken: answers that the base has right and the adapter wrong.

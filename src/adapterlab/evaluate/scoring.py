@@ -49,7 +49,7 @@ def score(
     checkpoint: str = "best",
     model: str | None = None,
     limit: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = 32,
     max_new_tokens: int | None = None,
     samples: int = 5,
     base: bool = False,
@@ -73,7 +73,7 @@ def score(
         limit: use the first n evaluation examples only.
         batch_size: examples computed at once.
         max_new_tokens: longest answer; by default twice the longest reference, and at least 64 tokens.
-        samples: how many answers to keep in the result.
+        samples: how many answers to keep in the result; where answers are not scored, how many to ask for.
         base: evaluate the base model, with all adapters off, on the same examples.
         output: folder for the answers and the figures; by default `evaluation/` in a run folder, else none.
         device: where to compute; by default cuda, else mps, else cpu. For names and folders only.
@@ -94,7 +94,9 @@ def score(
     if base and attached is None:
         raise ConfigError(f"base=True compares adapters with their base, and {label} carries no adapter. Leave it out.")
     began = time.monotonic()
-    paper = set_paper(cfg, net, tokenizer, limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    paper = set_paper(
+        cfg, net, tokenizer, limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, samples=samples
+    )
     sheet, plain = sit(paper, net, tokenizer, progress), None
     if base and attached is not None:
         with attached.using():
@@ -110,7 +112,7 @@ def score(
         columns=dataclasses.asdict(paper.columns),
         scorer=paper.scorer.name if paper.scorer else None,
         why_no_score=paper.why,
-        max_new_tokens=paper.max_new_tokens if paper.scorer else None,
+        max_new_tokens=paper.max_new_tokens or None,
         seconds=time.monotonic() - began,
         answers=stem.with_suffix(".jsonl") if stem and rows else None,
         samples=tuple(rows[:samples]),
@@ -234,11 +236,15 @@ def _rows(paper: Paper, sheet: Sheet, plain: Sheet | None) -> list[dict[str, Any
     for i, answer in enumerate(sheet.answers):
         example = paper.examples[i]
         row = {"row": example.row, "prompt": example.prompt, "reference": example.answer}
-        row |= {"answer": answer, "score": float(sheet.right[i])}
+        row |= {"answer": answer, "score": _score(sheet, i)}
         if plain:
-            row |= {"base_answer": plain.answers[i], "base_score": float(plain.right[i])}
+            row |= {"base_answer": plain.answers[i], "base_score": _score(plain, i)}
         rows.append(row)
     return rows
+
+
+def _score(sheet: Sheet, i: int) -> float | None:
+    return float(sheet.right[i]) if sheet.right else None
 
 
 def _stem(checkpoint: str, data: Any, limit: int | None) -> str:

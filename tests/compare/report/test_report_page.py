@@ -10,6 +10,7 @@ import pytest
 from fabricate import fabricate
 
 from adapterlab.cli import main
+from adapterlab.compare.recommending import recommend
 from adapterlab.compare.report import page, picture, rebuild, write
 from adapterlab.compare.results import Comparison, Exam, Sample
 from adapterlab.errors import ConfigError, FormatError, OutputError
@@ -67,7 +68,7 @@ def test_every_part_is_there():
     text = page.page([fabricate()])
     for section in ("advice", "table", "charts", "differences", "rates", "answers", "configuration"):
         assert f'<section id="{section}"' in text
-    for title in ("Score against peak memory", "Score against training time", "Evaluation loss", "Training loss"):
+    for title in ("Score against peak memory", "Score against training time", "Validation loss", "Training loss"):
         assert f"<h4>{title}</h4>" in text
     assert 'class="front"' in text
     assert "cannot be told apart" in text
@@ -112,7 +113,8 @@ def test_a_comparison_without_anything_finished_can_be_shown():
 
 def test_where_answers_are_not_scored_loss_is_what_is_drawn():
     def unscored(exam):
-        return exam and exam.model_copy(update={"score": None, "interval": None, "right": [], "samples": []})
+        samples = [s.model_copy(update={"right": None}) for s in exam.samples]
+        return exam.model_copy(update={"score": None, "interval": None, "right": [], "samples": samples})
 
     base = fabricate(judge="loss", failed=False)
     runs = [r.model_copy(update={"best": unscored(r.best), "final": unscored(r.final)}) for r in base.runs]
@@ -120,16 +122,27 @@ def test_where_answers_are_not_scored_loss_is_what_is_drawn():
     Tree(text)
     assert "<h4>Evaluation loss against peak memory</h4>" in text
     assert "score, best</button>" not in text
-    assert '<section id="answers"' not in text
+    assert '<section id="answers"' in text
+    assert "✓ right" not in text
+    assert "✗ wrong" not in text
+
+
+def test_with_one_seed_sets_of_weights_are_compared():
+    for judge in ("score", "loss"):
+        assert not any("one seed" in notice for notice in page.notices([fabricate(judge=judge)]))
+        one = fabricate(judge=judge, seeds=1)
+        assert any("one seed" in notice and "not the methods" in notice for notice in page.notices([one]))
+        assert "another seed may order them otherwise" in recommend(one).text
+        assert "beyond doubt" not in recommend(one).text
 
 
 def test_several_folders_stand_side_by_side():
     same = page.page([fabricate("first"), fabricate("second")])
     assert "ranked together" in same
-    assert same.count("<h4>Evaluation loss</h4>") == 1
+    assert same.count("<h4>Validation loss</h4>") == 1
     other = page.page([fabricate("first"), fabricate("second", fingerprint="0" * 64)])
     assert "cannot be ranked together" in other
-    assert other.count("<h4>Evaluation loss</h4>") == 2
+    assert other.count("<h4>Validation loss</h4>") == 2
     for text in (same, other):
         Tree(text)
         assert '<td data-v="second">second</td>' in text

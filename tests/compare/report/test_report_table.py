@@ -13,6 +13,7 @@ from adapterlab.compare.report.join import alike, join
 from adapterlab.compare.report.svg import Axis
 from adapterlab.compare.report.write import write
 from adapterlab.compare.results import UNTRAINED, Recommendation
+from adapterlab.compare.summary import summarise
 
 MADE = fabricate()
 
@@ -48,10 +49,19 @@ def test_rows_stand_by_rank_and_failed_methods_last():
     assert ranks[:-1] == sorted(ranks[:-1])
 
 
-def test_the_score_has_the_interval_of_the_ranking():
-    for row in table.build([MADE]):
+@pytest.mark.parametrize(("judge", "key"), [("score", "score_best"), ("loss", "loss_best_nats")])
+def test_what_ranks_stands_in_the_table_with_the_interval_of_the_ranking(judge, key):
+    made = fabricate()
+    facts = {key: getattr(made, key) for key in ("name", "started", "updated", "finished", "config")}
+    made = summarise(made.runs, judge=judge, level=made.level, **facts)
+    assert table.JUDGED[judge] == key
+    for row in table.build([made]):
         if row.rank is not None:
-            assert row.cells["score_best"].interval == row.standing.interval
+            assert row.cells[key].value == pytest.approx(row.standing.value, rel=1e-12)
+            assert row.cells[key].interval == row.standing.interval
+    untrained = rows_by_label(made)[UNTRAINED]
+    assert untrained.cells["best_validation_loss_nats"].value is None
+    assert untrained.cells["loss_best_nats"].value == made.runs[0].best.loss
 
 
 def test_intervals_of_final_scores_hold_the_mean_and_narrow_with_rows():
@@ -67,7 +77,8 @@ def test_csv_holds_every_figure_in_full_precision():
     assert [line["method"] for line in lines] == [row.label for row in table.build([MADE])]
     line = next(line for line in lines if line["method"] == "lora r=16")
     runs = [run for run in MADE.runs if run.label == "lora r=16"]
-    assert float(line["best_eval_loss_nats"]) == statistics.fmean(run.best_loss for run in runs)
+    assert float(line["loss_best_nats"]) == statistics.fmean(run.best.loss for run in runs)
+    assert float(line["best_validation_loss_nats"]) == statistics.fmean(run.best_loss for run in runs)
     assert float(line["training_flops"]) == runs[0].flops
     assert float(line["score_best_low"]) < float(line["score_best"]) < float(line["score_best_high"])
     assert {line["lr"] for line in lines if line["method"] == "ia3"} == {"0.01"}
@@ -108,8 +119,8 @@ def test_numbers_below_zero_stay_numbers():
 def test_the_classic_markdown_table_is_complete():
     first = table.markdown(table.build([MADE])).split("\n\n")[0].splitlines()
     header, lines = first[0], first[2:]
-    for title in ("peak memory", "mean memory", "best step", "best eval loss", "final train loss", "training time",
-                  "score, best", "score, final", "method"):  # fmt: skip
+    for title in ("peak memory", "mean memory", "best step", "validation loss", "train loss", "training time",
+                  "loss, best", "score, best", "score, final", "method"):  # fmt: skip
         assert f" {title} " in header
     assert len({line.count(" | ") for line in first}) == 1
     for line in lines:

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from adapterlab.compare.report import amounts
 from adapterlab.compare.report.svg import Axis, Plot
-from adapterlab.compare.report.table import COLUMNS, Row
+from adapterlab.compare.report.table import COLUMNS, JUDGED, Row
 from adapterlab.compare.results import Comparison, Difference, Search
 
 Curve = list[tuple[float, float]]
@@ -40,7 +40,7 @@ class Figure:
 def judged(rows: Sequence[Row]) -> tuple[str, str, Callable[[float], str], bool]:
     """Return column key, title, format and direction of what the rows are ranked by."""
     score = rows[0].comparison.higher_is_better
-    key = "score_best" if score else "best_eval_loss_nats"
+    key = JUDGED[rows[0].comparison.judge]
     column = next(c for c in COLUMNS if c.key == key)
     return key, "share of right answers" if score else "evaluation loss (nats/token)", column.form, score
 
@@ -109,7 +109,7 @@ def losses(rows: Sequence[Row], which: str) -> Figure | None:
 
     Args:
         rows: of comparisons that share their evaluation data.
-        which: "evaluation" or "training".
+        which: "validation" or "training".
     """
     curves = [(row, curves_of(row, which)) for row in rows]
     drawn = [(row, across(many), many) for row, many in curves if many]
@@ -123,7 +123,7 @@ def losses(rows: Sequence[Row], which: str) -> Figure | None:
         if len(many) > 1:
             plot.band(across(many, min), across(many, max), f"band series {row.css}")
         plot.line(line, f"line series {row.css}", row.name)
-    if which == "evaluation":
+    if which == "validation":
         for row, line, _ in drawn:
             for step, value in line if len(line) <= 24 else []:
                 tip = f"{row.name}, step {step:g}: {amounts.loss(value)}"
@@ -139,10 +139,10 @@ def curves_of(row: Row, which: str) -> list[Curve]:
 
     Args:
         row: of the table; unfinished runs count too.
-        which: "evaluation" or "training".
+        which: "validation" or "training".
     """
     runs = row.comparison.runs_of(row.key, None)
-    if which == "evaluation":
+    if which == "validation":
         return [[(float(step), loss) for step, loss in run.eval_curve] for run in runs if run.eval_curve]
     return [_smooth(run.train_curve) for run in runs if run.train_curve]
 
@@ -169,7 +169,7 @@ def learning_rate(search: Search, row: Row) -> Figure | None:
     values = [t.loss for t in known if t.loss is not None]
     x = Axis.over([t.lr for trials in search.rounds for t in trials], "learning rate", log=True, form=amounts.rate)
     log = min(values) > 0 and max(values) > 8 * min(values)
-    y = Axis.over(values, "evaluation loss", log=log)
+    y = Axis.over(values, "validation loss", log=log)
     plot = Plot(f"learning-rate search of {row.name}", x, y, width=340, height=250)
     if search.chosen:
         plot.upright(search.chosen, "chosen", f"chosen: {amounts.rate(search.chosen)}")

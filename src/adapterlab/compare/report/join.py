@@ -45,14 +45,16 @@ def join(members: Sequence[Comparison]) -> Comparison:
     return whole.model_copy(update={"differences": ranked.differences, "standings": ranked.standings})
 
 
-def score_interval(exams: Sequence[Exam], seeds: Sequence[int]) -> Interval | None:
-    """Return the 95 % interval of a mean score, as the ranking has it; None where answers were not scored alike.
+def exam_interval(exams: Sequence[Exam], seeds: Sequence[int], judge: str) -> Interval | None:
+    """Return the 95 % interval of a mean score or loss, as the ranking has it; None where rows differ.
 
     Args:
         exams: of one method, one for each seed.
         seeds: theirs.
+        judge: "score" or "loss".
     """
-    if any(len(exam.right) != len(exams[0].right) for exam in exams):
+    marks = [exam.marks(judge) for exam in exams]
+    if any(weights != marks[0][1] for _, weights in marks) or not marks[0][0]:
         return None
-    right = np.array([exam.right for exam in exams], dtype=float)
-    return interval(Sheets({"": right}, {"": seeds}, np.ones(right.shape[1])), "") if right.size else None
+    values = np.array([given for given, _ in marks], dtype=float)
+    return interval(Sheets({"": values}, {"": seeds}, np.array(marks[0][1], dtype=float)), "")

@@ -124,7 +124,7 @@ def _row(run: Run, job: Active | None) -> list[RenderableType]:
     status = Text(run.status, _STYLES[run.status])
     if run.status == "failed":
         status.append(f": {run.reason[:_REASON]}", "dim")
-    loss = "" if run.best_loss is None else amounts.loss(run.best_loss)
+    loss = "" if run.best is None else amounts.loss(run.best.loss)
     score = "" if run.best is None or run.best.score is None else amounts.percent(run.best.score)
     spent = "" if run.wall_seconds is None else amounts.time(run.wall_seconds)
     return [Text(run.label), str(run.seed), status, "", loss, score, spent, ""]

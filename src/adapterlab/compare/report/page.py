@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from adapterlab import yaml_text
+from adapterlab.compare.recommending import ONE_SEED
 from adapterlab.compare.report import amounts, charts, svg, table
 from adapterlab.compare.report.charts import Figure
 from adapterlab.compare.report.join import alike
@@ -110,6 +111,8 @@ def notices(comparisons: Sequence[Comparison]) -> list[str]:
         left = sum(run.status in ("waiting", "running") for run in c.runs)
         if left or not c.finished:
             found.append(f"{c.name} is not finished: {left} of {len(c.runs)} runs are still to be done.")
+        if c.of_one_seed:
+            found.append(f"{c.name} has one seed: {ONE_SEED}")
     if len(comparisons) > 1:
         if len(alike(comparisons)) > 1:
             found.append(
@@ -166,7 +169,7 @@ def _part(comparison: Comparison, rows: list[Row]) -> Part:
 def _group(rows: Sequence[Row]) -> Group:
     whole = rows[0].comparison
     drawn = [charts.tradeoff(rows, key) for key in ("peak_memory_bytes", "train_seconds")]
-    drawn += [charts.losses(rows, which) for which in ("evaluation", "training")]
+    drawn += [charts.losses(rows, which) for which in ("validation", "training")]
     form = amounts.points if whole.higher_is_better else amounts.signed
     return Group(
         name=whole.name,
@@ -211,7 +214,7 @@ def _cards(comparison: Comparison, rows: Mapping[str, Row]) -> list[Card]:
     advice = comparison.recommendation
     if advice is None:
         return []
-    judge = "score_best" if comparison.higher_is_better else "best_eval_loss_nats"
+    judge = table.JUDGED[comparison.judge]
     title = "Best score" if comparison.higher_is_better else "Lowest evaluation loss"
     wanted = [(title, advice.best, judge), ("Least memory", advice.least_memory, "peak_memory_bytes"),
               ("Least time", advice.least_time, "train_seconds")]  # fmt: skip

@@ -93,7 +93,7 @@ def _metrics(run: Run, batch: int) -> list[dict[str, Any]]:
                 "step": run.steps or 0,
                 "test accuracy": final.score if final else None,
                 "test accuracy, best checkpoint": best.score if best else None,
-                "test loss": run.final_loss,
+                "test loss": final.loss if final else None,
                 "train loss": run.train_loss,
                 "train samples": batch * (run.steps or 0),
                 "train total tokens": run.tokens or 0,

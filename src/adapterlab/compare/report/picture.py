@@ -20,7 +20,7 @@ def can_draw() -> bool:
 
 
 def draw(groups: Sequence[Sequence[Row]], file: Path | BinaryIO) -> None:
-    """Draw training loss, evaluation loss, and the judge against memory: one line of panels for each group.
+    """Draw training loss, validation loss, and the judge against memory: one line of panels for each group.
 
     Args:
         groups: rows that share their evaluation data.
@@ -36,7 +36,7 @@ def draw(groups: Sequence[Sequence[Row]], file: Path | BinaryIO) -> None:
     panels = figure.subplots(len(groups), 3, squeeze=False)
     for rows, (left, middle, right) in zip(groups, panels, strict=True):
         _losses(left, rows, "training")
-        _losses(middle, rows, "evaluation")
+        _losses(middle, rows, "validation")
         _tradeoff(right, rows)
         handles, labels = middle.get_legend_handles_labels()
         if handles:
@@ -50,7 +50,7 @@ def _losses(panel: Any, rows: Sequence[Row], which: str) -> None:
         if curves := charts.curves_of(row, which):
             steps, means = zip(*charts.across(curves), strict=True)
             low, high = ([y for _, y in charts.across(curves, end)] for end in (min, max))
-            style = f"-{_MARKS[row.shape % 4]}" if which == "evaluation" else "-"
+            style = f"-{_MARKS[row.shape % 4]}" if which == "validation" else "-"
             panel.plot(steps, means, style, color=row.colour, label=row.name, markersize=4, linewidth=1.6)
             panel.fill_between(steps, low, high, color=row.colour, alpha=0.12, linewidth=0)
             values += means

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adapterlab.compare.report import amounts
-from adapterlab.compare.report.join import alike, join, joined_label, score_interval
+from adapterlab.compare.report.join import alike, exam_interval, join, joined_label
 from adapterlab.compare.results import UNTRAINED, Comparison, Interval, Run, Standing, mean
 from adapterlab.terminal import shown
 
@@ -122,15 +122,23 @@ class Row:
 
 COLUMNS: tuple[Column, ...] = (
     Column("score_best", "score, best", lambda r: r.best.score if r.best else None, amounts.percent, "classic", "high",
-           "Share of right answers at the checkpoint with the lowest evaluation loss, with a 95 % interval."),
+           "Share of right answers at the checkpoint with the lowest validation loss, with a 95 % interval."),
     Column("score_final", "score, final", lambda r: r.final.score if r.final else None, amounts.percent, "classic",
            "high", "Share of right answers after the last step, with a 95 % interval."),
-    Column("best_eval_loss_nats", "best eval loss", lambda r: r.best_loss, amounts.loss, "classic", "low",
-           "Lowest mean loss of the labelled tokens of the evaluation rows, in nats a token."),
+    Column("loss_best_nats", "loss, best", lambda r: r.best.loss if r.best else None, amounts.loss, "classic", "low",
+           "Mean loss of the labelled tokens of the evaluation rows at the same checkpoint, in nats a token, with a "
+           "95 % interval."),
+    Column("loss_final_nats", "loss, final", lambda r: r.final.loss if r.final else None, amounts.loss, "more", "low",
+           "The same after the last step."),
+    Column("best_validation_loss_nats", "validation loss", lambda r: None if r.is_untrained else r.best_loss,
+           amounts.loss, "classic", "low",
+           "Lowest mean loss of the validation rows, which are set apart from the training rows to choose the "
+           "checkpoint by; the evaluation rows are others."),
     Column("best_step", "best step", lambda r: r.best_step, amounts.count, "classic", "",
-           "Step of the lowest evaluation loss."),
-    Column("final_train_loss_nats", "final train loss", lambda r: r.train_loss, amounts.loss, "classic", "low",
-           "Mean loss of the last ten training steps, in nats a token."),
+           "Step of the lowest validation loss."),
+    Column("final_train_loss_nats", "train loss", lambda r: r.train_loss, amounts.loss, "classic", "low",
+           "Mean loss of the last ten training steps, in nats a token, on rows that are trained on: far below the "
+           "other losses means learnt by heart."),
     Column("peak_memory_bytes", "peak memory", lambda r: r.peak_memory, amounts.size, "classic", "low",
            "Largest memory of the training process; of the GPU's allocator where there is a GPU."),
     Column("mean_memory_bytes", "mean memory", lambda r: r.memory.mean if r.memory else None, amounts.size, "classic",
@@ -161,9 +169,14 @@ COLUMNS: tuple[Column, ...] = (
            "Floating point operations of the whole training."),
 )  # fmt: skip
 _CLASSIC = (  # the order in which the classic table is usually given
-    "peak_memory_bytes", "mean_memory_bytes", "best_step", "best_eval_loss_nats", "final_train_loss_nats",
-    "train_seconds", "score_best", "score_final",
+    "peak_memory_bytes", "mean_memory_bytes", "best_step", "best_validation_loss_nats", "final_train_loss_nats",
+    "train_seconds", "loss_best_nats", "score_best", "score_final",
 )  # fmt: skip
+_EXAMS = {  # columns with an interval: which exam, and what of it
+    "score_best": ("best", "score"), "score_final": ("final", "score"),
+    "loss_best_nats": ("best", "loss"), "loss_final_nats": ("final", "loss"),
+}  # fmt: skip
+JUDGED = {"score": "score_best", "loss": "loss_best_nats"}  # by the judge: the column that ranks
 
 
 def build(comparisons: Sequence[Comparison]) -> list[Row]:
@@ -234,15 +247,16 @@ def cell(runs: Sequence[Run], column: Column, interval: Interval | None = None) 
     Args:
         runs: finished ones.
         column: what to show.
-        interval: of the mean, where it is known already; scores get theirs here otherwise.
+        interval: of the mean, where it is known already; those of exams get theirs here otherwise.
     """
     value = mean(column.figure(run) for run in runs)
     if value is None:
         return Cell(None, amounts.MISSING)
-    if interval is None and column.key in ("score_best", "score_final"):
-        exams = {run.seed: run.best if column.key == "score_best" else run.final for run in runs}
+    if interval is None and column.key in _EXAMS:
+        which, judge = _EXAMS[column.key]
+        exams = {run.seed: run.best if which == "best" else run.final for run in runs}
         found = {seed: exam for seed, exam in exams.items() if exam is not None}
-        interval = score_interval(list(found.values()), list(found))
+        interval = exam_interval(list(found.values()), list(found), judge)
     if interval is None:
         return Cell(value, column.form(value))
     low, high = (column.form(end) for end in interval)
@@ -265,8 +279,7 @@ def remark(comparison: Comparison, key: str) -> str:
 
 
 def _row(whole: Comparison, key: str, names: tuple[str, str, str], series: int | None, place: Standing | None) -> Row:
-    judged = {"score": "score_best", "loss": "best_eval_loss_nats"}[whole.judge]
-    known = {judged: place.interval} if place is not None else {}
+    known = {JUDGED[whole.judge]: place.interval} if place is not None else {}
     cells = {column.key: cell(whole.runs_of(key), column, known.get(column.key)) for column in COLUMNS}
     lr = next((run.lr for run in whole.runs_of(key, None) if run.lr is not None), None)
     return Row(whole, key, *names, series, place, cells, lr, remark(whole, key))
