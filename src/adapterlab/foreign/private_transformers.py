@@ -12,15 +12,17 @@ Nobody else imports one (tests/core/test_private.py). Names of caches are in `ca
 | `kept_in_float32` | modules that quantization leaves out | the quantizer's own list |
 | `forget_accelerate` | a second run in one process starts afresh | a process for each run |
 | `FILLED` | which parameters a checkpoint filled, so that a new head is known | `output_loading_info` of `from_pretrained`, where we load |
+| `trl_reference` | the base under adapters is the reference model of TRL's trainers, instead of a second copy | their argument `ref_model`, where they have one |
 | `TRAINABLE_FLAG` | Trainer lets a model with packed weights train | none: Trainer refuses such models unless they are PEFT's |
 """  # noqa: E501
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from typing import Any
 
 from transformers.initialization import no_init_weights
@@ -31,7 +33,7 @@ from adapterlab.foreign.templates import bounded
 
 __all__ = [
     "FILLED", "TRAINABLE_FLAG", "attention_implementation", "attention_mapping", "forget_accelerate", "kept_in_float32",
-    "no_init_weights", "render_jinja_template", "sdpa_attention_forward",
+    "no_init_weights", "render_jinja_template", "sdpa_attention_forward", "trl_reference",
 ]  # fmt: skip
 
 TRAINABLE_FLAG = "_hf_peft_config_loaded"
@@ -83,3 +85,28 @@ def forget_accelerate() -> None:
 
     if AcceleratorState._shared_state and AcceleratorState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+_TRL_LOADS = "create_model_from_path"
+
+
+@contextlib.contextmanager
+def trl_reference(model: Any, make: Callable[[], Any]) -> Iterator[None]:
+    """Let trainers of TRL that are made inside take `make()` where they would load the model's base once more.
+
+    They load it by the name in the model's configuration; models of other names are loaded as ever.
+    """
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    trainers = [vars(m) for name, m in sys.modules.items() if name.startswith("trl.") and name.endswith("_trainer")]
+    before = [(names, names[_TRL_LOADS]) for names in trainers if _TRL_LOADS in names]
+
+    def load(plain: Callable[..., Any], name: str, *args: Any, **kwargs: Any) -> Any:
+        return make() if name == base else plain(name, *args, **kwargs)
+
+    try:
+        for names, plain in before:
+            names[_TRL_LOADS] = functools.partial(load, plain)
+        yield
+    finally:
+        for names, plain in before:
+            names[_TRL_LOADS] = plain

@@ -24,6 +24,7 @@ _PUBLIC = {
     "Interrupted": "signals",
     "AdapterlabCallback": "hf_callback",
     "hf_trainable": "hf_callback",
+    "reference_model": "reference",
 }
 
 __all__ = [*_PUBLIC]

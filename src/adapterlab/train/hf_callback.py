@@ -1,7 +1,7 @@
 """The events of a method for `transformers.Trainer` and the trainers of TRL.
 
-    with hf_trainable(model):
-        trainer = Trainer(model, ..., callbacks=[AdapterlabCallback(host, "default")])
+    with al.hf_trainable(model):
+        trainer = GRPOTrainer(model, ..., callbacks=[al.AdapterlabCallback(host, "default")])
     trainer.train()
 
 A model of transformers saves its adapters by itself, whoever asks it to. Of any other module `Trainer` writes the whole
@@ -24,10 +24,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from adapterlab.engine.verify import check_gradient_passes
 from adapterlab.errors import ConfigError
-from adapterlab.foreign.private_transformers import TRAINABLE_FLAG
+from adapterlab.foreign.private_transformers import TRAINABLE_FLAG, trl_reference
 from adapterlab.foreign.saving import is_saved
 from adapterlab.hosts import Host
 from adapterlab.io.pretrained import save_adapters
+from adapterlab.train.reference import reference_model
 
 
 class AdapterlabCallback(TrainerCallback):
@@ -47,6 +48,20 @@ class AdapterlabCallback(TrainerCallback):
             raise ConfigError(
                 f"{self.method.id} has its own {' and '.join(own)}, which a callback cannot give to a foreign trainer. "
                 "Train it with adapterlab.train."
+            )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
+    ) -> None:
+        """Before the first step.
+
+        Raises:
+            ConfigError: the reference model is to follow the trained one, whose weights it shares.
+        """
+        if getattr(args, "sync_ref_model", False):
+            raise ConfigError(
+                "sync_ref_model=True moves the weights of the reference model, and those are the base's own under an "
+                "adapter. Set it to False."
             )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
@@ -77,13 +92,16 @@ class AdapterlabCallback(TrainerCallback):
 
 @contextlib.contextmanager
 def hf_trainable(model: nn.Module) -> Iterator[nn.Module]:
-    """Let `Trainer` be constructed on a quantized base: it wants a flag that says adapters are attached.
+    """Let trainers be made of a model with adapters.
 
-    The flag is removed afterwards, because it also changes what `save_pretrained` writes.
+    `Trainer` refuses a quantized base unless a flag says that adapters are attached. The flag is removed afterwards,
+    because it also changes what `save_pretrained` writes. Trainers of TRL that need a reference model take the base
+    under the adapters (`reference_model`) instead of loading it a second time.
     """
     before = getattr(model, TRAINABLE_FLAG, False)
     setattr(model, TRAINABLE_FLAG, True)
     try:
-        yield model
+        with trl_reference(model, lambda: reference_model(model)):
+            yield model
     finally:
         setattr(model, TRAINABLE_FLAG, before)
