@@ -102,6 +102,7 @@ def main(
     check: Callable[[list[tuple[Job, Figures]]], None] = lambda done: None,
     peers: bool = True,
     tolerant: bool = False,
+    suffix: Callable[[argparse.Namespace], str] = lambda args: "",
 ) -> None:
     """Run a benchmark, or one run of it.
 
@@ -114,14 +115,15 @@ def main(
         check: raises SystemExit when figures contradict each other; called after each run.
         peers: whether PEFT and TRL are needed.
         tolerant: a failing run is noted and the others go on.
+        suffix: of the results' name, for options that make another table.
     """
-    name = Path(script).stem
     if sys.argv[1:2] == ["--worker"]:
         print("\n" + json.dumps(work(json.loads(sys.argv[2]))))
         return
     args = _arguments(sys.modules["__main__"].__doc__ or "", options)
     args.keep |= args.quick
     args.python = _python(args.python) if peers else sys.executable
+    name = Path(script).stem + suffix(args)
     file = (HERE / ".cache" / "quick" if args.quick else RESULTS) / f"{name}.json"
     if args.fresh:
         file.unlink(missing_ok=True)
@@ -360,8 +362,8 @@ def _peak() -> int:
     return max(peak if sys.platform == "darwin" else peak * 1024, _resident())
 
 
-def load(model: str | Mapping[str, int], seed: int = SEED, quantize: str | None = None) -> Any:
-    """Load a model of the catalogue, or make a random Llama of some sizes, in bfloat16 or packed (catalogue only)."""
+def load(model: str | Mapping[str, int], seed: int = SEED, quantize: str | None = None, dtype: str = "bfloat16") -> Any:
+    """Load a model of the catalogue, or make a random Llama of some sizes; packed ones from the catalogue only."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -372,14 +374,14 @@ def load(model: str | Mapping[str, int], seed: int = SEED, quantize: str | None 
         if quantize:
             return load_model(model, precision="bf16", quantize=quantize)[0]
 
-        return AutoModelForCausalLM.from_pretrained(str(resolve(model)), dtype=torch.bfloat16)
+        return AutoModelForCausalLM.from_pretrained(str(resolve(model)), dtype=getattr(torch, dtype))
     hidden = model["hidden"]
     config = LlamaConfig(
         vocab_size=model["vocabulary"], hidden_size=hidden, intermediate_size=2 * hidden, tie_word_embeddings=True,
         num_hidden_layers=model["layers"], num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
         pad_token_id=0,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    return LlamaForCausalLM(config).to(getattr(torch, dtype))
 
 
 def chosen_model(args: argparse.Namespace) -> str | dict[str, int]:
