@@ -26,7 +26,7 @@ from adapterlab.core.method import Method
 from adapterlab.engine.allowance import Allowance
 from adapterlab.engine.attachments import Attachments
 from adapterlab.errors import AttachError, ConfigError, FormatError, TargetError, TrainingError
-from adapterlab.foreign.model import base_name, base_revision, is_adapter_path
+from adapterlab.foreign.model import base_copy, base_name, base_revision, is_adapter_path
 from adapterlab.foreign.sharding import gathered, leads, whole
 from adapterlab.io import hf_peft
 from adapterlab.io.atomic import Kind, new_folder, write_json, write_text
@@ -35,6 +35,7 @@ from adapterlab.io.card import model_card
 from adapterlab.io.finite import not_finite
 from adapterlab.io.links import check_links
 from adapterlab.json_text import parsed
+from adapterlab.models.catalogue import public_name
 from adapterlab.models.pulling import nothing_fetched
 from adapterlab.paths import user_path
 from adapterlab.registry import method as method_by_id
@@ -65,6 +66,7 @@ class AdapterInfo:
         modules: paths of the adapted modules.
         sha256: of the tensor file when it was saved, or None.
         seal: checksum of what this file says on the tensors' meaning when it was saved, or None.
+        copy: alias of the copy of the base that it was made on, where that is not the hub's, or None.
     """
 
     folder: Path
@@ -77,6 +79,7 @@ class AdapterInfo:
     modules: tuple[str, ...] = ()
     sha256: str | None = None
     seal: str | None = None
+    copy: str | None = None
 
 
 def save(
@@ -164,6 +167,7 @@ def gather(host: Attachments, name: str, base_model: str | None = None) -> Conte
     host.check_intact(name)
     method = host.methods[name]
     base_model, revision = base_model or base_name(host.model), base_revision(host.model)
+    base_model = public_name(base_model) if base_model else None
     held = list(host.tensors(name).values())
     with gathered(host.model, held):
         written = hf_peft.write(host, name, base_model, revision) if method.hf is not None else None
@@ -176,6 +180,7 @@ def gather(host: Attachments, name: str, base_model: str | None = None) -> Conte
         "name": name,
         "base_model": base_model,
         "base_revision": revision,
+        "base_copy": base_copy(host.model),
         "modules": list(host.adapters(name)),
     }
     add_beside(host, name, config, info, tensors)
@@ -202,7 +207,7 @@ def read_info(folder: str | Path) -> AdapterInfo:
         try:
             return AdapterInfo(
                 folder, info["method"], dict(info["fields"]), info["base_model"], info["base_revision"], info["name"],
-                "adapterlab", tuple(info["modules"]), info["sha256"], info.get("seal"),
+                "adapterlab", tuple(info["modules"]), info["sha256"], info.get("seal"), info.get("base_copy"),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             fault = f"lacks {error}" if isinstance(error, KeyError) else f"has fields of a wrong type ({error})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from adapterlab.core.codec import PREFIX, HFCodec
 from adapterlab.core.patterns import matches
 from adapterlab.engine.substitute import Substitute
 from adapterlab.errors import FormatError, nearest
+from adapterlab.foreign.peft_task import CLASSIFYING, class_of, task_of
 from adapterlab.registry import ids
 from adapterlab.registry import method as method_by_id
 
@@ -39,7 +39,7 @@ def write(
     copies = {path: part for path, part in parts.items() if isinstance(part, Copy)}
     config = {
         "peft_type": codec.peft_type,
-        "task_type": _task(host, parts),
+        **_task(host, parts),
         "base_model_name_or_path": base_model,
         "revision": revision,
         "inference_mode": True,
@@ -48,7 +48,7 @@ def write(
     }
     if codec.pack is not None:
         packed = codec.pack(host, name)
-        if packed is None:
+        if packed is None or config["task_type"] is None:  # without a task PEFT computes nothing that it did not wrap
             return None
         of_copies = {
             f"{codec.prefix}{p}.{k}": v.detach() for p, c in copies.items() for k, v in c.copy.state_dict().items()
@@ -238,18 +238,13 @@ def _is_base_copy(host: Attachments, key: str, value: Tensor) -> bool:
     return True
 
 
-def _task(host: Attachments, parts: Mapping[str, Any]) -> str | None:
-    name = re.sub(r"^.*For", "For", type(host.model).__name__)
-    known = {
-        "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-        "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
-        "ForQuestionAnswering": "QUESTION_ANS",
-    }  # fmt: skip
-    task = next((task for ending, task in known.items() if name.endswith(ending)), None)
+def _task(host: Attachments, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's options for what the model is for, from which it and its automatic classes choose what to load."""
+    task = task_of(host.model)
     # PEFT looks for a trained copy of the head in the files of these tasks and cannot load one that has none.
-    needs_head = task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-    has_head = any(isinstance(part, Copy) and part.site.is_head for part in parts.values())
-    return task if has_head or not needs_head else None
+    if task in CLASSIFYING and not any(isinstance(part, Copy) and part.site.is_head for part in parts.values()):
+        task = None
+    return {"task_type": task, "auto_mapping": class_of(host.model) if task is None else None}
 
 
 def find_method(config: Mapping[str, Any]) -> type[Method]:
