@@ -70,6 +70,13 @@ def computes_by_ties(model: nn.Module) -> bool:
         return False
 
 
+def attention_limits(model: Any) -> dict[str, int]:
+    """Return what keeps tokens of a model from seeing all tokens before them, and how many they see."""
+    config = text_config(model)
+    named = ("sliding_window", "attention_chunk_size")
+    return {name: width for name in named if (width := getattr(config, name, None))}
+
+
 def is_encoder_decoder(model: Any) -> bool:
     """Say whether a model, or the model of a configuration, has an encoder whose output a decoder attends to."""
     return bool(getattr(config_of(model), "is_encoder_decoder", False))

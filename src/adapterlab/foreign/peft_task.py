@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
 import transformers
 
-from adapterlab.foreign.model import config_of, plain_class
+from adapterlab.foreign.model import config_of, is_encoder_decoder, plain_class
 
 CAUSAL, SEQ2SEQ, FEATURES = "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"
 CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -22,8 +21,8 @@ _AUTO = {
     "QUESTION_ANS": ("AutoModelForQuestionAnswering", transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING),
     FEATURES: ("AutoModel", transformers.MODEL_MAPPING),
 }
-# What PEFT's model of any task hands to the base by name, given or not, and what that of one task adds.
-_HANDED_ON = ("input_ids", "attention_mask", "inputs_embeds", "output_attentions", "output_hidden_states", "return_dict")
+# What PEFT's model of any task hands to the base by name, given or not, and what that of one task adds; beside flags.
+_READ = ("input_ids", "attention_mask", "inputs_embeds")
 _MORE = {
     SEQ2SEQ: ("labels", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
     "QUESTION_ANS": ("start_positions", "end_positions"),
@@ -39,7 +38,7 @@ def task_of(model: Any) -> str | None:
     """
     cls, config = plain_class(model), config_of(model)
     for task, (auto, known) in _AUTO.items():
-        if _is_made_by(cls, config, auto, known) and _takes(cls, (*_HANDED_ON, *_MORE.get(task, ("labels",)))):
+        if _is_made_by(cls, config, auto, known) and _takes(cls, (*_READ, *_MORE.get(task, ("labels",)))):
             return task
     return None
 
@@ -48,6 +47,15 @@ def class_of(model: Any) -> dict[str, str]:
     """Return what PEFT writes for models without a task: which class to load, and from which module."""
     cls = plain_class(model)
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+
+
+def computes_prompts(model: Any, task: str | None) -> bool:
+    """Say whether PEFT's model of a task puts virtual tokens before what this one reads.
+
+    Without a task it wraps modules and nothing else. The heads that classify what an encoder-decoder read look for its
+    last token by id, which PEFT has replaced by embeddings.
+    """
+    return task is not None and not (task in CLASSIFYING and is_encoder_decoder(model))
 
 
 def _is_made_by(cls: Any, config: Any, auto: str, known: Any) -> bool:
@@ -62,10 +70,6 @@ def _is_made_by(cls: Any, config: Any, auto: str, known: Any) -> bool:
     return issubclass(cls, made)
 
 
-@functools.cache
 def _takes(cls: Any, names: tuple[str, ...]) -> bool:
-    """Say whether a model takes arguments of these names."""
-    parameters = inspect.signature(cls.forward).parameters
-    any_name = any(found.kind is inspect.Parameter.VAR_KEYWORD for found in parameters.values())
-    # What a model reads is among its named arguments; the rest may go through.
-    return "input_ids" in parameters and (any_name or parameters.keys() >= set(names))
+    """Say whether a model itself takes arguments of these names: what it passes on may meet a part that takes none."""
+    return inspect.signature(cls.forward).parameters.keys() >= set(names)

@@ -10,7 +10,7 @@ from adapterlab.core.codec import PREFIX, HFCodec
 from adapterlab.core.patterns import matches
 from adapterlab.engine.substitute import Substitute
 from adapterlab.errors import FormatError, nearest
-from adapterlab.foreign.peft_task import CLASSIFYING, class_of, task_of
+from adapterlab.foreign.peft_task import CLASSIFYING, class_of, computes_prompts, task_of
 from adapterlab.registry import ids
 from adapterlab.registry import method as method_by_id
 
@@ -47,8 +47,8 @@ def write(
         **codec.options(method),
     }
     if codec.pack is not None:
-        packed = codec.pack(host, name)
-        if packed is None or config["task_type"] is None:  # without a task PEFT computes nothing that it did not wrap
+        packed = codec.pack(host, name) if computes_prompts(host.model, config["task_type"]) else None
+        if packed is None:
             return None
         of_copies = {
             f"{codec.prefix}{p}.{k}": v.detach() for p, c in copies.items() for k, v in c.copy.state_dict().items()

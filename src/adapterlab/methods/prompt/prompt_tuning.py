@@ -16,7 +16,7 @@ from adapterlab.core.method import Method
 from adapterlab.core.site import Site
 from adapterlab.errors import AttachError, FormatError
 from adapterlab.foreign.cache import accompany, cache_in, cache_out, companion, make_room, plain_mask
-from adapterlab.foreign.model import input_table, is_encoder_decoder, plain_class
+from adapterlab.foreign.model import input_table, is_encoder_decoder, plain_class, text_config
 from adapterlab.foreign.roles import role_of
 from adapterlab.methods.prompt._virtual_tokens import PROMPT, SIZES, peft_prompt, peft_sizes, word_ids
 from adapterlab.registry import register
@@ -255,7 +255,7 @@ def _pack(host: Carrier, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] 
     assert isinstance(method, PromptTuning)
     if method.pool == "real" and getattr(layer.site.module, "pooler", None) is not None:
         return None
-    config = host.model.config
+    config = text_config(host.model)
     # One submodule: of an encoder-decoder PEFT would otherwise expect a second prompt, which it does not use.
     sizes = peft_sizes(1, layer.prompt.shape[1], config.num_attention_heads, config.num_hidden_layers)
     return sizes, {PROMPT: layer.vectors().detach()}
