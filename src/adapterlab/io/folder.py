@@ -28,7 +28,7 @@ from adapterlab.engine.attachments import Attachments
 from adapterlab.errors import AttachError, ConfigError, FormatError, TargetError, TrainingError
 from adapterlab.foreign.model import base_copy, base_name, base_revision, is_adapter_path
 from adapterlab.foreign.sharding import gathered, leads, whole
-from adapterlab.io import hf_peft
+from adapterlab.io import hf_peft, misfit
 from adapterlab.io.atomic import Kind, new_folder, write_json, write_text
 from adapterlab.io.beside import add_beside
 from adapterlab.io.card import model_card
@@ -239,6 +239,7 @@ def load(target: Attachments, folder: str | Path, name: str | None = None, *, ac
     tensors = _tensors(info)
     name = name or info.name
     active = not target.methods if active is None else active
+    paths = info.modules or _adapted(info, tensors)
     try:
         method = _method(info, tensors, target)
         _check_seal(info)
@@ -246,17 +247,21 @@ def load(target: Attachments, folder: str | Path, name: str | None = None, *, ac
         saved, like = (tensors, None) if method.hf is None else (None, hf_peft.like(method, target, tensors))
         with nothing_fetched(), _within(info.folder), Allowance(_accounted_for(target, method, tensors)):
             target.attach(method, name, active=active, saved=saved, like=like)
-    except (TargetError, ConfigError) as error:
-        raise FormatError(_foreign(info, target.model, str(error))) from None
-    except AttachError as error:
-        if name in target.methods:
+    except (TargetError, ConfigError, AttachError) as error:
+        if isinstance(error, AttachError) and name in target.methods:
             raise
-        raise FormatError(_foreign(info, target.model, str(error))) from None
+        raise FormatError(misfit.refused(info, target, paths, str(error))) from None
     try:
         _fill(target, name, info, method, tensors)
     except BaseException:
         target.detach(name)
         raise
+
+
+def _adapted(info: AdapterInfo, tensors: dict[str, Tensor]) -> list[str]:
+    """The modules that a PEFT file has tensors for; none where PEFT stores the method as a whole."""
+    codec = method_by_id(info.method).hf if info.written_by == "peft" else None
+    return [] if codec is None or codec.pack is not None else list(hf_peft.modules(method_by_id(info.method), tensors))
 
 
 def _accounted_for(host: Attachments, method: Method, tensors: dict[str, Tensor]) -> int:
@@ -280,16 +285,14 @@ def _within(folder: Path) -> Iterator[None]:
 
 
 def _fill(target: Attachments, name: str, info: AdapterInfo, method: Method, tensors: dict[str, Tensor]) -> None:
-    if info.modules and set(info.modules) != set(target.adapters(name)):
-        gone = sorted({*info.modules} ^ {*target.adapters(name)})
-        raise FormatError(_foreign(info, target.model, f"adapted modules differ, for example {', '.join(gone[:4])}"))
+    if info.modules and (fault := misfit.of_places(info, target, target.adapters(name))):
+        raise FormatError(fault)
     if method.hf is None:
         return
     tensors = hf_peft.read(method, target, name, tensors)
-    try:
-        target.load_state_dict(name, tensors)
-    except AttachError as error:
-        raise FormatError(_foreign(info, target.model, str(error))) from None
+    if fault := misfit.of_tensors(info, target, name, tensors):
+        raise FormatError(fault)
+    target.load_state_dict(name, tensors)
 
 
 def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -337,7 +340,7 @@ def _method(info: AdapterInfo, tensors: dict[str, Tensor], host: Attachments) ->
             fields["targets"] = targets or (("none",) if bare else ("no module",))
             leaves = [f"{path}.{leaf}" for path, names in bare.items() for leaf in names]
             fields |= hf_peft.used_patterns(fields, [*targets, *leaves])
-        fields["modules_to_save"] = _saved_modules(info.folder, tensors)
+        fields["modules_to_save"] = _saved_modules(info.folder, tensors, host)
     try:
         return cls(**fields)
     except ConfigError as error:
@@ -346,16 +349,24 @@ def _method(info: AdapterInfo, tensors: dict[str, Tensor], host: Attachments) ->
         ) from None
 
 
-def _saved_modules(folder: Path, tensors: dict[str, Tensor]) -> tuple[str, ...]:
-    """PEFT lists names such as `classifier`; keep those that have tensors."""
-    names = read_json(folder / CONFIG).get("modules_to_save") or ()
-    return tuple(n for n in names if any(f".{n}." in key for key in tensors))
+def _saved_modules(folder: Path, tensors: dict[str, Tensor], host: Attachments) -> tuple[str, ...]:
+    """PEFT lists names such as `classifier`; keep those that have tensors, and what was kept tied to them."""
+    config = read_json(folder / CONFIG)
+    names = config.get("modules_to_save") or ()
+    found = [name for name in names if any(f".{name}." in key for key in tensors)]
+    tied = hf_peft.saved_with(host, found, tensors) if config.get("ensure_weight_tying") else []
+    return (*found, *tied)
 
 
 def _tensors(info: AdapterInfo) -> dict[str, Tensor]:
     file = info.folder / TENSORS
     if not file.is_file():
-        raise FormatError(f"{info.folder} has no {TENSORS}. Copy the whole folder, or save the adapter again.")
+        pickled = sorted(path.name for path in info.folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+        raise FormatError(
+            _unpickled(info.folder, pickled[0])
+            if pickled
+            else f"{info.folder} has no {TENSORS}. Copy the whole folder, or save the adapter again."
+        )
     if info.sha256 and _sha256(file) != info.sha256:
         raise FormatError(
             f"{file} is not the file that was saved: its SHA-256 differs from the one in {METHOD}. It is damaged, or "
@@ -370,7 +381,17 @@ def _tensors(info: AdapterInfo) -> dict[str, Tensor]:
             f"{file} holds values that are not finite, first in {key}: such an adapter answers nothing. Its training "
             "went wrong; take an earlier checkpoint, or train again with a lower learning rate."
         )
-    return tensors
+    return hf_peft.unnamed(method_by_id(info.method), tensors, file) if info.written_by == "peft" else tensors
+
+
+def _unpickled(folder: Path, name: str) -> str:
+    return (
+        f"{folder} has its tensors in {name}, a pickle: opening one may run whatever its author put into it, so none is "
+        f"opened here. Ask for the adapter as {TENSORS}; PEFT has written that since 0.5. Or convert it, letting torch "
+        "take tensors and nothing else out of it; in that folder:\n"
+        f"  python -c \"import torch; from safetensors.torch import save_file; t = torch.load('{name}', "
+        f"map_location='cpu', weights_only=True); save_file({{k: v.clone() for k, v in t.items()}}, '{TENSORS}')\""
+    )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -397,14 +418,6 @@ def is_adapted_state(file: Path) -> bool:
             return any(is_adapter_path(key) for key in opened.keys())  # noqa: SIM118
     except (SafetensorError, OSError):
         return False
-
-
-def _foreign(info: AdapterInfo, model: nn.Module, detail: str) -> str:
-    here = base_name(model) or type(model).__name__
-    made = f"{info.base_model!r}" if info.base_model else "another base model"
-    return (
-        f"The adapter in {info.folder} was made for {made} and does not fit {here!r} ({type(model).__name__}): {detail}"
-    )
 
 
 def _sha256(file: Path) -> str:

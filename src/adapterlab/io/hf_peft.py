@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.core.adapter import Copy
@@ -10,6 +11,7 @@ from adapterlab.core.codec import PREFIX, HFCodec
 from adapterlab.core.patterns import matches
 from adapterlab.engine.substitute import Substitute
 from adapterlab.errors import FormatError, nearest
+from adapterlab.foreign.model import base_modules
 from adapterlab.foreign.peft_task import CLASSIFYING, class_of, computes_prompts, task_of
 from adapterlab.registry import ids
 from adapterlab.registry import method as method_by_id
@@ -151,6 +153,40 @@ def _copies(parts: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]
     return {ours: tensors[theirs] for ours, theirs in names.items() if theirs in tensors}
 
 
+def saved_with(host: Attachments, names: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return further modules with tensors of their own that hold a parameter together with one of these."""
+    parts = dict(base_modules(host.model))
+    held = {path: {id(p) for p in module._parameters.values() if p is not None} for path, module in parts.items()}
+    shared = {p for path, own in held.items() for p in own if any(_named(name, path) for name in names)}
+    return [
+        path
+        for path, own in held.items()
+        if own & shared and f"{PREFIX}{path}.weight" in tensors and not any(_named(name, path) for name in names)
+    ]
+
+
+def unnamed(method: type[Method], tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Give tensors the names of PEFT's files where they have those of a model's state: with the adapter's name inside.
+
+    Raises:
+        FormatError: they are of several adapters.
+    """
+    assert method.hf is not None
+    read = {key: method.hf.unnamed(key) for key in tensors}
+    names = {found[1] for found in read.values() if found is not None}
+    if len(names) > 1:
+        raise FormatError(
+            f"The file in {folder} holds {len(names)} adapters, {', '.join(sorted(names))}: it is the state of a model "
+            "that had them all. Save each by itself: PEFT's save_pretrained(folder, selected_adapters=[name])."
+        )
+    plain = {(found[0] if (found := read[key]) is not None else key): value for key, value in tensors.items()}
+    if names:  # beside its modules a model's state has what they replace
+        plain = {key: value for key, value in plain.items() if ".original_module." not in key}
+    if any(key.startswith("base_model.") for key in plain):
+        return plain
+    return {PREFIX + key if method.hf.pack is None else key: value for key, value in plain.items()}
+
+
 def modules(method: type[Method], tensors: Iterable[str]) -> dict[str, str]:
     """Return the modules that PEFT's keys adapt: path -> suffix of one of the keys."""
     assert method.hf is not None
@@ -224,9 +260,19 @@ def _is_repeated(key: str, tensors: Mapping[str, Tensor], codec: HFCodec) -> boo
     return any(root != key and root.rpartition(".")[2] == leaf and root in tensors for root in codec.shared.values())
 
 
+def _base_tensor(host: Attachments, path: str) -> Tensor | None:
+    """A parameter of the base by any of its names: a tied one has several, and counts under the first alone."""
+    place, _, leaf = path.rpartition(".")
+    try:
+        found = host.module(place)._parameters.get(leaf)
+    except AttributeError:
+        return None
+    return host.base_parameters().get(path, found)
+
+
 def _is_base_copy(host: Attachments, key: str, value: Tensor) -> bool:
     path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-    base = host.base_parameters().get(path)
+    base = _base_tensor(host, path)
     if base is None:
         return False
     if base.shape != value.shape or not (base.detach().to(value.dtype).cpu() == value.cpu()).all():
