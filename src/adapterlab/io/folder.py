@@ -243,6 +243,8 @@ def load(target: Attachments, folder: str | Path, name: str | None = None, *, ac
     try:
         method = _method(info, tensors, target)
         _check_seal(info)
+        if info.written_by == "peft":
+            hf_peft.check_computes(method, target, info.folder)
         # Tensors in our own names tell a method its structure; PEFT's are renamed once the method stands.
         saved, like = (tensors, None) if method.hf is None else (None, hf_peft.like(method, target, tensors))
         with nothing_fetched(), _within(info.folder), Allowance(_accounted_for(target, method, tensors)):
@@ -386,9 +388,9 @@ def _tensors(info: AdapterInfo) -> dict[str, Tensor]:
 
 def _unpickled(folder: Path, name: str) -> str:
     return (
-        f"{folder} has its tensors in {name}, a pickle: opening one may run whatever its author put into it, so none is "
-        f"opened here. Ask for the adapter as {TENSORS}; PEFT has written that since 0.5. Or convert it, letting torch "
-        "take tensors and nothing else out of it; in that folder:\n"
+        f"{folder} has its tensors in {name}, a pickle: opening one may run whatever its author put into it, so none "
+        f"is opened here. Ask for the adapter as {TENSORS}; PEFT has written that since 0.5. Or convert it, letting "
+        "torch take tensors and nothing else out of it; in that folder:\n"
         f"  python -c \"import torch; from safetensors.torch import save_file; t = torch.load('{name}', "
         f"map_location='cpu', weights_only=True); save_file({{k: v.clone() for k, v in t.items()}}, '{TENSORS}')\""
     )

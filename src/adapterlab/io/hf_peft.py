@@ -49,7 +49,8 @@ def write(
         **codec.options(method),
     }
     if codec.pack is not None:
-        packed = codec.pack(host, name) if computes_prompts(host.model, config["task_type"]) else None
+        equal = computes_prompts(host.model, config["task_type"]) and not (codec.differs and codec.differs(host))
+        packed = codec.pack(host, name) if equal else None
         if packed is None:
             return None
         of_copies = {
@@ -153,6 +154,19 @@ def _copies(parts: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]
     return {ours: tensors[theirs] for ours, theirs in names.items() if theirs in tensors}
 
 
+def check_computes(method: Method, host: Attachments, folder: Path) -> None:
+    """Check that an adapter of PEFT's means the same here on this model.
+
+    Raises:
+        FormatError: it does not.
+    """
+    if method.hf is not None and method.hf.differs is not None and (why := method.hf.differs(host)):
+        raise FormatError(
+            f"The adapter in {folder} computes something else in PEFT than {method.id} does here: {why}. Use it with "
+            "PEFT itself, or train a new one."
+        )
+
+
 def saved_with(host: Attachments, names: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
     """Return further modules with tensors of their own that hold a parameter together with one of these."""
     parts = dict(base_modules(host.model))
@@ -191,6 +205,13 @@ def modules(method: type[Method], tensors: Iterable[str]) -> dict[str, str]:
     """Return the modules that PEFT's keys adapt: path -> suffix of one of the keys."""
     assert method.hf is not None
     located = [found for key in tensors if (found := method.hf.locate(key)) is not None]
+    inside = next((path for path, _, _ in located if ".base_layer." in path), None)
+    if inside is not None:
+        outer, _, part = inside.partition(".base_layer.")
+        raise FormatError(
+            f"This PEFT adapter adapts {outer!r} as a whole and {part!r} inside of it, as PEFT does with torch's own "
+            "attention; no method here does. Load it with PEFT itself and merge it there."
+        )
     return {path: suffix for path, _, suffix in located}
 
 

@@ -46,7 +46,7 @@ class PrefixTuning(Method):
     Where it attaches: inside every attention module. An encoder-decoder gets three independent prefixes: encoder
     self-attention, decoder self-attention, and cross-attention in front of the encoder's keys. Layers that borrow
     another layer's keys get none. Real tokens start at position `offset`, by default P, as if the prefix had been read;
-    models with relative biases or image patches know no such shift. Where attention sees a window of tokens, every query
+    models with relative biases or image patches know no such shift. Where attention has a sliding window, every query
     still sees the prefix; with `window=True` the window passes over it as over tokens, which is what HF PEFT does.
 
     Start: not the base's output; with `init="words"` the model behaves as if it had read P words first. Even a prefix
@@ -94,6 +94,7 @@ class PrefixTuning(Method):
         implies={"init": "zeros", "window": True},
         pack=lambda host, name: _pack(host, name),
         unpack=lambda host, name, tensors: _unpack(host, name, tensors),
+        differs=lambda host: _differs(host),
     )
 
     @model_validator(mode="after")
@@ -259,7 +260,7 @@ def _pack(host: Carrier, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] 
     shapes = {layer.sizes for layer in layers.values()}
     whole = len(layers) == len(host.attentions) and len(shapes) == 1 and method.first_position == method.length
     passes = method.window or not attention_limits(host.model)
-    if not whole or not passes or _differs(host) or vocabulary(host.model)[0] is None:
+    if not whole or not passes or vocabulary(host.model)[0] is None:
         return None
     (length, heads, width), *_ = shapes
     flat = [layer.pairs().detach().permute(2, 0, 1, 3).reshape(length, -1) for layer in layers.values()]
@@ -271,11 +272,6 @@ def _pack(host: Carrier, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] 
 
 def _unpack(host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Cut PEFT's tensor into the layers."""
-    if why := _differs(host):
-        raise FormatError(
-            f"PEFT's prefix computes something else than a prefix here: {why}. Use it with PEFT itself, or train a new "
-            "one."
-        )
     found, layers = peft_prompt(tensors), _layers(host, name)
     length, heads, width = next(iter(layers.values())).sizes
     expected = (length, 2 * len(layers) * heads * width)
