@@ -20,7 +20,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapterlab.core.method import Method
 from adapterlab.engine.allowance import Allowance
@@ -33,6 +33,7 @@ from adapterlab.io.atomic import Kind, new_folder, write_json, write_text
 from adapterlab.io.beside import add_beside
 from adapterlab.io.card import model_card
 from adapterlab.io.finite import not_finite
+from adapterlab.io.info import AdapterInfo
 from adapterlab.io.links import check_links
 from adapterlab.json_text import parsed
 from adapterlab.models.catalogue import public_name
@@ -49,37 +50,6 @@ _TIMES, _ALWAYS = 4, 1 << 22  # what is saved may be made anew a few times, and 
 _LOADING: ContextVar[tuple[Path, ...]] = ContextVar("loading", default=())
 CARD = "README.md"
 ADAPTER = Kind("an adapter", (METHOD, CONFIG), (TENSORS, CONFIG, METHOD, CARD))
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What a folder says about its adapter, read without loading tensors.
-
-    Attributes:
-        folder: where it lies.
-        method: id of the method.
-        fields: its settings.
-        base_model: name of the model it was made for, or None.
-        revision: of that model, or None.
-        name: it had when it was saved.
-        written_by: `adapterlab` or `peft`.
-        modules: paths of the adapted modules.
-        sha256: of the tensor file when it was saved, or None.
-        seal: checksum of what this file says on the tensors' meaning when it was saved, or None.
-        copy: alias of the copy of the base that it was made on, where that is not the hub's, or None.
-    """
-
-    folder: Path
-    method: str
-    fields: dict[str, Any]
-    base_model: str | None
-    revision: str | None
-    name: str
-    written_by: str
-    modules: tuple[str, ...] = ()
-    sha256: str | None = None
-    seal: str | None = None
-    copy: str | None = None
 
 
 def save(

@@ -6,7 +6,6 @@ Another base model is one reason of several, and it is given only where modules,
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,10 +13,8 @@ from adapterlab.core.adapter import Adapter
 from adapterlab.engine.attachments import Attachments
 from adapterlab.errors import nearest
 from adapterlab.foreign.model import base_modules, base_name
+from adapterlab.io.info import AdapterInfo
 from adapterlab.models.catalogue import public_name
-
-if TYPE_CHECKING:
-    from adapterlab.io.folder import AdapterInfo
 
 _MOST = 8
 
