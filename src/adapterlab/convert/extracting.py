@@ -6,19 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import nn
 
 from adapterlab.convert.building import Conversion, Draft
 from adapterlab.convert.changes import AdapterChanges, Change, Changes, ModelChanges
 from adapterlab.convert.low_rank import Fit, check_size, fit
 from adapterlab.errors import ConfigError
-from adapterlab.foreign.model import base_name, base_revision
 from adapterlab.hosts import Host
 from adapterlab.hosts import host as host_of
-from adapterlab.io import hf_peft
 from adapterlab.io.atomic import new_folder, write_json
-from adapterlab.io.folder import ADAPTER, CONFIG, TENSORS, check_finite
+from adapterlab.io.folder import ADAPTER, CONFIG, TENSORS, gather, write_tensors
 from adapterlab.paths import user_path
 
 Progress = Callable[[str, int, int], None]
@@ -137,19 +134,14 @@ def export_peft(host: Host, name: str, folder: str | Path, *, overwrite: bool = 
         OutputError: the folder is not empty, holds something else than an adapter, or cannot be written.
         TrainingError: the adapter holds values that are not finite.
     """
-    method = host.methods[host.only(name)]
-    found = (
-        hf_peft.write(host, name, base_name(host.model), base_revision(host.model)) if method.hf is not None else None
-    )
-    if found is None:
+    method, found = host.methods[host.only(name)], gather(host, name)
+    if found.config is None:
         raise ConfigError(
             f"HF PEFT cannot store this {method.id} adapter. Write it as a LoRA adapter instead, which PEFT reads: "
             "export_lora, or --as lora on the command line."
         )
-    config, tensors = found
-    check_finite(name, tensors)
     folder = user_path(folder)
     with new_folder(folder, overwrite=overwrite, kind=ADAPTER) as work:
-        save_file({k: v.cpu().contiguous().clone() for k, v in tensors.items()}, work / TENSORS, {"format": "pt"})
-        write_json(work / CONFIG, config)
+        write_tensors(work / TENSORS, found.tensors)
+        write_json(work / CONFIG, found.config)
     return folder

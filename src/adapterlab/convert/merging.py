@@ -18,6 +18,7 @@ from adapterlab.errors import ConfigError, MergeError, nearest
 from adapterlab.foreign.model import base_name, plain_class
 from adapterlab.hosts import Host
 from adapterlab.io.atomic import Kind, check_free, new_folder, write_json
+from adapterlab.models.catalogue import public_name
 from adapterlab.models.progress import quiet_transformers
 from adapterlab.paths import user_path
 
@@ -92,6 +93,7 @@ def merge_into_base(
         raise ConfigError(f"A folder is written for models of transformers; this is a {type(host.model).__name__}.")
     base, folder = base_name(host.model), user_path(folder)
     check_free(folder, overwrite=overwrite, kind=MERGED, inputs=[base])
+    named = base and public_name(base)
     rows = _rows(samples, tokenizer, host.model)
     packing = getattr(host.model.config, "quantization_config", None)
     packed = any(site.quantized for site in host.all_sites())
@@ -112,7 +114,7 @@ def merge_into_base(
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         dtype = str(host.model.dtype).removeprefix("torch.")
-        report = MergedModel(folder, host.methods[name].id, base, dtype, untied, verification, dequantized)
+        report = MergedModel(folder, host.methods[name].id, named, dtype, untied, verification, dequantized)
         files = sorted(file.name for file in work.iterdir())
         write_json(work / REPORT, {**{k: v for k, v in report.to_dict().items() if k != "folder"}, "files": files})
     return report

@@ -22,7 +22,7 @@ Rename = str | tuple[str, Mapping[Any, Any]]
 _PLACEMENT = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "modules_to_save",
-    "megatron_core", "qalora_group_size",
+    "megatron_core", "qalora_group_size", "ensure_weight_tying",
 }  # fmt: skip
 
 
@@ -47,6 +47,7 @@ class HFCodec:
         pack: for methods that PEFT stores as a whole instead of by module: (host, name) -> (further options, tensors by
             PEFT's keys), or None for what PEFT does not have.
         unpack: its inverse: (host, name, PEFT's tensors) -> tensors by the keys of `Carrier.tensors`.
+        differs: for methods whose PEFT form computes something else on some models: host -> why, or "".
         outward: for adapters whose tensors are not PEFT's: (method, adapters by path) -> (further options, tensors by
             path and name), or None for what PEFT does not have.
         inward: its inverse for one module: (method, site, tensors by name) -> ours by name.
@@ -66,6 +67,7 @@ class HFCodec:
     prefix: str = PREFIX
     pack: Callable[[Carrier, str], tuple[dict[str, Any], dict[str, Tensor]] | None] | None = None
     unpack: Callable[[Carrier, str, Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    differs: Callable[[Carrier], str] | None = None
     outward: Callable[[Any, Mapping[str, Any]], tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None] | None = (
         None
     )
@@ -91,6 +93,24 @@ class HFCodec:
         while path.endswith(".base_layer"):
             path, tensor = path.removesuffix(".base_layer"), "base_layer." + tensor
         return path, tensor, suffix
+
+    def unnamed(self, key: str) -> tuple[str, str] | None:
+        """Read a key as PEFT's models have it, with the adapter's name inside: (the key in a file, that name)."""
+        if self.locate(key) is not None:
+            return None
+        parts = key.split(".")
+        if "modules_to_save" in parts[:-2]:
+            at = parts.index("modules_to_save")
+            return ".".join(parts[:at] + parts[at + 2 :]), parts[at + 1]
+        shared = {root.rpartition(".")[2] for root in self.shared.values()}
+        for at in range(1, len(parts)):
+            without = ".".join(parts[:at] + parts[at + 1 :])
+            for plain in (without, without.removesuffix(".weight")):
+                found = self.locate(plain)
+                begins = plain.count(".") - found[2].count(".") if found is not None else len(parts)
+                if at > begins or (plain.rpartition(".")[2] in shared and at == plain.count(".") + 1):
+                    return plain, parts[at]
+        return None
 
     def options(self, method: Settings) -> dict[str, Any]:
         """Write the method's fields as PEFT options."""

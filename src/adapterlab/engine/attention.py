@@ -197,6 +197,7 @@ def prepend(
     prefix_k: Tensor,
     prefix_v: Tensor,
     kwargs: dict[str, Any],
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
     """Put keys and values in front of the real ones, visible to every query.
 
@@ -212,18 +213,19 @@ def prepend(
         prefix_k: `[batch or 1, kv_heads, prefix, head_dim]`.
         prefix_v: likewise.
         kwargs: of the attention call; a `position_bias` gets zero columns.
+        window: how many keys a query of causal attention sees, itself included, where the prefix counts among them.
 
     Returns:
         (keys, values, mask, kwargs) with `prefix` more columns.
     """
     count = prefix_k.shape[2]
-    if mask is None and q.shape[2] > 1 and _is_causal(module, kwargs):
-        size = (q.shape[2], k.shape[2])
-        mask = torch.ones(size, dtype=torch.bool, device=q.device).tril()[None, None]
+    if mask is None and (q.shape[2] > 1 or window) and _is_causal(module, kwargs):
+        mask = torch.ones(1, 1, q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        mask = mask.tril() if q.shape[2] > 1 else mask
         kwargs = {**kwargs, "is_causal": False} if "is_causal" in kwargs else kwargs
     if mask is not None:
-        visible = mask.new_ones if mask.dtype == torch.bool else mask.new_zeros
-        mask = torch.cat([visible((*mask.shape[:-1], count)), mask[..., : k.shape[2]]], -1)
+        mask = mask[..., : k.shape[2]]
+        mask = torch.cat([_in_front(mask, count, window), mask], -1)
     mask = mask if mask is None else understood(module, mask, q.dtype)
     bias = kwargs.get("position_bias")
     if bias is not None:
@@ -231,6 +233,19 @@ def prepend(
     k = torch.cat([prefix_k.expand(len(k), -1, -1, -1).to(k.dtype), k], 2)
     v = torch.cat([prefix_v.expand(len(v), -1, -1, -1).to(v.dtype), v], 2)
     return k, v, mask, kwargs
+
+
+def _in_front(mask: Tensor, count: int, window: int | None) -> Tensor:
+    """The columns of a causal mask `[..., queries, keys]` for keys in front of all."""
+    added = mask.dtype != torch.bool
+    columns = mask.new_zeros(*mask.shape[:-1], count) if added else mask.new_ones(*mask.shape[:-1], count)
+    if window is None:
+        return columns
+    seen = mask > torch.finfo(mask.dtype).min / 2 if added else mask
+    places = torch.arange(mask.shape[-1], device=mask.device)
+    last = (seen * places).amax(-1, keepdim=True)  # a query sees itself and nothing behind
+    hidden = last + count - places.new_tensor(range(count)) >= window
+    return columns.masked_fill(hidden, torch.finfo(mask.dtype).min if added else False)
 
 
 def understood(module: nn.Module, mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from adapterlab.engine.attention import fast_attention, uses_interface
 from adapterlab.engine.loss import Loss
 from adapterlab.engine.modes import evaluating
 from adapterlab.errors import ConfigError
-from adapterlab.foreign.model import is_encoder_decoder, plain_class, text_config
+from adapterlab.foreign.model import attention_limits, is_encoder_decoder, plain_class, text_config
 
 Row = Mapping[str, Sequence[int]]
 Collate = Callable[[Sequence[Row]], Mapping[str, Any]]
@@ -70,10 +70,8 @@ def _mixing(model: Any) -> str:
 
 def _window(model: Any, longest: int) -> str:
     """A short probe cannot see what happens beyond a window of attention, whose mask packed rows do without."""
-    config = text_config(model)
-    for name in ("sliding_window", "attention_chunk_size"):
-        width = getattr(config, name, None)
-        if width and longest > width:
+    for name, width in attention_limits(model).items():
+        if longest > width:
             return f"rows are as long as {longest} tokens, longer than the model's {name} of {width}"
     return ""
 

@@ -12,6 +12,7 @@ from adapterlab.errors import FormatError, nearest
 from adapterlab.io.links import check_links
 from adapterlab.json_text import parsed
 from adapterlab.models import check
+from adapterlab.models.catalogue import public_name
 from adapterlab.paths import user_path
 
 if TYPE_CHECKING:
@@ -44,6 +45,13 @@ class Place:
     precision: str = "bf16"
     quantize: str | None = None
     trust_remote_code: bool = False
+
+    @property
+    def base_model(self) -> str:
+        """What the base is known as, whichever of its names was given: two of the same base have the same."""
+        name = public_name(self.base)
+        folder = user_path(name)
+        return str(folder.resolve()) if folder.is_dir() else name.lower()
 
     @property
     def system(self) -> str | None:
@@ -180,7 +188,8 @@ def _checkpoints(folder: Path) -> list[str]:
 def _base_of(folder: Path) -> str:
     from adapterlab.io import read_info
 
-    base = read_info(folder).base_model
+    info = read_info(folder)
+    base = info.copy or info.base_model
     if not base:
         raise FormatError(f"The adapter in {folder} does not name its base model. Give it: --model NAME.")
     return base

@@ -20,6 +20,7 @@ from adapterlab.foreign.private_transformers import FILLED
 # Names of the submodules that hold adapters: in the module they adapt, where FSDP shards them, and at the root.
 ADAPTERS, SHARED = "_adapters", "_adapterlab_shared"
 PLAIN = "_adapterlab_plain"  # attribute of a wrapped class that holds the class it was made from
+_COPY = "_adapterlab_copy"  # attribute of a model that came from a copy that is not the hub's
 # Under these names torch.compile, torch's checkpointing and FSDP1 hold the module that they stand around. A wrapper
 # answers for it in everything, so no path speaks of one: names are the same before compiling and after.
 _AROUND = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -69,6 +70,18 @@ def computes_by_ties(model: nn.Module) -> bool:
         return False
 
 
+def attention_limits(model: Any) -> dict[str, int]:
+    """Return what keeps tokens of a model from seeing all tokens before them, and how many they see."""
+    config = text_config(model)
+    named = ("sliding_window", "attention_chunk_size")
+    return {name: width for name in named if (width := getattr(config, name, None))}
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Say whether tokens see those before them alone, as the attention modules of a model tell."""
+    return any(getattr(module, "is_causal", False) for _, module in base_modules(model))
+
+
 def is_encoder_decoder(model: Any) -> bool:
     """Say whether a model, or the model of a configuration, has an encoder whose output a decoder attends to."""
     return bool(getattr(config_of(model), "is_encoder_decoder", False))
@@ -82,6 +95,26 @@ def base_name(model: Any) -> str | None:
 def base_revision(model: Any) -> str | None:
     """Return the revision of the hub repository that a model was loaded from, or None."""
     return getattr(config_of(model), "_commit_hash", None)
+
+
+def base_copy(model: Any) -> str | None:
+    """Return the name of the copy that a model was loaded from, where that is not the hub's, or None."""
+    found: str | None = vars(model).get(_COPY)
+    return found
+
+
+def name_base(model: Any, name: str, *, commit: str | None = None, copy: str | None = None) -> None:
+    """Let a model say what it was loaded from.
+
+    Args:
+        model: of transformers.
+        name: its hub id or folder.
+        commit: of the hub repository.
+        copy: name of the copy, where that is not the hub's.
+    """
+    model.name_or_path = model.config.name_or_path = name
+    model.config._commit_hash = commit
+    setattr(model, _COPY, copy)
 
 
 # ---------------------------------------------------------------------- parts

@@ -20,21 +20,23 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapterlab.core.method import Method
 from adapterlab.engine.allowance import Allowance
 from adapterlab.engine.attachments import Attachments
 from adapterlab.errors import AttachError, ConfigError, FormatError, TargetError, TrainingError
-from adapterlab.foreign.model import base_name, base_revision, is_adapter_path
+from adapterlab.foreign.model import base_copy, base_name, base_revision, is_adapter_path
 from adapterlab.foreign.sharding import gathered, leads, whole
-from adapterlab.io import hf_peft
+from adapterlab.io import hf_peft, misfit
 from adapterlab.io.atomic import Kind, new_folder, write_json, write_text
 from adapterlab.io.beside import add_beside
 from adapterlab.io.card import model_card
 from adapterlab.io.finite import not_finite
+from adapterlab.io.info import AdapterInfo
 from adapterlab.io.links import check_links
 from adapterlab.json_text import parsed
+from adapterlab.models.catalogue import public_name
 from adapterlab.models.pulling import nothing_fetched
 from adapterlab.paths import user_path
 from adapterlab.registry import method as method_by_id
@@ -48,35 +50,6 @@ _TIMES, _ALWAYS = 4, 1 << 22  # what is saved may be made anew a few times, and 
 _LOADING: ContextVar[tuple[Path, ...]] = ContextVar("loading", default=())
 CARD = "README.md"
 ADAPTER = Kind("an adapter", (METHOD, CONFIG), (TENSORS, CONFIG, METHOD, CARD))
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    """What a folder says about its adapter, read without loading tensors.
-
-    Attributes:
-        folder: where it lies.
-        method: id of the method.
-        fields: its settings.
-        base_model: name of the model it was made for, or None.
-        revision: of that model, or None.
-        name: it had when it was saved.
-        written_by: `adapterlab` or `peft`.
-        modules: paths of the adapted modules.
-        sha256: of the tensor file when it was saved, or None.
-        seal: checksum of what this file says on the tensors' meaning when it was saved, or None.
-    """
-
-    folder: Path
-    method: str
-    fields: dict[str, Any]
-    base_model: str | None
-    revision: str | None
-    name: str
-    written_by: str
-    modules: tuple[str, ...] = ()
-    sha256: str | None = None
-    seal: str | None = None
 
 
 def save(
@@ -164,6 +137,7 @@ def gather(host: Attachments, name: str, base_model: str | None = None) -> Conte
     host.check_intact(name)
     method = host.methods[name]
     base_model, revision = base_model or base_name(host.model), base_revision(host.model)
+    base_model = public_name(base_model) if base_model else None
     held = list(host.tensors(name).values())
     with gathered(host.model, held):
         written = hf_peft.write(host, name, base_model, revision) if method.hf is not None else None
@@ -176,6 +150,7 @@ def gather(host: Attachments, name: str, base_model: str | None = None) -> Conte
         "name": name,
         "base_model": base_model,
         "base_revision": revision,
+        "base_copy": base_copy(host.model),
         "modules": list(host.adapters(name)),
     }
     add_beside(host, name, config, info, tensors)
@@ -202,7 +177,7 @@ def read_info(folder: str | Path) -> AdapterInfo:
         try:
             return AdapterInfo(
                 folder, info["method"], dict(info["fields"]), info["base_model"], info["base_revision"], info["name"],
-                "adapterlab", tuple(info["modules"]), info["sha256"], info.get("seal"),
+                "adapterlab", tuple(info["modules"]), info["sha256"], info.get("seal"), info.get("base_copy"),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             fault = f"lacks {error}" if isinstance(error, KeyError) else f"has fields of a wrong type ({error})"
@@ -234,24 +209,31 @@ def load(target: Attachments, folder: str | Path, name: str | None = None, *, ac
     tensors = _tensors(info)
     name = name or info.name
     active = not target.methods if active is None else active
+    paths = info.modules or _adapted(info, tensors)
     try:
         method = _method(info, tensors, target)
         _check_seal(info)
+        if info.written_by == "peft":
+            hf_peft.check_computes(method, target, info.folder)
         # Tensors in our own names tell a method its structure; PEFT's are renamed once the method stands.
         saved, like = (tensors, None) if method.hf is None else (None, hf_peft.like(method, target, tensors))
         with nothing_fetched(), _within(info.folder), Allowance(_accounted_for(target, method, tensors)):
             target.attach(method, name, active=active, saved=saved, like=like)
-    except (TargetError, ConfigError) as error:
-        raise FormatError(_foreign(info, target.model, str(error))) from None
-    except AttachError as error:
-        if name in target.methods:
+    except (TargetError, ConfigError, AttachError) as error:
+        if isinstance(error, AttachError) and name in target.methods:
             raise
-        raise FormatError(_foreign(info, target.model, str(error))) from None
+        raise FormatError(misfit.refused(info, target, paths, str(error))) from None
     try:
         _fill(target, name, info, method, tensors)
     except BaseException:
         target.detach(name)
         raise
+
+
+def _adapted(info: AdapterInfo, tensors: dict[str, Tensor]) -> list[str]:
+    """The modules that a PEFT file has tensors for; none where PEFT stores the method as a whole."""
+    codec = method_by_id(info.method).hf if info.written_by == "peft" else None
+    return [] if codec is None or codec.pack is not None else list(hf_peft.modules(method_by_id(info.method), tensors))
 
 
 def _accounted_for(host: Attachments, method: Method, tensors: dict[str, Tensor]) -> int:
@@ -275,16 +257,14 @@ def _within(folder: Path) -> Iterator[None]:
 
 
 def _fill(target: Attachments, name: str, info: AdapterInfo, method: Method, tensors: dict[str, Tensor]) -> None:
-    if info.modules and set(info.modules) != set(target.adapters(name)):
-        gone = sorted({*info.modules} ^ {*target.adapters(name)})
-        raise FormatError(_foreign(info, target.model, f"adapted modules differ, for example {', '.join(gone[:4])}"))
+    if info.modules and (fault := misfit.of_places(info, target, target.adapters(name))):
+        raise FormatError(fault)
     if method.hf is None:
         return
     tensors = hf_peft.read(method, target, name, tensors)
-    try:
-        target.load_state_dict(name, tensors)
-    except AttachError as error:
-        raise FormatError(_foreign(info, target.model, str(error))) from None
+    if fault := misfit.of_tensors(info, target, name, tensors):
+        raise FormatError(fault)
+    target.load_state_dict(name, tensors)
 
 
 def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -332,7 +312,7 @@ def _method(info: AdapterInfo, tensors: dict[str, Tensor], host: Attachments) ->
             fields["targets"] = targets or (("none",) if bare else ("no module",))
             leaves = [f"{path}.{leaf}" for path, names in bare.items() for leaf in names]
             fields |= hf_peft.used_patterns(fields, [*targets, *leaves])
-        fields["modules_to_save"] = _saved_modules(info.folder, tensors)
+        fields["modules_to_save"] = _saved_modules(info.folder, tensors, host)
     try:
         return cls(**fields)
     except ConfigError as error:
@@ -341,16 +321,24 @@ def _method(info: AdapterInfo, tensors: dict[str, Tensor], host: Attachments) ->
         ) from None
 
 
-def _saved_modules(folder: Path, tensors: dict[str, Tensor]) -> tuple[str, ...]:
-    """PEFT lists names such as `classifier`; keep those that have tensors."""
-    names = read_json(folder / CONFIG).get("modules_to_save") or ()
-    return tuple(n for n in names if any(f".{n}." in key for key in tensors))
+def _saved_modules(folder: Path, tensors: dict[str, Tensor], host: Attachments) -> tuple[str, ...]:
+    """PEFT lists names such as `classifier`; keep those that have tensors, and what was kept tied to them."""
+    config = read_json(folder / CONFIG)
+    names = config.get("modules_to_save") or ()
+    found = [name for name in names if any(f".{name}." in key for key in tensors)]
+    tied = hf_peft.saved_with(host, found, tensors) if config.get("ensure_weight_tying") else []
+    return (*found, *tied)
 
 
 def _tensors(info: AdapterInfo) -> dict[str, Tensor]:
     file = info.folder / TENSORS
     if not file.is_file():
-        raise FormatError(f"{info.folder} has no {TENSORS}. Copy the whole folder, or save the adapter again.")
+        pickled = sorted(path.name for path in info.folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+        raise FormatError(
+            _unpickled(info.folder, pickled[0])
+            if pickled
+            else f"{info.folder} has no {TENSORS}. Copy the whole folder, or save the adapter again."
+        )
     if info.sha256 and _sha256(file) != info.sha256:
         raise FormatError(
             f"{file} is not the file that was saved: its SHA-256 differs from the one in {METHOD}. It is damaged, or "
@@ -365,7 +353,17 @@ def _tensors(info: AdapterInfo) -> dict[str, Tensor]:
             f"{file} holds values that are not finite, first in {key}: such an adapter answers nothing. Its training "
             "went wrong; take an earlier checkpoint, or train again with a lower learning rate."
         )
-    return tensors
+    return hf_peft.unnamed(method_by_id(info.method), tensors, file) if info.written_by == "peft" else tensors
+
+
+def _unpickled(folder: Path, name: str) -> str:
+    return (
+        f"{folder} has its tensors in {name}, a pickle: opening one may run whatever its author put into it, so none "
+        f"is opened here. Ask for the adapter as {TENSORS}; PEFT has written that since 0.5. Or convert it, letting "
+        "torch take tensors and nothing else out of it; in that folder:\n"
+        f"  python -c \"import torch; from safetensors.torch import save_file; t = torch.load('{name}', "
+        f"map_location='cpu', weights_only=True); save_file({{k: v.clone() for k, v in t.items()}}, '{TENSORS}')\""
+    )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -392,14 +390,6 @@ def is_adapted_state(file: Path) -> bool:
             return any(is_adapter_path(key) for key in opened.keys())  # noqa: SIM118
     except (SafetensorError, OSError):
         return False
-
-
-def _foreign(info: AdapterInfo, model: nn.Module, detail: str) -> str:
-    here = base_name(model) or type(model).__name__
-    made = f"{info.base_model!r}" if info.base_model else "another base model"
-    return (
-        f"The adapter in {info.folder} was made for {made} and does not fit {here!r} ({type(model).__name__}): {detail}"
-    )
 
 
 def _sha256(file: Path) -> str:

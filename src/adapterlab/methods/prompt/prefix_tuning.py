@@ -20,7 +20,8 @@ from adapterlab.core.targets import Targets
 from adapterlab.engine.attention import prepend
 from adapterlab.engine.positions import Positions, position_sites
 from adapterlab.errors import AttachError, FormatError
-from adapterlab.foreign.model import is_encoder_decoder
+from adapterlab.foreign.cache import cache_argument
+from adapterlab.foreign.model import attention_limits, is_encoder_decoder, vocabulary
 from adapterlab.foreign.roles import role_of
 from adapterlab.methods.prompt._virtual_tokens import (
     PROMPT,
@@ -45,7 +46,8 @@ class PrefixTuning(Method):
     Where it attaches: inside every attention module. An encoder-decoder gets three independent prefixes: encoder
     self-attention, decoder self-attention, and cross-attention in front of the encoder's keys. Layers that borrow
     another layer's keys get none. Real tokens start at position `offset`, by default P, as if the prefix had been read;
-    models with relative biases or image patches know no such shift.
+    models with relative biases or image patches know no such shift. Where attention has a sliding window, every query
+    still sees the prefix; with `window=True` the window passes over it as over tokens, which is what HF PEFT does.
 
     Start: not the base's output; with `init="words"` the model behaves as if it had read P words first. Even a prefix
     of zeros draws attention to itself.
@@ -78,6 +80,7 @@ class PrefixTuning(Method):
     offset: int | None = Field(
         None, ge=0, description="position of the first real token; default: the length, as HF PEFT has it"
     )
+    window: bool = Field(False, description="let a sliding window of attention pass over the prefix too")
     targets: Targets | None = Field(
         None, description="attention modules, or layers, that get a prefix; default: every attention module"
     )
@@ -88,9 +91,10 @@ class PrefixTuning(Method):
         tensors={},
         prefix="base_model.",
         ignores=(*SIZES, "prefix_projection", "encoder_hidden_size", "init_weights"),
-        implies={"init": "zeros"},
+        implies={"init": "zeros", "window": True},
         pack=lambda host, name: _pack(host, name),
         unpack=lambda host, name, tensors: _unpack(host, name, tensors),
+        differs=lambda host: _differs(host),
     )
 
     @model_validator(mode="after")
@@ -163,7 +167,7 @@ class PrefixTuning(Method):
 
         def __init__(self, method: PrefixTuning, site: Site):
             super().__init__(site)
-            self.p = method.dropout
+            self.p, self.window = method.dropout, method.window
             self.sizes = (method.length, *kv_shape(site.module))
             length, heads, width = self.sizes
             if method.hidden is None:
@@ -186,7 +190,8 @@ class PrefixTuning(Method):
         ) -> Any:
             """Run the attention with the prefix in front."""
             prefix = F.dropout(self.pairs(), self.p) if self.training and self.p else self.pairs()
-            k, v, mask, kwargs = prepend(self.site.module, q, k, v, mask, prefix[:1], prefix[1:], kwargs)
+            window = kwargs.get("sliding_window") if self.window else None
+            k, v, mask, kwargs = prepend(self.site.module, q, k, v, mask, prefix[:1], prefix[1:], kwargs, window)
             return run(q, k, v, mask, **kwargs)
 
 
@@ -231,18 +236,31 @@ def _layers(host: Carrier, name: str) -> dict[str, PrefixTuning.Layer]:
     return {path: a for path, a in host.adapters(name).items() if isinstance(a, PrefixTuning.Layer)}
 
 
-def _pack(host: Carrier, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Return PEFT's sizes and its one tensor `[P, 2 · L · n_kv · hd]`, or None for what PEFT does not have.
+def _differs(host: Carrier) -> str:
+    """Say why PEFT's prefix computes something else on a model, or "".
 
-    PEFT puts the same prefix into every layer of a decoder or encoder, through the cache; of an encoder-decoder it
-    reaches the decoder's self-attention alone.
+    PEFT puts the same prefix into every layer, as if tokens had been read into the cache.
     """
+    if is_encoder_decoder(host.model):
+        return (
+            "in an encoder-decoder it reaches the decoder's self-attention alone, and layers share it, so it cannot be "
+            "read as three prefixes"
+        )
+    if cache_argument(host.backbone) is None:
+        return f"{type(host.backbone).__name__} takes no cache, through which it comes, so that it does nothing there"
+    if "attention_chunk_size" in attention_limits(host.model):
+        return "attention in chunks shows it to the first chunk alone"
+    return ""
+
+
+def _pack(host: Carrier, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Return PEFT's sizes and its one tensor `[P, 2 · L · n_kv · hd]`, or None for what PEFT does not have."""
     method, layers = host.methods[name], _layers(host, name)
     assert isinstance(method, PrefixTuning)
     shapes = {layer.sizes for layer in layers.values()}
     whole = len(layers) == len(host.attentions) and len(shapes) == 1 and method.first_position == method.length
-    config = host.model.config
-    if not whole or is_encoder_decoder(config) or not getattr(config, "vocab_size", None):
+    passes = method.window or not attention_limits(host.model)
+    if not whole or not passes or vocabulary(host.model)[0] is None:
         return None
     (length, heads, width), *_ = shapes
     flat = [layer.pairs().detach().permute(2, 0, 1, 3).reshape(length, -1) for layer in layers.values()]
@@ -257,11 +275,6 @@ def _unpack(host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> dict[str
     found, layers = peft_prompt(tensors), _layers(host, name)
     length, heads, width = next(iter(layers.values())).sizes
     expected = (length, 2 * len(layers) * heads * width)
-    if is_encoder_decoder(host.model):
-        raise FormatError(
-            "PEFT's prefix for an encoder-decoder reaches the decoder's self-attention alone, and shares it between "
-            "layers; it cannot be read as three prefixes. Use it with PEFT itself, or train a new one here."
-        )
     if tuple(found.shape) != expected:
         raise FormatError(f"{PROMPT} is {tuple(found.shape)}, and this model needs {expected}.")
     parts = found.view(length, len(layers), 2, heads, width).permute(1, 2, 3, 0, 4)

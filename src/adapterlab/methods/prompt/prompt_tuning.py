@@ -16,7 +16,8 @@ from adapterlab.core.method import Method
 from adapterlab.core.site import Site
 from adapterlab.errors import AttachError, FormatError
 from adapterlab.foreign.cache import accompany, cache_in, cache_out, companion, make_room, plain_mask
-from adapterlab.foreign.model import input_table, is_encoder_decoder, plain_class
+from adapterlab.foreign.model import input_table, is_causal, is_encoder_decoder, plain_class, text_config
+from adapterlab.foreign.peft_task import task_of
 from adapterlab.foreign.roles import role_of
 from adapterlab.methods.prompt._virtual_tokens import PROMPT, SIZES, peft_prompt, peft_sizes, word_ids
 from adapterlab.registry import register
@@ -71,6 +72,7 @@ class PromptTuning(Method):
         implies={"init": "uniform", "pool": "virtual"},
         pack=lambda host, name: _pack(host, name),
         unpack=lambda host, name, tensors: _unpack(host, name, tensors),
+        differs=lambda host: _differs(host),
     )  # fmt: skip
 
     @model_validator(mode="after")
@@ -90,8 +92,10 @@ class PromptTuning(Method):
         if two_stacks:
             module = host.model.get_encoder()
             host.wrap(name, host.model.get_decoder(), _LongerMask(host.site(host.model.get_decoder())))
-        layer = _EncoderLayer if two_stacks else self.Layer
-        host.wrap(name, module, layer(self, host.site(module), self.start(host), name))
+        layer = (_EncoderLayer if two_stacks else self.Layer)(self, host.site(module), self.start(host), name)
+        if self.pool == "virtual" and _head_reads_first(host):
+            layer.trims = False
+        host.wrap(name, module, layer)
 
     @torch.no_grad()
     def start(self, host: Carrier) -> Tensor:
@@ -113,7 +117,7 @@ class PromptTuning(Method):
         """The prompt `[P, d]` of one backbone or encoder."""
 
         not_linear: ClassVar[str] = "it adds positions to the input"
-        trims: ClassVar[bool] = True
+        trims: bool = True
 
         def __init__(self, method: PromptTuning, site: Site, start: Tensor, key: str):
             super().__init__(site)
@@ -202,7 +206,7 @@ class PromptTuning(Method):
 class _EncoderLayer(PromptTuning.Layer):
     """The prompt of an encoder, whose output keeps the virtual tokens: the decoder attends to them."""
 
-    trims: ClassVar[bool] = False
+    trims = False
     rowwise: ClassVar[bool] = False  # prompts of different lengths make outputs of different lengths
 
 
@@ -249,13 +253,26 @@ def _layer(host: Carrier, name: str) -> tuple[str, PromptTuning.Layer]:
     return next((path, a) for path, a in host.adapters(name).items() if isinstance(a, PromptTuning.Layer))
 
 
+def _head_reads_first(host: Carrier) -> bool:
+    """Say whether the head reads the first hidden state itself: it classifies an encoder that has no pooler."""
+    alone = getattr(host.backbone, "pooler", None) is None and not is_encoder_decoder(host.model)
+    return alone and task_of(host.model) == "SEQ_CLS" and not is_causal(host.backbone)
+
+
+def _differs(host: Carrier) -> str:
+    """Say why PEFT's prompt computes something else on a model, or ""."""
+    mean = _head_reads_first(host) and getattr(host.model.config, "classifier_pooling", None) == "mean"
+    return "the head reads the mean of all tokens, its virtual ones among them" if mean else ""
+
+
 def _pack(host: Carrier, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-    """Return PEFT's sizes and `[P, d]`; None where the pooler reads another position than PEFT's does."""
+    """Return PEFT's sizes and `[P, d]`; None where what is pooled is at another position than in PEFT."""
     method, (_, layer) = host.methods[name], _layer(host, name)
     assert isinstance(method, PromptTuning)
-    if method.pool == "real" and getattr(layer.site.module, "pooler", None) is not None:
+    pooled = getattr(layer.site.module, "pooler", None) is not None or _head_reads_first(host)
+    if method.pool == "real" and pooled:
         return None
-    config = host.model.config
+    config = text_config(host.model)
     # One submodule: of an encoder-decoder PEFT would otherwise expect a second prompt, which it does not use.
     sizes = peft_sizes(1, layer.prompt.shape[1], config.num_attention_heads, config.num_hidden_layers)
     return sizes, {PROMPT: layer.vectors().detach()}
