@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
+from adapterlab import yaml_text
 from adapterlab.cli import build
 from adapterlab.compare.config import CompareConfig
 from adapterlab.errors import ConfigError
@@ -14,9 +15,16 @@ from adapterlab.train.config import TrainConfig
 
 @pytest.mark.parametrize("cls", [TrainConfig, CompareConfig])
 def test_every_key_says_what_it_is(cls: type[TrainConfig] | type[CompareConfig]) -> None:
+    faults = {}
     for key in keys(cls):
         assert key.meaning, key.name
         assert key.values, key.name
+        assert not key.example.endswith(("=null", "={}", "=[]", "=")), f"{key.name} has an empty example"
+        try:
+            cls(**yaml_text.overrides([key.example]))
+        except ConfigError as error:  # other keys are missing, or stand against the example
+            faults[key.name] = str(error)
+    assert not {name: fault for name, fault in faults.items() if f"{name} " in fault or f"{name}=" in fault}
 
 
 @pytest.mark.parametrize("verb", ["train", "compare"])

@@ -43,9 +43,13 @@ class _Part(BaseModel):
 class Budget(_Part):
     """How long each run trains; the same for all. Set exactly one."""
 
-    steps: int | None = Field(None, ge=1, description="optimizer steps")
-    tokens: int | None = Field(None, ge=1, description="input tokens; turned into steps by the mean length of the rows")
-    minutes: float | None = Field(None, gt=0, description="training time; turned into steps by each method's own speed")
+    steps: int | None = Field(None, examples=[200], ge=1, description="optimizer steps")
+    tokens: int | None = Field(
+        None, examples=[1000000], ge=1, description="input tokens; turned into steps by the mean length of the rows"
+    )
+    minutes: float | None = Field(
+        None, examples=[30], gt=0, description="training time; turned into steps by each method's own speed"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -72,9 +76,11 @@ class SearchSettings(_Part):
 class Exams(_Part):
     """How each checkpoint is examined."""
 
-    limit: int | None = Field(None, ge=1, description="use the first n evaluation rows only")
+    limit: int | None = Field(None, examples=[200], ge=1, description="use the first n evaluation rows only")
     batch_size: int = Field(32, ge=1, description="rows computed at once")
-    max_new_tokens: int | None = Field(None, ge=1, description="longest answer; null: from the longest reference")
+    max_new_tokens: int | None = Field(
+        None, examples=[256], ge=1, description="longest answer; null: from the longest reference"
+    )
     samples: int = Field(5, ge=0, description="answers kept for reading")
 
 
@@ -104,16 +110,25 @@ class CompareConfig(Settings):
     model: str = Field("smollm2-135m", min_length=1, description="catalogue alias, hub id or local folder")
     trust_remote_code: bool = Field(False, description="run the code that the model's folder brings")
     precision: Literal["bf16", "fp32", "fp16"] = Field("bf16", description="dtype of the frozen weights")
-    quantize: Literal["nf4", "int8"] | None = Field(None, description="keep the frozen weights in 4 or 8 bits")
-    device: str | None = Field(None, description="cpu, cuda, mps; null: the fastest there is")
+    quantize: Literal["nf4", "int8"] | None = Field(
+        None, examples=["nf4"], description="keep the frozen weights in 4 or 8 bits"
+    )
+    device: str | None = Field(None, examples=["cuda"], description="cpu, cuda, mps; null: the fastest there is")
     data: DataConfig = Field(description="where the rows come from")
     validation: Annotated[int, Field(ge=1)] | None = Field(
         None,
+        examples=[100],
         description="training rows set aside to choose checkpoints and learning rates; null: a tenth, at most 100. "
         "The evaluation rows judge and choose nothing",
     )
-    methods: tuple[dict[str, Any], ...] = Field(min_length=1, description="what to compare; see the example file")
-    exclude: tuple[str, ...] = Field((), description="ids, or patterns of them, to leave out of patterns in methods")
+    methods: tuple[dict[str, Any], ...] = Field(
+        min_length=1,
+        examples=[[{"name": "lora", "r": 8}, {"name": "dora"}]],
+        description="what to compare; see the example file",
+    )
+    exclude: tuple[str, ...] = Field(
+        (), examples=[("full",)], description="ids, or patterns of them, to leave out of patterns in methods"
+    )
     full: bool = Field(False, description="compare with full tuning too")
     budget: Budget = Field(description="how long each run trains")
     seeds: tuple[Annotated[int, Field(ge=0, lt=SEEDS)], ...] = Field(
@@ -123,14 +138,20 @@ class CompareConfig(Settings):
         "auto", description="auto: searched for each method; a method's own lr goes first"
     )
     search: SearchSettings = Field(default_factory=SearchSettings, description="how auto works")
-    training: dict[str, Any] = Field(default_factory=dict, description="how to train, as in a training configuration")
+    training: dict[str, Any] = Field(
+        default_factory=dict, examples=[{"batch_size": 16}], description="how to train, as in a training configuration"
+    )
     evaluation: Exams = Field(default_factory=Exams, description="how each checkpoint is examined")
     judge: Literal["auto", "score", "loss"] = Field(
         "auto", description="what ranks: the share of right answers, or the loss where answers cannot be scored"
     )
     level: float = Field(0.05, gt=0, lt=1, description="of significance, after correction for all pairs")
-    processes: int | None = Field(None, ge=1, description="runs at a time; null: as memory and cores allow")
-    threads: int | None = Field(None, ge=1, description="CPU threads of each run; null: cores shared fairly")
+    processes: int | None = Field(
+        None, examples=[2], ge=1, description="runs at a time; null: as memory and cores allow"
+    )
+    threads: int | None = Field(
+        None, examples=[1], ge=1, description="CPU threads of each run; null: cores shared fairly"
+    )
     output: UserPath = Field(Path("comparisons/default"), description="folder; nothing in it is overwritten unasked")
 
     def __init__(self, **fields: Any) -> None:

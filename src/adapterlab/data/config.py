@@ -39,37 +39,58 @@ class DataConfig(BaseModel):
 
     path: str | None = Field(
         None,
+        examples=["rows.jsonl"],
         description="Local .jsonl, .json, .csv, .tsv or .parquet file, a folder of such files, or a hub data set id.",
     )
-    name: str | None = Field(None, description="Configuration name of a hub data set, such as 'main' for openai/gsm8k.")
+    name: str | None = Field(
+        None, examples=["main"], description="Configuration name of a hub data set, such as 'main' for openai/gsm8k."
+    )
     task: str | None = Field(
-        None, description="A reasoning-gym task that generates rows, such as 'chain_sum'. Exactly one of path and task."
+        None,
+        examples=["chain_sum"],
+        description="A reasoning-gym task that generates rows, such as 'chain_sum'. Exactly one of path and task.",
     )
     task_args: dict[str, Any] = Field(
-        default_factory=dict, description="Arguments of the task, such as {min_terms: 2, max_terms: 2}."
+        default_factory=dict,
+        examples=[{"min_terms": 2, "max_terms": 2}],
+        description="Arguments of the task, such as {min_terms: 2, max_terms: 2}.",
     )
     split: str = Field("train", min_length=1, description="Split to train on (hub data sets and folders).")
-    eval_path: str | None = Field(None, description="File, folder or hub id of the evaluation rows.")
-    eval_split: str | None = Field(None, description="Split of the same hub data set or folder to evaluate on.")
+    eval_path: str | None = Field(
+        None, examples=["held_out.jsonl"], description="File, folder or hub id of the evaluation rows."
+    )
+    eval_split: str | None = Field(
+        None, examples=["test"], description="Split of the same hub data set or folder to evaluate on."
+    )
     eval_size: Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
+        examples=[0.1],
         description="Evaluation rows when there is no evaluation source: a number of rows, or a share of the training "
         "rows. Held out from the rows of a path, generated for a task. Default: 10 %, at most 200.",
     )
     limit: int | None = Field(
-        None, ge=1, description=f"Use the first n rows only; for a task, how many to generate (default {TASK_ROWS})."
+        None,
+        examples=[1000],
+        ge=1,
+        description=f"Use the first n rows only; for a task, how many to generate (default {TASK_ROWS}).",
     )
-    eval_limit: int | None = Field(None, ge=1, description="Use the first n evaluation rows only.")
+    eval_limit: int | None = Field(None, examples=[100], ge=1, description="Use the first n evaluation rows only.")
     format: FormatName = Field("auto", description="How rows are laid out; 'auto' tells from the column names.")
     columns: dict[str, str] = Field(
         default_factory=dict,
+        examples=[{"prompt": "q", "completion": "a"}],
         description="Your names of the format's columns, such as {prompt: q, completion: a}.",
     )
     ignore: tuple[str, ...] = Field(
-        (), description="Columns, and fields of turns, to leave out although they could change what is learnt."
+        (),
+        examples=[("id",)],
+        description="Columns, and fields of turns, to leave out although they could change what is learnt.",
     )
     system: str | None = Field(
-        None, min_length=1, description="System message put before every row that brings none of its own."
+        None,
+        examples=["Answer briefly."],
+        min_length=1,
+        description="System message put before every row that brings none of its own.",
     )
     max_length: int = Field(1024, ge=2, description="Longest row in tokens; the model's window is never exceeded.")
     too_long: Literal["error", "drop"] = Field(

@@ -36,9 +36,12 @@ class Training(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    steps: int | None = Field(None, ge=1, description="optimizer steps; set this or epochs")
+    steps: int | None = Field(None, examples=[500], ge=1, description="optimizer steps; set this or epochs")
     epochs: float | None = Field(
-        None, gt=0, description=f"passes over the training rows; set this or steps (neither: {EPOCHS:g})"
+        None,
+        examples=[2.0],
+        gt=0,
+        description=f"passes over the training rows; set this or steps (neither: {EPOCHS:g})",
     )
     batch_size: int = Field(16, ge=1, description="rows computed at once on each process")
     accumulation: int = Field(1, ge=1, description="batches whose gradients are summed for one step")
@@ -58,11 +61,18 @@ class Training(BaseModel):
     )
     z_loss: float = Field(0.0, ge=0, description="coefficient of the squared logsumexp of the logits in training")
     clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; null clips nothing")
-    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; null: ten in the run")
-    eval_batch_size: int | None = Field(None, ge=1, description="rows of an evaluation batch; null: batch_size")
+    eval_every: int | None = Field(
+        None, examples=[50], ge=1, description="steps between evaluations; null: ten in the run"
+    )
+    eval_batch_size: int | None = Field(
+        None, examples=[8], ge=1, description="rows of an evaluation batch; null: batch_size"
+    )
     save_every: int = Field(100, ge=1, description="steps between checkpoints; there is one at the end too")
     patience: int | None = Field(
-        None, ge=1, description="stop after this many evaluations in a row without a new lowest loss; null: never"
+        None,
+        examples=[3],
+        ge=1,
+        description="stop after this many evaluations in a row without a new lowest loss; null: never",
     )
     recompute: Literal["none", "cheap", "full"] = Field(
         "none",
@@ -72,6 +82,7 @@ class Training(BaseModel):
     offload: bool = Field(False, description="keep activations in the CPU's memory until the backward pass; GPU only")
     packing: bool | None = Field(
         None,
+        examples=[False],
         description="rows of a batch behind each other instead of padded, which changes no gradient; null: whenever "
         "model and method allow it",
     )
@@ -82,7 +93,9 @@ class Training(BaseModel):
         3, ge=0, description="steps within which every trainable tensor must have got a gradient and moved; 0: no check"
     )
     seed: int = Field(0, ge=0, lt=SEEDS, description="seed of the start values, the order of rows and dropout")
-    trackers: tuple[TrackerName, ...] = Field((), description="experiment trackers that also receive the metrics")
+    trackers: tuple[TrackerName, ...] = Field(
+        (), examples=[("tensorboard",)], description="experiment trackers that also receive the metrics"
+    )
     log_every: int = Field(10, ge=1, description="steps between printed lines and tracker entries")
 
     @field_validator("trackers", mode="before")
@@ -121,10 +134,15 @@ class TrainConfig(Settings):
     precision: Literal["bf16", "fp32", "fp16"] = Field(
         "bf16", description="dtype of the frozen weights; adapters are float32"
     )
-    quantize: Literal["nf4", "int8"] | None = Field(None, description="keep the frozen weights in 4 or 8 bits")
-    device: str | None = Field(None, description="cpu, cuda, cuda:1, mps; null: the fastest there is")
+    quantize: Literal["nf4", "int8"] | None = Field(
+        None, examples=["nf4"], description="keep the frozen weights in 4 or 8 bits"
+    )
+    device: str | None = Field(
+        None, examples=["cuda:1"], description="cpu, cuda, cuda:1, mps; null: the fastest there is"
+    )
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "lora"},
+        examples=[{"name": "lora", "r": 8}],
         description="the method's name and its settings, such as {name: lora, r: 8}",
     )
     data: DataConfig = Field(description="where the rows come from")
