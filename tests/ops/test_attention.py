@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -93,6 +93,24 @@ def test_samples_do_not_see_each_other() -> None:
     changed = (before != after).flatten(2).any(-1)[0].nonzero().flatten().tolist()
     assert changed == [5]
     assert [part[0].shape[2] for part in each_segment(q, k, v, BOUNDS)] == [5, 1, 7]
+
+
+@pytest.mark.parametrize("lengths", [[9, 300, 1, 210, 33, 290, 20], [5], [40, 40, 40], [130, 0, 131, 64]])
+def test_samples_padded_to_like_lengths_are_the_same(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    parts = tensors(1, sum(lengths), 6, 2, value=5)
+    grad = torch.randn(1, sum(lengths), 6, 5, dtype=torch.float64)
+    found = []
+    for grouped in ((), (torch.float64,)):
+        monkeypatch.setattr(module, "_GROUPED", grouped)
+        sizes = [len(getattr(group, "shape", ())) for group in module._groups(parts[0], True, bounds)]
+        out = attention(*parts, bounds=bounds)
+        found.append((sizes, out, *torch.autograd.grad(out, parts, grad)))
+    (alone, *expected), (together, *padded) = found
+    assert len(together) <= len(alone) == sum(length > 0 for length in lengths)
+    assert any(together) == (len(lengths) > 1)
+    for one, other in zip(padded, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 def test_only_the_inputs_are_kept() -> None:

@@ -27,6 +27,9 @@ except ImportError:  # before torch 2.10
 
 SCORES = 2**21  # of a tile at most, where it holds several samples: its buffers stay in the last cache
 SHORT = 256
+_GROUPED = (torch.bfloat16,)  # where a product's overhead outweighs padding; in float32 its operations do
+_LIKE = 0.65  # of the longest sample's length at least, to be padded with it
+_STEP = 32  # padded lengths are multiples of it, so that few shapes of products occur
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -146,12 +149,14 @@ def _like_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> t
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, bounds: Tensor | None) -> Tensor:
     """The forward pass; see `attention`."""
     out = _like_output(q, k, v)
-    for here in _groups(q, k, bounds):
-        tiles = _Tiles(q[here], k[here], scale, causal)
-        values = _rows(v[here])
+    later = _later(q, causal)
+    for group in _groups(q, causal, bounds):
+        tiles = _Tiles(group.take(q), group.take(k), scale, later)
+        values, part = _rows(group.take(v)), group.room(out.transpose(1, 2))
         for start, end, seen in tiles:
             mixed = torch.bmm(tiles.probabilities(start, end, seen)[1], values[:, :seen])
-            out.transpose(1, 2)[here][:, :, start:end] = mixed.view(*tiles.shape[:2], end - start, -1)
+            part[:, :, start:end] = mixed.view(*tiles.shape[:2], end - start, -1)
+        group.put(out.transpose(1, 2), part)
     return out
 
 
@@ -165,18 +170,22 @@ def softmax_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward pass: with probabilities P, dV = Pᵀ dO, dS = P ∘ (dP − Σ P dP), dQ = dS K and dK = dSᵀ Q."""
     dq, dk, dv = _like_gradients(grad, q, k, v)
-    for here in _groups(q, k, bounds):
-        tiles = _Tiles(q[here], k[here], scale, causal)
-        values, sums = _rows(v[here]), _Sums()
+    later = _later(q, causal)
+    for group in _groups(q, causal, bounds):
+        tiles = _Tiles(group.take(q), group.take(k), scale, later)
+        values, sums = _rows(group.take(v)), _Sums()
+        upper, part = group.take(grad.transpose(1, 2), padding=0.0), group.room(dq)
         for start, end, seen in tiles:
             queries, p = tiles.probabilities(start, end, seen)
-            g = grad.transpose(1, 2)[here][:, :, start:end].contiguous().view(*queries.shape[:2], -1)
+            g = upper[:, :, start:end].contiguous().view(*queries.shape[:2], -1)
             dp = torch.bmm(g, values[:, :seen].mT, out=tiles.view(0, p.shape))
             ds = softmax_backward(dp, p, dp)
-            dq[here][:, :, start:end] = torch.bmm(ds, tiles.keys[:, :seen]).view(*tiles.shape[:2], end - start, -1)
+            part[:, :, start:end] = torch.bmm(ds, tiles.keys[:, :seen]).view(*tiles.shape[:2], end - start, -1)
             sums.add(torch.bmm(ds.mT, queries), torch.bmm(p.mT, g))
-        for part, total in zip((dk[here], dv[here]), sums.totals, strict=True):
-            part.copy_(total.view(part.shape))
+        group.put(dq, part)
+        for whole, total in zip((dk, dv), sums.totals, strict=True):
+            part = group.room(whole)
+            group.put(whole, part.copy_(total.view(part.shape)))
     return dq.mul_(scale), dk, dv
 
 
@@ -199,9 +208,9 @@ class _Sums:
 class _Tiles:
     """Blocks of queries of samples of one length, last block first, with buffers for their scores."""
 
-    def __init__(self, q: Tensor, k: Tensor, scale: float, causal: bool):
+    def __init__(self, q: Tensor, k: Tensor, scale: float, later: Tensor | None):
         self.q, self.keys, self.shape = q, _rows(k), q.shape
-        self.scale, self.causal = scale, causal
+        self.scale, self.later = scale, later
         self.block = _block(q.shape[2])
         self.buffers = q.new_empty(2, q.shape[0] * q.shape[1] * self.block * q.shape[2])
 
@@ -209,7 +218,7 @@ class _Tiles:
         length = self.shape[2]
         for start in reversed(range(0, length, self.block)):
             end = min(start + self.block, length)
-            yield start, end, end if self.causal else length
+            yield start, end, length if self.later is None else end
 
     def view(self, buffer: int, shape: torch.Size) -> Tensor:
         """The beginning of a buffer, so that tiles of every size are contiguous."""
@@ -224,15 +233,22 @@ class _Tiles:
         queries = queries.view(len(self.keys), -1, width)
         shape = torch.Size((*queries.shape[:2], seen))
         scores = torch.bmm(queries, self.keys[:, :seen].mT, out=self.view(0, shape))
-        if self.causal:
-            later = scores.new_full((count, count), -torch.inf).triu_(1)
-            scores.view(-1, count, seen)[:, :, start:] += later
+        if self.later is not None:
+            scores.view(-1, count, seen)[:, :, start:] += self.later[:count, :count]
         return queries, torch.softmax(scores, -1, out=self.view(1, shape))
+
+
+_LONGEST = 128  # queries of a tile
 
 
 def _block(length: int) -> int:
     """Queries of a tile: few waste little above the diagonal, many make large products; measured."""
-    return min(length, 128, max(64, length // 8))
+    return min(length, _LONGEST, max(64, length // 8))
+
+
+def _later(q: Tensor, causal: bool) -> Tensor | None:
+    """What is added to the scores of a square tile: -inf where the key is later than the query."""
+    return q.new_full((_LONGEST, _LONGEST), -torch.inf).triu_(1) if causal else None
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -240,10 +256,74 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, *t.shape[2:])
 
 
-def _groups(q: Tensor, k: Tensor, bounds: Tensor | None) -> list[tuple[slice, ...]]:
-    """Indices of what is computed together: samples of one length, or one packed sample after the other."""
-    if bounds is not None:
-        edges = bounds.tolist()
-        return [(slice(None), slice(None), slice(a, b)) for a, b in itertools.pairwise(edges) if b > a]
-    size = max(1, SCORES // (q.shape[1] * _block(q.shape[2]) * q.shape[2]))
-    return [(slice(i, i + size),) for i in range(0, len(q), size)]
+class _Samples:
+    """Samples that lie behind each other, or a batch of them: they are computed where they are.
+
+    All tensors are `[batch, heads, tokens, width]`.
+    """
+
+    def __init__(self, *here: slice):
+        self.here = here
+
+    def take(self, t: Tensor, padding: float | None = None) -> Tensor:
+        """The samples' part of a tensor."""
+        return t[self.here]
+
+    def room(self, t: Tensor) -> Tensor:
+        """Where their part of a result is written."""
+        return t[self.here]
+
+    def put(self, t: Tensor, part: Tensor) -> None:
+        """Bring the part that was written in `room` to its place."""
+
+
+class _Padded(_Samples):
+    """Packed samples of like length as one padded batch; with causality no query sees the padding behind it.
+
+    At padding stands the sample's last token once more.
+    """
+
+    def __init__(self, starts: list[int], lengths: list[int], device: torch.device):
+        longest = -(-max(lengths) // _STEP) * _STEP
+        at, length = torch.arange(longest), torch.tensor(lengths)[:, None]
+        index = torch.tensor(starts)[:, None] + torch.minimum(at, length - 1)
+        self.shape = index.shape
+        self.real = (at < length).flatten().to(device)
+        self.index = index.flatten().to(device)
+        self.places = self.index[self.real]
+
+    def take(self, t: Tensor, padding: float | None = None) -> Tensor:
+        part = t[0].transpose(0, 1).index_select(0, self.index)
+        if padding is not None:
+            part[~self.real] = padding
+        return part.view(*self.shape, *part.shape[1:]).transpose(1, 2)
+
+    def room(self, t: Tensor) -> Tensor:
+        return t.new_empty(*self.shape, t.shape[1], t.shape[3]).transpose(1, 2)
+
+    def put(self, t: Tensor, part: Tensor) -> None:
+        tokens = part.transpose(1, 2).flatten(0, 1)
+        t[0].transpose(0, 1).index_copy_(0, self.places, tokens[self.real])
+
+
+def _groups(q: Tensor, causal: bool, bounds: Tensor | None) -> list[_Samples]:
+    """What is computed together: samples of one length, or packed samples of like length."""
+    if bounds is None:
+        size = max(1, SCORES // (q.shape[1] * _block(q.shape[2]) * q.shape[2]))
+        return [_Samples(slice(i, i + size)) for i in range(0, len(q), size)]
+    edges = bounds.tolist()
+    spans = sorted(((b - a, a) for a, b in itertools.pairwise(edges) if b > a), reverse=True)
+    groups: list[list[tuple[int, int]]] = []
+    for length, start in spans:
+        if groups and causal and q.dtype in _GROUPED and length >= _LIKE * groups[-1][0][0]:
+            groups[-1].append((length, start))
+        else:
+            groups.append([(length, start)])
+    return [_group(group, q.device) for group in groups]
+
+
+def _group(spans: list[tuple[int, int]], device: torch.device) -> _Samples:
+    if len(spans) > 1:
+        return _Padded([start for _, start in spans], [length for length, _ in spans], device)
+    ((length, start),) = spans
+    return _Samples(slice(None), slice(None), slice(start, start + length))
