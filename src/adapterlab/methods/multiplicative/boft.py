@@ -19,7 +19,7 @@ from adapterlab.methods.multiplicative import _peft_forms as forms
 from adapterlab.methods.multiplicative._rotations import Rotation, Turn, cayley, divisors, skew, width
 from adapterlab.registry import register
 
-_WIDEST = 64  # features of a block that factors are multiplied out to; beyond, a second pass over x costs less
+_WIDEST = 128  # features of a block that factors are multiplied out to; beyond, a second pass over x costs less
 
 
 def _outward(method: Any, layers: Mapping[str, Any]) -> forms.Made:
@@ -56,9 +56,9 @@ class BOFT(LayerMethod):
 
     Inference: diag(s) W Rᵀ can be merged, at no cost.
 
-    Cost of a step: the factors are multiplied out to blocks of c = 2ᵐ⁻¹ b features, up to 64, and x turned by them in
-    3 t in c operations for t tokens; beyond, by m / log₂(128 / b) passes of that kind. Products with permutation
-    matrices and with a dense R, 2 m in³ and t in², are not made.
+    Cost of a step: the factors are multiplied out to blocks of c = 2ᵐ⁻¹ b features, up to 128, and x turned by
+    them in 3 t in c operations for t tokens; beyond, by m / log₂(256 / b) passes of that kind. Products with
+    permutation matrices and with a dense R, 2 m in³ and t in², are not made.
 
     Reference: "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", arXiv 2311.06243.
 
@@ -193,18 +193,16 @@ def multiplied_out(factors: Tensor, first: int) -> Turn:
     k, n, b, _ = factors.shape
     if k == 1 and not first:
         return Turn(factors[0])
-    half, stride, pieces = b // 2, 1 << first, 1 << k
-    c = half * pieces
-    groups = n * b // (c * stride)
-    # Row by row, the identity goes through the factors from the last to the first, as x does.
-    rows = torch.eye(c, dtype=factors.dtype, device=factors.device).expand(groups, stride, c, c)
-    for i in reversed(range(k)):
-        apart = 1 << i
-        x = rows.reshape(groups, stride, c, pieces // (2 * apart), 2, apart, half)
-        # Blocks are numbered by group and by place between the two halves: [groups, ..., apart, stride].
-        x = x.permute(0, 3, 5, 1, 2, 4, 6).reshape(n, c, b)
-        x = x + x @ factors[i]
-        x = x.view(groups, pieces // (2 * apart), apart, stride, c, 2, half).permute(0, 3, 4, 1, 5, 2, 6)
-        rows = x.reshape(groups, stride, c, c)
-    eye = torch.eye(c, dtype=factors.dtype, device=factors.device)
-    return Turn((rows - eye).flatten(0, 1), stride, half)
+    half, stride = b // 2, 1 << first
+    groups = n * b // (half * stride << k)
+    whole = factors + torch.eye(b, dtype=factors.dtype, device=factors.device)
+    # What the last factors, which come first, make of a half-block: bits that they have not come to are as they were.
+    product = whole[-1].reshape(groups, 1 << k - 1, stride, b, b)
+    for i in reversed(range(k - 1)):
+        done, apart = 1 << k - 1 - i, 1 << i
+        before = product.reshape(groups, 2, apart, stride, done, half, done, half)
+        factor = whole[i].reshape(groups, done, apart, stride, 2, half, 2, half)
+        after = torch.einsum("gbaskhcm,gcasbmdn->gaskbhcdn", before, factor)
+        product = after.reshape(groups, apart, stride, 2 * done * half, 2 * done * half)
+    eye = torch.eye(product.shape[-1], dtype=factors.dtype, device=factors.device)
+    return Turn((product - eye).flatten(0, 2), stride, half)
