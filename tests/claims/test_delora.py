@@ -58,7 +58,9 @@ def measure(start: str = "copy") -> dict[str, float]:
         layer, weight = host.adapters("default")["0"], host.model[0].weight.detach().clone()
         own = written(layer, layer.A.detach(), layer.B.detach(), layer.lam.detach(), weight.norm(dim=0).double())
         before = 0 if start == "zero" else written(layer, layer.A0, layer.B0, layer.lam0, weight.norm(dim=0).double())
-        found["bound"] = max(found["bound"], float(_alone(layer).norm() / (layer.lam.abs() * weight.norm(dim=0).max()).detach()))
+        found["bound"] = max(
+            found["bound"], float(_alone(layer).norm() / (layer.lam.abs() * weight.norm(dim=0).max()).detach())
+        )
         live = host.model(torch.eye(WIDTH)).T.detach()
         found["written"] = max(found["written"], float((live - weight - own + before).abs().max()) / 1e-5)
         host.merge()
@@ -139,9 +141,7 @@ def test_a_zero_start_jumps_to_the_bound_and_a_copy_does_not() -> None:
 
 @pytest.mark.parametrize("start", ["copy", "zero"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classes", "t5"])
-def test_start_count_and_merge(
-    family: str, start: Any, tiny: Any, batch_for: Any, randomise: Any, logits: Any
-) -> None:
+def test_start_count_and_merge(family: str, start: Any, tiny: Any, batch_for: Any, randomise: Any, logits: Any) -> None:
     model = tiny(family)
     batch = batch_for(model)
     base = logits(model, batch)
@@ -176,7 +176,9 @@ def test_strengths_have_their_own_rate_and_no_decay(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("lam", [8.0, 5.0, 11.0, -3.0])
-def test_one_adapter_of_twice_the_rank_holds_the_copy_and_gives_it_back(lam: float, tmp_path: Any, randomise: Any) -> None:
+def test_one_adapter_of_twice_the_rank_holds_the_copy_and_gives_it_back(
+    lam: float, tmp_path: Any, randomise: Any
+) -> None:
     host = al.attach(nn.Sequential(nn.Linear(WIDTH, 7)), DeLoRA(r=R, targets=["0"]))
     randomise(host, size=0.5)
     layer = host.adapters("default")["0"]

@@ -167,7 +167,9 @@ def test_the_constraint_bounds_the_distance() -> None:
     assert 0.5 * bound < reached <= bound * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("line", ["no constraint", "the bound for each block", "the norm of half of Q", "moved by after_step alone"])
+@pytest.mark.parametrize(
+    "line", ["no constraint", "the bound for each block", "the norm of half of Q", "moved by after_step alone"]
+)
 def test_the_bound_fails_without_the_constraint(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = BlockRotation.Layer
     plain = layer.inside
@@ -176,6 +178,7 @@ def test_the_bound_fails_without_the_constraint(line: str, monkeypatch: pytest.M
     elif line == "the norm of half of Q":
         monkeypatch.setattr(_block_rotations.math, "sqrt", lambda n: 1 if n == 2 else n**0.5)
     elif line == "the bound for each block":
+
         def loose(self: Any) -> Tensor:
             self.limit *= 3**0.5
             made = plain(self)
@@ -276,7 +279,9 @@ def test_factors_of_outputs_are_not_decayed(tiny: Any) -> None:
 
 
 def test_sizes_that_do_not_divide_name_those_that_do(tiny: Any) -> None:
-    with pytest.raises(AttachError, match=r"block_size=32 does not divide the 48 features of .*down_proj.*=2, 4, 8, 16 fit"):
+    with pytest.raises(
+        AttachError, match=r"block_size=32 does not divide the 48 features of .*down_proj.*=2, 4, 8, 16 fit"
+    ):
         al.attach(tiny("llama"), OFT())
     with pytest.raises(AttachError, match=r"blocks=5 does not divide the 32 .*blocks=1, 2, 4, 8 fit"):
         al.attach(tiny("llama"), OFT(blocks=5))

@@ -183,7 +183,9 @@ def test_gradients_are_those_of_the_dense_update(dtype: torch.dtype) -> None:
 
 
 def test_mistakes_are_named(tiny: Any) -> None:
-    with pytest.raises(AttachError, match=r"r = 32 would train 1536 entries of .*k_proj, which has 512. Choose r <= 10"):
+    with pytest.raises(
+        AttachError, match=r"r = 32 would train 1536 entries of .*k_proj, which has 512. Choose r <= 10"
+    ):
         al.attach(tiny("llama"), SHiRA(targets=["k"]))
     with pytest.raises(AttachError, match=r"fewer entries than r = 1 trains"):
         al.attach(nn.Sequential(nn.Linear(1, 4)), SHiRA(targets=["0"]))

@@ -133,7 +133,7 @@ class DeLoRA(LayerMethod):
             TargetError: a pattern matches none of them.
         """
         super().attach(host, name)
-        tables = {"rank_pattern": self.rank_pattern, "strength_pattern": self.strength_pattern}
+        tables = {"rank_pattern": [*self.rank_pattern], "strength_pattern": [*self.strength_pattern]}
         check_patterns(self.id, tables, host.adapters(name))
 
     def tensor_options(self) -> Mapping[str, Mapping[str, Any]]:
@@ -160,7 +160,8 @@ class DeLoRA(LayerMethod):
                 self.register_buffer(key, None)
             if method.start == "copy":
                 nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
-                self.A0, self.B0, self.lam0 = (t.detach().clone() for t in (self.A, self.B, self.lam))
+                for key, value in zip(_COPY, (self.A, self.B, self.lam), strict=True):
+                    setattr(self, key, value.detach().clone())
 
         def strengths(self, a: Tensor, b: Tensor, lam: Tensor) -> Tensor:
             """What each direction is multiplied by, λ / (r ‖b_i‖ ‖a_i‖) `[r]`."""

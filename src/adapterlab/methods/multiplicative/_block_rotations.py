@@ -42,7 +42,9 @@ class BlockRotation(LayerMethod):
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if not self.block_size and not self.blocks:
-            raise ValueError("block_size = 0 and blocks = 0 leave the blocks open; set one of them, such as 32 features")
+            raise ValueError(
+                "block_size = 0 and blocks = 0 leave the blocks open; set one of them, such as 32 features"
+            )
         return self
 
     @classmethod

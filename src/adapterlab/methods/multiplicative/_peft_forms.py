@@ -35,13 +35,13 @@ def derived(config: Mapping[str, Any]) -> dict[str, Any]:
         return {"eps": bound, "uneven": "nearest"}
     if "oft_block_size" not in config:
         raise FormatError(
-            "This OFT adapter was written by PEFT 0.13 or earlier, which rotated the outputs of a layer; since 0.14 its "
-            "inputs are rotated, and neither is a case of the other. Merge it with that version, or train it again."
+            "This OFT adapter was written by PEFT 0.13 or earlier, which rotated the outputs of a layer; since 0.14 "
+            "its inputs are rotated, and neither is a case of the other. Merge it with that version, or train it again."
         )
     if bound is not None:
         raise FormatError(
-            "This OFT adapter was written by PEFT 0.14 or 0.15 with coft=true, whose eps counts in units of each layer's "
-            "squared block size and bounds another norm. Set coft to false in its adapter_config.json to load the "
+            "This OFT adapter was written by PEFT 0.14 or 0.15 with coft=true, whose eps counts in units of each "
+            "layer's squared block size and bounds another norm. Set coft to false in its adapter_config.json to load the "
             "rotations as they are, without a constraint."
         )
     return {"rescale": True, "uneven": "nearest"}

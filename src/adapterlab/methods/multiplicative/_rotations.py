@@ -34,7 +34,8 @@ def skew(v: Tensor, b: int) -> Tensor:
 
 def above(q: Tensor) -> Tensor:
     """Undo `skew`: the part above the diagonal, row by row."""
-    rows, columns = torch.triu_indices(*q.shape[-2:], 1, device=q.device)
+    b = q.shape[-1]
+    rows, columns = torch.triu_indices(b, b, 1, device=q.device)
     return q[..., rows, columns]
 
 

@@ -75,7 +75,10 @@ class BOFT(LayerMethod):
     blocks: int = Field(0, ge=0, description="number of blocks in every target instead of their size; 0: by the size")
     factors: int = Field(2, ge=1, le=32, description="butterfly factors m; each doubles how many features mix")
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="probability that a block of one factor, drawn anew, is left out of a training step"
+        0.0,
+        ge=0,
+        lt=1,
+        description="probability that a block of one factor, drawn anew, is left out of a training step",
     )
 
     hf: ClassVar[HFCodec | None] = HFCodec(
@@ -196,7 +199,7 @@ def multiplied_out(factors: Tensor, first: int) -> Turn:
     half, stride = b // 2, 1 << first
     groups = n * b // (half * stride << k)
     whole = factors + torch.eye(b, dtype=factors.dtype, device=factors.device)
-    # What the last factors, which come first, make of a half-block: bits that they have not come to are as they were.
+    # What the last factors, which come first, make of half-blocks: bits that they have not come to are as they were.
     product = whole[-1].reshape(groups, 1 << k - 1, stride, b, b)
     for i in reversed(range(k - 1)):
         done, apart = 1 << k - 1 - i, 1 << i

@@ -30,7 +30,9 @@ _FROM_DATA = ("gradient", "snip")
 
 def _outward(method: Any, layers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """PEFT knows random masks, and stores the places; a scale goes into the values."""
-    tensors = {path: {"values": method.scale * layer.values, "indices": layer.indices} for path, layer in layers.items()}
+    tensors = {
+        path: {"values": method.scale * layer.values, "indices": layer.indices} for path, layer in layers.items()
+    }
     return {"mask_type": "random", "random_seed": method.seed}, tensors
 
 
@@ -158,6 +160,7 @@ class SHiRA(LayerMethod):
         """
 
         indices: Tensor
+        values: nn.Parameter
 
         casts: ClassVar[bool] = False
 
@@ -178,12 +181,13 @@ class SHiRA(LayerMethod):
                     "Choose mask='magnitude' or 'random', or load the base without quantization."
                 )
             self.register_buffer("indices", None)
+            self.values = site.parameter(count)
             self.choose(_first_choice(method, site, count), chosen=method.mask not in _FROM_DATA)
 
         def choose(self, indices: Tensor, *, chosen: bool = True) -> None:
             """Train these entries from zero."""
             self.indices = indices.to(self.site.device, torch.int32)
-            if not hasattr(self, "values") or len(self.values) != indices.shape[1]:
+            if len(self.values) != indices.shape[1]:
                 self.values = self.site.parameter(indices.shape[1])
             self.chosen = chosen
 
@@ -206,9 +210,7 @@ class SHiRA(LayerMethod):
             if x.dtype.itemsize < self.values.dtype.itemsize:
                 return None
             weight, *again = self.site.frozen_weight(x.dtype)
-            return sparse_linear(
-                x, weight, self.site.bias, self.scaled(), self.indices, self.site.shape[0], *again
-            )
+            return sparse_linear(x, weight, self.site.bias, self.scaled(), self.indices, self.site.shape[0], *again)
 
 
 # ---------------------------------------------------------------------- masks
