@@ -108,7 +108,7 @@ BROKEN: dict[str, Any] = {
     "λ not divided by r": ("strengths", lambda self, a, b, lam: lam / (a.norm(dim=1) * b.norm(dim=0).clamp_min(1e-4))),
     "A not normalised": ("strengths", lambda self, a, b, lam: lam / (len(a) * b.norm(dim=0).clamp_min(1e-4))),
     "B not normalised": ("strengths", lambda self, a, b, lam: lam / (len(a) * a.norm(dim=1))),
-    "norms of the other axes": ("strengths", lambda self, a, b, lam: lam / (len(a) * a.norm(dim=1) * b[: len(a)].norm(dim=1).clamp_min(1e-4))),
+    "B normalised along the other axis": ("strengths", lambda self, a, b, lam: _norms(self, a, b[: len(a)].T, lam)),
     "λ dead": ("strengths", lambda self, a, b, lam: _norms(self, a, b, torch.ones(1))),
     "no w": ("factors", lambda self: _factors(self, w=1)),
     "w of the whole": ("factors", lambda self: _factors(self, w=self.w.norm())),

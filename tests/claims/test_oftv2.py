@@ -1,4 +1,4 @@
-"""OFTv2: the input is rotated by a short series, near a rotation while Q is small, for t in b products; packed bases too."""
+"""OFTv2: the input is rotated by a short series, near a rotation while Q is small, for t in b products; QOFT too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ IN_PLACE: Any = {torch.ops.aten.baddbmm_: lambda _, a, b, **more: 2 * math.prod(
 
 # What the powers of Q are multiplied by, from the first on.
 TERMS: dict[tuple[int, str], list[float]] = {
-    (2, "half"): [2], (3, "half"): [2, 2, 1], (4, "half"): [2, 2, 1], (5, "half"): [2, 2, 2, 1], (6, "half"): [2] * 4 + [1],
+    (2, "half"): [2], (3, "half"): [2, 2, 1], (4, "half"): [2, 2, 1], (5, "half"): [2, 2, 2, 1],
+    (6, "half"): [2, 2, 2, 2, 1],
     (2, "whole"): [2], (3, "whole"): [2, 2], (4, "whole"): [2, 2, 2], (5, "whole"): [2, 2, 2, 2],
 }  # fmt: skip
 
@@ -107,15 +108,16 @@ def _horner_begun_late(q: Tensor, factors: Any) -> Tensor:
     return _rotations.series(q, factors[:-1]) if len(factors) > 1 else 2 * q
 
 
+SERIES = _rotations.series
 BROKEN: dict[str, tuple[Any, str, Any]] = {
     "Q symmetric": (_block_rotations, "skew", lambda v, b: _rotations.skew(v, b).abs()),
     "R transposed": (_block_rotations, "skew", lambda v, b: -_rotations.skew(v, b)),
     "the last term left out": (oftv2, "series", _horner_begun_late),
     "each term counted once": (oftv2, "series", lambda q, factors: _rotations.series(q, [c / 2 for c in factors])),
-    "even powers left out": (oftv2, "series", lambda q, f: _rotations.series(q, [c * (i % 2 == 0) for i, c in enumerate(f)])),
+    "even powers left out": (oftv2, "series", lambda q, f: SERIES(q, [c * (i % 2 == 0) for i, c in enumerate(f)])),
     "the last term whole": (OFTv2, "factors", property(lambda self: (2.0,) * (self.terms - 1))),
     "the last term half": (OFTv2, "factors", property(lambda self: (*(2.0,) * (self.terms - 2), 1.0))),
-    "the identity rotated too": (oftv2, "series", lambda q, factors: _rotations.series(q, factors) + torch.eye(q.shape[-1])),
+    "the identity twice": (oftv2, "series", lambda q, factors: SERIES(q, factors) + torch.eye(q.shape[-1])),
     "a dense rotation": (
         BlockRotation.Layer, "rotated", lambda self, x: x + x @ torch.block_diag(*self.turns()[0].blocks).to(x.dtype)
     ),

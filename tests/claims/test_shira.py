@@ -79,17 +79,21 @@ def _gradient_of_transposed(g: Tensor, x: Tensor, indices: Tensor) -> Tensor:
     return (x.T @ g).view(-1)[indices.long()[0] * g.shape[1] + indices.long()[1]]
 
 
+def _written(update: Tensor, weight: Tensor) -> Tensor:
+    return torch.where(update != 0, update, weight)
+
+
 PLACED = sparse_update.placed
 BROKEN: dict[str, tuple[Any, str, Any]] = {
     "entries of few rows": (shira, "_first_choice", _block),
     "fewer entries": (SHiRA, "count", lambda self, out, in_: 200),
-    "entries that stand twice": (shira, "_rows_and_columns", lambda flat, width: torch.stack([flat // width, flat % 8])),
+    "entries that stand twice": (shira, "_rows_and_columns", lambda flat, width: torch.stack([flat // 64, flat % 8])),
     "rows and columns exchanged": (sparse_update, "placed", lambda v, i, *rest: PLACED(v, i.flip(0), *rest)),
     "the gradient of other entries": (sparse_update, "entries_of_product", _gradient_of_transposed),
     "s left out": (SHiRA.Layer, "scaled", lambda self: self.values),
     "s twice": (SHiRA.Layer, "scaled", lambda self: self.scale**2 * self.values),
     "no base": (SHiRA.Layer, "whole", lambda self, x: self.forward(x)),
-    "merged by writing, not adding": (SHiRA.Layer, "merged", lambda self, w, b: (torch.where(self.delta() != 0, self.delta(), w), b)),
+    "merged by writing, not adding": (SHiRA.Layer, "merged", lambda self, w, b: (_written(self.delta(), w), b)),
 }  # fmt: skip
 
 

@@ -27,7 +27,9 @@ THEIRS: list[tuple[str, str, Any]] = [
     ("llama", "delora", peft.DeloraConfig(r=4, target_modules=["q_proj", "down_proj"], init_weights=False)),
     (
         "qwen2", "delora",
-        peft.DeloraConfig(r=4, rank_pattern={"v_proj": 2}, lambda_pattern={"v_proj": 3}, target_modules=["q_proj", "v_proj"]),
+        peft.DeloraConfig(
+            r=4, rank_pattern={"v_proj": 2}, lambda_pattern={"v_proj": 3}, target_modules=["q_proj", "v_proj"]
+        ),
     ),
 ]  # fmt: skip
 

@@ -59,7 +59,7 @@ class _Turned(torch.autograd.Function):
 
 
 def _added(x: Tensor, blocks: Tensor) -> Tensor:
-    """x + x D."""
+    """Compute x + x D."""
     y = x.clone(memory_format=torch.contiguous_format)
     _columns(y, blocks).baddbmm_(_columns(x, blocks), blocks)
     return y

@@ -1,4 +1,4 @@
-"""A sparse update of a linear layer: the product, alone or in one node with a frozen weight, in memory for its values."""
+"""A sparse update of a linear layer, alone or in one node with a frozen weight, in memory for its values."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def sparse_linear(
 ) -> Tensor:
     """Compute x (W + S)ᵀ + bias, S `[out, in]` zero but for some entries; without a weight x Sᵀ + bias.
 
-    The node keeps x and the values. What is as large as the weight is made anew for the gradient, in the dtype of x:
-    give a weight only where that does not round the update away.
+    The node keeps x and the values. What is as large as the weight is made anew for the gradient. W + S is in the dtype
+    of x, while the values may be wider, as the masters of a weight are.
 
     Args:
         x: `[..., in]`.

@@ -41,8 +41,8 @@ def derived(config: Mapping[str, Any]) -> dict[str, Any]:
     if bound is not None:
         raise FormatError(
             "This OFT adapter was written by PEFT 0.14 or 0.15 with coft=true, whose eps counts in units of each "
-            "layer's squared block size and bounds another norm. Set coft to false in its adapter_config.json to load the "
-            "rotations as they are, without a constraint."
+            "layer's squared block size and bounds another norm. Set coft to false in its adapter_config.json to "
+            "load the rotations as they are, without a constraint."
         )
     return {"rescale": True, "uneven": "nearest"}
 

@@ -186,8 +186,8 @@ class BOFT(LayerMethod):
 def multiplied_out(factors: Tensor, first: int) -> Turn:
     """Multiply neighbouring factors into one step.
 
-    Factors i to i + k − 1 mix half-blocks that are equal in all but k bits of their number, from bit i on. Their product
-    is block-diagonal with pieces of half a block, 2ⁱ pieces apart.
+    Factors i to i + k − 1 mix half-blocks that are equal in all but k bits of their number, from bit i on. Their
+    product is block-diagonal with pieces of half a block, 2ⁱ pieces apart.
 
     Args:
         factors: R − I of the blocks of k factors `[k, n, b, b]`.

@@ -48,7 +48,7 @@ def _inward(method: Any, site: Site, tensors: dict[str, Tensor]) -> dict[str, Te
 
 @register
 class SHiRA(LayerMethod):
-    """Train one or two percent of the weight's entries, so few that adapters switch fast, and of full rank all the same.
+    """Train one or two percent of the weight's entries: few enough to switch adapters fast, and of full rank.
 
     y = (W + s S) x + b, S `[out, in]` zero but for k = r (in + out) entries, as many as LoRA of rank r has. Which train
     is chosen once:
@@ -58,7 +58,7 @@ class SHiRA(LayerMethod):
     - `structured`: the diagonal, and whole rows and columns at equal distances;
     - `gradient`, `snip`: the largest |G| or |W ⊙ G|, G the loss's gradient averaged over batches, by `prepare`.
 
-    Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too, the last two masks excepted).
+    Where it attaches: linear layers (GPT-2's `Conv1D` too, and quantized ones with all masks but the last two).
 
     Start: the values are 0, so the first output equals the base's.
 
@@ -67,10 +67,11 @@ class SHiRA(LayerMethod):
     Inference: W + s S can be merged, at no cost; `scale` may be changed after training. Memory: a value, its place in
     8 bytes and its moments; nothing of the weight's size is kept.
 
-    Cost of a step: where the base is in float32, one copy of W with the entries added, in each pass, and the entries of
-    one product for the gradient, 2 t k operations on a CPU and 2 t out in elsewhere. On half-precision bases, where
-    W + S would round what is learned away, three products with S as a matrix, 6 t out in; LoRA's large products are
-    4 t out in for t tokens.
+    The values are float32. On a half-precision base W + s S is rounded to its dtype for each product, as weights with
+    float32 masters are, and as merging rounds it.
+
+    Cost of a step: a copy of W with the entries added, in each pass, and the entries of one product for the gradient:
+    2 t k operations on a CPU in float32, and 2 t out in elsewhere; LoRA's large products are 4 t out in for t tokens.
 
     Reference: "Sparse High Rank Adapters", arXiv 2406.13175.
 
@@ -139,9 +140,9 @@ class SHiRA(LayerMethod):
         super().before_step(host, name, step, optimizer)
         if not all(layer.chosen for layer in self._layers(host, name).values()):
             raise NotTrainingError(
-                f"The shira adapter {name!r} has not chosen its entries yet (mask={self.mask!r} goes by gradients). Call "
-                f"host.methods[{name!r}].prepare(host, {name!r}, batches) with labelled batches before training; the "
-                "training loop of adapterlab does it by itself."
+                f"The shira adapter {name!r} has not chosen its entries yet (mask={self.mask!r} goes by gradients). "
+                f"Call host.methods[{name!r}].prepare(host, {name!r}, batches) with labelled batches before training; "
+                "the training loop of adapterlab does it by itself."
             )
 
     @classmethod
@@ -206,9 +207,7 @@ class SHiRA(LayerMethod):
             return sparse_linear(x, None, None, self.scaled(), self.indices, self.site.shape[0])
 
         def whole(self, x: Tensor) -> Tensor | None:
-            """Base and update together, where their sum is precise enough."""
-            if x.dtype.itemsize < self.values.dtype.itemsize:
-                return None
+            """Base and update together."""
             weight, *again = self.site.frozen_weight(x.dtype)
             return sparse_linear(x, weight, self.site.bias, self.scaled(), self.indices, self.site.shape[0], *again)
 
@@ -273,7 +272,7 @@ def _checked(path: str, indices: Tensor, shape: tuple[int, int]) -> Tensor:
     fits = indices.dim() == 2 and len(indices) == 2
     if not fits or (indices.numel() and bool(((indices < 0) | (indices >= torch.tensor(shape)[:, None])).any())):
         raise AttachError(
-            f"The entries of {path} do not lie in its weight {list(shape)} here: they were chosen on another base model, "
-            "or the file is damaged."
+            f"The entries of {path} do not lie in its weight {list(shape)} here: they were chosen on another base "
+            "model, or the file is damaged."
         )
     return indices

@@ -116,7 +116,7 @@ class VBLoRA(LayerMethod):
 
     def tensor_options(self) -> Mapping[str, Mapping[str, Any]]:
         """The logits have a rate of their own."""
-        return dict.fromkeys(_LOGITS, {"lr_factor": self.logits_lr_factor})
+        return {leaf: {"lr_factor": self.logits_lr_factor} for leaf in _LOGITS}
 
     def optimizer(self, host: Carrier, name: str, make: MakeOptimizer) -> Optimizer:
         """Make sure that the logits are all there.
