@@ -66,9 +66,9 @@ def measure() -> dict[str, float]:
         wanted = layer.s * (x @ written @ linear.weight.T) + linear.bias
         found["written"] = max(found["written"], float((r - written).abs().max()))
         found["orthogonal"] = max(found["orthogonal"], float((r.T @ r - torch.eye(d)).abs().max()))
-        found["live"] = max(found["live"], float((host.model(x) - wanted).abs().max()))
+        found["live"] = max(found["live"], float((host.model(x) - wanted).detach().abs().max()))
         host.merge()
-        found["merged"] = max(found["merged"], float((host.model(x) - wanted).abs().max()))
+        found["merged"] = max(found["merged"], float((host.model(x) - wanted).detach().abs().max()))
     for m, share in ((1, 1 / 16), (3, 1 / 4), (5, 1.0)):
         _, _, r = adapted(block_size=4, factors=m)
         found[f"share of {m}"] = abs(float((r.abs() > 1e-9).double().mean()) - share)

@@ -1,4 +1,4 @@
-"""Trainable parameters of low-rank and neighbouring methods on Llama shapes, by formulas written out here and by published figures."""
+"""Trainable parameters on Llama shapes, by formulas written out here and by published figures."""
 
 from __future__ import annotations
 

@@ -160,8 +160,11 @@ class DeLoRA(LayerMethod):
                 self.register_buffer(key, None)
             if method.start == "copy":
                 nn.init.kaiming_uniform_(self.B, a=math.sqrt(5))
-                for key, value in zip(_COPY, (self.A, self.B, self.lam), strict=True):
-                    setattr(self, key, value.detach().clone())
+                self.A0, self.B0, self.lam0 = (
+                    self.A.detach().clone(),
+                    self.B.detach().clone(),
+                    self.lam.detach().clone(),
+                )
 
         def strengths(self, a: Tensor, b: Tensor, lam: Tensor) -> Tensor:
             """What each direction is multiplied by, λ / (r ‖b_i‖ ‖a_i‖) `[r]`."""
@@ -170,7 +173,8 @@ class DeLoRA(LayerMethod):
 
         def factors(self) -> tuple[Tensor, Tensor]:
             """A diag(w) and B Ξ λ / r; with a frozen copy, its own below and beside them."""
-            a, b = self.A, self.B * self.strengths(self.A, self.B, self.lam)
+            a: Tensor = self.A
+            b = self.B * self.strengths(self.A, self.B, self.lam)
             if self.A0 is not None and self.B0 is not None and self.lam0 is not None:
                 a = torch.cat([a, self.A0])
                 b = torch.cat([b, -self.B0 * self.strengths(self.A0, self.B0, self.lam0)], 1)
