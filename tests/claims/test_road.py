@@ -111,6 +111,17 @@ def test_trainable_count_is_the_formula(tiny, variant, factor):
     assert host.summary().trainable == factor * outputs
 
 
+def test_factors_that_start_at_one_are_not_decayed(tiny):
+    for method, leaf in ((RoAd(group_size=8, targets=["q"]), "alpha"), (al.IA3(), "l")):
+        host = al.attach(tiny("llama"), method)
+        groups = []
+        method.optimizer(host, "default", groups.extend)
+        exempt = {id(p) for group in groups if group.get("weight_decay") == 0.0 for p in group["params"]}
+        named = host.named_parameters("default")
+        assert exempt == {id(p) for key, p in named.items() if key.endswith(f".{leaf}")}
+        assert sum(len(group["params"]) for group in groups) == len(named)
+
+
 def test_mistakes_are_named():
     with pytest.raises(ConfigError, match=r"group_size = 7 .*pairs; use 8"):
         RoAd(group_size=7)

@@ -1,4 +1,4 @@
-"""Trainable parameters of the LoRA family on Llama shapes, by formulas written out here and by published figures."""
+"""Trainable parameters on Llama shapes, by formulas written out here and by published figures."""
 
 from __future__ import annotations
 
@@ -93,6 +93,15 @@ ROWS: list[tuple[str, dict[str, Any], Callable[..., int], int]] = [
     ("vblora", {"r": 4, "num_vectors": 256, "vector_length": 64}, lambda o, i: 4 * 256 * (i + o) // 64, 256 * 64),
     ("fourierft", {"n": 1000}, lambda out, in_: 1000, 0),
     ("miss", {"r": 64}, lambda out, in_: 64 * out, 0),
+    ("oft", {}, lambda out, in_: in_ * 31 // 2, 0),
+    ("oft", {"blocks": 4}, lambda out, in_: in_ * (in_ // 4 - 1) // 2, 0),
+    ("oftv2", {}, lambda out, in_: in_ * 31 // 2, 0),
+    ("oftv2", {"share": True}, lambda out, in_: 32 * 31 // 2, 0),
+    ("oftv2", {"rescale": True}, lambda out, in_: in_ * 31 // 2 + out, 0),
+    ("boft", {}, lambda out, in_: 2 * in_ * 7 // 2 + out, 0),
+    ("boft", {"block_size": 4, "factors": 4}, lambda out, in_: 4 * in_ * 3 // 2 + out, 0),
+    ("shira", {"r": 8}, lora, 0),
+    ("delora", {"r": 8}, lambda out, in_: lora(out, in_) + 1, 0),
     ("intrinsic_said", {"d": 20000, "keep_projections": False}, lambda out, in_: 0, 20000),
 ]
 
@@ -123,6 +132,7 @@ def test_count_where_the_start_reads_the_weights(id: str, each: Callable[..., in
     ("llama-3.2-1b", "lora", {"r": 16, "targets": ALL}, 11_272_192),
     ("llama-2-7b", "vera", {"r": 1024, "targets": ALL}, 1_589_248),
     ("llama-2-7b", "lora_xs", {"r": 64, "targets": ALL}, 224 * 4096),
+    ("llama-2-7b", "oftv2", {"targets": ALL}, 17_649_664),
 ])  # fmt: skip
 def test_whole_models(size: str, id: str, fields: dict[str, Any], count: int) -> None:
     assert trained(llama(size), id, **fields) == count

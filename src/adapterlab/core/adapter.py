@@ -162,6 +162,13 @@ class Delta(Adapter):
             return self.site.op(x, b @ a)
         return self.site.mix(self.site.op(x, a), b, None if self.added_bias is None else self.added_bias.to(dtype))
 
+    def whole(self, x: Tensor) -> Tensor | None:
+        """Compute base and update of x in one node, if there is such a form of an update without factors, else None.
+
+        Asked only where the frozen weight (`Site.frozen_weight`) may be multiplied in the module's place.
+        """
+        return None
+
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """Return (A, s · B) if the adapter adds exactly x Aᵀ (s B)ᵀ in evaluation, else None."""
         found = self.factors() if self.additive and self.added_bias is None else None

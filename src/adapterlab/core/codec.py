@@ -34,14 +34,17 @@ class HFCodec:
         peft_type: PEFT's name of the method.
         fields: our field -> PEFT's option, or (option, {our value: PEFT's value}).
         tensors: our tensor -> suffix of PEFT's key, or {kind of module: suffix}.
+        older: suffixes that earlier versions of PEFT wrote -> what `inward` finds such a tensor under.
         shared: our `<key>.<tensor>` of `Carrier.share` -> PEFT's key; PEFT may repeat such a tensor at every module.
-        when: options that select this method among those that share the type.
+        when: options that select this method among those that share the type; one that a file lacks is off.
         accepts: other options -> values that mean nothing here and may be present.
         subsets: options that list some of the adapted modules -> attribute of our adapters that says which.
         parameters: (field of ours, PEFT's option) that lists bare parameters. PEFT does not name what holds them among
             its modules, and wraps it once for each; what the inner wrappers hold is called `base_layer.<tensor>`.
         ignores: options that may have any value.
         implies: fields of ours that every adapter of PEFT's has at this value.
+        derived: PEFT's configuration -> fields of ours that it says by several options together, or by its version; it
+            raises a `FormatError` for versions whose adapters are something else. Their options are in `ignores`.
         transposed: PEFT adapts GPT-2's `Conv1D` too; without, nothing is written for PEFT where one is adapted.
         prefix: what PEFT's keys of modules begin with.
         pack: for methods that PEFT stores as a whole instead of by module: (host, name) -> (further options, tensors by
@@ -56,6 +59,7 @@ class HFCodec:
     peft_type: str
     fields: Mapping[str, Rename]
     tensors: Mapping[str, str | Mapping[str, str]]
+    older: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     when: Mapping[str, Any] = field(default_factory=dict)
     accepts: Mapping[str, Sequence[Any]] = field(default_factory=dict)
@@ -63,6 +67,7 @@ class HFCodec:
     parameters: tuple[str, str] | None = None
     ignores: Collection[str] = ()
     implies: Mapping[str, Any] = field(default_factory=dict)
+    derived: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     transposed: bool = True
     prefix: str = PREFIX
     pack: Callable[[Carrier, str], tuple[dict[str, Any], dict[str, Tensor]] | None] | None = None
@@ -75,7 +80,9 @@ class HFCodec:
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Say whether a PEFT configuration is of this method."""
-        return config.get("peft_type") == self.peft_type and all(config.get(k) == v for k, v in self.when.items())
+        return config.get("peft_type") == self.peft_type and all(
+            config.get(k, False) == v for k, v in self.when.items()
+        )
 
     def suffix(self, tensor: str, kind: str) -> str:
         """PEFT's suffix for one of our tensors on one kind of module."""
@@ -86,6 +93,7 @@ class HFCodec:
     def locate(self, key: str) -> tuple[str, str, str] | None:
         """Read PEFT's key of a module's tensor: (path of the module, our tensor, PEFT's suffix); None for others."""
         names = {s: ours for ours, t in self.tensors.items() for s in ([t] if isinstance(t, str) else t.values())}
+        names |= self.older
         suffix = next((s for s in names if key.endswith("." + s)), None)
         if suffix is None:
             return None
@@ -129,7 +137,7 @@ class HFCodec:
         Raises:
             FormatError: options that this method does not have, all of them at once.
         """
-        settings: dict[str, Any] = dict(self.implies)
+        settings = {**self.implies, **(self.derived(config) if self.derived else {})}
         known = {*_PLACEMENT, *self.when, *self.ignores}
         refused = []
         if self.parameters:

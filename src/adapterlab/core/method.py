@@ -79,9 +79,24 @@ class Method(Settings):
         """Return the same method with the shortest `prepare`: plans simulate it on tensors that hold no numbers."""
         return self
 
+    def tensor_options(self) -> Mapping[str, Mapping[str, Any]]:
+        """What the optimizer does otherwise for some tensors, by the last part of their names.
+
+        Such as `{"alpha": {"weight_decay": 0.0}}` for factors that start at one: decay would pull them to zero.
+        """
+        return {}
+
     def optimizer(self, host: Carrier, name: str, make: MakeOptimizer) -> Optimizer:
         """Build the optimizer; `make` takes parameters or parameter groups."""
-        return make(host.parameters(name))
+        groups: dict[Any, dict[str, Any]] = {}
+        for key, method in {name: self, **host.part_methods(name)}.items():
+            options = method.tensor_options()
+            for tensor, p in host.named_parameters(key).items() if options else ():
+                if own := options.get(tensor.rpartition(".")[2]):
+                    groups.setdefault(tuple(sorted(own.items())), {"params": [], **own})["params"].append(p)
+        apart = {id(p) for group in groups.values() for p in group["params"]}
+        rest = [p for p in host.parameters(name) if id(p) not in apart]
+        return make([*([{"params": rest}] if rest else []), *groups.values()] if groups else rest)
 
     def gradient(
         self, host: Carrier, name: str, loss: Callable[[], Tensor], backward: Callable[[Tensor], None]
@@ -136,7 +151,7 @@ class Method(Settings):
         events = ("before_step", "after_backward", "after_step", "finish")
         return {
             "needs_data": cls.overrides("prepare"),
-            "changes_optimizer": cls.overrides("optimizer"),
+            "changes_optimizer": cls.overrides("optimizer") or cls.overrides("tensor_options"),
             "own_gradient": cls.overrides("gradient"),
             "extra_loss": cls.overrides("penalty"),
             "has_events": any(cls.overrides(event) for event in events),

@@ -28,10 +28,11 @@ class Base:
 def computed(adapter: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Compute an adapter around the rest of the computation: in one node with it, or by its own `around`."""
     alone = isinstance(run, Base) and len(args) == 1 and not kwargs
-    if alone and _gives_factors(adapter) and may_fuse(adapter, args[0]):
-        found = adapter.factors()
-        if found is not None:
-            return _one_node(adapter, args[0], *found)
+    if alone and _only_adds(adapter) and may_fuse(adapter, args[0]):
+        found = adapter.factors() if adapter.is_its_factors else None
+        y = adapter.whole(args[0]) if found is None else _one_node(adapter, args[0], *found)
+        if y is not None:
+            return y
     return adapter.around(run, *args, **kwargs)
 
 
@@ -43,13 +44,13 @@ def may_fuse(adapter: Adapter, x: Any) -> bool:
 
 def why_apart(adapter: Any) -> str:
     """Return why training does not compute an adapter in one node with the module's own product, or ""."""
-    fuses = _gives_factors(adapter) and adapter.factors() is not None
+    fuses = _only_adds(adapter) and adapter.is_its_factors and adapter.factors() is not None
     return str(adapter.site.why_apart() if fuses else adapter.slow_because())
 
 
-def _gives_factors(adapter: Any) -> bool:
-    """Say whether an adapter is its factors and nothing else, so that its own methods need not be called."""
-    return isinstance(adapter, Delta) and adapter.is_its_factors and "around" not in adapter.__dict__
+def _only_adds(adapter: Any) -> bool:
+    """Say whether an adapter adds an update to the weight and does nothing else around the module's call."""
+    return isinstance(adapter, Delta) and adapter.additive and "around" not in adapter.__dict__
 
 
 def _one_node(adapter: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adapterlab.core.codec import HFCodec
+from adapterlab.core.kept import Kept
 from adapterlab.core.site import Site
 from adapterlab.engine.fusion import Base, may_fuse
 from adapterlab.methods.low_rank import _peft_forms as _lora_forms
@@ -89,7 +90,7 @@ class DoRA(LoRA):
 
         def __init__(self, method: LoRA, site: Site):
             super().__init__(method, site)
-            self._kept: dict[str, tuple[Any, Tensor]] = {}
+            self.kept = Kept()
             self.m = site.parameter(site.shape[0])
             with torch.no_grad():
                 self.m.copy_(self.norms())
@@ -109,25 +110,16 @@ class DoRA(LoRA):
                 frozen = not weight.requires_grad and not torch.compiler.is_compiling()
                 matrix = site.weight() if unpacked is None else unpacked
                 dtype = torch.promote_types(self.dtype, torch.float32)
-                squares = self._once("squares", lambda: row_squares(matrix, dtype), weight) if frozen else None
+                squares = self.kept.once("squares", lambda: row_squares(matrix, dtype), weight) if frozen else None
                 return row_norms(matrix, self.A, self.B, self.scale, squares)
 
             if self.training or torch.compiler.is_compiling():
                 return compute()
-            return self._once("norms", compute, self.A, self.B, weight)
-
-        def _once(self, name: str, compute: Callable[[], Tensor], *tensors: Tensor) -> Tensor:
-            """Compute something anew only when tensors may have changed, or when that cannot be seen."""
-            if torch.is_inference_mode_enabled() or any(t.is_inference() for t in tensors):
-                return compute()  # tensors made there do not count their changes, and cannot be used outside
-            key = [self.scale, *((id(t), t.data_ptr(), t._version, t.dtype) for t in tensors)]
-            if name not in self._kept or self._kept[name][0] != key:
-                self._kept[name] = (key, compute())
-            return self._kept[name][1]
+            return self.kept.once("norms", compute, self.A, self.B, weight, given=self.scale)
 
         def train(self, mode: bool = True) -> Self:
             """Switch between training and evaluation; forget the norms."""
-            self._kept.clear()
+            self.kept.clear()
             return super().train(mode)
 
         def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

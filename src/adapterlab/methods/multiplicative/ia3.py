@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -35,7 +35,7 @@ class IA3(LayerMethod):
 
     Inference: diag(l) W, or W diag(l), can be merged, at no cost.
 
-    It needs a learning rate of 1e-3 to 1e-2, above LoRA's, and no weight decay, which would pull the scales to zero
+    It needs a learning rate of 1e-3 to 1e-2, above LoRA's. The scales are not decayed, which would pull them to zero
     instead of one.
 
     Reference: "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning",
@@ -70,6 +70,10 @@ class IA3(LayerMethod):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    def tensor_options(self) -> Mapping[str, Mapping[str, Any]]:
+        """The scales start at one and are not decayed."""
+        return {"l": {"weight_decay": 0.0}}
 
     def attach(self, host: Carrier, name: str) -> None:
         """Wrap the targets; of the default ones, those that exist."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -36,7 +36,7 @@ class RoAd(LayerMethod):
 
     Inference: can be merged, at no cost. Adapters in one batch cost elementwise products only.
 
-    Weight decay pulls α to 0 and with it the layer's output: train without.
+    α is not decayed, which would pull it to 0 and with it the layer's output.
 
     Reference: "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability", arXiv
     2409.00119.
@@ -85,6 +85,10 @@ class RoAd(LayerMethod):
             advice = f"group_size={fitting} fits it" if fitting % 2 == 0 else "pairs need an even number: exclude it"
             raise AttachError(f"RoAd: group_size={self.group_size} does not divide a target's {out} outputs; {advice}.")
         return fitting
+
+    def tensor_options(self) -> Mapping[str, Mapping[str, Any]]:
+        """α starts at one and is not decayed."""
+        return {"alpha": {"weight_decay": 0.0}}
 
     @classmethod
     def example(cls, model: nn.Module) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from adapterlab.errors import AttachError, TrainingError
 from adapterlab.registry import register
 
 _INDICES, _WEIGHTS = "_topk_indices", "_topk_weights"
+_LOGITS = ("logits_A", "logits_B")
 
 
 @register
@@ -113,24 +114,23 @@ class VBLoRA(LayerMethod):
             layer.refer("bank", bank)
             host.wrap(name, site, layer)
 
+    def tensor_options(self) -> Mapping[str, Mapping[str, Any]]:
+        """The logits have a rate of their own."""
+        return {leaf: {"lr_factor": self.logits_lr_factor} for leaf in _LOGITS}
+
     def optimizer(self, host: Carrier, name: str, make: MakeOptimizer) -> Optimizer:
-        """Give the logits a rate of their own.
+        """Make sure that the logits are all there.
 
         Raises:
             TrainingError: the adapter was loaded from the mixes alone.
         """
         named = host.named_parameters(name)
-        logits = {key: p for key, p in named.items() if key.rpartition(".")[2] in ("logits_A", "logits_B")}
-        if any(bool(p.isinf().any()) for p in logits.values()):
+        if any(bool(p.isinf().any()) for key, p in named.items() if key.rpartition(".")[2] in _LOGITS):
             raise TrainingError(
                 "vblora: this adapter was saved with save_topk, so the logits of the vectors it does not use are lost "
                 "and training cannot go on. Start from a checkpoint saved with save_topk=False."
             )
-        groups: list[dict[str, Any]] = [
-            {"params": [p for key, p in named.items() if key not in logits]},
-            {"params": list(logits.values()), "lr_factor": self.logits_lr_factor},
-        ]
-        return make(groups)
+        return super().optimizer(host, name, make)
 
     class Layer(Delta):
         """The logits of one module: `logits_A` `[r, in / b, h]`, `logits_B` `[out / b, r, h]`."""
