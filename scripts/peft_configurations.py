@@ -53,7 +53,7 @@ REASONS = {
     r"No method here reads": "a type that no method here has",
     r"groups, a dilation": "LoRA or DoRA on a convolution with groups",
     r"one axis and a whole w2": "LoKr on a convolution of one axis, w2 whole",
-    r"Conv\dd \(conv\), and this method adapts linear": "IA³ or HRA on convolutions",
+    r"Conv\dd \(conv\), and this method adapts linear": "IA³, HRA or rotations on convolutions",
     r"adapts 'mha' as a whole": "torch's `MultiheadAttention` as a whole",
     r"reaches the decoder's self-attention alone": "prefix of an encoder-decoder",
     r"computes its positions itself": "prefix where positions cannot be moved (OPT)",
