@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from adapterlab.core.carrier import Carrier
-from adapterlab.methods.low_rank._shown_data import inputs, shown
+from adapterlab.methods.low_rank._shown_data import inputs, labelled, shown
 from adapterlab.methods.low_rank._starts import Init, Initialiser, Place, Start, Starts
 from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.registry import register
@@ -87,7 +87,8 @@ class EVAStart(Initialiser):
         fresh: dict[str, Components] = {}
         last: list[tuple[str, Tensor]] = []
 
-        def see(path: str, x: Tensor) -> None:
+        def see(path: str, given: Tensor) -> None:
+            x = labelled(given, batch)
             # Query, key and value see the same input: one decomposition serves them all.
             same = [p for p, rows in last if wanted[p] == wanted[path] and torch.equal(rows, x)]
             fresh[path] = fresh[same[0]] if same else Components.of(seen.get(path), x, wanted[path])
