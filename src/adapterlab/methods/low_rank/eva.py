@@ -33,6 +33,8 @@ class EVA(LoRA):
 
     Inference: merges as LoRA does; saved as an ordinary LoRA with a rank for each module.
 
+    Rate: 5e-4, as in the authors' runs.
+
     Reference: "Parameter Efficient Fine-tuning via Explained Variance Adaptation", arXiv 2410.07170.
 
     Example:

@@ -44,6 +44,8 @@ class LoRADrop(LoRA):
 
     Inference: W_i + s B A can be merged, at no cost.
 
+    Rate: 5e-4, LoRA's; the authors' code is not public.
+
     Reference: "LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluation", arXiv 2402.07721.
 
     Example:

@@ -38,6 +38,8 @@ class LISA(Method):
 
     Inference: nothing to merge; the result is a changed base.
 
+    Rate: 5e-5, the largest of the authors' 1e-5 to 5e-5.
+
     Reference: "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning",
     arXiv 2403.17919.
 
@@ -48,7 +50,6 @@ class LISA(Method):
     """
 
     formula: ClassVar[str] = "everything outside the blocks + γ blocks, at a time"
-    typical_lr: ClassVar[float] = 5e-5
 
     layers: int = Field(2, ge=1, description="number γ of blocks that train at a time")
     interval: int = Field(20, ge=1, description="steps between two draws")

@@ -57,6 +57,8 @@ class LST(Method):
     Head dimensions are chosen within each head and in rotary pairs, and one set of residual dimensions serves all
     layers. Other adapters inside the model get no gradient while this one is live.
 
+    Rate: 3e-3, as in the authors' runs on T5.
+
     Reference: "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", arXiv 2206.06522.
 
     Example:
@@ -66,7 +68,6 @@ class LST(Method):
     """
 
     formula: ClassVar[str] = "kept (block / r² + d d' + d' + 1) + 2 d d' + norms"
-    typical_lr: ClassVar[float] = 0.001
     starts_at_base: ClassVar[bool] = False
 
     r: int = Field(8, ge=1, description="divisor of the widths of the side network")
