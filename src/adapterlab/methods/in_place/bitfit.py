@@ -30,7 +30,8 @@ class BitFit(Method):
 
     Inference: owned biases are in the model already; new ones are added to the module's bias, or become it.
 
-    New heads belong in `modules_to_save`. Without rotary positions a key bias adds the same to all scores of a query, so its true gradient is zero.
+    New heads belong in `modules_to_save`. Without rotary positions a key bias adds the same to all scores of a query,
+    so its true gradient is zero.
 
     Rate: 1e-3, as in the authors' script, about ten times that of full fine-tuning, and without weight decay.
 
