@@ -55,7 +55,8 @@ def load_model(
 
     Raises:
         ConfigError: a setting is unknown.
-        ModelError: the model is unknown, damaged, cannot be fetched, needs code that may not run, or cannot be unpacked.
+        ModelError: the model is unknown, damaged, cannot be fetched, needs code that may not run, or its packed weights
+            would be read wrongly here.
     """
     dtype = PRECISIONS.get(precision)
     if dtype is None:

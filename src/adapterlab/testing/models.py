@@ -78,7 +78,9 @@ NARROW, WHOLE_BLOCKS = Sizes(), Sizes(64, 128)  # each row of a weight in 4 bits
 
 MAKERS: dict[str, Callable[[Sizes], nn.Module]] = {
     "llama": lambda s: LlamaForCausalLM(LlamaConfig(**s.decoder, tie_word_embeddings=True)),
-    "llama-1": lambda s: LlamaForCausalLM(LlamaConfig(**{**s.decoder, "num_hidden_layers": 1}, tie_word_embeddings=True)),
+    "llama-1": lambda s: LlamaForCausalLM(
+        LlamaConfig(**{**s.decoder, "num_hidden_layers": 1}, tie_word_embeddings=True)
+    ),
     "qwen2": lambda s: Qwen2ForCausalLM(Qwen2Config(**s.decoder, tie_word_embeddings=False)),
     "gpt2": lambda s: GPT2LMHeadModel(
         GPT2Config(

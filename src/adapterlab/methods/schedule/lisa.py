@@ -31,11 +31,11 @@ class LISA(Method):
 
     Trainable parameters: at a time, everything outside the blocks plus γ blocks; over the run all of them.
 
-    Memory: gradients and Adam's moments for what trains at the time. `on_switch` says what happens to the moments: `drop`
-    forgets those of blocks that are frozen again, with their step count; what lies outside the blocks keeps its own.
-    `restart` forgets all of them at each switch, embedding, head and norms included, as the paper's runs did, which were
-    saved and loaded anew. `keep` lets memory grow to that of full fine-tuning, `offload` moves them to main memory and
-    back. With a half-precision base a dropped float32 master leaves the rounded weight behind.
+    Memory: gradients and Adam's moments for what trains at the time. `on_switch` says what happens to the moments:
+    `drop` forgets those of blocks that are frozen again, with their step count; what lies outside the blocks keeps its
+    own. `restart` forgets all of them at each switch, embedding, head and norms included, as the paper's runs did,
+    which were saved and loaded anew. `keep` lets memory grow to that of full fine-tuning, `offload` moves them to main
+    memory and back. With a half-precision base a dropped float32 master leaves the rounded weight behind.
 
     Inference: nothing to merge; the result is a changed base.
 

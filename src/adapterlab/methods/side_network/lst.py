@@ -38,8 +38,9 @@ _OWN = {"input_ids", "inputs_embeds", "token_type_ids", "encoder_hidden_states",
 class LST(Method):
     """Train a narrow copy of the model that reads the frozen model's layers through gates, and answers for it.
 
-    s = W_in h_0 + b_in; for each kept layer i: c = W_i h_i + b_i, s ← Block_i(μ_i s + (1 − μ_i) c), μ_i = sigmoid(α_i / tau);
-    y = W_up drop(norm(s)) + b_up goes to the frozen head. h_i `[batch, time, d]` is what layer i of the base returns.
+    s = W_in h_0 + b_in; for each kept layer i: c = W_i h_i + b_i, s ← Block_i(μ_i s + (1 − μ_i) c), μ_i = sigmoid(α_i /
+    tau); y = W_up drop(norm(s)) + b_up goes to the frozen head. h_i `[batch, time, d]` is what layer i of the base
+    returns.
 
     The side network has the base's own kind of blocks, every width divided by r, the number of heads kept. The base
     runs without gradients, so none of its activations is stored for the backward pass.
