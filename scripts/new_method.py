@@ -50,6 +50,8 @@ class CLASS(LayerMethod):
 
     Inference: diag(scale · g) W can be merged, at no cost.
 
+    Rate: 5e-4, TODO: whose runs have it.
+
     Reference: "TODO: title", arXiv 0000.00000.
 
     Example:

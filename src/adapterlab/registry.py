@@ -22,6 +22,7 @@ _PACKAGE = f"{__package__}.methods"
 _FOLDER = Path(__file__).parent / "methods"
 _registered: dict[str, type[Method]] = {}
 _REFERENCE = re.compile(r'Reference: "([^"]+)", arXiv (\d{4}\.\d{5})')
+_RATE = re.compile(r"Rate: (\d+(?:\.\d+)?(?:e-\d+)?)")
 M = TypeVar("M", bound="type[Method]")
 
 
@@ -29,7 +30,8 @@ def register(cls: M) -> M:
     """Class decorator that makes a method known under its id, which is the name of its file.
 
     Its family is the folder of the file; a method of a third party says its family itself. The paper's title, arXiv id
-    and year are read from its docstring: `Reference: "Title", arXiv 2106.09685`; a class may also state them.
+    and year are read from its docstring: `Reference: "Title", arXiv 2106.09685`, and so is the rate at which a search
+    begins: `Rate: 5e-4, as in the authors' runs`. A class may also state them.
 
     Raises:
         ConfigError: another class has that id already.
@@ -42,6 +44,9 @@ def register(cls: M) -> M:
     reference = _REFERENCE.search(" ".join((cls.__doc__ or "").split()))
     if reference and "paper" not in cls.__dict__:
         cls.paper, cls.arxiv, cls.year = reference[1], reference[2], 2000 + int(reference[2][:2])
+    rate = _RATE.search(cls.__doc__ or "")
+    if rate and "typical_lr" not in cls.__dict__:
+        cls.typical_lr = float(rate[1])
     other = _registered.get(cls.id)
     if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ConfigError(

@@ -36,7 +36,7 @@ def adapted(mode: str) -> tuple[Any, Any, Tensor]:
     weight = model.layer.weight.detach().clone()
     method = al.CorDA(r=DROPPED, alpha=3, targets=["layer"], init={"name": "corda", "mode": mode})
     host = al.attach(model, method)
-    method.prepare(host, "default", [{"x": x} for x in inputs().split(64)])
+    method.prepare(host, "default", [{"x": inputs()}])
     return model, host.adapters("default")["layer"], weight
 
 

@@ -123,6 +123,44 @@ def test_what_is_outside_the_targets_follows_plain_adamw(tiny: Any, batch_for: A
         assert close != (path in projected), path
 
 
+def _updates(gradients: list[Tensor], side: Any, r: int) -> list[Tensor]:
+    """What the authors' optimizer makes of gradients, in float64 but for the subspace: √bc2/bc1 · P M/(√V + 1e-6) Q."""
+    u, _, v = torch.linalg.svd(gradients[0], full_matrices=False)
+    left, right = u[:, :r].double(), v[:r].double()
+    found, mean, square = [], 0.0, 0.0
+    for t, g in enumerate(gradients, 1):
+        low = g.double() if side == "right" else left.T @ g.double()
+        low = low if side == "left" else low @ right.T
+        mean, square = 0.9 * mean + 0.1 * low, 0.999 * square + 0.001 * low**2
+        step = (1 - 0.999**t) ** 0.5 / (1 - 0.9**t) * mean / (square.sqrt() + 1e-6)
+        step = step if side == "right" else left @ step
+        found.append(step if side == "left" else step @ right)
+    return found
+
+
+@pytest.mark.parametrize("side", ["full", "left", "right"])
+def test_updates_are_the_original_ones(side: Any) -> None:
+    """With both sides projected R is diagonal at first: what rounding leaves beside it must not become full steps."""
+    draw = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(24, 20, generator=draw) * 1e-3 for _ in range(3)]
+    model = torch.nn.Sequential(torch.nn.Linear(20, 24, bias=False))
+    weight = model[0].weight
+    host = al.attach(model, al.GaLore(targets=["0"], r=16, scale=1, proj_type=side))
+    optimizer = host.methods["default"].optimizer(host, "default", functools.partial(adamw, lr=1.0, weight_decay=0.0))
+    for g, expected in zip(gradients, _updates(gradients, side, 16), strict=True):
+        before = weight.detach().double()
+        weight.grad = g
+        optimizer.step()
+        assert torch.allclose(before - weight.detach(), expected, atol=2e-3)
+
+
+def test_defaults_are_those_of_fine_tuning() -> None:
+    method = al.GaLore()
+    assert (method.r, method.scale, method.update_proj_gap) == (4, 4.0, 500)
+    assert method.typical_lr * method.scale == pytest.approx(1.2e-4)
+    assert method.typical_lr == 3e-5
+
+
 def test_rest_off_trains_the_targets_alone(tiny: Any) -> None:
     model = tiny("llama")
     host = al.attach(model, al.GaLore(targets=["q", "down"], rest=False, exclude=("layers.0",)))

@@ -123,7 +123,7 @@ def test_draws_are_uniform_reproducible_and_depend_on_seed_and_interval_alone() 
     assert draws != [frozenset(al.LISA(layers=2, interval=5, seed=1).draw(8, 5 * i)) for i in range(400)]
 
 
-@pytest.mark.parametrize("on_switch", ["drop", "keep", "offload"])
+@pytest.mark.parametrize("on_switch", ["drop", "restart", "keep", "offload"])
 @pytest.mark.parametrize("stop", [4, 6])
 def test_a_resume_in_the_middle_is_equal_to_the_bit(on_switch: Any, stop: int, model: Any, batch_for: Any) -> None:
     batch, twin = batch_for(model, rows=4), copy.deepcopy(model)
@@ -139,6 +139,21 @@ def test_a_resume_in_the_middle_is_equal_to_the_bit(on_switch: Any, stop: int, m
         assert _step(host, optimizer, batch, step) == _step(other, resumed, batch, step)
     theirs = dict(twin.named_parameters())
     assert all(torch.equal(p, theirs[path]) for path, p in model.named_parameters())
+
+
+@pytest.mark.parametrize(("on_switch", "outside"), [("drop", 6), ("restart", 2)])
+def test_what_a_switch_forgets(on_switch: Any, outside: int, model: Any, batch_for: Any) -> None:
+    """The step count that Adam has after three intervals of two steps, outside the blocks and inside those drawn."""
+    host = al.attach(model, al.LISA(layers=2, interval=2, seed=3, on_switch=on_switch))
+    optimizer = host.methods["default"].optimizer(host, "default", functools.partial(torch.optim.AdamW, lr=1e-3))
+    for step in range(6):
+        _step(host, optimizer, batch_for(model), step)
+    always = [model.model.embed_tokens.weight, model.model.norm.weight, model.lm_head.weight]
+    assert {int(optimizer.state[p]["step"]) for p in always} == {outside}
+    method = host.methods["default"]
+    fresh = method.draw(BLOCKS, 4) - method.draw(BLOCKS, 2)
+    inside = [p for i in fresh for p in model.model.layers[i].parameters()]
+    assert {int(optimizer.state[p]["step"]) for p in inside} == {2}
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "bert-classes", "t5", "mixtral", "vit"])

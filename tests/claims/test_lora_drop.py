@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,6 +77,16 @@ def test_selection_is_the_smallest_prefix() -> None:
     assert lora_drop.select([5.0, 1.0, 3.0, 1.0], 0.8) == [0, 2]
     assert lora_drop.select([5.0, 1.0, 3.0, 1.0], 0.81) == [0, 2, 1]
     assert lora_drop.select([1.0, 1.0], 1.0) == [0, 1]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0])
+def test_a_share_of_the_batches_decides(share: float) -> None:
+    chosen = list(lora_drop.part(range(100), share))  # type: ignore[arg-type]
+    assert len(chosen) == round(100 * share)
+    assert chosen[0] == 0
+    gaps = [later - earlier for earlier, later in itertools.pairwise([*chosen, 100])]
+    assert max(gaps) - min(gaps) <= 1
+    assert list(lora_drop.part(range(3), share))[:1] == [0]  # type: ignore[arg-type]
 
 
 def test_the_shared_pair_is_one_parameter_in_optimizer_and_file(

@@ -87,7 +87,7 @@ def test_trainable_count_is_the_formula():
     host = al.attach(model, LST(r=4, keep=(1, 3, 5)))
     d, n, kept = 64, 16, 3
     block = 4 * n * n + 3 * n * 32 + 2 * n
-    assert host.summary().trainable == kept * (block + d * n + n + 1) + 2 * d * n + n
+    assert host.summary().trainable == kept * (block + d * n + n + 1) + 2 * d * n + d + n + n
 
 
 def test_output_is_the_written_formula():
@@ -103,7 +103,7 @@ def test_output_is_the_written_formula():
     with torch.no_grad():
         for i, rung in enumerate(ladder.rungs):
             rung.alpha.fill_(0.3 + i)
-        s = base[0] @ ladder.into.weight.T
+        s = base[0] @ ladder.into.weight.T + ladder.into.bias
         places = torch.arange(5)[None]
         rotary = side.rotary_emb(s, places)
         causal = torch.full((5, 5), -torch.inf, dtype=torch.float64).triu(1)[None, None]
@@ -112,8 +112,8 @@ def test_output_is_the_written_formula():
             c = base[layer + 1] @ rung.down.weight.T + rung.down.bias
             s = rung.block(mu * s + (1 - mu) * c, attention_mask=causal, position_embeddings=rotary)
         s = s / (s.pow(2).mean(-1, keepdim=True) + side.config.rms_norm_eps).sqrt() * side.norm.weight
-        expected = s @ ladder.up.weight.T @ model.lm_head.weight.T
-        assert torch.allclose(model(ids).logits, expected, atol=1e-10)
+        expected = (s @ ladder.up.weight.T + ladder.up.bias) @ model.lm_head.weight.T
+        assert torch.allclose(model(ids).logits, expected, atol=1e-6)  # the norms compute in float32
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "bert-classes", "bert-tokens", "t5", "mixtral", "vit"])
@@ -227,6 +227,25 @@ def test_copies_and_saved_folders_compute_the_same(tiny, batch_for, logits, rand
     al.attach(third, LoRA(r=2), "other")
     host_of(third).attach(LST(r=4, keep=(1,)), "default", saved=saved)
     assert torch.equal(logits(third, batch), expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_adapters_from_before_the_biases_still_load(tiny, batch_for, logits, randomise, tmp_path, kind):
+    model = tiny(kind)
+    host = al.attach(model, LST(r=4, bias=False))
+    randomise(host)
+    batch, saved = batch_for(model), host.state_dict("default")
+    assert not any(key.endswith(("into.bias", "up.bias")) for key in saved)
+    expected = logits(model, batch)
+    fresh = tiny(kind)
+    loaded = al.attach(fresh, LoRA(r=2), "other")
+    loaded.attach(LST(r=4), "default", saved=saved)
+    loaded.activate("default")
+    assert torch.equal(logits(fresh, batch), expected)
+    loaded.save(tmp_path / "adapter", "default")  # saved once more it is the same still
+    again = tiny(kind)
+    al.load(again, tmp_path / "adapter")
+    assert torch.equal(logits(again, batch), expected)
 
 
 def test_half_precision_base_keeps_a_float32_side(tiny, batch_for):

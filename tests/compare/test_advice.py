@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fabricate import fabricate
+from torch import nn
 
+import adapterlab as al
 from adapterlab.cli import main
 from adapterlab.compare import advice
 from adapterlab.compare.advice import advise
@@ -31,6 +34,7 @@ class Quick:
     length: int
     recompute: str
     quantize: str | None
+    trainable: int
 
     def fits(self, limit: int) -> bool:
         return self.process <= limit
@@ -49,7 +53,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         weights = parameters * (0.6 if quantize else 2)
         each = {"none": 8, "cheap": 4, "full": 1}[recompute] * length * parameters**0.5 * 10
         limit = int(float(device.removeprefix("cuda:").removesuffix("GB")) * GB)
-        return Quick(int(weights + batch * each), limit, int(2 * parameters), batch, length, recompute, quantize)
+        need, trainable = int(weights + batch * each), int(0.002 * parameters * method["r"])
+        return Quick(need, limit, int(2 * parameters), batch, length, recompute, quantize, trainable)
 
     monkeypatch.setattr(advice, "plan", plan)
 
@@ -71,18 +76,48 @@ def test_rules_follow_rows_and_answers(tmp_path: Path) -> None:
     many = values(advise("smollm2-135m", rows(tmp_path, 20_000), memory=8 * GB))
     hard = values(advise("smollm2-135m", rows(tmp_path, 100, words=400), memory=8 * GB))
     assert (few["method.r"], many["method.r"], hard["method.r"]) == (8, 32, 16)
-    assert all(v["method.alpha"] == 2 * v["method.r"] for v in (few, many, hard))
+    assert all(v["method.alpha"] == 32 for v in (few, many, hard))
+    assert all(v["method.targets"] == "all-linear" for v in (few, many, hard))
     assert few["training.epochs"] > many["training.epochs"]
-    assert few["training.lr"] == pytest.approx(10 * 5e-5)
+    assert few["training.lr"] == pytest.approx(15 * 5e-5), "a run of 50 steps"
+    assert many["training.lr"] == pytest.approx(10 * 5e-5)
     for v in (few, many, hard):
         assert v["training.batch_size"] * v["training.accumulation"] in (8, 16)
+
+
+@pytest.mark.parametrize(("answer", "rank"), [(100, 64), (200, 128), (400, 256), (40_000, 256)])
+def test_the_rank_holds_what_the_answers_say(answer: int, rank: int) -> None:
+    """A hundred thousand rows, and 300 thousand parameters for each rank."""
+    facts = advice.Facts(100_000, 500, 900, answer, False, int(1e8), 300_000, None)
+    found = advice._rank(facts)
+    assert found.value == rank
+    assert rank in (advice._MOST_RANK, 64) or rank * facts.each_rank >= facts.rows * facts.answer
+    assert (found.source == advice.REGRET) == (rank > 64)
+
+
+def test_with_alpha_fixed_the_first_step_is_as_large_for_every_rank() -> None:
+    """Why one rate serves all ranks: what a step of Adam on B gains does not depend on r, and with s fixed it does."""
+    torch.manual_seed(0)
+    gains = {}
+    for r in (4, 16, 64):
+        layer = nn.Linear(128, 96, bias=False)
+        model = nn.Sequential(layer)
+        host = al.attach(model, al.LoRA(r=r, alpha=advice._ALPHA, targets=["0"]))
+        adapter = host.adapters("default")["0"]
+        slope = torch.randn(96, 128, generator=torch.Generator().manual_seed(1))
+        (slope * adapter.delta()).sum().backward()
+        optimizer = torch.optim.Adam(host.parameters("default"), lr=1e-3)
+        optimizer.step()
+        gains[r] = -float((slope * adapter.delta()).sum())
+    assert max(gains.values()) < 1.15 * min(gains.values())
 
 
 @pytest.mark.usefixtures("quick")
 def test_advice_is_a_training_configuration_with_sources(tmp_path: Path) -> None:
     found = advise("smollm2-135m", rows(tmp_path, 100), memory=8 * GB)
     config = TrainConfig(**found.config())
-    assert config.make_method().alpha == 2 * config.make_method().r
+    assert config.make_method().alpha == 32
+    assert config.make_method().dropout == 0
     for rule in found.rules:
         assert rule.why
         assert any(mark in rule.source for mark in ("arXiv", "doi", "planner")), rule

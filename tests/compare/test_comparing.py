@@ -104,7 +104,7 @@ def test_rates_are_searched_on_rows_that_judge_nothing(fields: dict[str, Any], i
     search = {"rates": 3, "fractions": [0.5, 1.0], "extend": 1}
     result = compare(CompareConfig(**{**fields, "methods": [LORA], "lr": "auto", "search": search}))
     found = result.searches[0]
-    assert [len(trials) for trials in found.rounds] in ([3, 2], [4, 2])
+    assert [len(trials) for trials in found.rounds] in ([3, 2], [4, 2], [3, 3])
     assert [t.lr for t in found.rounds[0]] == sorted(t.lr for t in found.rounds[0])
     assert found.chosen == min(found.rounds[1], key=lambda t: t.loss).lr
     assert {run.lr for run in result.runs_of("lora")} == {found.chosen}

@@ -191,8 +191,29 @@ def test_halving_finds_the_best_rate_even_just_beyond_an_end(best: float, expect
     assert len(rounds[-1]) == 2
 
 
-def test_halving_stops_when_every_rate_fails() -> None:
-    rounds = halve([2.0, 3.0], [4, 8], losses(1.0), extend=1, factor=3)
+@pytest.mark.parametrize("best", [1e-6, 0.1])
+def test_the_range_widens_until_the_best_rate_has_neighbours(best: float) -> None:
+    rounds = halve([1e-4, 1e-3, 1e-2] if best < 1e-4 else [1e-5, 1e-4], [4, 8], losses(best), extend=5, factor=10)
+    tried = {t.lr for t in rounds[0]}
+    assert min(tried) < best < max(tried)
+    assert [t.lr for t in rounds[-1] if t.kept] == [best]
+
+
+def test_the_range_widens_in_a_longer_round_too() -> None:
+    """Rates that look good at first can be too high in the end."""
+
+    def trial(rate: float, steps: int) -> Trial:
+        return losses(1e-3 if steps == 4 else 1e-6)(rate, steps)
+
+    rounds = halve([1e-4, 1e-3, 1e-2], [4, 8], trial, extend=4, factor=10)
+    assert [len(trials) for trials in rounds] == [3, 5]
+    assert [t.lr for t in rounds[1] if t.kept] == [1e-6]
+
+
+def test_where_every_rate_fails_lower_ones_are_tried() -> None:
+    rounds = halve([200.0, 300.0], [4, 8], losses(1.0), extend=6, factor=10)
+    assert [t.lr for t in rounds[-1] if t.kept] == [0.2]
+    rounds = halve([200.0, 300.0], [4, 8], losses(1.0), extend=1, factor=10)
     assert len(rounds) == 1
     assert not any(t.kept for t in rounds[0])
 

@@ -57,8 +57,22 @@ def test_method_has_a_page(id: str) -> None:
     method = registry.method(id)
     text = method.__doc__ or ""
     assert method.__name__.lower() == id.replace("_", "")
-    for part in ("Where it attaches:", "Trainable parameters:", "Reference:"):
+    for part in ("Where it attaches:", "Trainable parameters:", "Rate:", "Reference:"):
         assert part in text, f"the docstring of {method.__name__} lacks {part!r}"
     assert method.formula
     assert method.paper
     assert not method.arxiv or method.arxiv in text
+
+
+RATES = {
+    "corda": 2e-5, "hra": 1e-4, "intrinsic_said": 3e-2, "longlora": 2e-5, "lora_ga": 2e-5, "lst": 3e-3, "olora": 1e-4,
+    "pissa": 2e-5, "qlora": 2e-4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("id", registry.ids())
+def test_the_rate_is_the_one_that_the_page_states_with_its_source(id: str) -> None:
+    method = registry.method(id)
+    stated, _, source = (method.__doc__ or "").partition("Rate: ")[2].partition("\n\n")[0].partition(" ")
+    assert method.typical_lr == float(stated.rstrip(",.:;")) == RATES.get(id, method.typical_lr)
+    assert len(source.split()) > 0, "whose rate it is"

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from adapterlab.foreign.quantized import dense, keep_layout
+import adapterlab as al
+from adapterlab.errors import AttachError
+from adapterlab.foreign import quantized
+from adapterlab.foreign.quantized import dense, keep_layout, misread
+from adapterlab.testing import models
 from adapterlab.testing.models import packed
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -42,3 +47,54 @@ def test_other_layers_are_left_alone() -> None:
     before = dict(plain.__dict__)
     keep_layout(nn.Sequential(plain, packed(nn.Linear(32, 32), "int8")))
     assert plain.__dict__ == before
+
+
+@pytest.fixture
+def rows_taken_for_blocks(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the kernel of bitsandbytes 0.50.2 for AVX-512 does: the scales of a row begin at row · (in // block)."""
+    right = bnb.functional.dequantize_4bit
+
+    def wrong(packed: Tensor, state: Any, **options: Any) -> Tensor:
+        weight = right(packed, state, **options)
+        blocks = torch.arange(weight.numel()).view(weight.shape) // state.blocksize
+        rows, columns = torch.meshgrid(*map(torch.arange, weight.shape), indexing="ij")
+        taken = rows * (weight.shape[1] // state.blocksize) + columns // state.blocksize
+        scales = state.absmax
+        if state.nested:
+            scales = bnb.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        return weight / scales[blocks] * scales[taken]
+
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", wrong)
+    quantized._unpacks.cache_clear()
+    yield
+    quantized._unpacks.cache_clear()
+
+
+def error(layer: nn.Module, weight: Tensor) -> float:
+    return float((dense(layer) - weight).norm() / weight.norm())
+
+
+def test_weights_that_bitsandbytes_unpacks_wrongly_are_refused(rows_taken_for_blocks: None) -> None:
+    torch.manual_seed(0)
+    for width, right in ((96, False), (64, True), (128, True)):
+        layer = nn.Linear(width, 64, bias=False)
+        with torch.no_grad():
+            layer.weight *= torch.rand(64, 1)
+        made = packed(layer, "nf4")
+        assert (error(made, layer.weight) < 0.12) == right
+        model = nn.Sequential(made)
+        if right:
+            assert not misread(model)
+            al.attach(model, al.LoRA(r=2, targets=["0"]))
+            continue
+        with pytest.raises(AttachError, match=r"0 is stored in 4 bits in blocks of 64 along rows of 96.*GPU"):
+            al.attach(model, al.LoRA(r=2, targets=["0"]))
+        assert al.host(model) is None
+    for family in models.FAMILIES:
+        assert not misread(models.tiny(family, "nf4")), family
+
+
+def test_where_bitsandbytes_unpacks_them_rightly_nothing_is_refused() -> None:
+    layer = nn.Linear(96, 64, bias=False)
+    made = packed(layer, "nf4")
+    assert bool(misread(nn.Sequential(made))) == (error(made, layer.weight) > 0.12)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import CordaConfig
 from torch import nn
 
 import adapterlab as al
+from adapterlab.data.batching import Collator, PackingCollator
+from adapterlab.engine.attention import fast_attention
 from adapterlab.errors import FormatError
 from adapterlab.io import read_info
 
@@ -91,6 +97,41 @@ def test_factors_and_base_start_as_in_peft(ours: str, theirs: str, family: str, 
         product = module.lora_B["default"].weight @ module.lora_A["default"].weight
         assert torch.allclose(layer.B @ layer.A, product, atol=1e-4)
         assert torch.allclose(layer.site.module.weight, module.base_layer.weight, atol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "mode", "packed"), [
+    ("llama", "ipm", False), ("llama", "ipm", True), ("llama", "kpm", False), ("gpt2", "ipm", False),
+])  # fmt: skip
+def test_corda_decomposes_in_the_basis_that_peft_finds(
+    family: str, mode: str, packed: bool, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts bear no label and rows are padded here; PEFT is given whole rows, one by one."""
+    # PEFT's file takes its decorator from a package that PEFT does not depend on.
+    monkeypatch.setitem(sys.modules, "attr", SimpleNamespace(dataclass=dataclasses.dataclass))
+    from peft.tuners.lora.corda import preprocess_corda
+
+    draw = torch.Generator().manual_seed(5)
+    rows = [torch.randint(3, 128, (n,), generator=draw).tolist() for n in (24, 30, 17, 21)]
+    data = [{"input_ids": row, "labels": [-100] * (len(row) - 3) + row[-3:]} for row in rows]
+    collate = PackingCollator() if packed else Collator(0)
+    model, other = tiny(family), tiny(family)
+    method = al.LoRA(r=4, alpha=6, init={"name": "corda", "mode": mode}, targets=["o", "down"])
+    host = al.attach(model, method)
+    with fast_attention(model):
+        method.prepare(host, "default", [collate(data[:2]), collate(data[2:])])
+    names = sorted({path.rpartition(".")[2] for path in host.adapters("default")})
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=names, init_lora_weights="corda", fan_in_fan_out=family == "gpt2",
+        corda_config=CordaConfig(corda_method=mode),
+    )  # fmt: skip
+    preprocess_corda(other, config, lambda: [other(torch.tensor([row])) for row in rows])
+    wrapped = peft.get_peft_model(other, config)
+    for path, layer in host.adapters("default").items():
+        module = wrapped.base_model.model.get_submodule(path)
+        a, b = (factor["default"].weight.detach() for factor in (module.lora_A, module.lora_B))
+        assert torch.allclose(layer.B @ layer.A, b @ a, atol=1e-3 * float((b @ a).abs().max()))
+        assert abs(float(layer.B.norm() / b.norm()) - 1) < 1e-3
+        assert abs(float(layer.A.norm() / a.norm()) - 1) < 1e-3
 
 
 def test_fused_blocks_become_one_update_of_more_rank(tiny: Any, batch_for: Any, logits: Any, tmp_path: Path) -> None:

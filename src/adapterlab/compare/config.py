@@ -70,7 +70,7 @@ class SearchSettings(_Part):
     fractions: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
         (0.125, 0.25), min_length=1, description="shares of the budget that each round trains for"
     )
-    extend: int = Field(1, ge=0, description="rates to add when the best of the first round lies at an end")
+    extend: int = Field(4, ge=0, description="rates to add at most while the best lies at an end of those tried")
 
 
 class Exams(_Part):

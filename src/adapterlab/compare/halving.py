@@ -17,7 +17,7 @@ def spread(centre: float, count: int, factor: float) -> list[float]:
         count: how many.
         factor: from one to the next.
     """
-    return [float(f"{centre * factor**k:.3g}") for k in range(-((count - 1) // 2), count // 2 + 1)]
+    return [_rounded(centre * factor**k) for k in range(-((count - 1) // 2), count // 2 + 1)]
 
 
 def halve(
@@ -25,13 +25,14 @@ def halve(
 ) -> list[list[Trial]]:
     """Try rates for a short time, let the better half go on for longer, and keep one.
 
-    When the best of the first round lies at an end of the range, rates beyond that end are tried too.
+    In every round in which the best rate lies at an end of all that were tried, rates beyond that end are tried too,
+    until the best one has a neighbour on both sides.
 
     Args:
         rates: to begin with.
         lengths: steps of each round.
         trial: trains with a rate for a number of steps.
-        extend: how many rates may be added.
+        extend: how many rates may be added at most, in all rounds together.
         factor: from one rate to the next.
 
     Returns:
@@ -39,14 +40,15 @@ def halve(
         trials fail ends the search with nothing kept.
     """
     rounds: list[list[Trial]] = []
-    alive = sorted(rates)
+    alive, tried = sorted(rates), set(rates)
     for number, steps in enumerate(lengths):
-        wanted = 1 if number == len(lengths) - 1 else -(-len(alive) // 2)
         trials = [trial(rate, steps) for rate in alive]
-        if number == 0:
-            trials += _beyond(trials, lambda rate, steps=steps: trial(rate, steps), extend, factor)  # type: ignore[misc]
-            trials.sort(key=lambda t: t.lr)
+        while len(tried) < len(rates) + extend and (rate := _beyond(trials, tried, factor)) is not None:
+            tried.add(rate)
+            trials.append(trial(rate, steps))
+        trials.sort(key=lambda t: t.lr)
         good = sorted((t for t in trials if t.loss is not None), key=lambda t: (t.loss, t.lr))
+        wanted = 1 if number == len(lengths) - 1 else -(-len(alive) // 2)
         alive = sorted(t.lr for t in good[:wanted])
         rounds.append([t.model_copy(update={"kept": t.lr in alive}) for t in trials])
         if not alive:
@@ -54,17 +56,16 @@ def halve(
     return rounds
 
 
-def _beyond(trials: Sequence[Trial], trial: Callable[[float], Trial], extend: int, factor: float) -> list[Trial]:
-    """Trials beyond the end at which the best one lies."""
-    tried, added = list(trials), []
-    for _ in range(extend):
-        good = [t for t in tried if t.loss is not None]
-        if not good:
-            break
-        best = min(good, key=lambda t: t.loss or 0.0).lr
-        low, high = min(t.lr for t in tried), max(t.lr for t in tried)
-        if best not in (low, high) or best == 0:
-            break
-        added.append(trial(float(f"{best * factor if best == high else best / factor:.3g}")))
-        tried.append(added[-1])
-    return added
+def _beyond(trials: Sequence[Trial], tried: set[float], factor: float) -> float | None:
+    """The rate beyond the end at which the best one lies, if it lies at one; where all failed, the next lower one."""
+    good = [t for t in trials if t.loss is not None]
+    low, high = min(tried), max(tried)
+    best = min(good, key=lambda t: (t.loss, t.lr)).lr if good else low
+    if best not in (low, high):
+        return None
+    found = _rounded(best * factor if best == high else best / factor)
+    return None if found in tried else found  # rounding may leave a rate where it is
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")

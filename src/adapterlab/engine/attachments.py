@@ -26,7 +26,7 @@ from adapterlab.engine.sparse import Entries
 from adapterlab.engine.wrapping import HOST, adapters_of, plain_copy, put, take
 from adapterlab.errors import AttachError, MergeError, nearest
 from adapterlab.foreign.model import SHARED, base_modules, plain_path, unwrapped
-from adapterlab.foreign.quantized import is_plain, is_quantized, keep_layout
+from adapterlab.foreign.quantized import is_plain, is_quantized, keep_layout, misread
 from adapterlab.foreign.sharding import fill, whole
 
 
@@ -84,6 +84,8 @@ class Attachments(Anatomy):
         if fresh and by_default:
             method = method.model_copy(update={"modules_to_save": fresh})
         if not self.methods:
+            if why := misread(self.model):
+                raise AttachError(why)
             self._trained_before = {plain_path(path): p.requires_grad for path, p in self.model.named_parameters()}
             self.model.requires_grad_(False)
             watch_loads(self.model)

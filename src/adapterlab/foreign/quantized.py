@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -97,6 +98,39 @@ def stops_gradient(module: nn.Module) -> bool:
     with torch.enable_grad():
         x = torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
         return not nn.functional.linear(x, weight).requires_grad
+
+
+def misread(model: nn.Module) -> str:
+    """Say why the numbers of a model's 4-bit weights would be wrong on this machine, or "".
+
+    On CPUs with AVX-512 the kernel of bitsandbytes 0.50.2 takes each row of a weight for whole blocks. Where a block
+    reaches over the end of a row, nearly all numbers get the scale of another block.
+    """
+    for path, module in model.named_modules():
+        weight: Any = module._parameters.get("weight")
+        state = getattr(weight, "quant_state", None)
+        if state is None or weight.device.type != "cpu" or type(weight).__name__ != "Params4bit":
+            continue
+        row, block = state.shape[-1], state.blocksize
+        if row % block and not _unpacks(row, block, state.quant_type):
+            return (
+                f"{path} is stored in 4 bits in blocks of {block} along rows of {row}, and the "
+                "installed bitsandbytes unpacks such weights wrongly on this CPU: only rows of whole blocks come out "
+                f"right. Load the model without quantization, use a GPU, or leave {path.rpartition('.')[2]} out of the "
+                "quantization (llm_int8_skip_modules)."
+            )
+    return ""
+
+
+@functools.cache
+def _unpacks(row: int, block: int, kind: str) -> bool:
+    """Try it on a few rows in which each block has a scale of its own."""
+    import bitsandbytes.functional as bnb
+
+    count = -(-4 * block // row) * row
+    weight = (1.0 + torch.arange(count) // block).view(-1, row)
+    packed, state = bnb.quantize_4bit(weight, blocksize=block, quant_type=kind)
+    return torch.equal(bnb.dequantize_4bit(packed, state), weight)
 
 
 def keep_layout(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, 
 from adapterlab.errors import ConfigError, ModelError, nearest, require
 from adapterlab.foreign.model import name_base
 from adapterlab.foreign.pretrained import read_config, read_model, read_tokenizer
+from adapterlab.foreign.quantized import misread
 from adapterlab.models.catalogue import DEFAULT, catalogue, public_name
 from adapterlab.models.progress import quiet_transformers
 from adapterlab.models.pulling import resolve
@@ -54,7 +55,8 @@ def load_model(
 
     Raises:
         ConfigError: a setting is unknown.
-        ModelError: the model is unknown, damaged, cannot be fetched, or needs code that may not run.
+        ModelError: the model is unknown, damaged, cannot be fetched, needs code that may not run, or its packed weights
+            would be read wrongly here.
     """
     dtype = PRECISIONS.get(precision)
     if dtype is None:
@@ -70,6 +72,8 @@ def load_model(
         model = _load_weights(folder, config, trust_remote_code, dtype=dtype, **options)
     if quantize is None:
         model.to(place)
+    if why := misread(model):
+        raise ModelError(f"{name}: {why}")
     known_as = public_name(folder if user_path(name).is_dir() else name)
     name_base(model, known_as, commit=_commit(folder), copy=_copy(folder))
     return model.eval(), tokenizer

@@ -61,7 +61,8 @@ class Chain(Optimizer):
 
         Args:
             plain: an optimizer with `lr`, `betas`, `eps` and `weight_decay` in its groups; it is not used any more.
-            around: for each of its groups, the transforms between weight decay and Adam.
+            around: for each of its groups, the transforms between weight decay and Adam; one that ends with an Adam
+                brings its own.
             masters: as for `Chain`.
 
         Raises:
@@ -77,7 +78,7 @@ class Chain(Optimizer):
             {
                 "params": group["params"],
                 "lr": group["lr"],
-                "transforms": (WeightDecay(group["weight_decay"]), *inner, Adam(group["betas"], group["eps"])),
+                "transforms": (WeightDecay(group["weight_decay"]), *_with_adam(inner, group)),
             }
             for group, inner in zip(plain.param_groups, around, strict=True)
         ]
@@ -137,6 +138,11 @@ class Chain(Optimizer):
         """Keep the transforms in copies and pickles, which torch would leave out."""
         own = {key: self.__dict__[key] for key in ("_default", "_transforms", "_masters")}
         return {**super().__getstate__(), **own}
+
+
+def _with_adam(inner: Sequence[Transform], group: Mapping[str, Any]) -> tuple[Transform, ...]:
+    own = bool(inner) and isinstance(inner[-1], Adam)
+    return tuple(inner) if own else (*inner, Adam(group["betas"], group["eps"]))
 
 
 def _copied(value: Any, device: torch.device) -> Any:

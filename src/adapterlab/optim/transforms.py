@@ -40,10 +40,14 @@ class Transform:
 
 
 class Adam(Transform):
-    """Bias-corrected Adam: m̂ / (√v̂ + eps), with moments in the shape that the gradient has here."""
+    """Bias-corrected Adam: m̂ / (√v̂ + eps), with moments in the shape that the gradient has here.
 
-    def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
-        self.betas, self.eps = betas, eps
+    With `early` eps joins √v before the bias correction, so that it weighs 1 / √(1 − β₂ᵗ) times as much: in the first
+    steps entries far below eps, such as what rounding leaves of zeros, do not grow to full steps.
+    """
+
+    def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, *, early: bool = False):
+        self.betas, self.eps, self.early = betas, eps, early
 
     def init(self, g: Tensor) -> State:
         return {"step": 0, "mean": torch.zeros_like(g), "square": torch.zeros_like(g)}
@@ -53,7 +57,8 @@ class Adam(Transform):
         state["step"] += 1
         state["mean"].lerp_(g, 1 - first)
         state["square"].mul_(second).addcmul_(g, g, value=1 - second)
-        root = (state["square"] / (1 - second ** state["step"])).sqrt_().add_(self.eps)
+        left = 1 - second ** state["step"]
+        root = (state["square"] / left).sqrt_().add_(self.eps / left**0.5 if self.early else self.eps)
         return (state["mean"] / (1 - first ** state["step"])).div_(root), None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,38 +37,70 @@ from adapterlab.foreign.private_transformers import kept_in_float32
 
 VOCABULARY, CLASSES = 128, 3
 _TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_SIZES: dict[str, Any] = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4
-}  # fmt: skip
-_DECODER: dict[str, Any] = {**_TOKENS, **_SIZES, "num_key_value_heads": 2, "max_position_embeddings": 64}
-_ENCODER: dict[str, Any] = {
-    **_SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": CLASSES
-}  # fmt: skip
-_BERT: dict[str, Any] = {**_ENCODER, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
 
-MAKERS: dict[str, Callable[[], nn.Module]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**_DECODER, tie_word_embeddings=True)),
-    "llama-1": lambda: LlamaForCausalLM(LlamaConfig(**{**_DECODER, "num_hidden_layers": 1}, tie_word_embeddings=True)),
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**_DECODER, tie_word_embeddings=False)),
-    "gpt2": lambda: GPT2LMHeadModel(
+
+@dataclass(frozen=True)
+class Sizes:
+    """How wide a tiny model is.
+
+    Attributes:
+        width: of the hidden states.
+        inner: of the feed-forward networks.
+    """
+
+    width: int = 32
+    inner: int = 48
+
+    @property
+    def layers(self) -> dict[str, Any]:
+        """What most configurations call the sizes."""
+        return {
+            "hidden_size": self.width, "intermediate_size": self.inner, "num_hidden_layers": 2, "num_attention_heads": 4
+        }  # fmt: skip
+
+    @property
+    def decoder(self) -> dict[str, Any]:
+        """Arguments of decoders' configurations."""
+        return {**_TOKENS, **self.layers, "num_key_value_heads": 2, "max_position_embeddings": 64}
+
+    @property
+    def encoder(self) -> dict[str, Any]:
+        """Arguments of encoders' configurations."""
+        return {**self.layers, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": CLASSES}
+
+    @property
+    def bert(self) -> dict[str, Any]:
+        """Arguments of BERT's configuration."""
+        return {**self.encoder, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
+
+
+NARROW, WHOLE_BLOCKS = Sizes(), Sizes(64, 128)  # each row of a weight in 4 bits is whole blocks of 64 in the second
+
+MAKERS: dict[str, Callable[[Sizes], nn.Module]] = {
+    "llama": lambda s: LlamaForCausalLM(LlamaConfig(**s.decoder, tie_word_embeddings=True)),
+    "llama-1": lambda s: LlamaForCausalLM(
+        LlamaConfig(**{**s.decoder, "num_hidden_layers": 1}, tie_word_embeddings=True)
+    ),
+    "qwen2": lambda s: Qwen2ForCausalLM(Qwen2Config(**s.decoder, tie_word_embeddings=False)),
+    "gpt2": lambda s: GPT2LMHeadModel(
         GPT2Config(
-            **_TOKENS, n_embd=32, n_layer=2, n_head=4, n_positions=64, n_inner=48, resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0,
+            **_TOKENS, n_embd=s.width, n_layer=2, n_head=4, n_positions=64, n_inner=s.inner, resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0,
         )
     ),
-    "bert": lambda: BertForSequenceClassification(BertConfig(**_BERT)),
-    "bert_tokens": lambda: BertForTokenClassification(BertConfig(**_BERT)),
-    "t5": lambda: T5ForConditionalGeneration(
+    "bert": lambda s: BertForSequenceClassification(BertConfig(**s.bert)),
+    "bert_tokens": lambda s: BertForTokenClassification(BertConfig(**s.bert)),
+    "t5": lambda s: T5ForConditionalGeneration(
         T5Config(
-            vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0,
-            decoder_start_token_id=0, pad_token_id=0, eos_token_id=2,
+            vocab_size=VOCABULARY, d_model=s.width, d_kv=s.width // 4, d_ff=s.inner, num_layers=2, num_heads=4,
+            dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=2,
         )
     ),
-    "mixtral": lambda: MixtralForCausalLM(
-        MixtralConfig(**_DECODER, tie_word_embeddings=False, num_local_experts=4, num_experts_per_tok=2)
+    "mixtral": lambda s: MixtralForCausalLM(
+        MixtralConfig(**s.decoder, tie_word_embeddings=False, num_local_experts=4, num_experts_per_tok=2)
     ),
-    "mistral-window": lambda: MistralForCausalLM(MistralConfig(**_DECODER, sliding_window=6)),
-    "vit": lambda: ViTForImageClassification(ViTConfig(**_ENCODER, image_size=16, patch_size=8)),
+    "mistral-window": lambda s: MistralForCausalLM(MistralConfig(**s.decoder, sliding_window=6)),
+    "vit": lambda s: ViTForImageClassification(ViTConfig(**s.encoder, image_size=16, patch_size=8)),
 }  # fmt: skip
 
 FAMILIES: tuple[str, ...] = tuple(name for name in MAKERS if "-" not in name)  # the others serve single checks
@@ -82,7 +115,7 @@ def tiny(family: str = "llama", precision: str = "fp32", seed: int = 0) -> Any:
     Args:
         family: one of `FAMILIES`; "llama-1" is a Llama of one layer, "mistral-window" sees six tokens back.
         precision: of the base: one of `PRECISIONS`; `nf4` and `int8` pack the linear layers of the backbone with
-            bitsandbytes and leave the rest in float32.
+            bitsandbytes and leave the rest in float32. Models in `nf4` are 64 wide instead of 32.
         seed: of the values.
 
     Raises:
@@ -98,7 +131,7 @@ def tiny(family: str = "llama", precision: str = "fp32", seed: int = 0) -> Any:
 def _template(family: str, precision: str, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MAKERS[family]().eval()
+        model = MAKERS[family](WHOLE_BLOCKS if precision == "nf4" else NARROW).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.1)

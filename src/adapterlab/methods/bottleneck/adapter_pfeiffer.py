@@ -32,6 +32,8 @@ class AdapterPfeiffer(Bottleneck):
 
     Inference: not mergeable, since f is not linear; two thin products more for each block.
 
+    Rate: 1e-4, as in the authors' runs.
+
     Reference: "AdapterFusion: Non-Destructive Task Composition for Transfer Learning", arXiv 2005.00247; the places of
     the norm and the skip connection are those of "AdapterHub: A Framework for Adapting Transformers", arXiv 2007.07779.
 
@@ -42,7 +44,6 @@ class AdapterPfeiffer(Bottleneck):
     """
 
     formula: ClassVar[str] = "2 m d + m + d for each block"
-    typical_lr: ClassVar[float] = 0.001
     starts_at_base: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = ("linear", "block", "norm")
 

@@ -42,6 +42,8 @@ class LongLoRA(Method):
     Inference: full attention. LoRA merges as usual; embeddings and norms are in place. With `stretch`, set the factor
     in the model's own configuration instead before merging.
 
+    Rate: 2e-5, as in the authors' runs.
+
     Reference: "LongLoRA: Efficient Fine-tuning of Long-Context Large Language Models", arXiv 2309.12307.
 
     Example:

@@ -27,11 +27,12 @@ class Freeze(Method):
     inserted blocks). Training the last blocks saves activations too; training the first ones does not, because the
     backward pass still crosses every block above.
 
+    Rate: 5e-5, that of full fine-tuning.
+
     Reference: "What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning", arXiv 1911.03090.
     """
 
     formula: ClassVar[str] = "sum over the trained tensors"
-    typical_lr: ClassVar[float] = 5e-5
 
     layers: int = Field(2, description="number of blocks to train: positive the last ones, negative the first ones")
     modules: tuple[str, ...] = Field((), description="first-level modules inside those blocks; empty means all")

@@ -10,6 +10,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from adapterlab.core.carrier import Carrier
+from adapterlab.data.encoding import IGNORED
+from adapterlab.engine.attention import BOUNDS
 from adapterlab.engine.modes import dropout_off, evaluating
 from adapterlab.errors import DataError
 from adapterlab.methods.low_rank._starts import Place
@@ -37,13 +39,10 @@ def _first(batches: Iterable[Batch], count: int) -> Iterator[Batch]:
 
 
 def inputs(host: Carrier, places: Mapping[str, Place], batch: Batch, see: Callable[[str, Tensor], None]) -> None:
-    """Run the model once and show what enters each module, as float32 rows `[tokens, in]`.
-
-    Tokens that bear no loss are left out where rows can be told apart: by the labels, else by the attention mask.
-    """
+    """Run the model once and show what enters each module, as it is: `[..., in]`."""
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: see(path, _rows(args[0].detach(), batch))
+        return lambda module, args: see(path, args[0].detach())
 
     handles = [host.model.get_submodule(path).register_forward_pre_hook(hook(path)) for path in places]
     try:
@@ -54,13 +53,39 @@ def inputs(host: Carrier, places: Mapping[str, Place], batch: Batch, see: Callab
             handle.remove()
 
 
-def _rows(x: Tensor, batch: Batch) -> Tensor:
+def labelled(x: Tensor, batch: Batch) -> Tensor:
+    """Return what entered a module as float32 rows `[tokens, in]`, without tokens that bear no loss.
+
+    Those are left out where rows can be told apart: by the labels, else by the attention mask.
+    """
     labels = batch.get("labels")
-    masks = [None if labels is None else labels != -100, batch.get("attention_mask")]
-    for mask in masks:
-        if mask is not None and mask.dim() > 1 and mask.shape == x.shape[:-1]:
-            return x[mask.bool()].float()
-    return x.reshape(-1, x.shape[-1]).float()
+    mask = _fitting(x, None if labels is None else labels != IGNORED, batch.get("attention_mask"))
+    return (x.reshape(-1, x.shape[-1]) if mask is None else x[mask]).float()
+
+
+def samples(x: Tensor, batch: Batch) -> list[Tensor]:
+    """Return the tokens of each row of data that entered a module, padding left out: float32 `[tokens, in]` each.
+
+    Where rows cannot be told apart, such as among the tokens that an expert gets, all of them are one.
+    """
+    bounds = batch.get(BOUNDS)
+    if bounds is not None and x.shape[:-1] == (1, int(bounds[-1])):
+        return list(x[0].float().tensor_split(bounds[1:-1].tolist()))
+    rows = x.float() if x.dim() > 2 else x.float()[None]
+    mask = _fitting(rows, batch.get("attention_mask"), _answered(batch))
+    return [row.reshape(-1, x.shape[-1]) if mask is None else row[mask[i]] for i, row in enumerate(rows)]
+
+
+def _answered(batch: Batch) -> Tensor | None:
+    """What is not padding in a decoder of two stacks: its labels have a length of their own."""
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    return None if labels is None or (ids is not None and labels.shape == ids.shape) else labels != IGNORED
+
+
+def _fitting(x: Tensor, *masks: Tensor | None) -> Tensor | None:
+    """The first mask `[batch, time]` that says something of the vectors of x `[batch, time, in]`."""
+    fitting = (mask.bool() for mask in masks if mask is not None and mask.dim() > 1 and mask.shape == x.shape[:-1])
+    return next(fitting, None)
 
 
 def mean_gradients(host: Carrier, places: Mapping[str, Place], batches: Iterable[Batch]) -> dict[str, Tensor]:

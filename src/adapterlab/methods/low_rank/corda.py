@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from adapterlab.core.carrier import Carrier
-from adapterlab.methods.low_rank._shown_data import inputs, shown
+from adapterlab.methods.low_rank._shown_data import inputs, samples, shown
 from adapterlab.methods.low_rank._starts import Init, Initialiser, Place, Start, Starts, balanced, full_weight, part_of
 from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.registry import register
@@ -33,6 +33,8 @@ class CorDA(LoRA):
 
     Inference: merges as LoRA does. Saving converts to an ordinary LoRA of rank 2r on the original base.
 
+    Rate: 2e-5, as in the authors' runs: the strongest directions of W move the output far.
+
     Reference: "CorDA: Context-Oriented Decomposition Adaptation of Large Language Models for Task-Aware
     Parameter-Efficient Fine-tuning", arXiv 2406.05223.
 
@@ -49,8 +51,10 @@ class CorDA(LoRA):
 class CorDAStart(Initialiser):
     """A and B hold r of the components of W in the basis in which its outputs on the data are ordered by size.
 
-    With C = mean of x xᵀ over the inputs: W C = U S Vᵀ, so W = U S (Vᵀ C⁻¹). B = U √(S/s), A = √(S/s) Vᵀ C⁻¹ of the
-    chosen components, and the base gives up s · B A. Needs a matrix `[in, in]` for each module while it looks at data.
+    With C = mean of XᵀX over the rows of data, X = all tokens of a row `[tokens, in]`, labelled or not, divided by
+    their largest entry: W C = U S Vᵀ, so W = U S (Vᵀ C⁻¹). B = U √(S/s), A = √(S/s) Vᵀ C⁻¹ of the chosen components,
+    and the base gives up s · B A. The size of C is that of A and B, and with them of their rates: it is not normalised
+    otherwise. Needs a matrix `[in, in]` for each module while it looks at data.
     """
 
     moves_base: ClassVar[bool] = True
@@ -72,14 +76,15 @@ class CorDAStart(Initialiser):
         """Add the covariances up, then decompose one module after the other."""
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = dict.fromkeys(places, 0)
-
-        def see(path: str, x: Tensor) -> None:
-            sums[path] = sums.get(path, 0) + x.T @ x
-            counts[path] += len(x)
-
         for batch in shown(batches, self.batches, "input covariances"):
+
+            def see(path: str, x: Tensor, batch: Mapping[str, Tensor] = batch) -> None:
+                for tokens in samples(x, batch):
+                    sums[path] = sums.get(path, 0) + covariance(tokens)
+                    counts[path] += 1
+
             inputs(host, places, batch, see)
-        return {p: self.oriented(place, sums[p] / max(1, counts[p])) for p, place in places.items() if p in sums}
+        return {p: self.oriented(place, sums[p] / counts[p]) for p, place in places.items() if p in sums}
 
     def oriented(self, place: Place, covariance: Tensor) -> Start:
         """Decompose a weight in the basis that a covariance `[in, in]` gives."""
@@ -96,3 +101,16 @@ class CorDAStart(Initialiser):
         chosen = slice(place.r) if self.mode == "ipm" else slice(-place.r, None)
         a, b = (t.float() for t in balanced(u[:, chosen], s[chosen], vh[chosen] @ inverse, place.scale))
         return Start(a, b, (a, b))
+
+
+def covariance(tokens: Tensor) -> Tensor:
+    """XᵀX of the tokens of one row `[tokens, in]`, divided by the absolute value of their largest entry.
+
+    The largest, not the one of the largest absolute value: so it is in the authors' code. Where it is zero the latter
+    is taken, and tokens that are all zero add nothing.
+    """
+    if not len(tokens):
+        return tokens.new_zeros(tokens.shape[1], tokens.shape[1])
+    size = tokens.max().abs()
+    x = tokens / torch.where(size > 0, size, tokens.abs().max().clamp(min=torch.finfo(tokens.dtype).tiny))
+    return x.T @ x

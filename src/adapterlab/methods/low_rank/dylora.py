@@ -40,6 +40,8 @@ class DyLoRA(LoRA):
     Inference: outside of training the rank is `inference_rank`; `method.truncate(host, name, b)` chooses another one.
     It can be merged, at no cost.
 
+    Rate: 4e-4, as in the authors' runs on RoBERTa.
+
     Reference: "DyLoRA: Parameter-Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank Adaptation",
     arXiv 2210.07558.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -34,7 +36,8 @@ class LoRADrop(LoRA):
     largest g_i keep their own A_i and B_i, until their share of Σ g reaches `threshold`; the others get one (A, B)
     together. All of them start anew.
 
-    The part of the data is every k-th batch, so that it follows the order of the data; padding is not counted.
+    The part of the data is a share of the batches, spread evenly over them, so that it follows the order of the data;
+    padding is not counted.
 
     Where it attaches: as LoRA; the paper takes queries and values.
 
@@ -43,6 +46,8 @@ class LoRADrop(LoRA):
     Trainable parameters: for each kind of module (k + 1) r (in + out), k of them kept; k r (in + out) if all are.
 
     Inference: W_i + s B A can be merged, at no cost.
+
+    Rate: 5e-4, LoRA's; the authors' code is not public.
 
     Reference: "LoRA-drop: Efficient LoRA Parameter Pruning based on Output Evaluation", arXiv 2402.07721.
 
@@ -88,8 +93,7 @@ class LoRADrop(LoRA):
         layers = self.layers(host, name)
         if any(layer.chosen for layer in layers.values()):
             return
-        every = round(1 / self.share)
-        given = list(itertools.islice(batches, 0, None, every))
+        given = list(part(batches, self.share))
         self._train(host, name, given)
         scores = measure(host, layers, given)
         left = []
@@ -189,6 +193,12 @@ class Pair(nn.Module):
     def __init__(self, a: nn.Parameter, b: nn.Parameter):
         super().__init__()
         self.A, self.B = nn.Parameter(a.detach().clone()), nn.Parameter(b.detach().clone())
+
+
+def part(batches: Batches, share: float) -> Iterator[Mapping[str, Tensor]]:
+    """Yield the first batch and then a share of all of them, spread evenly: ⌈n · share⌉ of n."""
+    exact = Fraction(str(share))  # 30 · 0.1 is not quite 3
+    return (batch for i, batch in enumerate(batches) if math.ceil((i + 1) * exact) > math.ceil(i * exact))
 
 
 def select(scores: list[float], threshold: float) -> list[int]:

@@ -36,6 +36,8 @@ class LoRADropout(LoRA):
     Inference: outside of training the masks are replaced by their mean, ΔW = (1 − p)² s B A, which can be merged. The
     paper averages the outputs of several draws instead: `method.ensemble(host, name, compute)`.
 
+    Rate: 5e-4, LoRA's.
+
     Reference: "LoRA Dropout as a Sparsity Regularizer for Overfitting Control", arXiv 2404.09610.
 
     Example:

@@ -38,6 +38,8 @@ class LoRAFA(LoRA):
 
     Inference: W + s B A can be merged, at no cost. HF PEFT reads the saved adapter as a LoRA.
 
+    Rate: 5e-4, LoRA's; HF PEFT's optimizer for it begins at 1e-3.
+
     Reference: "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning", arXiv 2308.03303;
     the projected gradient is that of the optimizer HF PEFT has for it.
 

@@ -34,6 +34,8 @@ class LoRAGA(LoRA):
 
     `init={name: lora_ga, size: gradient}` lets B grow with the gradient's size, as HF PEFT has it.
 
+    Rate: 2e-5, as in the authors' runs on Llama 2.
+
     Reference: "LoRA-GA: Low-Rank Adaptation with Gradient Approximation", arXiv 2407.05000.
 
     Example:

@@ -33,6 +33,8 @@ class LoRAXS(LoRA):
 
     Inference: W + s B M A can be merged, at no cost. A and B are saved with M: singular vectors have no definite signs.
 
+    Rate: 4e-3, as in the authors' runs on Mistral and Gemma.
+
     Reference: "LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", arXiv 2405.17604.
 
     Example:
@@ -42,7 +44,6 @@ class LoRAXS(LoRA):
     """
 
     formula: ClassVar[str] = "r · r"
-    typical_lr: ClassVar[float] = 0.002
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
     hf: ClassVar[HFCodec | None] = None
     starts_at_base: ClassVar[bool] = False

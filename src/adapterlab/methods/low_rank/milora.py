@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -29,7 +27,7 @@ class MiLoRA(LoRA):
 
     Inference: merges as LoRA does. Saving converts to an ordinary LoRA of rank 2r on the original base.
 
-    The small singular values make the first gradients small: learning rates of about 3e-4 are usual, with alpha = r.
+    Rate: 3e-4, as in the authors' runs: small singular values make the first gradients small. Keep alpha = r.
 
     Reference: "MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning", arXiv 2406.09044.
 
@@ -38,8 +36,6 @@ class MiLoRA(LoRA):
         >>> MiLoRA(r=8).init.name
         'milora'
     """
-
-    typical_lr: ClassVar[float] = 0.0003
 
     alpha: float = Field(8.0, gt=0, description="scale numerator; the same as the rank is usual here")
     init: Init = Field("milora", validate_default=True, description="milora")

@@ -26,6 +26,8 @@ class OLoRA(LoRA):
 
     Inference: merges as LoRA does. Saving converts to an ordinary LoRA of rank 2r on the original base.
 
+    Rate: 1e-4. The author's script has 3e-4 with s = 1/2; with s = 2, as here, a step moves W four times as far.
+
     Reference: "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", arXiv 2406.01775.
 
     Example:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -30,8 +28,8 @@ class PiSSA(LoRA):
     Inference: merges as LoRA does. Saving converts to an ordinary LoRA of rank 2r on the original base,
     s (B A − B0 A0) = s [B, −B0] [A; A0], which any reader of LoRA can use.
 
-    Keep alpha = r and no dropout (it would discard principal directions), and a learning rate of about 2e-5, a tenth of
-    LoRA's. `init={name: pissa, niter: 4}` takes a fast randomised decomposition.
+    Rate: 2e-5, as in the authors' runs, a tenth of LoRA's. Keep alpha = r and no dropout, which would discard principal
+    directions. `init={name: pissa, niter: 4}` takes a fast randomised decomposition.
 
     Reference: "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models",
     arXiv 2404.02948.
@@ -41,8 +39,6 @@ class PiSSA(LoRA):
         >>> PiSSA(init={"name": "pissa", "niter": 4}).init.niter
         4
     """
-
-    typical_lr: ClassVar[float] = 0.0001
 
     alpha: float = Field(8.0, gt=0, description="scale numerator; the same as the rank is usual here")
     init: Init = Field("pissa", validate_default=True, description="pissa, or with options {name: pissa, niter: 4}")

@@ -25,7 +25,8 @@ class RsLoRA(LoRA):
 
     Inference: merges as LoRA does.
 
-    A learning rate tuned for alpha / r is too high at large ranks; alpha / √r of plain LoRA gives the same scale.
+    Rate: 2e-4, LoRA's divided by √r at r = 8; a rate tuned for alpha / r is too high at large ranks, while alpha / √r
+    of plain LoRA gives the same scale.
 
     Reference: "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv 2312.03732.
 

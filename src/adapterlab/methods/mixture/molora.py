@@ -38,6 +38,8 @@ class MoLoRA(LayerMethod):
     Cost of a step: the thin products are those of a LoRA of rank E r, 6 t E r (out + in) operations for t tokens,
     beside the large ones of 4 t out in; and the router's.
 
+    Rate: 3e-4, as in the authors' runs, which use Adafactor.
+
     Reference: "Pushing Mixture of Experts to the Limit: Extremely Parameter Efficient MoE for Instruction Tuning",
     arXiv 2309.05444.
 

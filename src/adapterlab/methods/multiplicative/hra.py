@@ -35,6 +35,8 @@ class HRA(LayerMethod):
 
     Inference: W H₁ ⋯ H_r can be merged, at no cost; the singular values are those of W.
 
+    Rate: 1e-4, as in the authors' runs on diffusion models; they take 1e-5 for Llama 2 and about 1e-3 for GLUE.
+
     Reference: "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder Reflection Adaptation",
     arXiv 2405.17484.
 

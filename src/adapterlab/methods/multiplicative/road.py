@@ -36,7 +36,7 @@ class RoAd(LayerMethod):
 
     Inference: can be merged, at no cost. Adapters in one batch cost elementwise products only.
 
-    α is not decayed, which would pull it to 0 and with it the layer's output.
+    Rate: 3e-3, as in the authors' runs. α is not decayed, which would pull it to 0 and with it the layer's output.
 
     Reference: "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability", arXiv
     2409.00119.
@@ -48,7 +48,6 @@ class RoAd(LayerMethod):
     """
 
     formula: ClassVar[str] = "out (road_1), 2 out (road_2), 4 out (road_4)"
-    typical_lr: ClassVar[float] = 0.005
 
     variant: Literal["road_1", "road_2", "road_4"] = Field(
         "road_1", description="angles and factors for each pair, each output, or twice for each output"

@@ -38,6 +38,8 @@ class DeltaLoRA(LoRA):
 
     Inference: can be merged, at no cost.
 
+    Rate: 5e-4, LoRA's; the authors' code is not public.
+
     Reference: "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices", arXiv 2309.02411.
 
     Example:

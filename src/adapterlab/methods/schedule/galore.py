@@ -11,7 +11,7 @@ from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import MakeOptimizer, Method
 from adapterlab.core.targets import Targets
 from adapterlab.optim.chain import Chain
-from adapterlab.optim.transforms import Project
+from adapterlab.optim.transforms import Adam, Project
 from adapterlab.registry import register
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ class GaLore(Method):
     the optimizer also keeps float32 masters, because plain bf16 loses most small steps; `master_weights` off saves
     those 4 bytes an entry, as the paper does.
 
+    Defaults are those of the authors' fine-tuning on GLUE. Pre-training takes r = 128 to 1024, scale = 0.25, 200 steps
+    and a rate of 1e-2.
+
     Inference: nothing to merge. ΔW has rank r times the number of subspaces, so the result is a changed base.
     Moments are kept when the subspace changes. The layer-wise update of the official code is left out: it cannot
     accumulate or clip gradients. The rate of projected weights is lr · scale, that of weight decay lr.
@@ -43,26 +46,34 @@ class GaLore(Method):
     Cost of a step: the gradient of W is a third large product, 6 t out in operations instead of LoRA's 4 for t tokens;
     each gradient and each update is projected, 4 r out in.
 
+    Rate: 3e-5, as in the authors' fine-tuning on GLUE: projected weights move at 1.2e-4, the others at 3e-5.
+
     Reference: "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", arXiv 2403.03507.
 
     Example:
         >>> from adapterlab.methods.schedule.galore import GaLore
-        >>> GaLore(r=4, scale=4).update_proj_gap
-        200
+        >>> GaLore(r=8).update_proj_gap
+        500
     """
 
     formula: ClassVar[str] = "all parameters; with rest off: in · out"
-    typical_lr: ClassVar[float] = 0.0002
 
     targets: Targets = Field(
         default_factory=lambda: Targets(include=("all-linear",)),
         description="modules whose weight gradients are projected: roles, module names, patterns or all-linear",
     )
-    r: int = Field(128, ge=1, description="rank of the projection")
-    update_proj_gap: int = Field(200, ge=1, description="steps between two choices of the subspace")
-    scale: float = Field(0.25, gt=0, description="factor of the projected updates; 4 with r=4 in the paper's GLUE runs")
+    r: int = Field(4, ge=1, description="rank of the projection; 128 to 1024 in pre-training")
+    update_proj_gap: int = Field(
+        500, ge=1, description="steps between two choices of the subspace; 200 in pre-training"
+    )
+    scale: float = Field(4.0, gt=0, description="factor of the projected updates; 0.25 in pre-training")
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = Field(
         "std", description="side that is projected: the shorter one, the longer one, always one, or both"
+    )
+    eps: float = Field(
+        1e-6,
+        gt=0,
+        description="of the projected weights' Adam, added to √v before its bias correction, as the authors do",
     )
     rest: bool = Field(True, description="train everything else as well, with plain Adam")
     exclude: tuple[str, ...] = Field((), description="modules to leave frozen: roles, names or patterns")
@@ -87,7 +98,10 @@ class GaLore(Method):
         projection = Project(self.r, self.update_proj_gap, self.scale, self.proj_type)
         used = [is_projected for is_projected, members in groups.items() if members]
         plain = make([{"params": groups[is_projected]} for is_projected in used])
-        around = [(projection,) if is_projected else () for is_projected in used]
+        around = [
+            (projection, Adam(group["betas"], self.eps, early=True)) if is_projected else ()
+            for is_projected, group in zip(used, plain.param_groups, strict=True)
+        ]
         return Chain.like(plain, around, masters=self.master_weights)
 
     def projected(self, host: Carrier) -> set[int]:

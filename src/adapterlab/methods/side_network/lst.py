@@ -38,8 +38,9 @@ _OWN = {"input_ids", "inputs_embeds", "token_type_ids", "encoder_hidden_states",
 class LST(Method):
     """Train a narrow copy of the model that reads the frozen model's layers through gates, and answers for it.
 
-    s = W_in h_0; for each kept layer i: c = W_i h_i + b_i, s ← Block_i(μ_i s + (1 − μ_i) c), μ_i = sigmoid(α_i / tau);
-    y = W_up drop(norm(s)) goes to the frozen head. h_i `[batch, time, d]` is what layer i of the base returns.
+    s = W_in h_0 + b_in; for each kept layer i: c = W_i h_i + b_i, s ← Block_i(μ_i s + (1 − μ_i) c), μ_i = sigmoid(α_i /
+    tau); y = W_up drop(norm(s)) + b_up goes to the frozen head. h_i `[batch, time, d]` is what layer i of the base
+    returns.
 
     The side network has the base's own kind of blocks, every width divided by r, the number of heads kept. The base
     runs without gradients, so none of its activations is stored for the backward pass.
@@ -48,14 +49,16 @@ class LST(Method):
     the side encoder), with a tap at each kept layer.
 
     Start: W_in, W_i and W_up random, α = 0; the side blocks are cut out of the base's by importance (`init`). The first
-    output differs from the base's, unless `residual` adds y to the base's output, with W_up = 0.
+    output differs from the base's, unless `residual` adds y to the base's output, with W_up = b_up = 0.
 
-    Trainable parameters: kept (block / r² + d d' + d' + 1) + 2 d d' + norms, with d' = d / r.
+    Trainable parameters: kept (block / r² + d d' + d' + 1) + 2 d d' + d + d' + norms, with d' = d / r.
 
     Inference: not mergeable; the side network keeps a key-value cache of its own.
 
     Head dimensions are chosen within each head and in rotary pairs, and one set of residual dimensions serves all
     layers. Other adapters inside the model get no gradient while this one is live.
+
+    Rate: 3e-3, as in the authors' runs on T5.
 
     Reference: "LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning", arXiv 2206.06522.
 
@@ -65,8 +68,7 @@ class LST(Method):
         (1, 3)
     """
 
-    formula: ClassVar[str] = "kept (block / r² + d d' + d' + 1) + 2 d d' + norms"
-    typical_lr: ClassVar[float] = 0.001
+    formula: ClassVar[str] = "kept (block / r² + d d' + d' + 1) + 2 d d' + d + d' + norms"
     starts_at_base: ClassVar[bool] = False
 
     r: int = Field(8, ge=1, description="divisor of the widths of the side network")
@@ -79,6 +81,7 @@ class LST(Method):
         "magnitude", description="how weights are chosen for the side blocks: by size, by squared gradients, or not"
     )
     samples: int = Field(1024, ge=1, description="rows of data for `fisher`")
+    bias: bool = Field(True, description="biases of W_in and W_up, as in the authors' runs")
     residual: bool = Field(False, description="add to the base's output instead of replacing it")
 
     @classmethod
@@ -111,8 +114,9 @@ class LST(Method):
             self._cut(host, name, lambda module: Site("", module).weight().float().abs())
 
     def attach_saved(self, host: Carrier, name: str, tensors: Any) -> None:
-        """Attach without cutting: the values follow."""
-        self.replace(init="random").attach(host, name)
+        """Attach without cutting: the values follow. Adapters from before W_in and W_up had biases stay without."""
+        bias = any(key.endswith(".into.bias") for key in tensors)
+        self.replace(init="random", bias=bias).attach(host, name)
 
     def prepare(self, host: Carrier, name: str, batches: Batches) -> None:
         """With `init="fisher"`, choose the weights of the side blocks by squared gradients of the loss on data.
@@ -241,11 +245,12 @@ class Ladder(Adapter):
         blocks = self.side.get_submodule(where)
         for i, block in enumerate(list(blocks)):
             blocks[i] = Rung(block, wide, narrow, method.tau)
-        self.into = nn.Linear(wide, narrow, bias=False)
+        self.into = nn.Linear(wide, narrow, bias=method.bias)
         # The encoder of two answers to the side decoder only, in the side network's width.
-        self.up = None if _is_encoder_of_two(site.module) else nn.Linear(narrow, wide, bias=False)
+        self.up = None if _is_encoder_of_two(site.module) else nn.Linear(narrow, wide, bias=method.bias)
         if method.residual and self.up is not None:
-            nn.init.zeros_(self.up.weight)
+            for parameter in self.up.parameters():
+                nn.init.zeros_(parameter)
         self.to(site.device, site.dtype)
 
     @property

@@ -48,6 +48,8 @@ class ProxyTuning(Method):
     its device; a module that is in memory is first given a name with `ProxyTuning.hold`. Saving keeps the names, and
     loading fetches none of them; a model that brings code of its own is loaded by you and held.
 
+    Rate: 2e-5, at which the authors train their expert; here nothing trains.
+
     Reference: "Tuning Language Models by Proxy", arXiv 2401.08565.
 
     Example:

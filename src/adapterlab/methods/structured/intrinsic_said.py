@@ -38,10 +38,12 @@ class IntrinsicSAID(LayerMethod):
 
     Inference: W + λ P(v) can be merged, at no cost. The file holds v and λ; `seed` gives the projections again.
 
-    Updates are built for each call and again for the backward pass, n log n each. v wants large rates, about 3e-2.
+    Updates are built for each call and again for the backward pass, n log n each.
 
     Cost of a step: two transforms of L numbers for each tensor and a third for its gradient, L log₂ L each however few
     the tokens, and three products with ΔW, 6 t out in operations; LoRA's large products are 4 t out in.
+
+    Rate: 3e-2, as in a public reimplementation for T5: v wants large rates.
 
     Reference: "Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning", arXiv 2012.13255.
 
@@ -52,7 +54,6 @@ class IntrinsicSAID(LayerMethod):
     """
 
     formula: ClassVar[str] = "d, for all modules together"
-    typical_lr: ClassVar[float] = 0.005
     derived: ClassVar[float] = 8.0  # signs and permutations of every weight, padded to powers of two
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
 

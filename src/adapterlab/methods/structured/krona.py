@@ -41,6 +41,8 @@ class KronA(LayerMethod):
 
     LoKr with `r` of at least half the larger sides is the same update where its factor rule gives the same sizes.
 
+    Rate: 5e-4, LoRA's; the authors' code is not public.
+
     Reference: "KronA: Parameter Efficient Tuning with Kronecker Adapter", arXiv 2212.10650.
 
     Example:

@@ -35,6 +35,8 @@ class LoHa(Lycoris):
 
     Inference: W + ΔW can be merged, at no cost.
 
+    Rate: 5e-4, LoRA's.
+
     Reference: "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation", arXiv 2309.14859;
     the product: "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning", arXiv 2108.06098.
 

@@ -38,6 +38,8 @@ class LoKr(Lycoris):
 
     LyCORIS itself scales by 1 when both factors are whole matrices: give alpha = r for the same.
 
+    Rate: 5e-4, LoRA's.
+
     Reference: "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation", arXiv 2309.14859.
 
     Example:
