@@ -173,7 +173,7 @@ BROKEN: dict[str, Mutation] = {
     "both factors of the same vectors": (LoRAGAStart, "aligned", _one_base),
     "directions of noise": (LoRAGAStart, "aligned", lambda self, p, g: ALIGNED(self, p, torch.randn_like(g))),
     "the first batch alone": (lora_ga, "mean_gradients", lambda host, p, b: MEAN(host, p, list(b)[:1])),
-    "in^¼ in place of out^¼": _lengths((IN / OUT) ** 0.25, (IN / OUT) ** 0.25),
+    "in to the quarter in place of out to the quarter": _lengths((IN / OUT) ** 0.25, (IN / OUT) ** 0.25),
     "gamma in place of its root": _lengths(0.5, 0.5),
     "length of A alone wrong": _lengths(2.0, 1.0),
     "alpha / r": (LoRAGA, "place", _linear),
