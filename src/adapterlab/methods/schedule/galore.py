@@ -63,17 +63,13 @@ class GaLore(Method):
         description="modules whose weight gradients are projected: roles, module names, patterns or all-linear",
     )
     r: int = Field(4, ge=1, description="rank of the projection; 128 to 1024 in pre-training")
-    update_proj_gap: int = Field(
-        500, ge=1, description="steps between two choices of the subspace; 200 in pre-training"
-    )
+    update_proj_gap: int = Field(500, ge=1, description="steps between two choices of the subspace; 200 in pre-training")
     scale: float = Field(4.0, gt=0, description="factor of the projected updates; 0.25 in pre-training")
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = Field(
         "std", description="side that is projected: the shorter one, the longer one, always one, or both"
     )
     eps: float = Field(
-        1e-6,
-        gt=0,
-        description="of the projected weights' Adam, added to √v before its bias correction, as the authors do",
+        1e-6, gt=0, description="of the projected weights' Adam, added to √v before its bias correction, as the authors do"
     )
     rest: bool = Field(True, description="train everything else as well, with plain Adam")
     exclude: tuple[str, ...] = Field((), description="modules to leave frozen: roles, names or patterns")
