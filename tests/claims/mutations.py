@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 # What is replaced and by what: (module or class, attribute, replacement).
 Mutation = tuple[Any, str, Any]
@@ -33,6 +34,18 @@ def fails_without(*claims: Callable[..., None], lines: Mapping[str, Mutation]) -
             _hold(claims, given)
 
     return broken
+
+
+def begun(layer: type, change: Callable[[Any, Any], object]) -> Mutation:
+    """A start that is another: `change(layer, method)` as soon as the part of a method at one module has been made."""
+    make: Any = layer.__init__
+
+    def made(self: Any, method: Any, *rest: Any) -> None:
+        make(self, method, *rest)
+        with torch.no_grad():
+            change(self, method)
+
+    return (layer, "__init__", made)
 
 
 def _hold(claims: Sequence[Callable[..., None]], given: Sequence[Mapping[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from mutations import Mutation, fails_without
+from mutations import Mutation, begun, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
@@ -155,16 +155,7 @@ def test_the_bases_have_standard_deviation_one() -> None:
     assert not torch.equal(b[:, 0], b[:, 1])
 
 
-DRAW, SCALED, MADE = al.RandLoRA.draw, randlora._scaled, al.RandLoRA.Layer.__init__
-
-
-def _begun(change: Any) -> Mutation:
-    def made(self: Any, method: Any, site: Any) -> None:
-        MADE(self, method, site)
-        with torch.no_grad():
-            change(self, method)
-
-    return (al.RandLoRA.Layer, "__init__", made)
+DRAW, SCALED = al.RandLoRA.draw, randlora._scaled
 
 
 def _one_b(self: Any, out: int, in_: int) -> tuple[Tensor, Tensor]:
@@ -179,10 +170,10 @@ BROKEN: dict[str, Mutation] = {
     "products in another order": (
         randlora, "_scaled", lambda a, lam, gamma: (lam[:, :, None] * a * gamma).transpose(0, 1).flatten(0, 1)
     ),
-    "alpha / root r": _begun(lambda layer, method: setattr(layer, "scale", method.alpha / method.r**0.5)),
-    "no scale": _begun(lambda layer, method: setattr(layer, "scale", 1.0)),
-    "gamma starts at one": _begun(lambda layer, method: layer.gamma.fill_(1)),
-    "lambda does not start at zero": _begun(lambda layer, method: layer.lam.fill_(1)),
+    "alpha / root r": begun(al.RandLoRA.Layer, lambda layer, m: setattr(layer, "scale", m.alpha / m.r**0.5)),
+    "no scale": begun(al.RandLoRA.Layer, lambda layer, method: setattr(layer, "scale", 1.0)),
+    "gamma starts at one": begun(al.RandLoRA.Layer, lambda layer, method: layer.gamma.fill_(1)),
+    "lambda does not start at zero": begun(al.RandLoRA.Layer, lambda layer, method: layer.lam.fill_(1)),
     "bases not normalised": (al.RandLoRA, "draw", lambda self, out, in_: tuple(2 * t for t in DRAW(self, out, in_))),
     "normal bases": (al.RandLoRA, "draw", lambda self, o, i: tuple(torch.randn_like(t) for t in DRAW(self, o, i))),
     "the same B for all products": (al.RandLoRA, "draw", _one_b),

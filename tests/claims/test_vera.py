@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from mutations import Mutation, fails_without
+from mutations import Mutation, begun, fails_without
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -95,16 +95,7 @@ def test_where_it_starts() -> None:
     assert torch.equal(other.d, torch.full((4,), 0.02))
 
 
-DRAW, MADE, SLICES = al.VeRA.draw, al.VeRA.Layer.__init__, al.VeRA.Layer.slices
-
-
-def _begun(change: Any) -> Mutation:
-    def made(self: Any, method: Any, site: Any) -> None:
-        MADE(self, method, site)
-        with torch.no_grad():
-            change(self)
-
-    return (al.VeRA.Layer, "__init__", made)
+DRAW, SLICES = al.VeRA.draw, al.VeRA.Layer.slices
 
 
 def _unseeded(seed: int, drawn: Any = itertools.count()) -> torch.Generator:  # noqa: B008
@@ -117,8 +108,8 @@ def _forward(change: Any) -> Mutation:
 
 BROKEN: dict[str, Mutation] = {
     "the seed not used": (vera, "seeded", _unseeded),
-    "lambda_d starts at one": _begun(lambda layer: layer.d.fill_(1)),
-    "lambda_b does not start at zero": _begun(lambda layer: layer.b.fill_(0.1)),
+    "lambda_d starts at one": begun(al.VeRA.Layer, lambda layer, method: layer.d.fill_(1)),
+    "lambda_b does not start at zero": begun(al.VeRA.Layer, lambda layer, method: layer.b.fill_(0.1)),
     "normal bases": (al.VeRA, "draw", lambda self, o, i: tuple(torch.randn_like(t) for t in DRAW(self, o, i))),
     "bases too small": (al.VeRA, "draw", lambda self, o, i: tuple(0.5 * t for t in DRAW(self, o, i))),
     "no lambda_d": _forward(lambda x, a, b, d, out: x @ a.T @ b.T * out),
