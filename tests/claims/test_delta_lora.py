@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
@@ -73,23 +74,6 @@ def test_it_is_the_written_algorithm() -> None:
     assert holds()
 
 
-def test_the_claim_fails_when_the_push_gets_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def attached(self: Any) -> tuple[Tensor, Tensor]:
-        b = (1 + self.pushed) * self.B
-        return torch.cat([self.A, self.A_kept]), torch.cat([b, -self.pushed * self.B_kept], 1)
-
-    monkeypatch.setattr(DeltaLoRA.Layer, "factors", attached)
-    assert not holds()
-
-
-def test_the_claim_fails_when_it_begins_a_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = DeltaLoRA.before_step
-    monkeypatch.setattr(
-        DeltaLoRA, "before_step", lambda self, host, name, step, optimizer: right(self, host, name, step - 1, optimizer)
-    )
-    assert not holds()
-
-
 def test_gradients_are_those_of_lora(randomise: Any) -> None:
     model, x, target = task()
     host = al.attach(model, al.DeltaLoRA(r=R, alpha=2 * R, push=PUSH, targets=["0"]))
@@ -120,3 +104,47 @@ def test_start_and_count(tiny: Any, batch_for: Any, logits: Any) -> None:
     host = al.attach(model, al.DeltaLoRA(r=4))
     assert torch.equal(logits(model, batch), base)
     assert host.summary().trainable == sum(4 * sum(a.site.shape) for a in host.adapters("default").values())
+
+
+BEFORE, ANCHOR, FACTORS = DeltaLoRA.before_step, DeltaLoRA.Layer.anchor, DeltaLoRA.Layer.factors
+
+
+def _attached(self: Any) -> tuple[Tensor, Tensor]:
+    b = (1 + self.pushed) * self.B
+    return torch.cat([self.A, self.A_kept]), torch.cat([b, -self.pushed * self.B_kept], 1)
+
+
+def _shifted(by: int) -> Mutation:
+    return (DeltaLoRA, "before_step", lambda self, host, name, step, opt: BEFORE(self, host, name, step + by, opt))
+
+
+def _from_zero(self: Any, push: float) -> None:
+    ANCHOR(self, push)
+    self.B_kept.zero_()
+
+
+def _again(self: Any, push: float) -> None:
+    self.pushed.zero_()
+    ANCHOR(self, push)
+
+
+def _grown(self: Any) -> tuple[Tensor, Tensor]:
+    """The gradient of A not divided by 1 + λ."""
+    return torch.cat([self.A, self.A_kept]), FACTORS(self)[1]
+
+
+LAYER = DeltaLoRA.Layer
+BROKEN: dict[str, Mutation] = {
+    "the push gets a gradient": (LAYER, "factors", _attached),
+    "the gradient of A grows": (LAYER, "factors", _grown),
+    "it begins a step late": _shifted(-1),
+    "it begins a step early": _shifted(1),
+    "never pushed": (LAYER, "anchor", lambda self, push: None),
+    "half the push": (LAYER, "anchor", lambda self, push: ANCHOR(self, push / 2)),
+    "the product pushed, not its change": (LAYER, "anchor", _from_zero),
+    "the anchor moves": (LAYER, "anchor", _again),
+    "the push without s": (LAYER, "anchor", lambda self, push: ANCHOR(self, push / self.scale)),
+}
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    test_gradients_are_those_of_lora, test_it_is_the_written_algorithm, lines=BROKEN
+)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adapterlab as al
 from adapterlab.errors import ConfigError, MergeError
+from adapterlab.methods.low_rank import dora
 from adapterlab.ops.magnitude import magnitude_linear
 
 
@@ -43,14 +46,6 @@ def holds() -> bool:
 
 def test_row_norms_are_learned_at_rank_one() -> None:
     assert holds()
-
-
-def test_the_claim_fails_when_the_magnitude_gets_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def detached(x: Tensor, w: Tensor, bias: Any, a: Tensor, b: Tensor, scale: float, gain: Tensor) -> Tensor:
-        return magnitude_linear(x, w, bias, a, b, scale, gain.detach())
-
-    monkeypatch.setattr("adapterlab.methods.low_rank.dora.magnitude_linear", detached)
-    assert not holds()
 
 
 def effective(site: Any, layer: Any) -> Tensor:
@@ -92,7 +87,7 @@ def test_gradients_treat_the_norm_as_a_constant(tiny: Any, randomise: Any) -> No
     weight = site.weight() + layer.scale * layer.B @ layer.A
     written = F.linear(x, (layer.m / weight.detach().norm(dim=1))[:, None] * weight, site.bias)
     expected = torch.autograd.grad(written.square().sum(), inputs)
-    found = torch.autograd.grad(site.module(x).square().sum(), inputs)
+    found = torch.autograd.grad(site.module(x).square().sum(), inputs, allow_unused=True, materialize_grads=True)
     for ours, theirs in zip(found, expected, strict=True):
         assert ((ours - theirs).abs() <= 1e-4 * theirs.abs().max()).all()
 
@@ -206,3 +201,54 @@ def test_a_packed_base_starts_equal_and_merges(randomise: Any) -> None:
 def test_a_bias_of_b_is_refused() -> None:
     with pytest.raises(ConfigError, match="lora_bias"):
         al.DoRA(lora_bias=True)
+
+
+LAYER, MERGED, NORMS, LINEAR = al.DoRA.Layer, al.DoRA.Layer.merged, dora.row_norms, magnitude_linear
+
+
+def _norms(change: Any) -> Mutation:
+    """Other norms, made of W, A, B and s."""
+    return (dora, "row_norms", lambda w, a, b, s, squares=None: change(w, a, b, s))
+
+
+def _linear(change: Any) -> Mutation:
+    """Another product, made of x, W, the bias, s B A and the gain."""
+    return (dora, "magnitude_linear", lambda x, w, bias, a, b, s, gain, *again: change(x, w, bias, s * b @ a, gain))
+
+
+def _bias(bias: Any) -> Any:
+    return 0 if bias is None else bias
+
+
+def _kept(self: Any, name: str, compute: Any, *tensors: Tensor) -> Tensor:
+    return self._kept.setdefault(name, (0, compute()))[1]
+
+
+BROKEN: dict[str, Mutation] = {
+    "m gets no gradient": _linear(lambda x, w, bias, d, g: F.linear(x, g.detach()[:, None] * (w + d), bias)),
+    "the gain on the update alone": _linear(lambda x, w, bias, d, g: F.linear(x, w + g[:, None] * d, bias)),
+    "the gain on the base alone": _linear(lambda x, w, bias, d, g: F.linear(x, g[:, None] * w + d, bias)),
+    "the gain on the bias too": _linear(lambda x, w, bias, d, g: g * F.linear(x, w + d, bias)),
+    "the bias lost": _linear(lambda x, w, bias, d, g: F.linear(x, g[:, None] * (w + d))),
+    "norms of W alone": _norms(lambda w, a, b, s: w.norm(dim=1)),
+    "s left out of the norms": _norms(lambda w, a, b, s: NORMS(w, a, b, 1.0)),
+    "no cross term in the norms": _norms(lambda w, a, b, s: (w.norm(dim=1) ** 2 + (s * b @ a).norm(dim=1) ** 2).sqrt()),
+    "one norm for all rows": _norms(lambda w, a, b, s: NORMS(w, a, b, s).mean().expand(len(w))),
+    "squared norms": _norms(lambda w, a, b, s: NORMS(w, a, b, s) ** 2),
+    "a gradient through the norms": _norms(lambda w, a, b, s: (w + s * b @ a).norm(dim=1)),
+    "m starts at one": begun(LAYER, lambda layer, method: layer.m.fill_(1)),
+    "norms kept for ever": (LAYER, "_once", _kept),
+    "merged without the gain": (LAYER, "merged", lambda self, w, bias: (w + self.delta(), bias)),
+    "the gain merged into the bias": (
+        LAYER, "merged", lambda self, w, b: (MERGED(self, w, b)[0], None if b is None else b * self.m / self.norms())
+    ),
+}  # fmt: skip
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    functools.partial(test_the_formula_in_float64, "qwen2", "all-linear"),
+    test_gradients_treat_the_norm_as_a_constant,
+    functools.partial(test_start_and_count, "llama"),
+    test_kept_norms_follow_every_change,
+    test_adapters_on_one_module_merge_from_the_inside_out,
+    test_row_norms_are_learned_at_rank_one,
+    lines=BROKEN,
+)

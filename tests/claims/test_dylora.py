@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
@@ -69,11 +71,6 @@ def test_every_prefix_of_ranks_is_good() -> None:
     assert holds()
 
 
-def test_the_claim_fails_when_all_ranks_train_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DyLoRA.Layer, "take", lambda self, b, alone: None)
-    assert not holds()
-
-
 @pytest.mark.parametrize(("scale", "ratio"), [("linear", 4 / 3), ("sqrt", (4 / 3) ** 0.5)])
 def test_training_and_evaluation_use_the_first_ranks_with_their_scale(scale: Any, ratio: float, randomise: Any) -> None:
     model, x, _ = teacher()
@@ -121,6 +118,9 @@ def test_draws_follow_the_step_alone() -> None:
     assert found == [al.DyLoRA(r=8, r_min=3, draws="geometric", seed=4).draw(step) for step in range(400)]
     assert set(found) == set(range(3, 9))
     assert found.count(3) > 1.5 * found.count(8)
+    assert found != [al.DyLoRA(r=8, r_min=3, draws="geometric", seed=5).draw(step) for step in range(400)]
+    even = [al.DyLoRA(r=8, r_min=3).draw(step) for step in range(600)]
+    assert all(70 < even.count(rank) < 130 for rank in range(3, 9))
 
 
 def test_ranks_out_of_reach_are_refused(tiny: Any) -> None:
@@ -138,3 +138,45 @@ def test_start_and_count(tiny: Any, batch_for: Any, logits: Any) -> None:
     host = al.attach(model, al.DyLoRA(r=4))
     assert torch.equal(logits(model, batch), base)
     assert host.summary().trainable == sum(4 * sum(a.site.shape) for a in host.adapters("default").values())
+
+
+LAYER, TAKE, DRAW = DyLoRA.Layer, DyLoRA.Layer.take, DyLoRA.draw
+
+
+def _taken(change: Any) -> Mutation:
+    def take(self: Any, b: int, alone: bool) -> None:
+        TAKE(self, b, alone)
+        change(self, b)
+
+    return (LAYER, "take", take)
+
+
+BROKEN: dict[str, Mutation] = {
+    "all ranks train always": (LAYER, "take", lambda self, b, alone: None),
+    "all ranks are used": _taken(lambda layer, b: layer.drawn.fill_(1)),
+    "the last ranks are used": _taken(lambda layer, b: layer.drawn.copy_(layer.drawn.flip(0))),
+    "the rank alone is used": _taken(lambda layer, b: layer.drawn[: b - 1].zero_()),
+    "trained beyond the rank": _taken(lambda layer, b: layer.trained.fill_(1)),
+    "the first ranks train where one should": (LAYER, "take", lambda self, b, alone: TAKE(self, b, False)),
+    "one scale for all ranks": (LAYER, "weight_of", lambda self, b: 1.0),
+    "the scale of the root": (LAYER, "weight_of", lambda self, b: (len(self.A) / b) ** 0.5),
+    "gradients left as they are": (DyLoRA, "after_backward", lambda self, host, name, step: None),
+    "what did not train moves": (DyLoRA, "after_step", lambda self, *_: None),
+    "the smallest rank ignored": (DyLoRA, "draw", lambda self, step: DRAW(self.replace(r_min=1), step)),
+    "the seed ignored": (DyLoRA, "draw", lambda self, step: DRAW(self.replace(seed=0), step)),
+    "always uniform": (DyLoRA, "draw", lambda self, step: DRAW(self.replace(draws="uniform"), step)),
+    "always geometric": (DyLoRA, "draw", lambda self, step: DRAW(self.replace(draws="geometric"), step)),
+}
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    functools.partial(test_training_and_evaluation_use_the_first_ranks_with_their_scale, "linear", 4 / 3),
+    functools.partial(test_what_a_step_trains, "prefix", True),
+    functools.partial(test_what_a_step_trains, "row", True),
+    functools.partial(test_what_a_step_trains, "row", False),
+    test_draws_follow_the_step_alone,
+    lines=BROKEN,
+)
+
+
+def test_prefixes_are_bad_when_all_ranks_train_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*BROKEN["all ranks train always"])
+    assert not holds()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError, DataError
-from adapterlab.methods.low_rank import eva
-from adapterlab.methods.low_rank.eva import Components
+from adapterlab.methods.low_rank import _shown_data
+from adapterlab.methods.low_rank._starts import Start
+from adapterlab.methods.low_rank.eva import Components, EVAStart
 
 
 class Net(nn.Module):
@@ -58,17 +64,6 @@ def test_more_of_the_inputs_is_caught() -> None:
     assert holds()
 
 
-def test_the_claim_fails_on_the_weakest_components(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Components.of
-
-    def weakest(before: Any, x: Tensor, k: int) -> Components:
-        found = whole(None, x, 48)
-        return Components(found.axes[-k:], found.strengths[-k:], found.mean, found.count, found.total)
-
-    monkeypatch.setattr(eva.Components, "of", weakest)
-    assert not holds()
-
-
 def test_components_batch_by_batch_are_those_of_all_rows() -> None:
     rows = [batch["x"].double() for batch in data()]
     found = None
@@ -78,6 +73,7 @@ def test_components_batch_by_batch_are_those_of_all_rows() -> None:
     x = torch.cat(rows)
     centred = x - x.mean(0)
     _, s, vh = torch.linalg.svd(centred, full_matrices=False)
+    assert found.strengths.shape == s.shape
     assert torch.allclose(found.strengths, s, atol=1e-8)
     assert torch.allclose((found.axes[:5] @ vh[:5].T).abs(), torch.eye(5, dtype=torch.double), atol=1e-6)
     assert float(found.shares.sum()) == pytest.approx(1)
@@ -138,3 +134,83 @@ def test_an_embedding_is_refused_and_no_data_is_noticed(tiny: Any) -> None:
     host = al.attach(tiny("llama"), al.EVA(r=2))
     with pytest.raises(DataError, match="prepare"):
         host.methods["default"].prepare(host, "default", [])
+
+
+class Two(nn.Module):
+    """Two layers whose inputs have variances of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steep, self.flat = nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Any:
+        return SimpleNamespace(loss=(self.steep(x[:, :16]) + self.flat(x[:, 16:]) - labels).square().mean())
+
+
+def test_ranks_go_where_they_explain_most() -> None:
+    """Not to the largest variances, which are those of the layer whose inputs vary alike in all directions."""
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(400, 32, generator=draw) * torch.cat([0.1 * 0.8 ** torch.arange(16), torch.linspace(11, 10, 16)])
+    host = al.attach(Two(), al.EVA(r=3, targets=["steep", "flat"]))
+    host.methods["default"].prepare(host, "default", [{"x": x, "labels": torch.randn(400, 8, generator=draw)}])
+    axes, pool = {}, []
+    for path, part in (("steep", x[:, :16]), ("flat", x[:, 16:])):
+        values, vectors = torch.linalg.eigh(torch.cov(part.double().T))
+        axes[path] = vectors.flip(1).T
+        pool += [(float(value / values.sum()), path) for value in values.flip(0)[:6]]
+    winners = [path for _, path in sorted(pool)[-6:]]
+    assert 1 <= winners.count("flat") < 3
+    for path, layer in host.adapters("default").items():
+        assert len(layer.A) == layer.B.shape[1] == winners.count(path)
+        overlap = (layer.A.double() @ axes[path][: len(layer.A)].T).abs()
+        assert torch.allclose(overlap, torch.eye(len(layer.A)).double(), atol=1e-4)
+
+
+def test_dropout_is_off_while_it_looks() -> None:
+    found = []
+    for training in (True, False):
+        torch.manual_seed(0)
+        model = Net()
+        model.layer = nn.Sequential(nn.Dropout(0.5), nn.Linear(48, 24))
+        host = al.attach(model.train(training), al.EVA(r=4, targets=["layer.1"]))
+        host.methods["default"].prepare(host, "default", data())
+        found.append(host.adapters("default")["layer.1"].A)
+        assert model.layer[0].training == training
+    assert torch.equal(*found)
+
+
+OF, SHARES, START = Components.of, Components.shares.fget, EVAStart._start  # type: ignore[attr-defined]
+
+
+def _weakest(before: Any, x: Tensor, k: int) -> Components:
+    found = OF(None, x, x.shape[1])
+    return replace(found, axes=found.axes[-k:], strengths=found.strengths[-k:])
+
+
+def _no_shift(before: Any, x: Tensor, k: int) -> Components:
+    return OF(before and replace(before, mean=x.mean(0)), x, k)
+
+
+def _not_zero(self: Any, *args: Any) -> Start | None:
+    start = START(self, *args)
+    return start and replace(start, B=start.B + 1)
+
+
+BROKEN: dict[str, Mutation] = {
+    "the weakest components": (Components, "of", _weakest),
+    "the last batch alone": (Components, "of", lambda before, x, k: OF(None, x, k)),
+    "not centred": (Components, "of", lambda before, x, k: OF(before, torch.cat([x, -x]), k)),
+    "the shift of the mean left out": (Components, "of", _no_shift),
+    "ranks to the smallest shares": (Components, "shares", property(lambda self: -SHARES(self))),
+    "ranks to the largest variances": (Components, "shares", property(lambda self: self.strengths.square())),
+    "ranks by strength, not variance": (Components, "shares", property(lambda self: SHARES(self).sqrt())),
+    "ranks left as they are": (EVAStart, "_ranks", lambda self, places, seen: {p: places[p].r for p in seen}),
+    "B not zero": (EVAStart, "_start", _not_zero),
+    "dropout on while it looks": (_shown_data, "evaluating", lambda model: torch.no_grad()),
+}
+CLAIMS: list[Callable[..., None]] = [
+    test_more_of_the_inputs_is_caught, test_components_batch_by_batch_are_those_of_all_rows,
+    test_ranks_go_where_they_explain_most, test_dropout_is_off_while_it_looks,
+    functools.partial(test_ranks_are_shared_out_and_come_back, "llama"),
+]  # fmt: skip
+test_the_claims_fail_when_a_line_is_broken = fails_without(*CLAIMS, lines=BROKEN)

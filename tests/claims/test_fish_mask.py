@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError, ConfigError, DataError, NotTrainingError, TrainingError
 from adapterlab.methods.in_place import _chosen_parameters as _select
+from adapterlab.methods.in_place.fish_mask import FishMask
 from adapterlab.optim import adamw
 
 DENSITY = 0.005
@@ -56,20 +60,6 @@ def _chosen(host: Any) -> dict[str, Tensor]:
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_claim(seed: int, tiny: Any, batch_for: Any) -> None:
     assert claim(*measure(tiny, batch_for, seed))
-
-
-def test_the_lowest_scores_fail_the_claim(tiny: Any, batch_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Right tensors with other entries in them still pass the claim at this size; brute force below rejects those."""
-    plain = _select.top
-
-    def top(paths: Any, score: Any, k: int) -> Any:
-        return plain(paths, lambda path: 1 / (1e-12 + score(path).flatten()), k)
-
-    random = measure(tiny, batch_for, 1)[1]
-    monkeypatch.setattr(_select, "top", top)
-    model = tiny("llama")
-    batch = batch_for(model, rows=8, seed=1)
-    assert not claim(_train(_prepared(model, batch, density=DENSITY), batch, 25), random)
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "bert-classes"])
@@ -245,3 +235,74 @@ def test_packed_weights_are_refused(tiny: Any) -> None:
     with pytest.raises(AttachError, match=r"up_proj.weight is stored packed .*exclude"):
         al.attach(model, al.FishMask())
     al.attach(model, al.FishMask(exclude=("all-linear",), selection="magnitude"))
+
+
+@pytest.mark.parametrize("target", ["label", "expect"])
+def test_dropout_is_off_while_it_scores(target: str, tiny: Any, batch_for: Any) -> None:
+    found = []
+    for training in (True, False):
+        model = tiny("bert-classes")
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.5
+        model.train(training)
+        model.bert.embeddings.eval()  # as someone may have left a frozen part
+        found.append(_chosen(_prepared(model, batch_for(model), density=0.01, target=target)))
+        assert model.training == model.classifier.training == training
+        assert not model.bert.embeddings.training
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(index, found[1][path]) for path, index in found[0].items())
+
+
+TOP, ACCUMULATE = _select.top, _select.accumulate
+
+
+def _lowest(paths: Any, score: Any, k: int) -> Any:
+    return TOP(paths, lambda path: 1 / (1e-12 + score(path).flatten()), k)
+
+
+def _other_entries(paths: Any, score: Any, k: int) -> Any:
+    """As many of the right tensors."""
+    return TOP(paths, lambda path: score(path).flatten().flip(0), k)
+
+
+def _each_alone(paths: Any, score: Any, k: int) -> Any:
+    sizes = {path: score(path).numel() for path in paths}
+    found = [TOP([path], score, max(1, k * size // sum(sizes.values()))) for path, size in sizes.items()]
+    return {path: index for part in found for path, index in part.items()}
+
+
+def _squared_late(*args: Any, **options: Any) -> Any:
+    host, parameters, batches, _ = args
+    return {path: s.square() for path, s in ACCUMULATE(host, parameters, batches, lambda g: g, **options).items()}
+
+
+def _weighed(*args: Any, **options: Any) -> Any:
+    return {path: s * args[1][path].detach() ** 2 for path, s in ACCUMULATE(*args, **options).items()}
+
+
+BROKEN: dict[str, Mutation] = {
+    "the lowest scores": (_select, "top", _lowest),
+    "other entries of the right tensors": (_select, "top", _other_entries),
+    "a share for each tensor": (_select, "top", _each_alone),
+    "squared after the sum": (_select, "accumulate", _squared_late),
+    "absolute values": (_select, "accumulate", lambda h, p, b, _, **options: ACCUMULATE(h, p, b, torch.abs, **options)),
+    "weighed by the entry": (_select, "accumulate", _weighed),
+    "batches in place of samples": (_select, "rows", lambda batches, count: iter(batches)),
+    "the first sample alone": (_select, "rows", lambda batches, count: [{k: v[:1] for k, v in batches[0].items()}]),
+    "dropout on while it scores": (_select, "dropout_off", contextlib.nullcontext),
+    "fewer entries": (FishMask, "budgets", lambda self, host, parameters: [(list(parameters), 5)]),
+}  # fmt: skip
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    functools.partial(test_the_choice_equals_brute_force, "bert-classes"),
+    functools.partial(test_dropout_is_off_while_it_scores, "label"),
+    lines=BROKEN,
+)
+
+
+def test_the_lowest_scores_train_worse(tiny: Any, batch_for: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = measure(tiny, batch_for, 1)[1]
+    monkeypatch.setattr(*BROKEN["the lowest scores"])
+    model = tiny("llama")
+    batch = batch_for(model, rows=8, seed=1)
+    assert not claim(_train(_prepared(model, batch, density=DENSITY), batch, 25), random)

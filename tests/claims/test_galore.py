@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, fails_without
 from torch import Tensor
 
 import adapterlab as al
 from adapterlab.errors import AttachError
 from adapterlab.optim import adamw, master
-from adapterlab.optim.transforms import Project
+from adapterlab.optim.transforms import Adam, Project, WeightDecay
 
 R, GAP = 4, 5
 MAKE = functools.partial(adamw, lr=3e-3)
@@ -189,3 +190,57 @@ def test_packed_weights_are_refused(tiny: Any) -> None:
     with pytest.raises(AttachError, match=r"up_proj.weight is stored packed .*without quantization"):
         al.attach(model, al.GaLore())
     assert al.host(model) is None
+
+
+def test_moments_go_on_in_the_next_subspace_and_the_scale_is_that_of_updates_alone() -> None:
+    """Five steps, a subspace for every two: W ← W − lr (scale · P M/(√V + eps) · √bc2/bc1 + wd · W)."""
+    draw = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 12, bias=False))
+    weight = model[0].weight
+    w, mean, square = weight.detach().double(), 0.0, 0.0
+    host = al.attach(model, al.GaLore(targets=["0"], r=4, scale=0.5, update_proj_gap=2, eps=1e-6))
+    make = functools.partial(adamw, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95))
+    optimizer = host.methods["default"].optimizer(host, "default", make)
+    for t in range(1, 6):
+        g = torch.randn(12, 24, generator=draw) + torch.eye(12, 24)
+        weight.grad = g
+        optimizer.step()
+        if t % 2:
+            p = torch.linalg.svd(g, full_matrices=False).U[:, :4].double()
+        low = p.T @ g.double()
+        mean, square = 0.8 * mean + 0.2 * low, 0.95 * square + 0.05 * low**2
+        step = (1 - 0.95**t) ** 0.5 / (1 - 0.8**t) * mean / (square.sqrt() + 1e-6)
+        w = w - 0.01 * (0.5 * p @ step + 0.1 * w)
+        assert torch.allclose(weight.detach().double(), w, atol=1e-5)
+
+
+MAKE_PROJECT, STEP, BASIS, DECAY = Project.__init__, Adam.update, Project.basis, WeightDecay.update
+
+
+def _unscaled(self: Project, r: int, every: int, scale: float = 1.0, side: Any = "std") -> None:
+    MAKE_PROJECT(self, r, every, 1.0, side)
+
+
+def _forgetful(self: Adam, g: Tensor, state: Any, p: Tensor) -> Any:
+    if g.shape[0] == 4 and state["step"] % 2 == 0:
+        state.update(self.init(g))
+    return STEP(self, g, state, p)
+
+
+def _late(self: Adam, *args: Any, **options: Any) -> None:
+    self.betas, self.eps, self.early = args[0], 0.1, False
+
+
+MORE: dict[str, Mutation] = {
+    "the scale ignored": (Project, "__init__", _unscaled),
+    "moments reset with each subspace": (Adam, "update", _forgetful),
+    "no bias correction": (Adam, "update", lambda self, g, state, p: STEP(self, g, {**state, "step": 10**6}, p)),
+    "a random subspace": (Project, "basis", lambda self, g: BASIS(self, torch.randn_like(g))),
+    "the decay scaled": (WeightDecay, "update", lambda self, g, s, p: (g, lambda u: u + 0.5 * self.decay * p)),
+    "no decay": (WeightDecay, "update", lambda self, g, state, p: (g, None)),
+    "another eps": (Adam, "__init__", _late),
+}
+test_it_fails_when_a_line_is_broken = fails_without(
+    test_moments_go_on_in_the_next_subspace_and_the_scale_is_that_of_updates_alone, lines=MORE
+)

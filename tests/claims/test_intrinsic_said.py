@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, fails_without
 from scipy.linalg import hadamard
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 import adapterlab as al
 from adapterlab.errors import AttachError
 from adapterlab.methods.structured import intrinsic_said
-from adapterlab.methods.structured.intrinsic_said import IntrinsicSAID
+from adapterlab.methods.structured.intrinsic_said import Fastfood, IntrinsicSAID
 
 
 class Net(nn.Module):
@@ -68,12 +70,6 @@ def test_claim() -> None:
     assert holds()
 
 
-def test_claim_fails_when_every_tensor_sees_one_number_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = intrinsic_said.Fastfood.forward
-    monkeypatch.setattr(intrinsic_said.Fastfood, "forward", lambda self, v: plain(self, torch.cat([v[:1], 0 * v[1:]])))
-    assert not holds()
-
-
 def norm_ratio(size: int) -> float:
     """‖P(v)‖ / ‖v‖ for a random v of 200."""
     site = al.attach(nn.Sequential(nn.Linear(2, 2)), al.LoRA(r=1, targets=["0"])).adapters("default")["0"].site
@@ -110,38 +106,55 @@ def test_the_projection_is_the_product_of_its_five_matrices(size: int) -> None:
 
 
 def gradient_error(host: Any, model: nn.Module) -> float:
-    """Largest relative difference between the gradient of v and central differences."""
-    v = host.shared("default")["vector"].v
+    """Largest relative difference between the gradients of v and of all λ and central differences."""
+    trained = host.parameters("default")
     x = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def loss() -> Tensor:
         return model(x).sin().sum()
 
-    (found,) = torch.autograd.grad(loss(), v)
-    differences = torch.zeros_like(v)
-    with torch.no_grad():
-        for i in range(len(v)):
-            for sign in (1, -1):
-                v[i] += sign * 1e-5
-                differences[i] += sign * loss() / 2e-5
-                v[i] -= sign * 1e-5
-    return float((found - differences).abs().max() / differences.abs().max())
+    grads = torch.autograd.grad(loss(), trained, allow_unused=True, materialize_grads=True)
+    errors = []
+    for p, found in zip(trained, grads, strict=True):
+        differences = torch.zeros_like(p)
+        with torch.no_grad():
+            for i in range(len(p)):
+                for sign in (1, -1):
+                    p[i] += sign * 1e-5
+                    differences[i] += sign * loss() / 2e-5
+                    p[i] -= sign * 1e-5
+        errors.append(float((found - differences).abs().max() / differences.abs().max()))
+    return max(errors)
 
 
-def test_the_gradient_is_the_true_one(randomise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backward pass scaled by 1/L, as some implementations have it, is caught."""
+def test_the_gradient_is_the_true_one(randomise: Any) -> None:
     model = Net(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     host = al.attach(model, IntrinsicSAID(d=12, targets=["body.0", "body.2"]))
     randomise(host)
     assert gradient_error(host, model) < 1e-6
-    plain = intrinsic_said.walsh_hadamard
 
-    def scaled(x: Tensor) -> Tensor:
-        small = plain(x / len(x) ** 0.5)
-        return small + (plain(x) - small).detach()
 
-    monkeypatch.setattr(intrinsic_said, "walsh_hadamard", scaled)
-    assert gradient_error(host, model) > 0.1
+@pytest.mark.parametrize("aware", [True, False])
+def test_each_tensor_has_its_own_projection_and_scale(aware: bool, randomise: Any) -> None:
+    """W + λ P(v) and b + λ' P'(v), with λ = 1 at the start, and for good without `structure_aware`."""
+    torch.manual_seed(0)
+    model = Net(nn.Linear(8, 8), nn.Linear(8, 8)).double()
+    host = al.attach(model, IntrinsicSAID(d=20, structure_aware=aware, targets=["body.0", "body.1"]))
+    v, layers = host.shared("default")["vector"].v, host.adapters("default")
+    scales = [p for key, p in host.named_parameters("default").items() if p is not v]
+    assert (len(v), len(scales)) == ((16, 4) if aware else (20, 0))
+    assert all(torch.equal(scale, torch.ones_like(scale)) for scale in scales)
+    randomise(host)
+    x = torch.randn(5, 8, dtype=torch.float64)
+    expected, seen = x, []
+    for path, layer in layers.items():
+        parts = [layer.weight_map(v), layer.bias_map(v)]
+        seen.append(parts[0])
+        factors = [layer.weight_scale, layer.bias_scale] if aware else [1.0, 1.0]
+        weight = model.get_submodule(path).weight + factors[0] * parts[0].view(8, 8)
+        expected = expected @ weight.T + model.get_submodule(path).bias + factors[1] * parts[1]
+    assert torch.allclose(model(x), expected)
+    assert (seen[0] - seen[1]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classes", "t5"])
@@ -195,3 +208,40 @@ def test_a_tied_weight_has_one_projection(tiny: Any, randomise: Any) -> None:
 def test_too_few_values_for_the_scales_are_refused(tiny: Any) -> None:
     with pytest.raises(AttachError, match=r"d = 4 leaves nothing.*4 weights.*Choose d > 4.*structure_aware=False"):
         al.attach(tiny("llama"), IntrinsicSAID(d=4, targets=["q", "v"]))
+
+
+PLAIN, FORWARD, TRANSFORM = Fastfood.forward, IntrinsicSAID.Layer.forward, intrinsic_said.walsh_hadamard
+
+
+def _scaled_backward(x: Tensor) -> Tensor:
+    """A backward pass scaled by 1/L, as some implementations have it."""
+    small = TRANSFORM(x / len(x) ** 0.5)
+    return small + (TRANSFORM(x) - small).detach()
+
+
+def _project(change: Any) -> Mutation:
+    v: Any = lambda self: self.vector.v  # noqa: E731
+    return (IntrinsicSAID.Layer, "project", lambda self, projection, scale: change(projection, v(self), scale))
+
+
+BROKEN: dict[str, Mutation] = {
+    "one number for each tensor": (Fastfood, "forward", lambda self, v: PLAIN(self, torch.cat([v[:1], 0 * v[1:]]))),
+    "the gradient scaled": (intrinsic_said, "walsh_hadamard", _scaled_backward),
+    "no transform": (intrinsic_said, "walsh_hadamard", lambda x: x),
+    "lambda dead": _project(lambda projection, v, scale: projection(v)),
+    "lambda does not train": _project(
+        lambda projection, v, scale: projection(v if scale is None else scale.detach() * v)
+    ),
+    "lambda squared": _project(lambda projection, v, scale: projection(v if scale is None else scale**2 * v)),
+    "lambda added": _project(lambda projection, v, scale: projection(v if scale is None else scale - 1 + v)),
+    "one projection for all": (intrinsic_said, "_seed", lambda seed, path: seed),
+    "no update of biases": (IntrinsicSAID.Layer, "shift", lambda self: None),
+    "lambda starts at zero": (intrinsic_said, "_one", lambda site: nn.Parameter(torch.zeros_like(site.parameter(1)))),
+}
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    functools.partial(test_each_tensor_has_its_own_projection_and_scale, True),
+    functools.partial(test_the_projection_is_the_product_of_its_five_matrices, 12),
+    test_the_gradient_is_the_true_one,
+    test_claim,
+    lines=BROKEN,
+)

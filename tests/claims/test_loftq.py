@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.methods.low_rank import loftq
 from adapterlab.methods.low_rank._normal_float import codes, quantized
+from adapterlab.methods.low_rank.loftq import LoftQStart
 
 
 def measure(iterations: int, bits: int = 2) -> float:
@@ -41,17 +44,6 @@ def holds() -> bool:
 
 def test_the_start_is_nearer_to_the_base() -> None:
     assert holds()
-
-
-def test_the_claim_fails_when_the_scale_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = loftq.balanced
-    monkeypatch.setattr(loftq, "balanced", lambda u, s, vh, scale: whole(u, s, vh, 1.0))
-    assert not holds()
-
-
-def test_the_claim_fails_when_the_base_is_not_fitted_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(al.LoftQ.Layer, "residual", lambda self, stored: quantized(stored, 2, 64))
-    assert not holds()
 
 
 def test_more_iterations_never_hurt() -> None:
@@ -94,3 +86,41 @@ def test_saved_and_loaded_it_is_the_same(tiny: Any, batch_for: Any, logits: Any,
     host.restore()
     with host.using():
         assert torch.equal(logits(model, batch), base)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_it_is_the_written_alternation(iterations: int) -> None:
+    """Q = quant(W − s B A), then s · B A = the best approximation of W − Q, from B A = 0; the best of them is kept."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 64, bias=False))
+    weight, low, tried = model[0].weight.detach().clone(), torch.zeros(64, 48), []
+    for _ in range(iterations):
+        base = quantized(weight - low, 2, 64)
+        u, s, vh = torch.linalg.svd(weight - base, full_matrices=False)
+        low = u[:, :4] * s[:4] @ vh[:4]
+        tried.append((float((weight - base - low).norm()), base, low, s))
+    _, base, low, s = min(tried, key=lambda one: one[0])
+    init = {"name": "loftq", "bits": 2, "iterations": iterations}
+    host = al.attach(model, al.LoftQ(r=4, alpha=12, targets=["0"], init=init))
+    layer: Any = host.adapters("default")["0"]
+    assert torch.allclose(model[0].weight, base, atol=1e-5)
+    assert torch.allclose(layer.delta(), low, atol=1e-4)
+    assert torch.allclose(layer.A.norm(dim=1), (s[:4] / 3).sqrt(), atol=1e-4)
+
+
+WHOLE, QUANTIZED = loftq.balanced, loftq.quantized
+BROKEN: dict[str, Mutation] = {
+    "the scale forgotten": (loftq, "balanced", lambda u, s, vh, scale: WHOLE(u, s, vh, 1.0)),
+    "singular values in B alone": (loftq, "balanced", lambda u, s, vh, scale: (vh, u * s / scale)),
+    "the base not fitted again": (al.LoftQ.Layer, "residual", lambda self, stored: quantized(stored, 2, 64)),
+    "the base not quantized": (LoftQStart, "base", lambda self, weight: weight),
+    "other bits": (loftq, "quantized", lambda w, bits, block: QUANTIZED(w, 3, block)),
+    "other blocks": (loftq, "quantized", lambda w, bits, block: QUANTIZED(w, bits, 2 * block)),
+    "blocks along columns": (loftq, "quantized", lambda w, bits, block: QUANTIZED(w.T.contiguous(), bits, block).T),
+}
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    test_the_start_is_nearer_to_the_base,
+    functools.partial(test_it_is_the_written_alternation, 1),
+    functools.partial(test_it_is_the_written_alternation, 3),
+    lines=BROKEN,
+)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, fails_without
 from torch import nn
 
 import adapterlab as al
@@ -56,15 +57,6 @@ def test_at_one_rate_they_do_not() -> None:
     assert not holds(lambda width: al.LoRA(r=4, targets=["0"]))
 
 
-def test_the_claim_fails_when_the_rates_are_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
-    def swapped(self: Any, host: Any, name: str, make: Any) -> Any:
-        layer = host.adapters(name)["0"]
-        return make([{"params": [layer.A], "lr_factor": self.ratio}, {"params": [layer.B]}])
-
-    monkeypatch.setattr(al.LoRAPlus, "optimizer", swapped)
-    assert not holds(plus)
-
-
 def test_every_tensor_is_in_its_group(tiny: Any) -> None:
     method = al.LoRAPlus(r=2, targets=["embed", "q"], ratio=20, bias="lora_only", lora_bias=True,
                          modules_to_save=["lm_head"])  # fmt: skip
@@ -89,3 +81,32 @@ def test_the_schedule_scales_every_rate(tiny: Any) -> None:
     made = optimizer(host, 1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: 0.5)
     assert sorted(schedule.get_last_lr()) == pytest.approx([0.5e-3, 4e-3])
+
+
+OPTIMIZER = al.LoRAPlus.optimizer
+
+
+def _groups(change: Any) -> Mutation:
+    """The groups with the options that `change` makes of theirs."""
+
+    def optimizer(self: Any, host: Any, name: str, make: Any) -> Any:
+        return OPTIMIZER(self, host, name, lambda groups: make([{**g, **change(self, g)} for g in groups]))
+
+    return (al.LoRAPlus, "optimizer", optimizer)
+
+
+def _swapped(self: Any, group: Any) -> dict[str, float]:
+    slow = "lr" not in group and "lr_factor" not in group
+    return {"lr_factor": self.ratio if slow else 1.0}
+
+
+BROKEN: dict[str, Mutation] = {
+    "the rates swapped": _groups(_swapped),
+    "one rate for all": _groups(lambda self, group: {"lr_factor": 1.0}),
+    "the root of the ratio": _groups(lambda self, g: {"lr_factor": self.ratio**0.5} if "lr_factor" in g else {}),
+    "embeddings as fast as B": _groups(lambda self, g: {"lr": 1e-3 * self.ratio} if "lr" in g else {}),
+    "biases decay": _groups(lambda self, g: {"weight_decay": 0.1}),
+}
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    test_the_factors_keep_pace_at_every_width, test_every_tensor_is_in_its_group, lines=BROKEN
+)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
+from mutations import Mutation, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
-from adapterlab.methods.low_rank import milora
+from adapterlab.methods.low_rank._factors import Factors
 from adapterlab.methods.low_rank._starts import balanced
+from adapterlab.methods.low_rank.milora import MiLoRAStart
 
 WIDTH, TOP = 32, 6
 
@@ -52,15 +53,6 @@ def test_the_strongest_directions_are_kept() -> None:
     assert holds()
 
 
-def test_the_claim_fails_on_the_strongest_directions(monkeypatch: pytest.MonkeyPatch) -> None:
-    def strongest(self: Any, weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-        u, s, vh = torch.linalg.svd(weight)
-        return balanced(u[:, :r], s[:r], vh[:r], scale)
-
-    monkeypatch.setattr(milora.MiLoRAStart, "factors", strongest)
-    assert not holds()
-
-
 def test_the_last_of_the_shorter_side_are_taken(tiny: Any, batch_for: Any, logits: Any) -> None:
     model = tiny("gpt2")
     batch = batch_for(model)
@@ -71,4 +63,28 @@ def test_the_last_of_the_shorter_side_are_taken(tiny: Any, batch_for: Any, logit
     for path, layer in host.adapters("default").items():
         s = torch.linalg.svdvals(weights[f"{path}.weight"])
         assert torch.allclose(torch.linalg.svdvals(layer.delta())[:4], s[-4:], atol=1e-5)
+        for norms in (layer.A.norm(dim=1), layer.B.norm(dim=0)):
+            assert torch.allclose(norms, (s[-4:] / 2.5).sqrt(), atol=1e-3)
     assert host.summary().trainable == sum(4 * sum(a.site.shape) for a in host.adapters("default").values())
+
+
+def _factors(change: Any) -> Mutation:
+    """Factors made of another choice of the triplets, or shared out otherwise."""
+
+    def factors(self: Any, weight: Tensor, r: int, scale: float) -> Any:
+        return change(*torch.linalg.svd(weight, full_matrices=False), r, scale)
+
+    return (MiLoRAStart, "factors", factors)
+
+
+BROKEN: dict[str, Mutation] = {
+    "the strongest directions": _factors(lambda u, s, vh, r, scale: balanced(u[:, :r], s[:r], vh[:r], scale)),
+    "not the last ones": _factors(lambda u, s, v, r, c: balanced(u[:, -r - 1 : -1], s[-r - 1 : -1], v[-r - 1 : -1], c)),
+    "singular values in B alone": _factors(lambda u, s, vh, r, c: (vh[-r:], u[:, -r:] * s[-r:] / c)),
+    "not divided by the scale": _factors(lambda u, s, vh, r, scale: balanced(u[:, -r:], s[-r:], vh[-r:], 1.0)),
+    "LoRA's usual start": _factors(lambda u, s, vh, r, c: (vh[-r:], 0 * u[:, -r:])),
+    "the base keeps all": (Factors, "settle", lambda self, host, name: None),
+}
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    test_the_strongest_directions_are_kept, test_the_last_of_the_shorter_side_are_taken, lines=BROKEN
+)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError
-from adapterlab.methods.low_rank import pissa
+from adapterlab.methods.low_rank._factors import Factors
 from adapterlab.methods.low_rank._normal_float import quantized
 from adapterlab.methods.low_rank._starts import balanced
+from adapterlab.methods.low_rank.pissa import PiSSAStart
 
 WIDTH = 96
 
@@ -43,20 +46,6 @@ def holds() -> bool:
 
 def test_what_is_left_of_the_weight_is_quantized_with_less_error() -> None:
     assert holds()
-
-
-def test_the_claim_fails_on_the_weakest_directions(monkeypatch: pytest.MonkeyPatch) -> None:
-    def weakest(self: Any, weight: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-        u, s, vh = torch.linalg.svd(weight)
-        return balanced(u[:, -r:], s[-r:], vh[-r:], scale)
-
-    monkeypatch.setattr(pissa.PiSSAStart, "factors", weakest)
-    assert not holds()
-
-
-def test_the_claim_fails_when_the_base_keeps_what_the_factors_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(al.PiSSA.Layer, "settle", lambda self, host, name: None)
-    assert not holds()
 
 
 def test_the_fast_decomposition_is_nearly_as_good() -> None:
@@ -92,6 +81,7 @@ def test_the_factors_are_the_singular_triplets() -> None:
     s = torch.linalg.svdvals(weight)
     assert torch.allclose(torch.linalg.svdvals(layer.delta().double())[:3], s[:3], atol=1e-5)
     assert torch.allclose(layer.A.double().norm(dim=1), (s[:3] / 4).sqrt(), atol=1e-5)
+    assert torch.allclose(layer.B.double().norm(dim=0), (s[:3] / 4).sqrt(), atol=1e-5)
     assert torch.allclose(torch.linalg.svdvals(model[0].weight.double())[:6], s[3:], atol=1e-5)
 
 
@@ -115,3 +105,31 @@ def test_two_adapters_cannot_replace_one_weight_at_once(tiny: Any, batch_for: An
     host.restore("plain")
     with pytest.raises(AttachError, match="rank_pattern"):
         host.attach(al.PiSSA(r=33, targets=["v"]), "large")
+
+
+def _factors(change: Any) -> Mutation:
+    """Factors made of another choice of the triplets, or shared out otherwise."""
+
+    def factors(self: Any, weight: Tensor, r: int, scale: float) -> Any:
+        return change(*torch.linalg.svd(weight, full_matrices=False), r, scale)
+
+    return (PiSSAStart, "factors", factors)
+
+
+BROKEN: dict[str, Mutation] = {
+    "the weakest directions": _factors(lambda u, s, vh, r, scale: balanced(u[:, -r:], s[-r:], vh[-r:], scale)),
+    "the second directions": _factors(lambda u, s, v, r, c: balanced(u[:, 1 : r + 1], s[1 : r + 1], v[1 : r + 1], c)),
+    "all singular values one": _factors(lambda u, s, v, r, c: balanced(u[:, :r], torch.ones(r), v[:r], c)),
+    "singular values in B alone": _factors(lambda u, s, vh, r, c: (vh[:r], u[:, :r] * s[:r] / c)),
+    "not divided by the scale": _factors(lambda u, s, vh, r, scale: balanced(u[:, :r], s[:r], vh[:r], 1.0)),
+    "the base keeps all": (Factors, "settle", lambda self, host, name: None),
+    "the base gives up B A without s": (
+        Factors, "residual", lambda self, stored: stored - self.site.stored(self.B0 @ self.A0)
+    ),
+}  # fmt: skip
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    test_what_is_left_of_the_weight_is_quantized_with_less_error,
+    test_the_factors_are_the_singular_triplets,
+    functools.partial(test_the_start_is_the_base_and_the_original_comes_back, "gpt2", "pissa"),
+    lines=BROKEN,
+)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
@@ -44,14 +46,6 @@ def measure() -> tuple[int, int]:
 def test_the_update_has_full_rank() -> None:
     assert measure() == (D, 8 * (8 + D))
     assert 8 * (8 + D) < 8 * 2 * D  # LoRA of rank 8
-
-
-def test_the_claim_fails_when_all_products_share_a_basis(monkeypatch: pytest.MonkeyPatch) -> None:
-    def collapsed(a: Tensor, lam: Tensor, gamma: Tensor) -> Tensor:
-        return (lam[:, :, None] * a * gamma[:1]).flatten(0, 1)
-
-    monkeypatch.setattr(randlora, "_scaled", collapsed)
-    assert measure()[0] < D
 
 
 def loss_of(method: Any, steps: int = 150) -> float:
@@ -122,3 +116,73 @@ def test_sparse_bases_have_three_values(fields: dict[str, Any]) -> None:
     for base in (a, b):
         assert len(base.unique()) == 3
         assert abs(float((base != 0).float().mean()) - share) < 0.05
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (12, 7), (8, 8)])
+def test_the_update_is_the_written_sum(shape: tuple[int, int], randomise: Any) -> None:
+    """s Σ_kj β_kj ⊗ (λ_kj A_k ⊙ γ_j) with s = alpha / r, from λ = 0 and γ = 1 / max(n, lo)."""
+    out, in_ = shape
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.layer = nn.Linear(in_, out)
+    model.forward = model.layer.forward  # type: ignore[method-assign]
+    host = al.attach(model.double(), al.RandLoRA(r=3, alpha=7, targets=["layer"]))
+    layer: Any = host.adapters("default")["layer"]
+    low, high = sorted(shape)
+    n = -(-low // 3)
+    assert not layer.lam.any()
+    assert torch.equal(layer.gamma, torch.full((n, low), 1 / low, dtype=torch.float64))
+    assert (layer.bases.A.shape, layer.bases.B.shape) == ((3, 1, low), (high, n, 3))
+    randomise(host)
+    update, beta = torch.zeros(high, low, dtype=torch.float64), layer.bases.B.flatten(1)
+    for k in range(3):
+        for j in range(n):
+            row = layer.lam[k, j] * layer.bases.A[k, 0] * layer.gamma[j]
+            update += 7 / 3 * torch.outer(beta[:, k * n + j], row)
+    update = update if out >= in_ else update.T
+    assert torch.allclose(layer.delta(), update)
+    for rows in (1, 64):
+        x = torch.randn(rows, in_, dtype=torch.float64)
+        base = x @ model.layer.weight.T + model.layer.bias
+        assert torch.allclose(model.layer(x), base + x @ update.T)
+
+
+def test_the_bases_have_standard_deviation_one() -> None:
+    a, b = al.RandLoRA(r=8).draw(64, 48)
+    for base in (a, b):
+        assert float(base.std()) == pytest.approx(1)
+        assert float(base.abs().max()) < 3**0.5 + 0.1  # uniform
+    assert not torch.equal(b[:, 0], b[:, 1])
+
+
+DRAW, SCALED = al.RandLoRA.draw, randlora._scaled
+
+
+def _one_b(self: Any, out: int, in_: int) -> tuple[Tensor, Tensor]:
+    a, b = DRAW(self, out, in_)
+    return a, b[:, :1].expand_as(b)
+
+
+BROKEN: dict[str, Mutation] = {
+    "one gamma for all products": (randlora, "_scaled", lambda a, lam, g: SCALED(a, lam, g[:1].expand_as(g))),
+    "one lambda for all products": (randlora, "_scaled", lambda a, lam, g: SCALED(a, lam[:1].expand_as(lam), g)),
+    "no A": (randlora, "_scaled", lambda a, lam, gamma: SCALED(torch.ones_like(a), lam, gamma)),
+    "products in another order": (
+        randlora, "_scaled", lambda a, lam, gamma: (lam[:, :, None] * a * gamma).transpose(0, 1).flatten(0, 1)
+    ),
+    "alpha / root r": begun(al.RandLoRA.Layer, lambda layer, m: setattr(layer, "scale", m.alpha / m.r**0.5)),
+    "no scale": begun(al.RandLoRA.Layer, lambda layer, method: setattr(layer, "scale", 1.0)),
+    "gamma starts at one": begun(al.RandLoRA.Layer, lambda layer, method: layer.gamma.fill_(1)),
+    "lambda does not start at zero": begun(al.RandLoRA.Layer, lambda layer, method: layer.lam.fill_(1)),
+    "bases not normalised": (al.RandLoRA, "draw", lambda self, out, in_: tuple(2 * t for t in DRAW(self, out, in_))),
+    "normal bases": (al.RandLoRA, "draw", lambda self, o, i: tuple(torch.randn_like(t) for t in DRAW(self, o, i))),
+    "the same B for all products": (al.RandLoRA, "draw", _one_b),
+    "transposed where it is not": (al.RandLoRA.Layer, "turned", property(lambda self: False)),
+}  # fmt: skip
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    test_the_update_has_full_rank,
+    test_the_bases_have_standard_deviation_one,
+    functools.partial(test_the_update_is_the_written_sum, (8, 8)),
+    functools.partial(test_the_update_is_the_written_sum, (7, 12)),
+    lines=BROKEN,
+)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, fails_without
 from torch import nn
 
 import adapterlab as al
@@ -46,11 +47,6 @@ def test_with_the_usual_scale_it_does() -> None:
     assert measure(lambda r: al.LoRA(r=r, targets=["0"])) > 4
 
 
-def test_the_claim_fails_when_the_scale_forgets_the_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(al.RsLoRA, "scaling", lambda self, path: self.alpha / self.rank(path))
-    assert not holds(stable)
-
-
 def test_every_module_has_the_scale_of_its_rank(tiny: Any) -> None:
     host = al.attach(tiny("llama"), al.RsLoRA(r=4, alpha=6, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}))
     for path, layer in host.adapters("default").items():
@@ -64,3 +60,16 @@ def test_every_module_has_the_scale_of_its_rank(tiny: Any) -> None:
 def test_the_scale_cannot_be_turned_off() -> None:
     with pytest.raises(ConfigError, match="scale"):
         al.RsLoRA(scale="linear")
+
+
+RS = al.RsLoRA
+BROKEN: dict[str, Mutation] = {
+    "alpha / r": (RS, "scaling", lambda self, path: self.alpha / self.rank(path)),
+    "the rank forgotten": (RS, "scaling", lambda self, path: self.alpha),
+    "the fourth root": (RS, "scaling", lambda self, path: self.alpha / self.rank(path) ** 0.25),
+    "the rank of all modules": (RS, "scaling", lambda self, path: self.alpha / self.r**0.5),
+    "the alpha of all modules": (RS, "scaling", lambda self, path: self.alpha / self.rank(path) ** 0.5),
+}
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    test_the_gradient_does_not_depend_on_the_rank, test_every_module_has_the_scale_of_its_rank, lines=BROKEN
+)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -53,14 +54,6 @@ def holds(*arguments: Any) -> bool:
 
 def test_claim(tiny: Any, batch_for: Any, logits: Any, randomise: Any, tmp_path: Path) -> None:
     assert holds(tiny, batch_for, logits, randomise, tmp_path)
-
-
-def test_claim_fails_when_weights_are_read_as_logits(
-    tiny: Any, batch_for: Any, logits: Any, randomise: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = vblora._inward
-    monkeypatch.setattr(vblora, "_inward", lambda *given: {key: value.exp() for key, value in plain(*given).items()})
-    assert not holds(tiny, batch_for, logits, randomise, tmp_path)
 
 
 def test_gradients_reach_the_chosen_rows_only() -> None:
@@ -125,3 +118,52 @@ def test_mistakes_are_named(tiny: Any) -> None:
         al.attach(tiny("llama"), VBLoRA(vector_length=32))
     with pytest.raises(ConfigError, match="topk = 5 is more than num_vectors = 4"):
         VBLoRA(num_vectors=4, topk=5)
+
+
+def test_where_it_starts() -> None:
+    torch.manual_seed(0)
+    host = al.attach(Net(nn.Linear(64, 64)), VBLoRA(r=4, num_vectors=32, vector_length=16, targets=["body.0"]))
+    layer: Any = host.adapters("default")["body.0"]
+    bank = host.shared("default")["bank"].vectors
+    assert 0.019 < bank.abs().max() <= 0.02
+    assert float(bank.std()) == pytest.approx(0.02 / 3**0.5, rel=0.1)
+    for logits in (layer.logits_A, layer.logits_B):
+        assert float(logits.std()) == pytest.approx(0.1, rel=0.1)
+
+
+INWARD, MIXES, FACTORS = vblora._inward, VBLoRA.Layer.mixes, VBLoRA.Layer.factors
+
+
+def _all(self: Any, logits: Tensor) -> Tensor:
+    return logits.softmax(-1) @ self.bank.vectors
+
+
+def _softmax_first(self: Any, logits: Tensor) -> Tensor:
+    top, chosen = logits.softmax(-1).topk(self.k, dim=-1)
+    return (top.unsqueeze(-2) @ self.bank.vectors[chosen]).squeeze(-2)
+
+
+def _hard(self: Any, logits: Tensor) -> Tensor:
+    return self.bank.vectors[logits.topk(self.k, dim=-1).indices].mean(-2)
+
+
+LAYER = VBLoRA.Layer
+BROKEN: dict[str, Mutation] = {
+    "weights read as logits": (vblora, "_inward", lambda *given: {k: v.exp() for k, v in INWARD(*given).items()}),
+    "all vectors mixed": (LAYER, "mixes", _all),
+    "the softmax of all logits": (LAYER, "mixes", _softmax_first),
+    "equal weights": (LAYER, "mixes", _hard),
+    "the smallest logits": (LAYER, "mixes", lambda self, logits: MIXES(self, -logits)),
+    "pieces of B in another order": (LAYER, "factors", lambda self: (FACTORS(self)[0], FACTORS(self)[1].flip(0))),
+    "pieces of A in another order": (LAYER, "factors", lambda self: (FACTORS(self)[0].flip(1), FACTORS(self)[1])),
+    "logits start at zero": begun(LAYER, lambda layer, method: layer.logits_A.zero_()),
+    "the bank starts larger": begun(vblora._Bank, lambda bank, method: bank.vectors.mul_(2)),
+    "the bank starts normal": begun(vblora._Bank, lambda bank, method: bank.vectors.normal_(std=0.02 / 3**0.5)),
+}
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    test_output_is_that_of_the_formula,
+    test_gradients_reach_the_chosen_rows_only,
+    test_where_it_starts,
+    test_claim,
+    lines=BROKEN,
+)

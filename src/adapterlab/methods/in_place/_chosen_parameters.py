@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Batches
+from adapterlab.engine.modes import dropout_off
 from adapterlab.errors import AttachError, DataError, TrainingError
 
 Losses = Callable[[nn.Module, Mapping[str, Tensor]], Iterator[tuple[Tensor, float]]]
@@ -116,21 +117,16 @@ def accumulate(
     def receive(path: str, gradient: Tensor) -> None:
         sums[path].add_(term(gradient.float()).to(sums[path].device), alpha=weight)
 
-    mode = host.model.training
-    host.model.eval()
-    try:
-        with _streamed(parameters, receive):
-            for number, batch in enumerate(batches):
-                for loss, factor in losses(host.model, batch):
-                    if not math.isfinite(value := float(loss.detach())):
-                        raise TrainingError(
-                            f"The loss of sample {number + 1} is {value}, so it cannot be scored. Check its "
-                            "labels, and that the base weights are finite."
-                        )
-                    weight = factor  # what `receive` sees
-                    loss.backward(inputs=list(parameters.values()), retain_graph=True)
-    finally:
-        host.model.train(mode)
+    with dropout_off(host.model), _streamed(parameters, receive):
+        for number, batch in enumerate(batches):
+            for loss, factor in losses(host.model, batch):
+                if not math.isfinite(value := float(loss.detach())):
+                    raise TrainingError(
+                        f"The loss of sample {number + 1} is {value}, so it cannot be scored. Check its "
+                        "labels, and that the base weights are finite."
+                    )
+                weight = factor  # what `receive` sees
+                loss.backward(inputs=list(parameters.values()), retain_graph=True)
     return sums
 
 
