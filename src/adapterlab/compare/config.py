@@ -123,7 +123,7 @@ class CompareConfig(Settings):
     )
     methods: tuple[dict[str, Any], ...] = Field(
         min_length=1,
-        examples=[[{"name": "lora", "r": 8}, {"name": "dora"}]],
+        examples=[[{"name": "lora*"}]],
         description="what to compare; see the example file",
     )
     exclude: tuple[str, ...] = Field(

@@ -74,6 +74,8 @@ class DeLoRA(LayerMethod):
 
     Inference: W + ΔW − ΔW₀ can be merged, at no cost. Converts exactly to a LoRA of rank 2r (r with `zero`).
 
+    Rate: 1e-2, as in the authors' runs; λ has half of it.
+
     Reference: "Decoupling Angles and Strength in Low-rank Adaptation", arXiv 2503.18225.
 
     Example:
@@ -83,7 +85,6 @@ class DeLoRA(LayerMethod):
     """
 
     formula: ClassVar[str] = "r (in + out) + 1"
-    typical_lr: ClassVar[float] = 1e-2  # arXiv 2503.18225; half of it for λ
 
     r: int = Field(8, ge=1, description="number of directions")
     strength: float = Field(8.0, gt=0, description="λ to start from: 4 to 12 for classifiers, 8 for language models")

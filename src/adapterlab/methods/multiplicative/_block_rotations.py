@@ -25,8 +25,6 @@ class BlockRotation(LayerMethod):
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
     formula: ClassVar[str] = "in (block_size - 1) / 2"
-    typical_lr: ClassVar[float] = 8e-4  # 4e-4 to 8e-4 where LoRA has 2e-4: arXiv 2506.19847
-
     block_size: int = Field(32, ge=0, description="features in a block; it divides those of every target")
     blocks: int = Field(0, ge=0, description="number of blocks in every target instead of their size; 0: by the size")
     uneven: Literal["error", "nearest"] = Field(

@@ -49,6 +49,8 @@ class OFTv2(BlockRotation):
 
     Cost of a step: 3 t in b operations for t tokens beside the layer's own.
 
+    Rate: 8e-4, as in the authors' runs of GSM8K, with 4e-4 to 8e-4 where LoRA has 2e-4.
+
     Reference: "Orthogonal Finetuning Made Scalable", arXiv 2506.19847.
 
     Example:
