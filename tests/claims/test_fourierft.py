@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from mutations import Mutation, begun, fails_without
+from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError
@@ -30,11 +32,6 @@ def measure(randomise: Any) -> tuple[int, int]:
 
 def test_claim(randomise: Any) -> None:
     assert measure(randomise) == (64, 2)
-
-
-def test_claim_fails_when_the_places_are_not_spread(randomise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fourierft, "places", lambda out, in_, n, seed: torch.arange(n))  # the first four rows
-    assert measure(randomise)[0] < 64
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (5, 7), (8, 5), (1, 4), (9, 1)])
@@ -74,3 +71,57 @@ def test_too_many_values_for_a_layer_are_refused(tiny: Any) -> None:
         al.attach(tiny("llama"), FourierFT(targets=["q", "k"]))
     host = al.attach(tiny("llama"), FourierFT(targets=["q", "k"], n_pattern={"k_proj": 512}))
     assert host.summary().trainable == 2 * (1000 + 512)
+
+
+def test_the_places_are_those_of_the_seed_and_the_shape(tiny: Any) -> None:
+    """The same in layers of one shape, others with another seed; the draw is that of the files of HF PEFT."""
+    found = []
+    for seed in (1, 1, 2):
+        layers = al.attach(tiny("llama"), FourierFT(n=50, seed=seed, targets=["q", "v"])).adapters("default")
+        targets: list[Any] = [layer.target for layer in layers.values()]
+        assert torch.equal(targets[0], targets[2])
+        found.append(targets[0])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+LAYER, DELTA, PLACES, HALF = FourierFT.Layer, FourierFT.Layer.delta, fourierft.places, fourierft.half_places
+
+
+def _imaginary(self: Any) -> Tensor:
+    """The spectrum turned by a quarter."""
+    out, in_ = self.shape
+    values = 1j * (self.alpha * self.spectrum).repeat(2) * self.share
+    half = values.new_zeros(out * (in_ // 2 + 1)).index_add(0, self.target, values)
+    return torch.fft.irfft2(half.view(out, -1), s=self.shape)
+
+
+def _unmirrored(out: int, in_: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    share, target = HALF(out, in_, n, seed)
+    return share * (torch.arange(2 * n) < n), target
+
+
+def _transposed(out: int, in_: int, n: int, seed: int) -> Tensor:
+    found = PLACES(out, in_, n, seed)
+    return found // in_ + found % in_ * out
+
+
+BROKEN: dict[str, Mutation] = {
+    "places not spread": (fourierft, "places", lambda out, in_, n, seed: torch.arange(n)),
+    "places of another seed": (fourierft, "places", lambda out, in_, n, seed: PLACES(out, in_, n, seed + 1)),
+    "the seed ignored": (fourierft, "places", lambda out, in_, n, seed: PLACES(out, in_, n, 4)),
+    "places of the transpose": (fourierft, "places", _transposed),
+    "mirrored places left out": (fourierft, "half_places", _unmirrored),
+    "the imaginary part": (LAYER, "delta", _imaginary),
+    "alpha left out": (LAYER, "delta", lambda self: DELTA(self) / self.alpha),
+    "the root of the size": (LAYER, "delta", lambda self: DELTA(self) * (self.shape[0] * self.shape[1]) ** 0.5),
+    "values start uniform": begun(LAYER, lambda layer, method: layer.spectrum.uniform_(-1, 1)),
+    "values start at zero": begun(LAYER, lambda layer, method: layer.spectrum.zero_()),
+}  # fmt: skip
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    functools.partial(test_the_update_is_the_real_part_of_the_full_transform, (6, 8), 0.5),
+    test_the_places_are_those_of_the_seed_and_the_shape,
+    test_starts,
+    test_claim,
+    lines=BROKEN,
+)

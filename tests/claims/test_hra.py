@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
@@ -56,12 +58,6 @@ def test_an_orthogonal_low_rank_change_is_learned() -> None:
     assert holds()
 
 
-def test_the_claim_fails_when_the_reflections_are_not_chained(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Without T the columns are reflected side by side: no longer orthogonal.
-    monkeypatch.setattr(al.HRA.Layer, "reflectors", lambda self: (self.directions(), 2 * self.directions()))
-    assert not holds()
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert-classes", "t5", "vit", "mixtral"])
 def test_start_count_chain_and_merge(family: str, tiny: Any, batch_for: Any, randomise: Any, logits: Any) -> None:
     model = tiny(family)
@@ -109,3 +105,43 @@ def test_gram_schmidt_reflects_in_the_whole_span(tiny: Any) -> None:
 def test_an_odd_number_of_reflections_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"r = 3 is odd.*choose 4"):
         al.HRA(r=3)
+
+
+LAYER, DIRECTIONS, OVERLAP, PENALTY = al.HRA.Layer, al.HRA.Layer.directions, al.HRA.Layer.overlap, al.HRA.penalty
+
+
+def _mixed(change: Any) -> Mutation:
+    """Another T, made of ÛᵀÛ."""
+    return (LAYER, "reflectors", lambda self: ((unit := self.directions()), unit @ change(unit.T @ unit)))
+
+
+def _t(gram: Tensor) -> Tensor:
+    return torch.linalg.inv(gram.triu(1) + 0.5 * torch.eye(len(gram)))
+
+
+def _unweighed(self: Any, *given: Any) -> Tensor | None:
+    loss = PENALTY(self, *given)
+    return None if loss is None else loss / self.orthogonality
+
+
+BROKEN: dict[str, Mutation] = {
+    "side by side, not chained": _mixed(lambda gram: 2 * torch.eye(len(gram))),
+    "the chain in the other order": _mixed(lambda gram: _t(gram).T),
+    "projections, not reflections": _mixed(lambda gram: torch.linalg.inv(gram.triu(1) + torch.eye(len(gram)))),
+    "the first reflection left out": _mixed(lambda gram: _t(gram) * (torch.arange(len(gram)) > 0)),
+    "directions not of length one": (LAYER, "directions", lambda self: self.u),
+    "rows of length one": (LAYER, "directions", lambda self: nn.functional.normalize(self.u, dim=1)),
+    "orthogonal always": (LAYER, "directions", lambda self: torch.linalg.qr(self.u)[0]),
+    "all directions alike": (LAYER, "directions", lambda self: DIRECTIONS(self)[:, :1].expand_as(self.u)),
+    "no pairs at the start": begun(LAYER, lambda layer, method: layer.u.normal_()),
+    "the output reflected": (
+        LAYER, "around", lambda self, run, x: run(x) - run(x @ self.reflectors()[1] @ self.reflectors()[0].T)
+    ),
+    "overlap not squared": (LAYER, "overlap", lambda self: OVERLAP(self).sqrt()),
+    "the weight of the extra loss ignored": (al.HRA, "penalty", _unweighed),
+}  # fmt: skip
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    functools.partial(test_start_count_chain_and_merge, "llama"),
+    test_the_extra_loss_measures_overlap,
+    lines=BROKEN,
+)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from torch.nn import functional as F
 
 import adapterlab as al
@@ -46,16 +48,6 @@ def test_a_rescaled_model_is_recovered(tiny: Any) -> None:
     assert measure(tiny("llama")) < 0.05
 
 
-def test_the_claim_fails_when_the_scales_have_the_wrong_side(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = al.IA3.Layer.__init__
-
-    def swapped(self: Any, method: Any, site: Any) -> None:
-        right(self, method.replace(feedforward=("k", "v")), site)
-
-    monkeypatch.setattr(al.IA3.Layer, "__init__", swapped)
-    assert measure(tiny("llama")) > 0.05
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "bert-classes", "t5", "vit", "mixtral"])
 def test_start_count_formula_and_merge(family: str, tiny: Any, batch_for: Any, randomise: Any, logits: Any) -> None:
     model = tiny(family)
@@ -86,3 +78,31 @@ def test_start_count_formula_and_merge(family: str, tiny: Any, batch_for: Any, r
 def test_explicit_targets_must_all_exist(tiny: Any) -> None:
     with pytest.raises(TargetError, match=r"'k' matches no module.*qkv"):
         al.attach(tiny("gpt2"), al.IA3(targets=["k", "down"]))
+
+
+LAYER, AROUND = al.IA3.Layer, al.IA3.Layer.around
+
+
+def _bias_spared(self: Any, run: Any, x: Any) -> Any:
+    y, fixed = AROUND(self, run, x), run(0 * x)
+    return y if self.on_input else y + fixed - self.scaled(fixed)
+
+
+def _other_side(layer: Any, method: Any) -> None:
+    layer.on_input = not layer.on_input
+    side = layer.site.shape[1 if layer.on_input else 0]
+    layer.l = torch.nn.Parameter(torch.ones((1, side) if layer.on_input else (side, 1)))
+
+
+BROKEN: dict[str, Mutation] = {
+    "the wrong side": begun(LAYER, _other_side),
+    "the outputs always": begun(LAYER, lambda layer, method: layer.on_input and _other_side(layer, method)),
+    "the bias not scaled": (LAYER, "around", _bias_spared),
+    "starts at zero": begun(LAYER, lambda layer, method: layer.l.zero_()),
+    "scaled by 1 + l": (LAYER, "scaled", lambda self, x: x * (1 + self.l.flatten())),
+    "scaled twice": (LAYER, "scaled", lambda self, x: x * self.l.flatten() ** 2),
+    "one scale for all": (LAYER, "scaled", lambda self, x: x * self.l.mean()),
+}
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    functools.partial(test_start_count_formula_and_merge, "qwen2"), lines=BROKEN
+)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import AttachError
-from adapterlab.methods.structured import _kronecker
+from adapterlab.methods.structured import _kronecker, krona
 from adapterlab.methods.structured.krona import KronA
 
 
@@ -51,12 +53,6 @@ def holds() -> bool:
 
 def test_claim() -> None:
     assert holds()
-
-
-def test_claim_fails_when_a_factor_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = KronA.Layer.sides
-    monkeypatch.setattr(KronA.Layer, "sides", lambda self: ((torch.eye(12),), plain(self)[1]))
-    assert not holds()
 
 
 @pytest.mark.parametrize("sizes", [None, (4, 15), (2, 3)])
@@ -129,3 +125,39 @@ def test_sizes_that_do_not_divide_are_refused(tiny: Any) -> None:
         al.attach(tiny("llama"), KronA(a=(5, 8), targets=["q"]))
     with pytest.raises(AttachError, match=r"place='block' .*targets=\['q'\] has no meaning"):
         al.attach(tiny("llama"), KronA(place="block", targets=["q"]))
+
+
+def test_where_it_starts() -> None:
+    torch.manual_seed(0)
+    layer: Any = al.attach(nn.Sequential(nn.Linear(900, 400)), KronA(targets=["0"])).adapters("default")["0"]
+    assert layer.A.shape == (20, 30)
+    assert 0.9 / 30**0.5 < layer.A.abs().max() <= 1 / 30**0.5
+    assert float(layer.A.std()) == pytest.approx(1 / 90**0.5, rel=0.1)
+    assert not layer.B.any()
+
+
+LAYER, SIDES, LINEAR = KronA.Layer, KronA.Layer.sides, _kronecker.kronecker_linear
+COLUMNS = _kronecker.kronecker_columns
+BROKEN: dict[str, Mutation] = {
+    "A left out": (LAYER, "sides", lambda self: ((torch.ones_like(self.A),), SIDES(self)[1])),
+    "B left out": (LAYER, "sides", lambda self: (SIDES(self)[0], (torch.ones_like(self.B),))),
+    "B times A": (LAYER, "sides", lambda self: SIDES(self)[::-1]),
+    "s left out": begun(LAYER, lambda layer, method: setattr(layer, "scale", 1.0)),
+    "s left out of the merge": (LAYER, "delta", lambda self: torch.kron(self.A, self.B)),
+    "s left out beside a block": begun(krona.Beside, lambda layer, method: setattr(layer, "scale", 1.0)),
+    "B times A beside a block": (krona, "kronecker_linear", lambda x, a, b: x @ torch.kron(b[0], a[0]).T),
+    "columns of an embedding exchanged": (
+        _kronecker, "kronecker_columns", lambda ids, a, b: COLUMNS(ids.flip(-1), a, b)
+    ),
+    "B does not start at zero": begun(LAYER, lambda layer, method: layer.B.fill_(0.1)),
+    "A starts at zero": begun(LAYER, lambda layer, method: layer.A.zero_()),
+    "A starts normal": begun(LAYER, lambda layer, method: layer.A.normal_(std=1 / 90**0.5)),
+    "all of it in A": (KronA, "sizes", lambda self, out, in_: ((out, in_), (1, 1))),
+}  # fmt: skip
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    functools.partial(test_output_is_that_of_the_dense_product, (2, 3)),
+    test_the_share_of_a_block_is_that_of_the_formula,
+    test_embeddings_look_columns_up,
+    test_where_it_starts,
+    lines=BROKEN,
+)

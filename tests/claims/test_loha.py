@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from torch import nn
 
 import adapterlab as al
@@ -29,11 +31,6 @@ def measure(randomise: Any) -> tuple[int, int]:
 
 def test_claim(randomise: Any) -> None:
     assert measure(randomise) == (16, 8)
-
-
-def test_claim_fails_for_a_sum_of_the_products(randomise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LoHa.Layer, "delta", lambda self: self.w1_a @ self.w1_b + self.w2_a @ self.w2_b)
-    assert measure(randomise) != (16, 8)
 
 
 def test_output_and_gradients_are_those_of_the_formula(randomise: Any) -> None:
@@ -119,3 +116,51 @@ def test_rank_dropout_divides_by_the_share_kept(randomise: Any) -> None:
     rows = dropped.abs().amax(0) > 1e-6
     assert 5 < int(rows.sum()) < 35
     assert torch.allclose(dropped[:, rows], share[:, rows] / rows.float().mean(), atol=1e-4)
+
+
+def test_where_it_starts() -> None:
+    for start, zero, deviations in (
+        ("peft", "w2_b", {"w1_a": 1 / 48**0.5, "w1_b": 1 / 1200**0.5, "w2_a": 1 / 48**0.5}),
+        ("lycoris", "w2_a", {"w1_a": 0.1, "w1_b": 1.0, "w2_b": 1.0}),
+    ):
+        torch.manual_seed(0)
+        host = al.attach(nn.Sequential(nn.Linear(400, 300)), LoHa(r=16, start=start, targets=["0"]))
+        layer = host.adapters("default")["0"]
+        assert not layer.get_parameter(zero).any()
+        found = {key: float(layer.get_parameter(key).std()) for key in deviations}
+        assert found == pytest.approx(deviations, rel=0.05)
+
+
+LAYER, FACTORS = LoHa.Layer, LoHa.Layer.factors
+
+
+def _delta(change: Any) -> Mutation:
+    """Another ΔW, made of the two products and s, where it is not computed by thin factors."""
+    return (LAYER, "delta", lambda p: change(p.w1_a @ p.w1_b, p.w2_a @ p.w2_b, p.scale))
+
+
+def _other_pairs(self: Any) -> Any:
+    found = FACTORS(self)
+    return found and ((self.w2_b[:, None] * self.w1_b).flatten(0, 1), found[1])
+
+
+BROKEN: dict[str, Mutation] = {
+    "a sum of the products": _delta(lambda first, second, s: s * (first + second)),
+    "one product alone": _delta(lambda first, second, s: s * first),
+    "s left out of the matrix": _delta(lambda first, second, s: first * second),
+    "s on both products": _delta(lambda first, second, s: s**2 * first * second),
+    "alpha alone": (LoHa, "scaling", lambda self, path: self.alpha),
+    "other pairs in the thin factors": (LAYER, "factors", _other_pairs),
+    "w2_b does not start at zero": begun(LAYER, lambda layer, method: layer.w2_b.normal_()),
+    "all starts at zero": begun(LAYER, lambda layer, method: (layer.w2_a.zero_(), layer.w2_b.zero_())),
+    "w1_a starts too large": begun(LAYER, lambda layer, method: layer.w1_a.mul_(3)),
+    "what is kept is not rescaled": begun(LAYER, lambda layer, method: setattr(layer, "rescales", False)),
+}
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    test_output_and_gradients_are_those_of_the_formula,
+    functools.partial(test_thin_factors_and_the_matrix_give_the_same_output_and_gradients, 2, True),
+    test_where_it_starts,
+    test_rank_dropout_divides_by_the_share_kept,
+    functools.partial(test_every_start_is_the_base_and_learns, "lycoris"),
+    lines=BROKEN,
+)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
 from adapterlab.errors import TargetError
-from adapterlab.methods.structured import _kronecker
+from adapterlab.methods.structured import _kronecker, lokr
 from adapterlab.methods.structured.lokr import LoKr
 
 
@@ -52,12 +54,6 @@ def holds() -> bool:
 
 def test_claim() -> None:
     assert holds()
-
-
-def test_claim_fails_when_the_product_is_taken_the_other_way_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = LoKr.Layer.sides
-    monkeypatch.setattr(LoKr.Layer, "sides", lambda self: plain(self)[::-1])
-    assert not holds()
 
 
 @pytest.mark.parametrize(("fields", "count"), [
@@ -133,3 +129,40 @@ def test_module_dropout_leaves_the_update_out_of_a_call(randomise: Any) -> None:
 def test_a_pattern_that_matches_nothing_is_named(tiny: Any) -> None:
     with pytest.raises(TargetError, match=r"lokr: rank_pattern names 'q_prj'.*q_proj"):
         al.attach(tiny("llama"), LoKr(targets=["q", "v"], rank_pattern={"q_prj": 2}))
+
+
+LAYER, SIDES, MAKE, SPLIT = LoKr.Layer, LoKr.Layer.sides, LoKr.Layer._make, _kronecker.split
+FIELDS: list[tuple[dict[str, Any], int]] = [
+    ({"r": 2}, 38), ({"r": 1, "decompose_both": True, "factor": 4}, 19), ({"r": 1, "factor": 2}, 26)
+]  # fmt: skip
+
+
+def _whole(self: Any, name: str, shape: Any, r: Any, *rest: Any) -> Any:
+    return MAKE(self, name, shape, None, *rest)
+
+
+def _always_thin(self: Any, name: str, shape: Any, r: Any, *rest: Any) -> Any:
+    return MAKE(self, name, shape, 1, *rest)
+
+
+BROKEN: dict[str, Mutation] = {
+    "the product the other way round": (LAYER, "sides", lambda self: SIDES(self)[::-1]),
+    "the thin factor cut to one rank": (
+        LAYER, "sides", lambda self: (SIDES(self)[0], [SIDES(self)[1][0][:, :1], SIDES(self)[1][-1][:1]])
+    ),
+    "s left out": (LoKr, "scaling", lambda self, path: 1.0),
+    "alpha alone": (LoKr, "scaling", lambda self, path: self.alpha),
+    "s left out of the merge": (LAYER, "delta", lambda self: _kronecker.KroneckerLayer.delta(self) / self.scale),
+    "whole factors": (LAYER, "_make", _whole),
+    "w1 thin too": (LAYER, "_make", _always_thin),
+    "the factor ignored": (lokr, "split", lambda size, factor=-1: SPLIT(size)),
+    "w1 does not start at zero": begun(LAYER, lambda p, method: p.get_parameter(p.names[0][0]).fill_(1)),
+    "all starts at zero": begun(LAYER, lambda p, method: [value.zero_() for value in p.parameters()]),
+    "dropped rows are rescaled always": begun(LAYER, lambda layer, method: setattr(layer, "rescales", True)),
+}  # fmt: skip
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    *(functools.partial(test_output_and_count_are_those_of_the_dense_product, *fields) for fields in FIELDS),
+    functools.partial(test_every_start_is_the_base_and_learns, "peft"),
+    functools.partial(test_rank_dropout_drops_whole_rows_of_the_update, False),
+    lines=BROKEN,
+)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from mutations import Mutation, begun, fails_without
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import adapterlab as al
 from adapterlab.errors import AttachError, ConfigError
+from adapterlab.methods.multiplicative import road
 from adapterlab.methods.multiplicative.road import RoAd
 
 VARIANTS = ["road_1", "road_2", "road_4"]
@@ -44,18 +49,6 @@ def test_claim_mixed_batches_are_exact_and_free_of_matrix_products(tiny, randomi
     difference, added = measure(tiny, randomise)
     assert difference < 1e-4
     assert added == 0
-
-
-def test_claim_fails_when_rows_get_the_wrong_factors(tiny, randomise, monkeypatch):
-    plain, calls = RoAd.Layer.turns, iter(range(10**6))
-    monkeypatch.setattr(RoAd.Layer, "turns", lambda self: tuple((1 + next(calls) % 3) * f for f in plain(self)))
-    assert measure(tiny, randomise)[0] > 1e-4
-
-
-def test_claim_fails_when_the_rotation_is_a_dense_product(tiny, randomise, monkeypatch):
-    plain = RoAd.Layer.around
-    monkeypatch.setattr(RoAd.Layer, "around", lambda self, run, x: plain(self, run, x) @ torch.eye(self.site.shape[0]))
-    assert measure(tiny, randomise)[1] > 0
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -129,3 +122,47 @@ def test_mistakes_are_named():
         al.attach(nn.Sequential(nn.Linear(4, 48)), RoAd(targets=["0"]))
     with pytest.raises(AttachError, match=r"5 outputs; .*exclude it"):
         al.attach(nn.Sequential(nn.Linear(4, 5)), RoAd(targets=["0"]))
+
+
+LAYER, TURNS, AROUND, SWAPPED = RoAd.Layer, RoAd.Layer.turns, RoAd.Layer.around, road._swapped
+
+
+def _turns(change: Any) -> Mutation:
+    """Other factors, made of c and t."""
+    return (LAYER, "turns", lambda self: change(*TURNS(self)))
+
+
+def _neighbours(y: Tensor, half: int) -> Tensor:
+    """Pairs of outputs that stand side by side."""
+    return y.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+
+
+def _wrong_rows(self: Any, calls: Any = itertools.count()) -> Any:  # noqa: B008
+    return tuple((1 + next(calls) % 3) * factor for factor in TURNS(self))
+
+
+def _dense(self: Any, run: Any, x: Tensor) -> Tensor:
+    y: Tensor = AROUND(self, run, x)
+    return y @ torch.eye(y.shape[-1], dtype=y.dtype)
+
+
+BROKEN: dict[str, Mutation] = {
+    "rows get other factors": (LAYER, "turns", _wrong_rows),
+    "a dense product": (LAYER, "around", _dense),
+    "turned the other way": _turns(lambda c, t: (c, -t)),
+    "sine and cosine exchanged": _turns(lambda c, t: (t, c)),
+    "no rotation": _turns(lambda c, t: (c, 0 * t)),
+    "no scaling": _turns(lambda c, t: (c / (c**2 + t**2).sqrt(), t / (c**2 + t**2).sqrt())),
+    "the halves of c exchanged": _turns(lambda c, t: (c.flip(1), t)),
+    "the halves of t exchanged": _turns(lambda c, t: (c, t.flip(1))),
+    "pairs of neighbours": (road, "_swapped", _neighbours),
+    "the input turned": (LAYER, "around", lambda self, run, x: run(x) + AROUND(self, run, 0 * x) - run(0 * x)),
+    "alpha starts at zero": begun(LAYER, lambda layer, method: layer.alpha.zero_()),
+    "theta does not start at zero": begun(LAYER, lambda layer, method: layer.theta.fill_(0.1)),
+}
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    *(functools.partial(test_output_is_the_product_with_the_block_matrix, variant) for variant in VARIANTS),
+    functools.partial(test_starts_at_the_base_trains_and_merges, kind="llama"),
+    test_claim_mixed_batches_are_exact_and_free_of_matrix_products,
+    lines=BROKEN,
+)
