@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adapterlab as al
+from adapterlab.core.kept import Kept
 from adapterlab.errors import ConfigError, MergeError
 from adapterlab.methods.low_rank import dora
 from adapterlab.ops.magnitude import magnitude_linear
@@ -220,8 +221,8 @@ def _bias(bias: Any) -> Any:
     return 0 if bias is None else bias
 
 
-def _kept(self: Any, name: str, compute: Any, *tensors: Tensor) -> Tensor:
-    return self._kept.setdefault(name, (0, compute()))[1]
+def _kept(self: Any, name: str, compute: Any, *tensors: Tensor, given: Any = None) -> Any:
+    return self._held.setdefault(name, (0, compute()))[1]
 
 
 BROKEN: dict[str, Mutation] = {
@@ -237,7 +238,7 @@ BROKEN: dict[str, Mutation] = {
     "squared norms": _norms(lambda w, a, b, s: NORMS(w, a, b, s) ** 2),
     "a gradient through the norms": _norms(lambda w, a, b, s: (w + s * b @ a).norm(dim=1)),
     "m starts at one": begun(LAYER, lambda layer, method: layer.m.fill_(1)),
-    "norms kept for ever": (LAYER, "_once", _kept),
+    "norms kept for ever": (Kept, "once", _kept),
     "merged without the gain": (LAYER, "merged", lambda self, w, bias: (w + self.delta(), bias)),
     "the gain merged into the bias": (
         LAYER, "merged", lambda self, w, b: (MERGED(self, w, b)[0], None if b is None else b * self.m / self.norms())

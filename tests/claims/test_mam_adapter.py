@@ -50,7 +50,9 @@ def test_claim(tiny: Any) -> None:
     assert measure(tiny) < 1e-5
 
 
-def behind(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, p_k: Tensor, p_v: Tensor, kwargs: Any) -> Any:
+def behind(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, p_k: Tensor, p_v: Tensor, kwargs: Any, window: Any
+) -> Any:
     count = p_k.shape[2]
     mask = torch.cat([mask, mask.new_zeros(*mask.shape[:-1], count)], -1)
     k, v = (torch.cat([t, p.expand(len(t), -1, -1, -1)], 2) for t, p in ((k, p_k), (v, p_v)))
