@@ -29,6 +29,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
+RUN = 1000  # steps that a run has for methods with a schedule; those that are timed are its first
 PEERS = {"peft": "0.21.2", "trl": "1.16"}
 MODEL = "smollm2-135m"
 TINY = {"vocabulary": 512, "hidden": 64, "layers": 2}
@@ -411,6 +412,7 @@ def driver(host: Any, name: str = "default", lr: float = 1e-4) -> Callable[[Mapp
 
     method = host.methods[name]
     loss = Loss(host.model)
+    method.begin(host, name, RUN)
     optimizer = method.optimizer(host, name, lambda parameters: adamw(parameters, lr=lr))
     state = {"step": 0}
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,7 @@ def _config(job: dict[str, Any], id: str) -> Figures | None:
         host = al.attach(_load(job, method), method)
     except AdapterlabError:
         return None  # the run of our side says why
+    method.begin(host, "default", bench.RUN)
     written = write(host, "default", None, None)
     if written is None or method.hf is None:
         return None
@@ -171,10 +173,14 @@ def _peft(job: dict[str, Any], model: Any, batches: Any) -> tuple[Any, int]:
     adapted.train()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    steps = itertools.count()
+    event = getattr(adapted.base_model, "update_and_allocate", None)  # the one event that PEFT's methods have
 
     def step(batch: Any) -> None:
         adapted(**batch, use_cache=False).loss.backward()
         optimizer.step()
+        if event is not None:
+            event(next(steps))
         optimizer.zero_grad()
 
     return step, sum(p.numel() for p in trained)

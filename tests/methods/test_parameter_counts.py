@@ -76,11 +76,12 @@ def randlora(out: int, in_: int, r: int) -> int:
 
 PLAIN = [
     "lora", "rslora", "lora_plus", "lora_dropout", "lora_drop", "dylora", "delta_lora", "pissa", "olora", "milora",
-    "eva", "corda", "lora_ga",
+    "eva", "corda", "lora_ga", "relora", "chain_of_lora", "periodic_lora",
 ]  # fmt: skip
 ROWS: list[tuple[str, dict[str, Any], Callable[..., int], int]] = [
     *((id, {"r": 8}, lora, 0) for id in PLAIN),
     ("qlora", {"base": "any", "r": 16}, functools.partial(lora, r=16), 0),
+    ("adalora", {"init_r": 12}, lambda out, in_: 12 * (in_ + out + 1), 0),
     ("dora", {"r": 8}, lambda out, in_: 8 * (in_ + out) + out, 0),
     ("vera", {"r": 256}, lambda out, in_: out + 256, 0),
     ("krona", {}, krona, 0),

@@ -67,7 +67,7 @@ def test_groups_and_their_factors() -> None:
     a, b, c = (nn.Parameter(torch.ones(2)) for _ in range(3))
     optimizer = adamw([{"params": [a]}, {"params": [b], "lr_factor": 0.5}, {"params": [c], "lr": 3.0}], lr=0.2)
     assert [group["lr"] for group in optimizer.param_groups] == [0.2, 0.1, 3.0]
-    plan = schedule(optimizer, total=10, kind="linear", warmup=2)
+    plan = schedule(optimizer, lambda step: factor(step, 10, kind="linear", warmup=2))
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.05, 1.5])
     for _ in range(6):
         optimizer.step()

@@ -240,14 +240,14 @@ def test_transformers_trainer_gives_the_same_events(
 
 
 def test_the_callback_refuses_what_it_cannot_do(tiny: Callable[..., Any]) -> None:
-    class Penalised(LoRA):
-        id: ClassVar[str] = "penalised"
+    class Steering(LoRA):
+        id: ClassVar[str] = "steering"
 
-        def penalty(self, host: Host, name: str) -> None:
-            return None
+        def gradient(self, host: Host, name: str, loss: Any, backward: Any) -> Any:
+            return loss()
 
-    with pytest.raises(ConfigError, match=r"own penalty(.|\n)*adapterlab\.train"):
-        AdapterlabCallback(attach(tiny("llama"), Penalised(r=2, targets=["q"])), "default")
+    with pytest.raises(ConfigError, match=r"own gradient(.|\n)*adapterlab\.train"):
+        AdapterlabCallback(attach(tiny("llama"), Steering(r=2, targets=["q"])), "default")
 
 
 def test_listeners_are_closed_after_an_error(config: Config) -> None:

@@ -141,6 +141,7 @@ def _table(name: str, analysis: Analysis, cosines: dict[str, float]) -> Any:
     table = Table(title=f"{name}: medians over the modules of a role", title_justify="left", box=SIMPLE_HEAD)
     columns: dict[str, tuple[str, Any]] = {
         "‖ΔW‖/‖W‖": (".3g", lambda s: s.relative),
+        "rank": (".3g", lambda s: s.rank),
         "effective rank": (".2f", lambda s: s.effective_rank),
         "stable rank": (".2f", lambda s: s.stable_rank),
         "in 4": (".0%", lambda s: s.energy.get(4)),

@@ -50,6 +50,7 @@ from adapterlab.train.signals import Interrupted
 
 TRIALS, TRAIN = "trials.json", "train"
 _PROBE = 6  # steps that are timed; the first is for warming up
+_RUN = 1000  # steps of the run whose first ones are timed: a method's schedule finds room in it
 _LAST = 10  # training steps whose mean is the final training loss
 _STOPPED = 130
 
@@ -141,13 +142,19 @@ def probe(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
     assert job.contender is not None
     times: list[float] = []
 
+    class Enough(Exception):
+        pass
+
     class Clock(Listener):
         def stepped(self, loop: Loop, record: Record) -> None:
             times.append(loop.status.seconds)
+            if len(times) == _PROBE:
+                raise Enough
 
     session = Session(job, folder)
     rate = _rate(job)
-    session.train(_PROBE, rate, Clock(), Watch(progress), evaluate=False)
+    with contextlib.suppress(Enough):
+        session.train(_RUN, rate, Watch(progress), Clock(), evaluate=False)
     steps = [after - before for before, after in itertools.pairwise(times)]
     return {"step_seconds": statistics.median(steps)}
 

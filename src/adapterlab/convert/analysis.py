@@ -29,6 +29,7 @@ class Spectrum:
         relative: the same relative to that of the weight.
         effective_rank: exp of the entropy of the singular values divided by their sum (Roy and Vetterli 2007).
         stable_rank: ‖ΔW‖²_F / σ₁².
+        rank: number of singular values above rounding.
         energy: number k -> share of the squared norm in the k largest singular values.
         magnitude: ΔM of DoRA: mean over outputs of | ‖w'‖ − ‖w‖ |, w a row of the weight `[out, in]`.
         direction: ΔD of DoRA: mean over outputs of 1 − cos(w', w).
@@ -42,6 +43,7 @@ class Spectrum:
     relative: float
     effective_rank: float
     stable_rank: float
+    rank: int
     energy: dict[int, float]
     magnitude: float
     direction: float
@@ -130,6 +132,7 @@ def _spectrum(change: Change) -> Spectrum:
         relative=math.sqrt(total) / max(float(weight.norm()), 1e-30),
         effective_rank=math.exp(-float(torch.special.xlogy(shares, shares).sum())),
         stable_rank=total / float(squares[0]),
+        rank=len(real),
         energy={k: float(squares[:k].sum()) / total for k in STEPS if k <= min(site.shape)},
         magnitude=magnitude,
         direction=direction,

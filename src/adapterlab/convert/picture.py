@@ -19,7 +19,7 @@ def check_drawing() -> None:
 
 
 def draw(analyses: Mapping[str, Analysis], file: str | Path) -> Path:
-    """Draw spectra, and magnitude against direction, of one or more analyses side by side.
+    """Draw spectra, magnitude against direction, and ranks by layer, of one or more analyses below each other.
 
     Args:
         analyses: by the name to show.
@@ -31,9 +31,9 @@ def draw(analyses: Mapping[str, Analysis], file: str | Path) -> Path:
     check_drawing()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.2 * len(analyses)), layout="constrained")
-    panels = figure.subplots(len(analyses), 2, squeeze=False)
-    for (name, found), (left, right) in zip(analyses.items(), panels, strict=True):
+    figure = Figure(figsize=(16, 4.2 * len(analyses)), layout="constrained")
+    panels = figure.subplots(len(analyses), 3, squeeze=False)
+    for (name, found), (left, right, ranks) in zip(analyses.items(), panels, strict=True):
         roles = list(dict.fromkeys(s.role or "other" for s in found.spectra))
         for spectrum in found.spectra:
             color = f"C{roles.index(spectrum.role or 'other') % 10}"
@@ -43,9 +43,12 @@ def draw(analyses: Mapping[str, Analysis], file: str | Path) -> Path:
             chosen = [s for s in found.spectra if (s.role or "other") == role]
             xs, ys = [s.direction for s in chosen], [s.magnitude for s in chosen]
             right.scatter(xs, ys, color=f"C{index % 10}", label=role)
+            layers, kept = [-1 if s.layer is None else s.layer for s in chosen], [s.rank for s in chosen]
+            ranks.plot(layers, kept, "o-", color=f"C{index % 10}", alpha=0.6)
         left.set(title=f"{name}: spectra", xlabel="index", ylabel="singular value / largest", yscale="log")
         about = "" if found.correlation is None else f", correlation {found.correlation:+.2f}"
         right.set(title=f"magnitude and direction{about}", xlabel="change of direction ΔD", ylabel="of magnitude ΔM")
         right.legend()
+        ranks.set(title="rank of the change", xlabel="layer (-1: in none)", ylabel="rank", ylim=(0, None))
     figure.savefig(file, dpi=120, format="png")
     return Path(file)

@@ -86,6 +86,15 @@ class Method(Settings):
         """
         return {}
 
+    def begin(self, host: Carrier, name: str, steps: int) -> None:
+        """Called before the first step of a run, also of one that continues: the run has so many steps in all.
+
+        Raises:
+            ConfigError: the method's schedule does not fit into them.
+        """
+        for key, part in host.part_methods(name).items():
+            part.begin(host, key, steps)
+
     def optimizer(self, host: Carrier, name: str, make: MakeOptimizer) -> Optimizer:
         """Build the optimizer; `make` takes parameters or parameter groups."""
         groups: dict[Any, dict[str, Any]] = {}
@@ -97,6 +106,16 @@ class Method(Settings):
         apart = {id(p) for group in groups.values() for p in group["params"]}
         rest = [p for p in host.parameters(name) if id(p) not in apart]
         return make([*([{"params": rest}] if rest else []), *groups.values()] if groups else rest)
+
+    def rate(self, step: int, steps: int, plain: Callable[[float], float]) -> float:
+        """Factor of the learning rate in a step (counted from 0) of a run; methods that restart it override this.
+
+        Args:
+            step: which.
+            steps: of the run.
+            plain: the trainer's own factor at a step of its schedule, which covers the whole run.
+        """
+        return plain(step)
 
     def gradient(
         self, host: Carrier, name: str, loss: Callable[[], Tensor], backward: Callable[[Tensor], None]
@@ -132,6 +151,11 @@ class Method(Settings):
         for key, part in host.part_methods(name).items():
             part.finish(host, key)
 
+    def outcome(self, host: Carrier, name: str) -> dict[str, str]:
+        """What training decided, to be shown with the result: a word and what it is."""
+        parts = [part.outcome(host, key) for key, part in host.part_methods(name).items()]
+        return {what: text for found in parts for what, text in found.items()}
+
     @classmethod
     def example(cls, model: nn.Module) -> dict[str, Any]:
         """Return settings that suit a model of a few thousand parameters; the conformance suite attaches them.
@@ -148,10 +172,11 @@ class Method(Settings):
     @classmethod
     def capabilities(cls) -> dict[str, bool]:
         """What the method does, computed from what it overrides."""
-        events = ("before_step", "after_backward", "after_step", "finish")
+        events = ("begin", "before_step", "after_backward", "after_step", "finish")
         return {
             "needs_data": cls.overrides("prepare"),
             "changes_optimizer": cls.overrides("optimizer") or cls.overrides("tensor_options"),
+            "changes_rate": cls.overrides("rate"),
             "own_gradient": cls.overrides("gradient"),
             "extra_loss": cls.overrides("penalty"),
             "has_events": any(cls.overrides(event) for event in events),

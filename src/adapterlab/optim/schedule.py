@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 from torch.optim import Optimizer
@@ -11,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 Kind = Literal["cosine", "linear", "constant"]
 
 
-def factor(step: int, total: int, *, kind: Kind = "cosine", warmup: int = 0, floor: float = 0.0) -> float:
+def factor(step: float, total: int, *, kind: Kind = "cosine", warmup: int = 0, floor: float = 0.0) -> float:
     """Return what the learning rate is multiplied with.
 
     The warm-up rises from 1 / warmup, never from 0: a first step at rate 0 would be spent for nothing.
@@ -32,6 +33,11 @@ def factor(step: int, total: int, *, kind: Kind = "cosine", warmup: int = 0, flo
     return floor + (1 - floor) * left
 
 
-def schedule(optimizer: Optimizer, total: int, *, kind: Kind, warmup: int = 0, floor: float = 0.0) -> LambdaLR:
-    """Make the schedule of an optimizer; every parameter group keeps its own base rate."""
-    return LambdaLR(optimizer, lambda step: factor(step, total, kind=kind, warmup=warmup, floor=floor))
+def steps_of(span: float, total: int) -> int:
+    """Number of steps of a part of a run, which is given as that (an integer) or as a share of all (a float)."""
+    return int(span * total) if isinstance(span, float) else span
+
+
+def schedule(optimizer: Optimizer, rate: Callable[[int], float]) -> LambdaLR:
+    """Make the schedule of an optimizer from a factor of each step; every parameter group keeps its own base rate."""
+    return LambdaLR(optimizer, rate)

@@ -43,6 +43,7 @@ BASE, ADAPTER, GRADIENTS, STATE, LOSS = "base weights", "adapter", "gradients", 
 INPUT, BACKWARD, UPDATE, CHECKS = "inputs and masks", "backward pass", "update", "checks and clipping"
 ACTIVATIONS = "activations"
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")  # a plan is for steps that leave no layer out
+_MANY = 1_000_000  # steps of a run whose number is not known; those that are simulated are few
 _SHAPING = {"_to_copy", "slice", "view", "alias", "detach"}
 _SCALING = _SHAPING | {"mul", "mul_", "div", "div_", "tanh", "tanh_"}
 
@@ -158,8 +159,10 @@ class _Simulation:
         bare = round((1 - setup.labelled) * setup.length)
         rows = [{"input_ids": ids, "labels": [-100] * bare + ids[bare:]}] * (setup.batch * setup.accumulation)
         seq2seq = is_encoder_decoder(setup)
+        # The rows are those of one step; a method's schedule must find the room that it has in the run.
+        training = setup.training.model_copy(update={"steps": setup.training.steps or _MANY, "epochs": None})
         loop = Loop(
-            host, NAME, rows, setup.training, collate=Collator(0, seq2seq=seq2seq), accelerator=accelerator,
+            host, NAME, rows, training, collate=Collator(0, seq2seq=seq2seq), accelerator=accelerator,
         )  # fmt: skip
         return loop
 

@@ -81,6 +81,8 @@ def result_table(result: RunResult) -> Table:
     peak = f"{_mib(gpu)} on the GPU" if gpu else f"{_mib(result.memory['peak'])}"
     table.add_row("peak memory", f"{peak}, {_mib(result.memory['peak_beyond_loaded'])} beyond the loaded model")
     table.add_row("proven to train", f"{result.proven} tensors")
+    for what, text in result.outcome.items():
+        table.add_row(what, Text(text))
     for kind, path in (("best adapter", result.best), ("last adapter", result.last)):
         if path is not None:
             table.add_row(kind, Text(str(path)))

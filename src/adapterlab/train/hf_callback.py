@@ -7,18 +7,22 @@
 A model of transformers saves its adapters by itself, whoever asks it to. Of any other module `Trainer` writes the whole
 state; the callback puts the adapters beside it in each checkpoint.
 
-What a callback cannot give: a method's own `optimizer` (pass `optimizers=` yourself), `gradient` and `penalty`, and
-losses that adapters emit. A method that has any of the last three is refused.
+What a callback cannot give: a method's own `optimizer` (pass `optimizers=` yourself) and `gradient`, and losses that
+adapters emit. A method with its own gradient is refused. The gradient of a penalty is there before the backward passes
+of a step, which add theirs, so that it is accumulated, averaged over processes and clipped as in our own loop; the loss
+that the trainer reports does not hold the penalty.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -38,16 +42,17 @@ class AdapterlabCallback(TrainerCallback):
         """Set which adapter.
 
         Raises:
-            ConfigError: the method computes loss or gradient in its own way, which no callback can do.
+            ConfigError: the method computes gradients in its own way, which no callback can do.
             NotTrainingError: a packed layer of the base gives its input no gradient.
         """
         check_gradient_passes(host)
         self.host, self.name, self.method = host, name, host.methods[name]
-        own = [hook for hook in ("gradient", "penalty") if type(self.method).overrides(hook)]
-        if own:
+        self._plain: list[Callable[[float], float]] = []
+        self._rates: list[float] = []
+        if type(self.method).overrides("gradient"):
             raise ConfigError(
-                f"{self.method.id} has its own {' and '.join(own)}, which a callback cannot give to a foreign trainer. "
-                "Train it with adapterlab.train."
+                f"{self.method.id} has its own gradient, which a callback cannot give to a foreign trainer. Train it "
+                "with adapterlab.train."
             )
 
     def on_train_begin(
@@ -56,17 +61,40 @@ class AdapterlabCallback(TrainerCallback):
         """Before the first step.
 
         Raises:
-            ConfigError: the reference model is to follow the trained one, whose weights it shares.
+            ConfigError: the reference model is to follow the trained one, whose weights it shares; or the method's
+                schedule does not suit the trainer's.
         """
         if getattr(args, "sync_ref_model", False):
             raise ConfigError(
                 "sync_ref_model=True moves the weights of the reference model, and those are the base's own under an "
                 "adapter. Set it to False."
             )
+        self.method.begin(self.host, self.name, state.max_steps)
+        if type(self.method).overrides("rate"):
+            self._plain = _factors(more["lr_scheduler"], self.method.id)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Before the forward passes of a step."""
-        self.method.before_step(self.host, self.name, state.global_step, more["optimizer"])
+        optimizer = more["optimizer"]
+        self.method.before_step(self.host, self.name, state.global_step, optimizer)
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        for group, plain in zip(optimizer.param_groups, self._plain, strict=False):
+            group["lr"] = group["initial_lr"] * self.method.rate(state.global_step, state.max_steps, plain)
+        self._begin_gradients(optimizer)
+
+    def _begin_gradients(self, optimizer: Any) -> None:
+        """Let gradients start from those of the penalty, multiplied as loss scaling multiplies the loss."""
+        penalty = self.method.penalty(self.host, self.name)
+        if penalty is None or not penalty.requires_grad:
+            return
+        parameters = self.host.parameters(self.name)
+        scaler = getattr(optimizer, "scaler", None)
+        scale = 1.0 if scaler is None else scaler.get_scale()
+        for p, gradient in zip(
+            parameters, torch.autograd.grad(scale * penalty, parameters, allow_unused=True), strict=True
+        ):
+            if gradient is not None:
+                p.grad = gradient if p.grad is None else p.grad + gradient
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
@@ -79,6 +107,8 @@ class AdapterlabCallback(TrainerCallback):
     ) -> None:
         """The optimizer has stepped; gradients are still there."""
         self.method.after_step(self.host, self.name, state.global_step, more["optimizer"])
+        for group, rate in zip(more["optimizer"].param_groups, self._rates, strict=True):
+            group["lr"] = rate  # what the trainer's schedule goes on from
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """A checkpoint was written; the adapters of a model that cannot save itself join it."""
@@ -88,6 +118,17 @@ class AdapterlabCallback(TrainerCallback):
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Training is over."""
         self.method.finish(self.host, self.name)
+
+
+def _factors(scheduler: Any, method: str) -> list[Callable[[float], float]]:
+    """The factor of the learning rate as a function of the step, for each group of the optimizer."""
+    inner = getattr(scheduler, "scheduler", scheduler)  # accelerate puts its own around it
+    if not isinstance(inner, LambdaLR):
+        raise ConfigError(
+            f"{method} restarts the learning rate, and {type(inner).__name__} is no function of the step. Set "
+            "lr_scheduler_type to linear, cosine, constant or another of the kind."
+        )
+    return [lambda step, factor=factor: factor(step) for factor in inner.lr_lambdas]  # type: ignore[misc]
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from adapterlab.evaluate.loss import evaluate_loss
 from adapterlab.foreign.process_memory import give_back
 from adapterlab.hosts import Host
 from adapterlab.io.finite import not_finite
-from adapterlab.optim import adamw, schedule
+from adapterlab.optim import adamw, factor, schedule
 from adapterlab.train import rng
 from adapterlab.train.config import Training
 from adapterlab.train.memory import Meter
@@ -155,6 +155,7 @@ class Loop:
         self.total = training.total_steps(len(rows), self.sampler.per_step)
         self.eval_every = training.eval_every or math.ceil(self.total / 10)
         self.status = Status()
+        self.method.begin(host, name, self.total)
         self._prepare(prepare)
 
     def _prepare(self, from_data: bool) -> None:
@@ -180,13 +181,14 @@ class Loop:
         if self.accelerator.scaler is not None and any(p.dtype is torch.float16 for p in self.parameters()):
             raise ConfigError("float16 parameters cannot be trained with loss scaling. Set precision to bf16 or fp32.")
         self.optimizer = self.accelerator.prepare_optimizer(self._raw, device_placement=False)
-        self.schedule = schedule(
-            self._raw,
-            self.total,
+        plain = functools.partial(
+            factor,
+            total=self.total,
             kind=training.schedule,
             warmup=training.warmup_steps(self.total),
             floor=training.min_lr / training.lr if training.lr else 0.0,
         )
+        self.schedule = schedule(self._raw, lambda step: self.method.rate(step, self.total, plain))
         self.proof = Proof(host, self.name, training.proof_steps)
         # Whatever came before, dropout depends on seed and process alone.
         set_seed(training.seed + self.accelerator.process_index)

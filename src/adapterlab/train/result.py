@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class RunResult:
         proven: number of tensors seen to train in the first steps of the last process.
         trainable: number of trainable scalars.
         total: number of scalars of model and adapter.
+        outcome: what training decided, such as the rank of each module; a word and what it is.
     """
 
     folder: Path
@@ -48,6 +49,7 @@ class RunResult:
     proven: int
     trainable: int
     total: int
+    outcome: dict[str, str] = field(default_factory=dict)
 
     @property
     def adapter(self) -> Path:

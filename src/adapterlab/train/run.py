@@ -354,6 +354,7 @@ def _result(config: TrainConfig, loop: Loop) -> RunResult:
         proven=len(loop.proof.proven),
         trainable=summary.trainable,
         total=summary.total,
+        outcome=loop.method.outcome(loop.host, NAME),
     )
 
 

@@ -13,6 +13,7 @@ from adapterlab.core.adapter import Delta
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Batches, LayerMethod
 from adapterlab.core.site import Site
+from adapterlab.methods.low_rank._ranks import ranks_by_role
 from adapterlab.methods.low_rank._starts import Init, Initialiser, Place, Start, initialiser
 
 
@@ -66,6 +67,11 @@ class LowRank(LayerMethod):
                 held[path].begin(start)
                 held[path].chosen = True
                 held[path].settle(host, name)
+
+    def outcome(self, host: Carrier, name: str) -> dict[str, str]:
+        """The ranks that data gave."""
+        held = self._factors(host, name) if self.init.needs_data else {}
+        return ranks_by_role({path: len(factors.factors()[0]) for path, factors in held.items()})
 
     @classmethod
     def capabilities(cls) -> dict[str, bool]:
