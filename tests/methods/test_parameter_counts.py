@@ -76,7 +76,7 @@ def randlora(out: int, in_: int, r: int) -> int:
 
 PLAIN = [
     "lora", "rslora", "lora_plus", "lora_dropout", "lora_drop", "dylora", "delta_lora", "pissa", "olora", "milora",
-    "eva", "corda", "lora_ga",
+    "eva", "corda", "lora_ga", "relora", "chain_of_lora", "periodic_lora",
 ]  # fmt: skip
 ROWS: list[tuple[str, dict[str, Any], Callable[..., int], int]] = [
     *((id, {"r": 8}, lora, 0) for id in PLAIN),

@@ -128,7 +128,7 @@ def _factors(scheduler: Any, method: str) -> list[Callable[[float], float]]:
             f"{method} restarts the learning rate, and {type(inner).__name__} is no function of the step. Set "
             "lr_scheduler_type to linear, cosine, constant or another of the kind."
         )
-    return list(inner.lr_lambdas)
+    return [lambda step, factor=factor: factor(step) for factor in inner.lr_lambdas]  # type: ignore[misc]
 
 
 @contextlib.contextmanager

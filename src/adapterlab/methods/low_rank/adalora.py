@@ -154,7 +154,8 @@ class AdaLoRA(LayerMethod):
         groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
         for p in host.parameters(name):
             groups[id(p) in values].append(p)
-        return make([{"params": groups[False]}, {"params": groups[True], "weight_decay": 0.0}])
+        decayed: list[dict[str, Any]] = [{"params": groups[False]}, {"params": groups[True], "weight_decay": 0.0}]
+        return make(decayed)
 
     # ------------------------------------------------------------------ training
 
