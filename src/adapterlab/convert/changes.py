@@ -218,15 +218,24 @@ def _adapted(site: Site, parts: list[Adapter], patched: dict[str, Tensor]) -> Ch
         part.eval()
         weight, shift = part.merged(weight, shift)
         part.train(mode)
-    delta = weight + (start - base) if additive else weight - base
+    known = _whole(parts)
+    delta = known.dense() if known is not None else weight + (start - base) if additive else weight - base
     others = {} if shift is None else {"bias": shift if bias is None else shift - bias}
     others = {leaf: value for leaf, value in others.items() if bool(value.any())}
     if not bool(delta.any()):
         return Change(site, None, others) if others else None
     floor = _rounding(delta if additive else weight, 4 * torch.finfo(dtype).eps)
+    if known is not None:
+        return Change(site, delta, others, known, floor)
     if "weight" in patched:
         floor = max(floor, _rounding(patched["weight"], _stored_eps(patched["weight"])))
     return Change(site, delta, others, _factors(parts, delta), floor)
+
+
+def _whole(parts: list[Adapter]) -> Factors | None:
+    """The whole change as its adapter knows it; the base weight that holds a part of it is rounded."""
+    found = parts[0].change() if len(parts) == 1 and isinstance(parts[0], Delta) else None
+    return None if found is None else Factors(parts[0].scale * found[1].detach(), found[0].detach())  # type: ignore
 
 
 def _factors(parts: list[Adapter], delta: Tensor) -> Factors | None:

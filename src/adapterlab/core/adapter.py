@@ -135,6 +135,13 @@ class Delta(Adapter):
         """Return (A `[r, in]`, B `[out, r]`) with ΔW = s · B A, or None for an update of another form."""
         return None
 
+    def change(self) -> tuple[Tensor, Tensor] | None:
+        """Return the like for the whole change of the original weight, where a part of it is in the base's.
+
+        None: there is no such part, or it is no product of two factors.
+        """
+        return None
+
     @property
     def added_bias(self) -> Tensor | None:
         """What is added to the output beside the update `[out]`, or None."""

@@ -51,6 +51,7 @@ class Carrier(Protocol):
     ) -> nn.Parameter: ...  # train a base parameter in place, or some of its entries
     def share(self, name: str, key: str, module: nn.Module) -> nn.Module: ...  # what belongs to no single module
     def replace(self, name: str, path: str, derive: Callable[[Tensor], Tensor]) -> None: ...  # another frozen value
+    def refresh(self, name: str) -> None: ...  # derive replaced values anew, after what they are made of has changed
     def unwrap(self, name: str, where: Site | nn.Module) -> None: ...
     def compose(self, name: str, part: str, method: Any) -> None: ...  # attach another method as a part
 

@@ -1,6 +1,7 @@
 """Optimizers and learning-rate schedules."""
 
 from adapterlab.optim.adamw import AdamW, adamw, master
+from adapterlab.optim.forgetting import moments, thin_out, written
 from adapterlab.optim.schedule import factor, schedule, steps_of
 
-__all__ = ["AdamW", "adamw", "factor", "master", "schedule", "steps_of"]
+__all__ = ["AdamW", "adamw", "factor", "master", "moments", "schedule", "steps_of", "thin_out", "written"]

@@ -133,6 +133,13 @@ class Factors(Delta):
         left = self.init.base(weight - self.scale * (self.B0 @ self.A0).to(precise))
         return self.site.stored(left).to(stored.device, stored.dtype)
 
+    def change(self) -> tuple[Tensor, Tensor] | None:
+        """[A; A0] and [B, −B0], when that is exactly what the base gave up."""
+        if self.A0 is None or self.B0 is None or not self.init.low_rank:
+            return None
+        a, b = self.factors()
+        return torch.cat([a, self.A0]), torch.cat([b, -self.B0], 1)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """The A and B that every product uses; variants make others of their tensors."""
         return self.A, self.B
