@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
 
 from pydantic import Field
 
@@ -34,6 +33,8 @@ class ChainOfLoRA(Restarts):
 
     The learning rate is that of LoRA.
 
+    Rate: 5e-4, LoRA's, as the authors' runs could not be read.
+
     Reference: "Chain of LoRA: Efficient Fine-tuning of Language Models via Residual Learning", arXiv 2401.04151.
 
     Example:
@@ -41,8 +42,6 @@ class ChainOfLoRA(Restarts):
         >>> ChainOfLoRA(links=3).starts(300)
         [0, 100, 200]
     """
-
-    typical_lr: ClassVar[float] = 5e-4
 
     links: int = Field(3, ge=1, description="number of updates of rank r that are trained one after another; 1 to 3")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 from torch import nn
@@ -40,6 +40,8 @@ class PeriodicLoRA(Restarts):
 
     The learning rate is that of LoRA.
 
+    Rate: 5e-4, LoRA's, as the authors' runs could not be read.
+
     Reference: "PeriodicLoRA: Breaking the Low-Rank Bottleneck in LoRA Optimization", arXiv 2402.16141.
 
     Example:
@@ -47,8 +49,6 @@ class PeriodicLoRA(Restarts):
         >>> PeriodicLoRA(links=4, momentum=0.5).kept
         0.5
     """
-
-    typical_lr: ClassVar[float] = 5e-4
 
     links: int = Field(4, ge=1, description="number of stages, each with an update of rank r")
     momentum: float = Field(0.0, ge=0, lt=1, description="share μ of the update that stays in the factors")
