@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -108,16 +108,6 @@ def test_claim() -> None:
     assert holds(measure())
 
 
-def lost(self: Any, run: Callable[..., Any], *args: Any) -> Tensor:
-    y = run(*args)
-    return y + self.share(torch.zeros_like(y))
-
-
-def test_claim_fails_when_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_bottleneck.After, "around", lost)
-    assert not holds(measure())
-
-
 @pytest.mark.parametrize("norms", [True, False])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_start_is_near_the_base_and_the_count_is_the_formula(
@@ -171,3 +161,43 @@ def test_refusals(tiny: Any) -> None:
         AdapterHoulsby(m=0)
     with pytest.raises(AttachError, match=r"no attention output projections.*adapterlab targets"):
         attach(nn.Sequential(nn.Linear(4, 4)), AdapterHoulsby(m=4))
+
+
+PROJECTIONS, SHARE = _bottleneck.Projections, _bottleneck.Projections.share
+
+
+def _share(change: Any) -> Mutation:
+    """Another share, made of what is read, the layer and the right nonlinearity."""
+    return (PROJECTIONS, "share", lambda self, z: change(self, z, F.linear(z, self.down, self.down_bias)))
+
+
+def _up(self: Any, h: Tensor) -> Tensor:
+    return self.scale * F.linear(h, self.up, self.up_bias)
+
+
+BROKEN: dict[str, Mutation] = {
+    "the output is not read": (
+        _bottleneck.After, "around", lambda self, run, *args: (y := run(*args)) + self.share(torch.zeros_like(y))
+    ),
+    "no skip connection": (_bottleneck.After, "around", lambda self, run, *args: self.share(run(*args))),
+    "no nonlinearity": _share(lambda self, z, h: _up(self, h)),
+    "another nonlinearity": _share(lambda self, z, h: _up(self, F.relu(h))),
+    "s left out": _share(lambda self, z, h: F.linear(F.gelu(h), self.up, self.up_bias)),
+    "no bias in front": _share(lambda self, z, h: _up(self, F.gelu(h - self.down_bias))),
+    "no bias behind": _share(lambda self, z, h: _up(self, F.gelu(h)) - self.scale * self.up_bias),
+    "s spares the bias": _share(lambda self, z, h: _up(self, F.gelu(h)) + (1 - self.scale) * self.up_bias),
+    "starts twice as large": begun(PROJECTIONS, lambda part, method: part.down.mul_(2)),
+    "starts without a cut": begun(PROJECTIONS, lambda part, method: part.up.normal_(std=method.init_std)),
+    "one adapter for each block": (AdapterHoulsby, "places", lambda self, sites: _bottleneck.feed_forwards(sites)),
+}  # fmt: skip
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    test_formula,
+    test_start_is_cut_at_two_deviations,
+    functools.partial(test_start_is_near_the_base_and_the_count_is_the_formula, "gpt2", True),
+    lines=BROKEN,
+)
+
+
+def test_the_gain_is_lost_when_the_output_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*BROKEN["the output is not read"])
+    assert not holds(measure())

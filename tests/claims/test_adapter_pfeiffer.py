@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from torch import Tensor
 
 from adapterlab.core.method import Method
@@ -60,15 +62,6 @@ def holds(m: dict[str, float]) -> bool:
 
 def test_claim(tiny: Any) -> None:
     assert holds(measure(tiny))
-
-
-def blind(self: Any, run: Callable[..., Any], z: Tensor) -> Any:
-    return run(z + self.share(torch.zeros_like(z)))
-
-
-def test_claim_fails_when_broken(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_bottleneck.AroundNorm, "around", blind)
-    assert not holds(measure(tiny))
 
 
 @pytest.mark.parametrize("reads", ["normed", "output"])
@@ -132,3 +125,46 @@ def test_refusals(tiny: Any) -> None:
         AdapterPfeiffer(reduction=0.5)
     with pytest.raises(ConfigError, match="reads = 'both'"):
         AdapterPfeiffer(reads="both")
+
+
+def test_where_it_starts(tiny: Any) -> None:
+    torch.manual_seed(0)
+    layer: Any = attach(tiny("llama"), AdapterPfeiffer(m=64)).adapters("default")["model.layers.0.mlp"]
+    assert layer.scale == 1.0
+    for weight in (layer.down, layer.up):
+        assert float(weight.std()) == pytest.approx(0.02, rel=0.1)
+        assert weight.abs().max() > 0.05  # not cut
+    assert not layer.down_bias.any()
+
+
+AROUND, AFTER = _bottleneck.AroundNorm, _bottleneck.After
+SHARE = _bottleneck.Projections.share
+
+
+def _linear(self: Any, z: Tensor) -> Tensor:
+    return (z @ self.down.T + self.down_bias) @ self.up.T + self.up_bias
+
+
+BROKEN: dict[str, Mutation] = {
+    "nothing is read": (AROUND, "around", lambda self, run, z: run(z + self.share(torch.zeros_like(z)))),
+    "the sum is read, not its norm": (AROUND, "around", lambda self, run, z: run(z + self.share(z))),
+    "added behind the norm": (AROUND, "around", lambda self, run, z: run(z) + self.share(run(z))),
+    "the norm alone": (AROUND, "around", lambda self, run, z: run(self.share(run(z)))),
+    "no skip connection": (AFTER, "around", lambda self, run, x: self.share(run(x))),
+    "the share twice": (_bottleneck.Projections, "share", lambda self, z: 2 * SHARE(self, z)),
+    "no nonlinearity": (_bottleneck.Projections, "share", _linear),
+    "starts larger": begun(_bottleneck.Projections, lambda part, method: part.up.mul_(2)),
+    "starts uniform": begun(_bottleneck.Projections, lambda part, method: part.up.uniform_(-0.035, 0.035)),
+}  # fmt: skip
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    functools.partial(test_formula_behind_the_sum, "normed"),
+    functools.partial(test_formula_behind_the_sum, "output"),
+    test_formula_before_the_sum,
+    test_where_it_starts,
+    lines=BROKEN,
+)
+
+
+def test_the_gain_is_lost_when_nothing_is_read(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*BROKEN["nothing is read"])
+    assert not holds(measure(tiny))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, fails_without
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -199,3 +201,61 @@ def test_what_does_not_fit_is_refused(tiny: Any) -> None:
         al.attach(tiny("gpt2"), LongLoRA(stretch=2))
     with pytest.raises(ConfigError, match="group_size = 3"):
         LongLoRA(group_size=3)
+
+
+LAYER, GROUPED, VISIBLE, SIZE = LongLoRA.Layer, LongLoRA.Layer.grouped, LongLoRA.Layer.visible, LongLoRA.group
+
+
+def _grouped(change: Callable[[int, int], int]) -> Mutation:
+    """Other shifts, made of the group size and the right shift."""
+
+    def grouped(self: Any, run: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, size: int, shift: int, kw: Any) -> Any:
+        return GROUPED(self, run, q, k, v, mask, size, change(size, shift), kw)
+
+    return (LAYER, "grouped", grouped)
+
+
+def _seeing_all(self: Any, *given: Any) -> Tensor:
+    return torch.ones_like(VISIBLE(self, *given), dtype=torch.bool)
+
+
+def _wrapped(self: Any, run: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, size: int, shift: int, kw: Any) -> Any:
+    """Groups moved in a ring, as in the authors' code: the first tokens see the last ones."""
+    if (mask is not None and mask.shape[0] > 1) or q.shape[2] % size:
+        return GROUPED(self, run, q, k, v, mask, size, shift, kw)
+    rolled = (t.roll(-shift, 2) for t in (q, k, v))
+    return GROUPED(self, run, *rolled, None, size, 0, kw).roll(shift, 1)
+
+
+def _exchanged(self: Any, run: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any = None, **kw: Any) -> Any:
+    q, k, v = (torch.cat([*reversed(t.chunk(2, 1))], 1) if self.splits else t for t in (q, k, v))
+    out, *rest = AROUND(self, run, q, k, v, mask, **kw)
+    return torch.cat([*reversed(out.chunk(2, 2))], 2), *rest
+
+
+AROUND = LAYER.around
+BROKEN: dict[str, Mutation] = {
+    "no shift": _grouped(lambda size, shift: 0),
+    "all heads shifted": _grouped(lambda size, shift: size // 2),
+    "a shift of a quarter": _grouped(lambda size, shift: shift // 2),
+    "later tokens are seen": (LAYER, "visible", _seeing_all),
+    "groups in a ring": (LAYER, "grouped", _wrapped),
+    "the halves of heads exchanged": (LAYER, "around", _exchanged),
+    "full attention": (LAYER, "around", lambda self, run, q, k, v, mask=None, **kw: run(q, k, v, mask, **kw)),
+    "groups of twice the size": (LongLoRA, "group", lambda self, length: 2 * SIZE(self, length)),
+}
+
+
+def _scores(tiny: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        test_scores_are_computed_inside_groups_only(tiny, patch)
+
+
+def _formula(tiny: Any, length: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        test_groups_equal_the_dense_formula("llama", 2, "sdpa", length, tiny, patch)
+
+
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    functools.partial(_formula, length=16), test_no_token_sees_a_later_one, _scores, lines=BROKEN
+)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
@@ -44,14 +46,6 @@ def test_mean_and_spread_of_the_draws() -> None:
     assert holds()
 
 
-def test_the_claim_fails_when_ranks_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ranks(self: Any) -> tuple[Tensor, Tensor]:
-        return self.A * (torch.rand(len(self.A)) >= 0.5)[:, None], self.B
-
-    monkeypatch.setattr(LoRADropout.Layer, "factors", ranks)
-    assert not holds()
-
-
 def test_a_draw_is_shared_by_all_tokens_and_spares_the_ranks() -> None:
     model, _, layer = one(p=0.5)
     model.train()
@@ -66,6 +60,15 @@ def test_a_draw_is_shared_by_all_tokens_and_spares_the_ranks() -> None:
         assert torch.allclose(found, torch.where(deleted, 0.0, kept), atol=1e-5)
         draws.append(rows)
     assert not torch.equal(*draws)
+
+
+def test_a_rescaled_draw_keeps_the_mean() -> None:
+    """Each mask divides what it leaves by its probability."""
+    model, _, layer = one(p=0.3, rescale=True)
+    found = model.train()(torch.eye(32)).T.detach()
+    kept = found != 0
+    assert torch.allclose(found[kept], (layer.scale * layer.B @ layer.A / 0.49)[kept], atol=1e-4)
+    assert 0.3 < kept.double().mean() < 0.7
 
 
 @pytest.mark.parametrize(("rescale", "factor"), [(False, 0.49), (True, 1.0)])
@@ -132,3 +135,52 @@ def test_start_count_and_checkpointing(family: str, tiny: Any, batch_for: Any, r
         model.zero_grad()
     for again in grads[1:]:
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(grads[0], again, strict=True))
+
+
+LAYER, MASK, FACTORS = LoRADropout.Layer, LoRADropout.Layer._mask, LoRADropout.Layer.factors
+GRADIENT = LoRADropout.gradient
+
+
+def _ranks(self: Any) -> tuple[Tensor, Tensor]:
+    return self.A * (torch.rand(len(self.A)) >= 0.5)[:, None], self.B
+
+
+def _elements(self: Any) -> tuple[Tensor, Tensor]:
+    return self.A * (torch.rand_like(self.A) >= 0.5), self.B * (torch.rand_like(self.B) >= 0.5)
+
+
+def _columns_alone(self: Any) -> tuple[Tensor, Tensor]:
+    return (FACTORS(self)[0], self.B) if self.training or self.masks else FACTORS(self)
+
+
+def _summed(self: Any, host: Any, name: str, loss: Any, backward: Any) -> Tensor:
+    values = [loss() for _ in range(self.draws)]
+    for value in values:
+        backward(value)
+    return torch.stack(values).detach().sum() / self.draws
+
+
+BROKEN: dict[str, Mutation] = {
+    "ranks dropped": (LAYER, "factors", _ranks),
+    "entries dropped": (LAYER, "factors", _elements),
+    "columns of A alone": (LAYER, "factors", _columns_alone),
+    "kept with probability p": (LAYER, "_mask", lambda self, size: 1 - MASK(self, size)),
+    "always rescaled": begun(LAYER, lambda layer, method: setattr(layer, "gain", 1 / (1 - method.p))),
+    "never rescaled": begun(LAYER, lambda layer, method: setattr(layer, "gain", 1.0)),
+    "the mean of one mask": (LoRADropout, "kept", property(lambda self: 1 - self.p)),
+    "all of it outside of training": (LoRADropout, "kept", property(lambda self: 1.0)),
+    "one draw for the ensemble": (
+        LoRADropout, "ensemble", lambda self, host, name, compute, draws=None: compute()
+    ),
+    "gradients of draws added up": (LoRADropout, "gradient", _summed),
+    "one draw for a step": (LoRADropout, "gradient", lambda self, *given: GRADIENT(self.replace(draws=1), *given)),
+}  # fmt: skip
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    functools.partial(test_outside_of_training_the_mean_is_used_and_merged, False, 0.49),
+    test_the_ensemble_averages_draws,
+    test_a_step_averages_the_losses_of_its_draws,
+    test_a_draw_is_shared_by_all_tokens_and_spares_the_ranks,
+    test_a_rescaled_draw_keeps_the_mean,
+    test_mean_and_spread_of_the_draws,
+    lines=BROKEN,
+)

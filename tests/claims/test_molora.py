@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
@@ -64,20 +66,6 @@ def test_claim() -> None:
     assert holds(measure())
 
 
-def uniform(self: Any, x: Tensor) -> Tensor:
-    return x.new_full((*x.shape[:-1], self.A.shape[0]), 1 / self.A.shape[0])
-
-
-def over_tokens(self: Any, x: Tensor) -> Tensor:
-    return (x @ self.router.T).softmax(0)
-
-
-@pytest.mark.parametrize("wrong", [uniform, over_tokens])
-def test_claim_fails_for_a_wrong_router(wrong: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MoLoRA.Layer, "weights", wrong)
-    assert not holds(measure())
-
-
 @pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_formula(kind: str, top_k: int | None, tiny: Any, randomise: Any) -> None:
@@ -124,3 +112,56 @@ def test_refusals(tiny: Any) -> None:
         attach(tiny("llama"), MoLoRA(targets=["embed"]))
     with pytest.raises(ConfigError, match="top_k=4 is more than experts=3"):
         al.method("molora")(experts=3, top_k=4)
+
+
+def test_where_it_starts(tiny: Any) -> None:
+    torch.manual_seed(0)
+    part: Any = attach(tiny("llama"), MoLoRA(experts=4, r=16, targets=["q"])).adapters("default")[
+        "model.layers.0.self_attn.q_proj"
+    ]
+    assert not part.B.any()
+    assert float(part.A.std()) == pytest.approx(0.02, rel=0.1)
+    assert float(part.router.std()) == pytest.approx(0.02, rel=0.2)
+    assert not torch.equal(part.A[0], part.A[1])
+
+
+LAYER, WEIGHTS, ADDED = MoLoRA.Layer, MoLoRA.Layer.weights, MoLoRA.Layer.added
+
+
+def _weights(change: Callable[[Any, Tensor, Tensor], Tensor]) -> Mutation:
+    """Other weights, made of the input and the right ones."""
+    return (LAYER, "weights", lambda self, x: change(self, x, WEIGHTS(self, x)))
+
+
+def _factors_mixed(self: Any, x: Tensor) -> Tensor:
+    """The factors mixed instead of the experts' outputs, as some implementations have it."""
+    p = WEIGHTS(self, x)
+    a, b = (torch.einsum("...e,eij->...ij", p, t) for t in (self.A, self.B))
+    return self.scale * (b @ (a @ x[..., None]))[..., 0]
+
+
+BROKEN: dict[str, Mutation] = {
+    "equal weights": _weights(lambda self, x, p: torch.full_like(p, 1 / p.shape[-1])),
+    "weights over tokens": _weights(lambda self, x, p: (x @ self.router.T).softmax(0)),
+    "no softmax": _weights(lambda self, x, p: x @ self.router.T),
+    "the others are not left out": _weights(lambda self, x, p: (x @ self.router.T).softmax(-1)),
+    "the chosen ones sum to one": _weights(lambda self, x, p: p / p.sum(-1, keepdim=True)),
+    "one router for all tokens": _weights(lambda self, x, p: p.flatten(0, -2).mean(0).expand_as(p)),
+    "factors mixed, not outputs": (LAYER, "added", _factors_mixed),
+    "s left out": (LAYER, "added", lambda self, x: ADDED(self, x) / self.scale),
+    "B does not start at zero": begun(LAYER, lambda part, method: part.B.normal_()),
+    "experts start alike": begun(LAYER, lambda part, method: part.A.copy_(part.A[:1].expand_as(part.A).clone())),
+    "the router starts larger": begun(LAYER, lambda part, method: part.router.mul_(3)),
+}
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    functools.partial(test_formula, "gpt2", None),
+    functools.partial(test_formula, "gpt2", 2),
+    test_where_it_starts,
+    lines=BROKEN,
+)
+
+
+@pytest.mark.parametrize("line", ["equal weights", "weights over tokens"])
+def test_the_fit_is_lost_with_a_wrong_router(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*BROKEN[line])
+    assert not holds(measure())
