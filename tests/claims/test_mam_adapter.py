@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from mutations import Mutation, fails_without
 from torch import Tensor
 
 from adapterlab.errors import ConfigError, MergeError
-from adapterlab.hosts import Host, attach
+from adapterlab.hosts import attach
 from adapterlab.methods.composite.mam_adapter import MAMAdapter
 from adapterlab.methods.prompt import prefix_tuning
 
@@ -61,6 +59,11 @@ def behind(
     return k, v, mask, kwargs
 
 
+def test_claim_fails_for_a_masked_prefix(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix_tuning, "prepend", behind)
+    assert measure(tiny) > 1e-2
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert-classes", "t5", "mixtral", "vit"])
 def test_both_parts_train_and_the_count_is_the_formula(
     kind: str, tiny: Any, batch_for: Any, logits: Any, inside_attention: Any
@@ -98,37 +101,3 @@ def test_refusals(tiny: Any) -> None:
         host.merge()
     with pytest.raises(ConfigError, match="length = 0"):
         MAMAdapter(length=0)
-
-
-PREPEND = prefix_tuning.prepend
-
-
-def _keys_alone(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, p_k: Tensor, p_v: Tensor, *rest: Any) -> Any:
-    return PREPEND(module, q, k, v, mask, p_k, 0 * p_v, *rest)
-
-
-def _scaled_keys(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, p_k: Tensor, *rest: Any) -> Any:
-    return PREPEND(module, q, k, v, mask, 2 * p_k, *rest)
-
-
-def _none(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *rest: Any) -> Any:
-    return k, v, mask, rest[2]
-
-
-def _without(part: str) -> Any:
-    """Attach all parts but one."""
-    compose = Host.compose
-    return lambda self, name, key, method: None if key == part else compose(self, name, key, method)
-
-
-BROKEN: dict[str, Mutation] = {
-    "a masked prefix": (prefix_tuning, "prepend", lambda *given: behind(*given[:8])),
-    "no prefix": (prefix_tuning, "prepend", _none),
-    "keys alone": (prefix_tuning, "prepend", _keys_alone),
-    "keys scaled": (prefix_tuning, "prepend", _scaled_keys),
-    "no adapter": (Host, "compose", _without("adapter")),
-    "no prefix part": (Host, "compose", _without("prefix")),
-}
-test_the_claims_fail_when_a_line_is_broken = fails_without(
-    functools.partial(test_both_parts_train_and_the_count_is_the_formula, "llama"), test_claim, lines=BROKEN
-)
