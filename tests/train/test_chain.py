@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterlab.errors import ConfigError
-from adapterlab.optim import adamw, master, schedule
+from adapterlab.optim import adamw, factor, master, schedule
 from adapterlab.optim.chain import Chain
 from adapterlab.optim.transforms import Adam, Mask, Project, Transform, WeightDecay
 
@@ -146,7 +147,7 @@ def test_a_resumed_run_is_equal_to_the_bit(dtype: torch.dtype, way: str) -> None
 def test_groups_have_their_own_transforms_and_follow_schedules() -> None:
     a, b = (nn.Parameter(torch.ones(2)) for _ in range(2))
     optimizer = Chain([{"params": [a]}, {"params": [b], "lr": 1.0, "transforms": [WeightDecay(1.0)]}], lr=0.5)
-    plan = schedule(optimizer, total=4, kind="linear")
+    plan = schedule(optimizer, partial(factor, total=4, kind="linear"))
     for _ in range(2):
         a.grad, b.grad = torch.ones(2), torch.zeros(2)
         optimizer.step()
