@@ -83,6 +83,24 @@ def test_several_tiles_and_dtypes_against_torch(
         assert float((value.double() - right).detach().norm()) <= tolerance * float(right.detach().norm()) + 1e-12
 
 
+@pytest.mark.parametrize("tiles", [True, False], ids=["torch's forward pass", "tiles"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("bounds", [None, BOUNDS, torch.tensor([0, 4, 4, 13], dtype=torch.int32)])
+def test_both_forward_passes_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, tiles: bool, causal: bool, bounds: Tensor | None
+) -> None:
+    """Which is taken depends on the processor; both have heads of queries that share keys, and empty samples."""
+    monkeypatch.setattr(module, "has_tile_products", lambda: tiles)
+    taken = []
+    torchs = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: taken.append(1) or torchs(*a, **k))
+    parts = tensors(1 if bounds is not None else 3, 13, 6, 2, torch.bfloat16, width=16, value=16)
+    found = attention(*parts, 0.3, causal=causal, bounds=bounds).detach().double()
+    expected = reference(*(p.detach().double() for p in parts), 0.3, causal, bounds)
+    assert float((found - expected).norm()) < 1e-2 * float(expected.norm())
+    assert len(taken) == (tiles and (1 if bounds is None else int(bounds.diff().count_nonzero())))
+
+
 def test_samples_do_not_see_each_other() -> None:
     q, k, v = tensors(1, 13, 2, 2)
     before = attention(q, k, v, bounds=BOUNDS)

@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_iter
 __all__ = [
     "DataDependentOutputException", "DispatchKey", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode",
     "StorageWeakRef", "TorchDispatchMode", "_SetExcludeDispatchKeyGuard", "graph_task_id", "has_kernel",
-    "softmax_backward", "tree_iter", "unset_fake_temporarily",
+    "has_tile_products", "softmax_backward", "tree_iter", "unset_fake_temporarily",
 ]  # fmt: skip
 
 
@@ -46,6 +46,11 @@ def graph_task_id() -> int:
 def has_kernel(operator: Any, key: Any) -> bool:
     """Say whether an operator has a kernel of its own for a dispatch key."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key))
+
+
+def has_tile_products() -> bool:
+    """Say whether the processor multiplies tiles of bfloat16 by instructions of their own (Intel AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def softmax_backward(dp: Tensor, p: Tensor, out: Tensor) -> Tensor:
