@@ -73,8 +73,8 @@ def pays(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> bool:
     """Say whether `attention` can stand for torch's own, and is faster.
 
     Measured on two cores with 9 heads on 3 key-value heads of width 64, forward and backward together, against torch's
-    kernel: in bfloat16 0.15 to 0.4 of its time at every length from 16 to 2048 tokens; in float32 0.65 to 0.9 from 256 tokens on and 1 to 1.3 below, where attention matters little. Packed samples are one
-    call here and one each there.
+    kernel: in bfloat16 0.15 to 0.4 of its time at every length from 16 to 2048 tokens; in float32 0.65 to 0.9 from 256
+    tokens on and 1 to 1.3 below, where attention matters little. Packed samples are one call here and one each there.
     """
     if q.device.type != "cpu" or q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return False
