@@ -10,7 +10,7 @@ import signal
 import pytest
 
 from adapterlab.errors import ConfigError
-from adapterlab.plan.child import Child, apart, called, each
+from adapterlab.plan.child import Child, apart, called, each, prepared, shared
 from adapterlab.plan.device import Device
 
 
@@ -54,3 +54,17 @@ def test_a_death_costs_one_row() -> None:
 def test_what_cannot_travel_is_done_here() -> None:
     with apart():
         assert called(lambda: os.getpid()) == os.getpid()
+
+
+def test_a_prepared_child_takes_the_last_item_and_then_the_jobs() -> None:
+    here = os.getpid()
+    call, items = operator.methodcaller("__call__"), [os.getpid, os.getpid]
+    assert shared(call, items) == [here, here]
+    with prepared():
+        first, there = shared(call, items)
+        assert first == here != there
+        assert shared(lambda item: item, [1, 2]) == [1, 2]
+        found, _ = each({"a": (os.getpid, (), {})}, 1)
+        assert found == {"a": there}
+        assert shared(call, items) == [here, here]  # it ended with the jobs
+    assert shared(call, items) == [here, here]

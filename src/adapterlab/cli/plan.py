@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from adapterlab.cli._shared import AsJson, Trust, bars, print_json, say, settings
 from adapterlab.errors import ConfigError
+from adapterlab.plan.child import prepared
 
 if TYPE_CHECKING:
     from adapterlab.plan.advice import Outlook
@@ -60,17 +62,18 @@ def plan(
         )
     numbers = {"batch": batch, "length": length, "precision": precision, "quantize": quantize, "recompute": recompute}
     options: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
-    name, chosen = _subject(config, model, method, r, setting or [], options)
-    options["device"] = _device(device or options.pop("device", None), speed)
-    if trust_remote_code:
-        options["trust_remote_code"] = True
-    if serve:
-        return _serve(name, chosen, options, sequences, adapters, as_json)
-    if exact:
-        options["exact"] = True
-    if all_methods:
-        return _all(name, options, picture, as_json)
-    _one(name, chosen, options, limits, picture, as_json)
+    with contextlib.nullcontext() if serve else prepared():
+        name, chosen = _subject(config, model, method, r, setting or [], options)
+        options["device"] = _device(device or options.pop("device", None), speed)
+        if trust_remote_code:
+            options["trust_remote_code"] = True
+        if serve:
+            return _serve(name, chosen, options, sequences, adapters, as_json)
+        if exact:
+            options["exact"] = True
+        if all_methods:
+            return _all(name, options, picture, as_json)
+        _one(name, chosen, options, limits, picture, as_json)
 
 
 def _subject(

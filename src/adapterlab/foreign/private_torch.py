@@ -5,6 +5,8 @@
 | `FakeTensor`, `FakeTensorMode`, `unset_fake_temporarily` | plans run a step on tensors without contents | the meta device, with our own count of what devices would hold |
 | `DataDependentOutputException`, `DynamicOutputShapeException` | a plan says which operator needs numbers | catching RuntimeError, with a vaguer message |
 | `TorchDispatchMode` | counting operators and keeping products | documented in the notes on extending torch, only its place is private |
+| `_disable_current_modes` | a small trial with numbers in the middle of a simulation | making the trials before it starts |
+| `has_tile_products` | which forward pass of attention is faster | the processor's flags, or timing both once |
 | `tree_iter` | tensors among an operator's arguments | ten lines of recursion |
 | `DispatchKey`, `_SetExcludeDispatchKeyGuard` | recomputation leaves views to autograd | none: `recompute: cheap` would fall back to `full` |
 | `StorageWeakRef` | two tensors share memory, without keeping it alive | `untyped_storage().data_ptr()`, compared while both live |
@@ -28,13 +30,13 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
 __all__ = [
     "DataDependentOutputException", "DispatchKey", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode",
-    "StorageWeakRef", "TorchDispatchMode", "_SetExcludeDispatchKeyGuard", "graph_task_id", "has_kernel",
-    "has_tile_products", "softmax_backward", "tree_iter", "unset_fake_temporarily",
+    "StorageWeakRef", "TorchDispatchMode", "_SetExcludeDispatchKeyGuard", "_disable_current_modes", "graph_task_id",
+    "has_kernel", "has_tile_products", "softmax_backward", "tree_iter", "unset_fake_temporarily",
 ]  # fmt: skip
 
 

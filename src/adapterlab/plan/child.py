@@ -3,6 +3,9 @@
     with apart():
         plan(...)          # simulations inside run in a child
 
+    with prepared():       # a child whose imports go on beside our own
+        plan(...)
+
 Children are started as `python -m adapterlab.plan.child`, so a script that plans needs no guard around its main part.
 Requests and answers are pickled; only a parent and its own child exchange them.
 """
@@ -21,13 +24,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextvars import ContextVar
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from adapterlab.errors import AdapterlabError, ConfigError
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 _MOST = 60  # calls that a process answers before a fresh one takes its place
 _TRIES = 2
 _LENGTH = struct.Struct("!Q")
@@ -147,6 +152,33 @@ def called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return child.call(function, *args, **kwargs)
 
 
+_PREPARED: ContextVar[list[Child] | None] = ContextVar("adapterlab_plan_prepared", default=None)
+
+
+@contextlib.contextmanager
+def prepared() -> Iterator[None]:
+    """Start a process now that simulations inside share; where there is one core alone, none."""
+    with Child() as child:
+        ready = [child] if (os.cpu_count() or 1) > 1 else []
+        for one in ready:
+            one.start()
+        token = _PREPARED.set(ready)
+        try:
+            yield
+        finally:
+            _PREPARED.reset(token)
+
+
+def shared(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """Call a function for each item: for the last one in the process that is `prepared()`, for the others here."""
+    ready = _PREPARED.get()
+    if not ready or len(items) < 2 or not _can_travel(function, items):
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(1) as pool:
+        last = pool.submit(ready[0].call, function, items[-1])
+        return [*(function(item) for item in items[:-1]), last.result()]
+
+
 def processes() -> int:
     """How many children work at once: one for two cores, and two at least."""
     return max(2, (os.cpu_count() or 1) // 2)
@@ -168,7 +200,9 @@ def each(
         Results, and the errors of the library, by name; in the order of the jobs. Other errors are raised.
     """
     idle: queue.SimpleQueue[Child] = queue.SimpleQueue()
-    children = [Child() for _ in range(max(1, min(processes, len(jobs))))]
+    count = max(1, min(processes, len(jobs)))
+    ready = _PREPARED.get() or []
+    children = [ready.pop() if ready else Child() for _ in range(count)]  # a prepared one ends with the others below
     for child in children:
         idle.put(child)
 

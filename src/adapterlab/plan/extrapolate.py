@@ -10,6 +10,7 @@ from typing import Any
 
 from adapterlab.errors import AdapterlabError
 from adapterlab.foreign.model import is_encoder_decoder, text_config
+from adapterlab.plan.child import shared
 from adapterlab.plan.setup import Setup
 from adapterlab.plan.simulate import ACTIVATIONS, Trace
 from adapterlab.plan.tracker import Moment, NeedsNumbers
@@ -32,7 +33,8 @@ def extrapolated(setup: Setup, run: Callable[[Setup], Trace], depths: int = 3) -
     if period == 0 or is_encoder_decoder(setup) or depth <= 3 * (first + period):
         return run(setup)
     try:
-        traces = [run(replace(setup, config=cut(setup.config, first + i * period))) for i in range(depths)]
+        short = [replace(setup, config=cut(setup.config, first + i * period)) for i in range(depths)]
+        traces = shared(run, short)
     except NeedsNumbers:
         raise
     except AdapterlabError:  # a method that names layers which the short models lack

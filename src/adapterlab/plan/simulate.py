@@ -31,7 +31,7 @@ from adapterlab.foreign.private_torch import TorchDispatchMode, graph_task_id, t
 from adapterlab.foreign.private_transformers import no_init_weights
 from adapterlab.hosts import Host
 from adapterlab.models.loading import PRECISIONS
-from adapterlab.ops import cross_entropy
+from adapterlab.ops import cross_entropy, rms_norm
 from adapterlab.plan.packed import pack
 from adapterlab.plan.setup import Setup
 from adapterlab.plan.tracker import Moment, Tracker, contentless
@@ -102,6 +102,7 @@ def simulate(setup: Setup, *, real: bool = False, steps: int = 1) -> Trace:
                 if setup.kind != "cpu":  # tensors without contents are on the CPU, whose own kernels others lack
                     stack.enter_context(patch.object(attention, "pays", lambda *_: False))
                     stack.enter_context(patch.object(cross_entropy, "block_rows", len))
+                    stack.enter_context(patch.object(rms_norm, "block_rows", torch.Tensor.numel))
             tracker = stack.enter_context(Tracker(fake, setup.granularity, setup.kind))
             return _Simulation(setup, tracker).run(steps)
     finally:

@@ -11,6 +11,7 @@ import torch
 from adapterlab.data.batching import PackingCollator
 from adapterlab.engine.attention import uses_interface
 from adapterlab.engine.fusion import why_apart
+from adapterlab.engine.norms import HALF, rms_norms
 from adapterlab.engine.wrapping import adapters_of
 from adapterlab.foreign.model import base_modules, is_encoder_decoder, plain_class
 from adapterlab.foreign.private_transformers import attention_implementation
@@ -51,6 +52,7 @@ def fast_paths(loop: Loop) -> list[FastPath]:
         _fused(loop.host, loop.name, autocast=loop.accelerator.mixed_precision != "no"),
         FastPath("loss", loop.loss.path != "model", f"{loop.loss.path}, {loop.loss.why}"),
         _attention(loop.host.model),
+        *_norms(loop.host.model),
         FastPath("packing", isinstance(loop.collate, PackingCollator), loop.batching),
         FastPath("recomputation", training.recompute != "none", f"{training.recompute}, {how[training.recompute]}"),
         FastPath("offload", training.offload, "activations wait on the " + ("CPU" if training.offload else "device")),
@@ -87,6 +89,12 @@ def _attention(model: Any) -> FastPath:
     if name != "sdpa" or device != "cpu":
         return FastPath("attention", name != "eager", f"{name} on {device}")
     return FastPath("attention", True, "one kernel for batches without a mask and large enough, else sdpa")
+
+
+def _norms(model: Any) -> list[FastPath]:
+    """How many norms keep nothing but their input; there is nothing to save in float32."""
+    lean = [m for m in rms_norms(model) if m.weight.dtype in HALF and not m.weight.requires_grad]  # type: ignore[union-attr]
+    return [FastPath("norms", True, f"{len(lean)} keep their input alone")] if lean else []
 
 
 def _precision(model: Any) -> list[FastPath]:

@@ -18,6 +18,7 @@ from adapterlab.data import Collator, placed
 from adapterlab.data.vocabulary import check_ids
 from adapterlab.engine.attention import fast_attention
 from adapterlab.engine.loss import Loss
+from adapterlab.engine.norms import lean_norms
 from adapterlab.engine.packing import choose
 from adapterlab.engine.recompute import offloading
 from adapterlab.engine.verify import check_gradient_passes
@@ -207,7 +208,7 @@ class Loop:
         try:
             self._tell("started")
             # Entered here once: each step finds it on, without a walk over the modules.
-            with stop_on_signals() as asked, fast_attention(self.host.model):
+            with stop_on_signals() as asked, fast_attention(self.host.model), lean_norms(self.host.model):
                 while status.step < self.total and not self.out_of_patience:
                     record = self.step()
                     self._tell("stepped", record)
@@ -234,7 +235,7 @@ class Loop:
 
     def step(self) -> Record:
         """Do one optimizer step and return its metrics."""
-        with fast_attention(self.host.model):
+        with fast_attention(self.host.model), lean_norms(self.host.model):
             return self._step()
 
     def _step(self) -> Record:
