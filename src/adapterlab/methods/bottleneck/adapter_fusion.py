@@ -67,8 +67,12 @@ class AdapterFusion(Method):
 
     @classmethod
     def example(cls, model: nn.Module) -> dict[str, Any]:
-        """Fuse two adapters that were never trained."""
-        return {"adapters": {part: {"name": AdapterPfeiffer.id, "m": m} for part, m in (("one", 4), ("two", 3))}}
+        """Fuse two adapters with random values."""
+        return {
+            "adapters": {
+                part: {"name": AdapterPfeiffer.id, "m": m, "init_std": 0.5} for part, m in (("one", 4), ("two", 3))
+            }
+        }
 
     def attach(self, host: Carrier, name: str) -> None:
         """Attach the adapters as frozen parts, and what mixes them.
