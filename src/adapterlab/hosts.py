@@ -151,6 +151,7 @@ class Host(Attachments):
                 and it was not said how to merge. Nothing is changed then.
         """
         name = self.only(name)
+        self.check_uncomposed("merge")
         if name not in self.state.active:
             self.activate(*self.active, name)
         self.merged[name] = merge(self, name, tied, quantized)

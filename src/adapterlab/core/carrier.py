@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from adapterlab.core.adapter import Adapter
+from adapterlab.core.composition import Composition
 from adapterlab.core.site import Site
 from adapterlab.core.state import State
 from adapterlab.core.targets import Targets
@@ -53,13 +54,17 @@ class Carrier(Protocol):
     def replace(self, name: str, path: str, derive: Callable[[Tensor], Tensor]) -> None: ...  # another frozen value
     def refresh(self, name: str) -> None: ...  # derive replaced values anew, after what they are made of has changed
     def unwrap(self, name: str, where: Site | nn.Module) -> None: ...
-    def compose(self, name: str, part: str, method: Any) -> None: ...  # attach another method as a part
+    def compose(
+        self, name: str, part: str, method: Any, like: Mapping[str, Tensor] | None = None
+    ) -> None: ...  # attach another method as a part
+    def settle(self, name: str, method: Any) -> None: ...  # the same with settings that attaching decided
 
     # ---- what an adapter consists of; keys of a composite's parts are name/part
 
     def adapters(self, name: str) -> dict[str, Adapter]: ...  # by the path of their module
     def part_methods(self, name: str) -> dict[str, Any]: ...
     def tensors(self, name: str) -> dict[str, Tensor]: ...  # all that saving must keep
+    def state_dict(self, name: str) -> dict[str, Tensor]: ...  # copies of them
     def parameters(self, name: str) -> list[nn.Parameter]: ...  # what trains
     def named_parameters(self, name: str) -> dict[str, nn.Parameter]: ...
 
@@ -67,5 +72,8 @@ class Carrier(Protocol):
 
     @property
     def active(self) -> tuple[str, ...]: ...
-    def activate(self, *names: str) -> None: ...
-    def using(self, *names: str) -> contextlib.AbstractContextManager[Any]: ...  # exactly these are live inside
+    def detach(self, name: str) -> None: ...
+    def activate(self, *names: str | Composition) -> None: ...
+    def using(
+        self, *names: str | Composition
+    ) -> contextlib.AbstractContextManager[Any]: ...  # exactly these are live inside

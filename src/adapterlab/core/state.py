@@ -9,14 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
+from adapterlab.core.composition import Composition
+
 
 @dataclass
 class State:
     """What wrapped modules consult on every call. Plain attributes: Dynamo guards them cheaply.
 
     Attributes:
-        active: keys of the live adapters, parts of composites included; they nest in order of attachment.
-        rows: of a mixed batch, the keys of the adapters for each row, or None.
+        active: keys of the live adapters, parts of composites included.
+        together: how they are put together, by keys; None: they nest in order of attachment.
+        rows: of a mixed batch, what each row goes through, keys or a composition of them; or None.
         losses: sink for auxiliary losses while someone collects them, else None.
         taps: tensors that one adapter leaves for another during a forward pass.
         carrier: what the adapters were attached with, to be found from a wrapped module.
@@ -24,7 +27,8 @@ class State:
     """
 
     active: tuple[str, ...] = ()
-    rows: tuple[tuple[str, ...], ...] | None = None
+    together: Composition | None = None
+    rows: tuple[tuple[str, ...] | Composition, ...] | None = None
     losses: list[Tensor] | None = None
     taps: dict[str, Any] = field(default_factory=dict)
     carrier: Any = field(default=None, repr=False, compare=False)
@@ -45,7 +49,7 @@ class State:
             self.losses = before
 
     @contextlib.contextmanager
-    def showing(self, rows: Sequence[tuple[str, ...]], batch: Any) -> Iterator[None]:
+    def showing(self, rows: Sequence[tuple[str, ...] | Composition], batch: Any) -> Iterator[None]:
         """Take the batch to have other rows inside the context."""
         before, self.rows = self.rows, tuple(rows)
         self.batches.append(batch)
@@ -57,7 +61,7 @@ class State:
 
     def snapshot(self) -> dict[str, Any]:
         """Record what a later recomputation of the same forward pass must see."""
-        return {"active": self.active, "rows": self.rows, "taps": dict(self.taps)}
+        return {"active": self.active, "together": self.together, "rows": self.rows, "taps": dict(self.taps)}
 
     @contextlib.contextmanager
     def replay(self, snapshot: dict[str, Any]) -> Iterator[None]:

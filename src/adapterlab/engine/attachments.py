@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adapterlab.core.adapter import Adapter, Copy
 from adapterlab.core.method import Method
-from adapterlab.core.site import UNMERGED, Site
-from adapterlab.core.state import State
+from adapterlab.core.site import Site
 from adapterlab.core.targets import Targets
-from adapterlab.engine.anatomy import Anatomy
 from adapterlab.engine.attention import bridge
-from adapterlab.engine.batch_rows import followed
 from adapterlab.engine.heads import check_whole, say_random, without_home
-from adapterlab.engine.intact import Place, check_heard, check_intact, hidden
+from adapterlab.engine.intact import Place, check_intact
 from adapterlab.engine.joining import check_may_join
 from adapterlab.engine.loading import stop_watching, watch_loads
 from adapterlab.engine.patches import Patch
 from adapterlab.engine.sparse import Entries
+from adapterlab.engine.switching import Switching
 from adapterlab.engine.wrapping import HOST, adapters_of, plain_copy, put, take
 from adapterlab.errors import AttachError, MergeError, nearest
 from adapterlab.foreign.model import SHARED, base_modules, plain_path, unwrapped
@@ -35,26 +32,12 @@ def attachments(model: nn.Module) -> Attachments | None:
     return unwrapped(model).__dict__.get(HOST)  # type: ignore[no-any-return]
 
 
-class Attachments(Anatomy):
-    """The adapters on one model: put on, taken off, switched. `Host` adds merging, checking and saving.
-
-    Attributes:
-        state: what adapters share.
-        methods: by the adapter's name.
-        patches: base parameters that an adapter owns, by key (its name, or name/part of a composite) and path.
-        places: what it came to, by key and path of the module or owned parameter, for `check_intact`.
-        merged: what merging changed, by the adapter's name, in order.
-    """
+class Attachments(Switching):
+    """The adapters on one model: put on, taken off, switched. `Host` adds merging, checking and saving."""
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
         self.root: Any = self.model  # holds what is shared, wherever the model is seen from
-        self.state = State(carrier=self)
-        self.methods: dict[str, Method] = {}
-        self.patches: dict[str, dict[str, Patch]] = {}
-        self.places: dict[str, dict[str, Place]] = {}
-        self.merged: dict[str, list[Any]] = {}
-        self._parts: dict[str, dict[str, Method]] = {}
         self._trained_before: dict[str, bool] = {}
 
     # ------------------------------------------------------------------ attaching and detaching
@@ -78,6 +61,7 @@ class Attachments(Anatomy):
             saved: tensors by the keys of `tensors`; the adapter gets the structure and the values they have.
             like: likewise, for the structure alone; the values are loaded afterwards.
         """
+        self.check_uncomposed("attach")
         check_may_join(self.model, self.methods, method, name)
         before, fresh = self.active, self.new if type(method).trains else ()
         by_default = saved is None and like is None and "modules_to_save" not in method.model_fields_set
@@ -98,6 +82,7 @@ class Attachments(Anatomy):
                 method.attach(self, name)
             else:
                 method.attach_saved(self, name, structure)
+            method = self.methods[name]
             self._save_modules(method, name, by_default)
             if saved is not None or like is not None:
                 say_random(type(self.model).__name__, name, without_home(fresh, self.places[name]))
@@ -111,6 +96,7 @@ class Attachments(Anatomy):
     def detach(self, name: str) -> None:
         """Remove an adapter; base values, classes and keys are as before, to the bit."""
         self.check(name)
+        self.check_uncomposed("detach")
         if name in self.merged:
             self.restore(name)
         self.activate(*(n for n in self.active if n != name))
@@ -267,13 +253,6 @@ class Attachments(Anatomy):
         take(module, name)
         self.places[name].pop(self.path_of(module), None)
 
-    def _merged_into(self, path: str) -> bool:
-        """Say whether a merge has put another parameter in place of this one."""
-        module, _, leaf = path.rpartition(".")
-        found = self.module(module)
-        before = found.__dict__.get(UNMERGED)
-        return before is not None and before._parameters.get(leaf) is not found._parameters.get(leaf)
-
     def _base_parameter(self, path: str) -> tuple[nn.Parameter, list[str]]:
         """A base parameter whose value may be changed, and every name it has in the model."""
         every = {plain_path(p): t for p, t in self.model.named_parameters(remove_duplicate=False)}
@@ -319,32 +298,36 @@ class Attachments(Anatomy):
         group.add_module(key, module)  # type: ignore[union-attr]
         return module
 
-    def compose(self, name: str, part: str, method: Method) -> None:
+    def compose(self, name: str, part: str, method: Method, like: Mapping[str, Tensor] | None = None) -> None:
         """Attach another method as a part of an adapter; parts are switched, saved and removed together.
 
         Args:
             name: of the adapter, as `Method.attach` received it.
             part: a name for the part, unique within the adapter.
             method: what to attach.
+            like: tensors by the keys that the part would have as an adapter; it gets the structure that they have.
         """
         top, key = name.partition("/")[0], f"{name}/{part}"
         self._parts.setdefault(top, {})[key] = method
         self.patches[key], self.places[key] = {}, {}
-        method.attach(self, key)
+        if like is None:
+            method.attach(self, key)
+        else:
+            method.attach_saved(self, key, like)
 
-    def parts(self, name: str) -> list[str]:
-        """Return the keys that an adapter consists of: its name, then those of its parts."""
-        return [name, *self._parts.get(name, {})]
+    def settle(self, name: str, method: Method) -> None:
+        """Say what a method has become, where what it was attached with or to decided settings; this is saved.
 
-    def part_methods(self, name: str) -> dict[str, Method]:
-        """Return the methods of a composite's parts by key."""
-        return dict(self._parts.get(name, {}))
+        Args:
+            name: of the adapter, as `Method.attach` received it.
+            method: the same with these settings.
+        """
+        if name in self.methods:
+            self.methods[name] = method
+        else:
+            self._parts[name.partition("/")[0]][name] = method
 
     # ------------------------------------------------------------------ what an adapter consists of
-
-    def adapters(self, name: str) -> dict[str, Adapter]:
-        """Return the adapter's parts by the path of their module, in model order."""
-        return {p: held[name] for p, m in base_modules(self.model) if name in (held := adapters_of(m))}
 
     def shared(self, name: str) -> dict[str, nn.Module]:
         """Return what the adapter keeps at the root of the model, by key."""
@@ -422,108 +405,6 @@ class Attachments(Anatomy):
         """Return the adapter's trainable tensors."""
         return list(self.named_parameters(name).values())
 
-    # ------------------------------------------------------------------ switching
-
-    @property
-    def active(self) -> tuple[str, ...]:
-        """Names of the live adapters."""
-        return tuple(name for name in self.state.active if name in self.methods)
-
-    def activate(self, *names: str) -> None:
-        """Make exactly these adapters live; none means the plain base model.
-
-        Raises:
-            AttachError: a name is unknown, two of them own the same base parameter, one's copy of a module hides what
-                another has there, or one that would be switched off cannot be.
-        """
-        for name in names:
-            self.check(name)
-        check_heard({key: self.places[key] for name in names for key in self.parts(name)})
-        self._switch(names)
-
-    def _hide(self, one: str, other: str) -> bool:
-        """Say whether one of two adapters has a copy of a module that keeps the other from being computed."""
-        return hidden({key: self.places[key] for name in (one, other) for key in self.parts(name)}) is not None
-
-    def _switch(self, names: Sequence[str]) -> None:
-        leaving = [key for n in self.methods if n not in names for key in self.parts(n)]
-        staying = [key for n in dict.fromkeys(names) for key in self.parts(n)]
-        self._check_switch(leaving, staying)
-        for key in leaving:
-            for patch in self.patches[key].values():
-                patch.undo(self.model)
-        for key in staying:
-            for patch in self.patches[key].values():
-                patch.write(self.model)
-        self.state.active = tuple(staying)
-
-    def _check_switch(self, leaving: list[str], staying: list[str]) -> None:
-        owners: dict[str, list[tuple[str, Patch]]] = {}
-        for key in staying:
-            for path, patch in self.patches[key].items():
-                for other, theirs in owners.get(path, []):
-                    if patch.clashes(theirs):
-                        raise AttachError(f"{other!r} and {key!r} both own {path}: make only one of them active.")
-                owners.setdefault(path, []).append((key, patch))
-        for key in leaving:
-            if key in self.merged:
-                raise AttachError(f"{key!r} is merged into the weights: call host.restore({key!r}) first.")
-            hidden = [p.path for p in self.patches[key].values() if p.live and self._merged_into(p.path)]
-            if hidden:
-                merged = ", ".join(self.merged)
-                raise AttachError(f"{hidden[0]} has {merged} merged into what {key!r} put there: restore it first.")
-            stuck = [p.path for p in self.patches[key].values() if p.original is None]
-            if stuck and key in self.state.active:
-                raise AttachError(
-                    f"{key!r} trains {stuck[0]} in place and was attached without keeping the original, so it "
-                    "cannot be switched off. Attach it with the originals kept, or load the base model again."
-                )
-
-    @contextlib.contextmanager
-    def using(self, *names: str) -> Iterator[Self]:
-        """Make exactly these adapters live inside the context; `using()` is the plain base model."""
-        before = self.active
-        self.activate(*names)
-        try:
-            yield self
-        finally:
-            self.activate(*before)
-
-    @contextlib.contextmanager
-    def rows(self, names: Sequence[str | tuple[str, ...] | None]) -> Iterator[Self]:
-        """Give each row of a batch its own adapter inside the context.
-
-        Args:
-            names: for each row the name of an adapter, several names, or None for the plain base.
-
-        Raises:
-            AttachError: a name is unknown, an adapter is merged, or one lives in the base's own weights (every row
-                would see it).
-        """
-        wanted = [() if n is None else (n,) if isinstance(n, str) else tuple(n) for n in names]
-        used = list(dict.fromkeys(name for row in wanted for name in row))
-        for name in used:
-            self.check(name)
-        resident = [n for n in used if any(self.patches[key] for key in self.parts(n))]
-        if resident or self.merged:
-            raise AttachError(
-                f"{(resident or list(self.merged))[0]!r} lives in the base's own weights, which all rows share, so it "
-                "cannot be mixed in a batch. Run its rows in a batch of their own with host.using, or restore it first."
-            )
-        rows = tuple(tuple(key for n in row for key in self.parts(n)) for row in wanted)
-        for row in dict.fromkeys(rows):
-            check_heard({key: self.places[key] for key in row})
-        before = self.active
-        self._switch(used)
-        self.state.rows = rows
-        paths = dict.fromkeys(path for name in used for path in self.adapters(name))
-        try:
-            with followed(self.model, paths, self.state, lambda: len(self.state.rows or rows)):
-                yield self
-        finally:
-            self.state.rows = None
-            self.activate(*before)
-
     # ------------------------------------------------------------------ checks
 
     def check_intact(self, name: str) -> None:
@@ -559,25 +440,3 @@ class Attachments(Anatomy):
                     f"{path} is owned by adapter {other!r} already: two adapters cannot train one base parameter "
                     f"at the same time. Deactivate {other!r} first, or exclude the parameter."
                 )
-
-    def check(self, name: str) -> None:
-        """Refuse a name that no adapter has.
-
-        Raises:
-            AttachError: there is none of this name.
-        """
-        if name not in self.methods:
-            attached = ", ".join(self.methods) or "none"
-            raise AttachError(f"There is no adapter {name!r} on this model. Attached: {attached}.")
-
-    def only(self, name: str | None) -> str:
-        """Return the name, or that of the one adapter there is.
-
-        Raises:
-            AttachError: there is none of this name, or none is named and there are several.
-        """
-        if name is None and len(self.methods) != 1:
-            raise AttachError(f"Say which adapter: {', '.join(self.methods) or 'none is attached'}.")
-        name = name if name is not None else next(iter(self.methods))
-        self.check(name)
-        return name

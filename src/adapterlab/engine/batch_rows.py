@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from adapterlab.errors import AttachError
+from adapterlab.foreign.cache import NAMES as CACHES
 from adapterlab.foreign.calls import argument_names, swaps_rows
 from adapterlab.foreign.model import plain_class
 
@@ -144,6 +146,34 @@ def followed(model: nn.Module, paths: Iterable[str], state: State, wanted: Calla
         for handle in handles:
             handle.remove()
         state.batches.clear()
+
+
+@contextlib.contextmanager
+def repeated(model: nn.Module, state: State) -> Iterator[None]:
+    """Repeat the batch of each call of the model inside the context: once for each of the rows that `state` names."""
+    rows, names = state.rows or (), argument_names(plain_class(model))
+
+    def repeat(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if any(kwargs.get(name) is not None for name in CACHES):
+            raise AttachError(
+                "Parallel repeats the batch of each call, and a key-value cache holds the batch of the call before. "
+                "Name the rows instead, and generate for them all: with host.rows([...]): model.generate(...)."
+            )
+        x = lead(names, args, kwargs)
+        size = 0 if x is None else len(x)
+
+        def spread(value: Any) -> Any:
+            alike = isinstance(value, Tensor) and value.dim() and len(value) == size
+            return torch.cat([value] * len(rows)) if alike else value
+
+        state.rows = tuple(row for row in rows for _ in range(size))
+        return tuple(map(spread, args)), {key: spread(value) for key, value in kwargs.items()}
+
+    handle = model.register_forward_pre_hook(repeat, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _prefixes(path: str) -> list[str]:

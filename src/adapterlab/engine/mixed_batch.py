@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from adapterlab.core.composition import Composition, Stack, entered, leaves
 from adapterlab.engine.batch_rows import Batch, lead, rows_given
 from adapterlab.errors import AttachError
 from adapterlab.foreign.calls import argument_names
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from adapterlab.core.adapter import Adapter
     from adapterlab.core.state import State
 
-Rows = Sequence[tuple[str, ...]]
+Row = tuple[str, ...] | Composition
+Rows = Sequence[Row]
 
 
 def mixed(adapters: Mapping[str, Adapter], state: State, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -40,18 +42,18 @@ def mixed(adapters: Mapping[str, Adapter], state: State, run: Callable[..., Any]
         AttachError: what the module is given cannot be told apart by rows, or an adapter mixes rows.
     """
     rows: Rows = state.rows or ()
-    here = [tuple(name for name in adapters if name in row) for row in rows]
-    if not any(here):
+    here = [_at_hand(row, adapters) for row in rows]
+    if not any(map(names_of, here)):
         return run(*args, **kwargs)
-    used = {name: adapters[name] for row in here for name in row}
+    used = {name: adapters[name] for row in here for name in names_of(row) if name in adapters}
     site = next(iter(used.values())).site
     x = lead(argument_names(plain_class(site.module)), args, kwargs)
     batch = rows_given(site.path, x, state, len(rows))
     size = batch.rows if x is None or len(x) == 1 else len(x)
     # Beam search repeats each row, and flattened tokens are runs of each row: both keep the order of the rows.
     owner = torch.arange(len(rows)).repeat_interleave(size // len(rows))
-    groups = {names: owner_of(here, names)[owner].nonzero()[:, 0] for names in dict.fromkeys(here)}
-    if all(adapter.additive for adapter in used.values()):
+    groups = {row: owner_of(here, row)[owner].nonzero()[:, 0] for row in dict.fromkeys(here)}
+    if all(adapter.additive for adapter in used.values()) and all(isinstance(row, tuple) for row in here):
         return _added(adapters, groups, run, *args, **kwargs)
     split = _Split(size, batch, x, [rows[i] for i in owner.tolist()])
     return _gathered(adapters, groups, split, state, run, args, kwargs)
@@ -74,14 +76,25 @@ class _Split:
     rows: Rows
 
 
-def owner_of(here: Sequence[tuple[str, ...]], names: tuple[str, ...]) -> Tensor:
-    """Which rows use exactly these adapters: a boolean `[rows]`."""
-    return torch.tensor([row == names for row in here])
+def names_of(row: Row) -> tuple[str, ...]:
+    """The adapters that a row goes through."""
+    return leaves(row) if isinstance(row, Composition) else row
+
+
+def _at_hand(row: Row, adapters: Mapping[str, Any]) -> Row:
+    """What a row goes through at a module with these adapters."""
+    names = tuple(name for name in adapters if name in names_of(row))
+    return row if names and isinstance(row, Composition) else names
+
+
+def owner_of(here: Rows, wanted: Row) -> Tensor:
+    """Which rows go through exactly this: a boolean `[rows]`."""
+    return torch.tensor([row == wanted for row in here])
 
 
 def _added(
     adapters: Mapping[str, Any],
-    groups: Mapping[tuple[str, ...], Tensor],
+    groups: Mapping[Any, Tensor],
     run: Callable[..., Any],
     x: Tensor,
     *args: Any,
@@ -100,7 +113,7 @@ def _added(
 
 def _gathered(
     adapters: Mapping[str, Adapter],
-    groups: Mapping[tuple[str, ...], Tensor],
+    groups: Mapping[Row, Tensor],
     split: _Split,
     state: State,
     run: Callable[..., Any],
@@ -108,11 +121,9 @@ def _gathered(
     kwargs: Any,
 ) -> Any:
     results, order = [], []
-    for names, index in groups.items():
-        call = run
-        for name in names:
-            _check(name, adapters[name])
-            call = functools.partial(adapters[name].around, call)
+    for row, index in groups.items():
+        around = functools.partial(_around, adapters)
+        call = entered(row if isinstance(row, Composition) else Stack(*row), run, around) if names_of(row) else run
         part_args, part_kwargs = (_take(value, index, split) for value in (args, kwargs))
         batch = dataclasses.replace(split.batch, rows=split.batch.rows * len(index) // split.size)
         with state.showing([split.rows[i] for i in index.tolist()], batch):  # inside are the rows of the group alone
@@ -122,12 +133,16 @@ def _gathered(
     return _join(results, back)
 
 
-def _check(name: str, adapter: Adapter) -> None:
+def _around(adapters: Mapping[str, Adapter], name: str) -> Callable[..., Any] | None:
+    adapter = adapters.get(name)
+    if adapter is None:
+        return None
     if not adapter.rowwise:
         raise AttachError(
             f"Adapter {name!r} ({type(adapter).__qualname__}) mixes information between rows, so it cannot share a "
             "batch with others. Run its rows in a batch of their own, with host.using."
         )
+    return adapter.around
 
 
 def _take(value: Any, index: Tensor, split: _Split) -> Any:

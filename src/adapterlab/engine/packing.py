@@ -58,6 +58,8 @@ def obstacle(model: Any, collate: Collate, longest: int) -> str:
 
 def _mixing(model: Any) -> str:
     carrier = attachments(model)
+    if carrier and carrier.composition and any(one.by_position for one in carrier.composition.within()):
+        return f"{', '.join(map(str, carrier.composition.parts))} tells positions apart"
     for key in carrier.state.active if carrier else ():
         for path, adapter in carrier.adapters(key).items():  # type: ignore[union-attr]
             apart = adapter.tokenwise

@@ -94,7 +94,7 @@ def stacked(host: Attachments, names: Sequence[str]) -> Iterator[Stack]:
     for path in paths:
         here = [host.adapters(name).get(path) for name in names]
         plan.append((next(a.site for a in here if a is not None), [_factored(a, path) for a in here]))
-    before, device = host.active, next(host.model.parameters()).device
+    before, device = host.live, next(host.model.parameters()).device
     rows = torch.zeros(1, dtype=torch.int64, device=device)
     slots = [Slots(site, parts, rows, host.state) for site, parts in plan]
     host.activate()

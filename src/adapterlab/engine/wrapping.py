@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from adapterlab.core.adapter import Adapter
+from adapterlab.core.composition import entered
 from adapterlab.core.state import State
 from adapterlab.engine.fusion import Base, computed
 from adapterlab.engine.mixed_batch import mixed
@@ -34,10 +35,17 @@ def through(place: str, module: nn.Module, run: Callable[..., Any], *args: Any, 
     if state.rows is not None:
         here = {name: a for name, a in held.items() if a.place == place}
         return mixed(here, state, run, *args, **kwargs) if here else run(*args, **kwargs)
+    if state.together is not None:
+        return entered(state.together, run, functools.partial(_live, held, place))(*args, **kwargs)
     for name, adapter in held.items():
         if name in state.active and adapter.place == place and not adapter.is_merged:
             run = functools.partial(_around(adapter), run)
     return run(*args, **kwargs)
+
+
+def _live(held: Any, place: str, name: str) -> Callable[..., Any] | None:
+    adapter = held.get(name)
+    return None if adapter is None or adapter.place != place or adapter.is_merged else _around(adapter)
 
 
 def _around(adapter: Any) -> Callable[..., Any]:

@@ -1,0 +1,115 @@
+"""Adapters that exist already as parts of another one: from folders, from those on the model, or fresh ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adapterlab.core.adapter import Copy
+from adapterlab.core.carrier import Carrier
+from adapterlab.core.method import Method
+from adapterlab.errors import AttachError, ConfigError
+from adapterlab.registry import method as method_by_id
+
+Entry = str | dict[str, Any]  # of a setting: a folder, the name of an attached adapter, or settings with a `name`
+
+
+class Part(NamedTuple):
+    """An adapter that becomes a part of another one.
+
+    Attributes:
+        name: of the part.
+        method: what it is.
+        tensors: by the keys of `Carrier.tensors`; None for one that starts anew.
+    """
+
+    name: str
+    method: Method
+    tensors: dict[str, Tensor] | None
+
+
+def compose(host: Carrier, name: str, method: Method, entries: Mapping[str, Entry]) -> None:
+    """Attach existing adapters as parts of another one, with their values, and let it keep their settings.
+
+    Heads and other modules that they trained whole are left behind: each task has its own.
+
+    Args:
+        host: of the model.
+        name: of the adapter that consists of them.
+        method: of that one; its setting `adapters` becomes what the entries stand for.
+        entries: by the name of the part; see `Entry`.
+
+    Raises:
+        FormatError: a folder holds no adapter, or one that does not fit the model.
+        ConfigError: an entry is neither.
+    """
+    settled = {}
+    for part in _parts(host, name, entries):
+        host.compose(name, part.name, part.method, part.tensors)
+        settled[part.name] = {"name": part.method.id, **part.method.model_dump(mode="json")}
+        if part.tensors is not None:
+            _fill(host, name, part.name, part.tensors)
+    host.settle(name, method.replace(adapters=settled))
+
+
+def compose_saved(host: Carrier, name: str, entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
+    """Attach the parts with the structure that the tensors of the whole have; the values are copied in afterwards.
+
+    Args:
+        host: of the model.
+        name: of the adapter that consists of them.
+        entries: settings of the parts, as `compose` let them be kept.
+        tensors: of the whole, by the keys of `Carrier.tensors`.
+    """
+    for part, entry in entries.items():
+        own = {key.removeprefix(f"{part}/"): value for key, value in tensors.items() if key.startswith(f"{part}/")}
+        host.compose(name, part, _made(part, entry), own)
+
+
+def _parts(host: Carrier, name: str, entries: Mapping[str, Entry]) -> Iterator[Part]:
+    from adapterlab.hosts import load
+
+    for part, entry in entries.items():
+        if not isinstance(entry, str):
+            yield Part(part, _made(part, entry), None)
+        elif entry in host.methods and entry != name:
+            yield _taken(host, part, entry)
+        else:
+            passing = f"{name}-{part}-from-its-folder"
+            load(host.model, entry, passing, active=False)
+            taken = _taken(host, part, passing)
+            host.detach(passing)
+            yield taken
+
+
+def _taken(host: Carrier, part: str, source: str) -> Part:
+    copies = tuple(f"adapter.{path}." for path, adapter in host.adapters(source).items() if isinstance(adapter, Copy))
+    tensors = {key: value for key, value in host.state_dict(source).items() if not key.startswith(copies)}
+    return Part(part, host.methods[source].replace(modules_to_save=()), tensors)
+
+
+def _made(part: str, entry: Entry) -> Method:
+    fields = {} if isinstance(entry, str) else dict(entry)
+    id = fields.pop("name", None)
+    if not isinstance(id, str):
+        raise ConfigError(
+            f"adapters[{part!r}] is {entry!r}: give the folder of an adapter, the name of one on the model, or the "
+            "settings of a new one with the id of a method as its name."
+        )
+    return method_by_id(id)(**fields)
+
+
+@torch.no_grad()
+def _fill(host: Carrier, name: str, part: str, tensors: Mapping[str, Tensor]) -> None:
+    own = {k.removeprefix(f"{part}/"): v for k, v in host.tensors(name).items() if k.startswith(f"{part}/")}
+    if own.keys() != tensors.keys() or any(own[key].shape != tensors[key].shape for key in own):
+        raise AttachError(
+            f"The adapter {part!r} became another one as a part of {name!r}: {sorted(own.keys() ^ tensors.keys())[:4]} "
+            "differ. Load it by itself, save it again, and name that folder."
+        )
+    for key, value in tensors.items():
+        own[key].copy_(value)
+    host.refresh(name)
