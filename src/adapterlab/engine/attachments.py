@@ -79,6 +79,7 @@ class Attachments(Anatomy):
             like: likewise, for the structure alone; the values are loaded afterwards.
         """
         check_may_join(self.model, self.methods, method, name)
+        method = method.settled(self)
         before, fresh = self.active, self.new if type(method).trains else ()
         by_default = saved is None and like is None and "modules_to_save" not in method.model_fields_set
         if fresh and by_default:
@@ -327,7 +328,7 @@ class Attachments(Anatomy):
             part: a name for the part, unique within the adapter.
             method: what to attach.
         """
-        top, key = name.partition("/")[0], f"{name}/{part}"
+        top, key, method = name.partition("/")[0], f"{name}/{part}", method.settled(self)
         self._parts.setdefault(top, {})[key] = method
         self.patches[key], self.places[key] = {}, {}
         method.attach(self, key)
