@@ -195,7 +195,6 @@ def test_paths_are_listed_when_names_would_match_more(tiny: Any, tmp_path: Path)
 
 UNSUPPORTED: dict[str, dict[str, Any]] = {
     "layer_replication": {"layer_replication": [[0, 1]]},
-    "trainable_token_indices": {"trainable_token_indices": [1, 2]},
     "init_lora_weights": {"init_lora_weights": "pissa"},
     "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2]},
 }

@@ -41,6 +41,11 @@ class HFCodec:
         subsets: options that list some of the adapted modules -> attribute of our adapters that says which.
         parameters: (field of ours, PEFT's option) that lists bare parameters. PEFT does not name what holds them among
             its modules, and wraps it once for each; what the inner wrappers hold is called `base_layer.<tensor>`.
+        tokens: (field of ours, PEFT's option) that lists rows of tables of tokens, or a dictionary of such lists, for
+            methods that adapt other modules: PEFT does not name the tables among its modules.
+        owned: what PEFT's keys have between the path of a module and the name of its parameter, for methods that train
+            a module's own parameters in place; PEFT names these modules.
+        copies: PEFT also trains copies of whole modules beside it (`modules_to_save`).
         ignores: options that may have any value.
         implies: fields of ours that every adapter of PEFT's has at this value.
         derived: PEFT's configuration -> fields of ours that it says by several options together, or by its version; it
@@ -65,6 +70,9 @@ class HFCodec:
     accepts: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     subsets: Mapping[str, str] = field(default_factory=dict)
     parameters: tuple[str, str] | None = None
+    tokens: tuple[str, str] | None = None
+    owned: str = ""
+    copies: bool = True
     ignores: Collection[str] = ()
     implies: Mapping[str, Any] = field(default_factory=dict)
     derived: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
@@ -143,6 +151,9 @@ class HFCodec:
         if self.parameters:
             known.add(self.parameters[1])
             settings[self.parameters[0]] = tuple(config.get(self.parameters[1]) or ())
+        if self.tokens:
+            known.add(self.tokens[1])
+            settings[self.tokens[0]] = config.get(self.tokens[1]) or ()
         for ours, theirs in self.fields.items():
             name, table = theirs if isinstance(theirs, tuple) else (theirs, None)
             known.add(name)

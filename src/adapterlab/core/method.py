@@ -58,6 +58,13 @@ class Method(Settings):
         (), description="modules trained in full beside the adapter, such as a new classifier head"
     )
 
+    def settled(self, host: Carrier) -> Self:
+        """Return the method with what its settings leave to the model decided; that is what is attached and saved.
+
+        Such as words of the model's vocabulary as ids: whoever loads the adapter need not look them up again.
+        """
+        return self
+
     def attach(self, host: Carrier, name: str) -> None:
         """Put the method on the model with the four verbs of `host`."""
         raise NotImplementedError

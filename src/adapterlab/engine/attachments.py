@@ -63,6 +63,7 @@ class Attachments(Switching):
         """
         self.check_uncomposed("attach")
         check_may_join(self.model, self.methods, method, name)
+        method = method.settled(self)
         before, fresh = self.active, self.new if type(method).trains else ()
         by_default = saved is None and like is None and "modules_to_save" not in method.model_fields_set
         if fresh and by_default:
@@ -307,7 +308,7 @@ class Attachments(Switching):
             method: what to attach.
             like: tensors by the keys that the part would have as an adapter; it gets the structure that they have.
         """
-        top, key = name.partition("/")[0], f"{name}/{part}"
+        top, key, method = name.partition("/")[0], f"{name}/{part}", method.settled(self)
         self._parts.setdefault(top, {})[key] = method
         self.patches[key], self.places[key] = {}, {}
         if like is None:

@@ -88,15 +88,22 @@ def check_intact(model: nn.Module, name: str, places: Places) -> None:
 
 
 def hidden(places: Places) -> tuple[str, str, str] | None:
-    """Find a copy of a whole module (`modules_to_save`) that hides what others of these keys have there.
+    """Find a copy of a whole module (`modules_to_save`), or a part, that hides what others of these keys have there.
 
     Returns:
-        Whose copy, of what, and whose adapter it hides: another copy, or something inside of the module.
+        Whose, of what, and whose adapter it hides: for a copy another one, or something inside of the module.
     """
-    copies = [(key, path) for key, held in places.items() for path, p in held.items() if isinstance(p.adapter, Copy)]
-    for key, path in copies if len(places) > 1 else ():
+    every = [
+        (key, path, p.adapter) for key, held in places.items() for path, p in held.items() if p.adapter is not None
+    ]
+    for key, path, adapter in every if len(places) > 1 else ():
         for other, held in places.items():
-            if other != key and _hides(path, key, other, held):
+            beside = held[path].adapter if path in held else None
+            if other != key and (
+                _hides(path, key, other, held)
+                if isinstance(adapter, Copy)
+                else beside is not None and adapter.covers(beside)
+            ):
                 return key, path, other
     return None
 
@@ -110,6 +117,12 @@ def check_heard(places: Places) -> None:
     found = hidden(places)
     if found is not None:
         key, path, other = found
+        one, two = (places[name][path].adapter if path in places[name] else None for name in (key, other))
+        if one is not None and two is not None and (what := one.covers(two)):
+            raise AttachError(
+                f"{key!r} and {other!r} both have {what} of {path}, and only one of them would be heard. Make one of "
+                f"them active at a time: host.activate({key!r}), or host.activate({other!r})."
+            )
         raise AttachError(
             f"{key!r} has its own copy of {path} (modules_to_save), which is computed in its place, so what {other!r} "
             f"has there would have no effect. Make one of them active at a time: host.activate({key!r}), or "

@@ -76,13 +76,16 @@ def merge(
     parts = [(site_key, path, a) for site_key in host.parts(name) for path, a in host.adapters(site_key).items()]
     for key, path, adapter in parts:
         _check(host, name, key, path, adapter, tied, quantized)
-    if any(site.tied for *_, a in parts if not a.resident for site in _inside(host, a)):
+    if any(site.tied for *_, a in parts if not a.resident and not a.tied for site in _inside(host, a)):
         _check_untying(host.model)
     done: list[Merged] = []
+    together: dict[int, nn.Parameter] = {}
     for _, _, adapter in parts:
         mode = adapter.training
         adapter.eval()
-        if not adapter.resident:
+        if adapter.tied:
+            done.append(_merge_tied(adapter, together))
+        elif not adapter.resident:
             done += _merge_one(adapter, getattr(host.model, "dtype", torch.float32))
         adapter.train(mode)
         adapter.is_merged = True
@@ -150,6 +153,19 @@ def _merge_one(adapter: Adapter, model_dtype: torch.dtype) -> list[Merged]:
     return [_replace(site.module, new, plain=unpacks)]
 
 
+def _merge_tied(adapter: Adapter, together: dict[int, nn.Parameter]) -> Merged:
+    """Merge one of several adapters that change a weight alike where it is held: what they merge into stays one."""
+    module: Any = adapter.site.module
+    before = id(module._parameters["weight"])
+    if before not in together:
+        [record] = _merge_one(adapter, compute_dtype(module))
+        together[before] = module._parameters["weight"]
+        return record
+    record = _replace(module, {"weight": together[before].detach()})
+    module._parameters["weight"] = together[before]
+    return record
+
+
 def _as_stored(module: nn.Module, copied: nn.Module) -> dict[str, Tensor]:
     """Return the values of a trained copy in the dtypes of the module, whose neighbours compute in them."""
     present = {**module._parameters, **module._buffers}
@@ -193,7 +209,7 @@ def _check(host: Attachments, name: str, key: str, path: str, adapter: Adapter, 
             f"{method} cannot be merged into {where}: {reason}. Keep it as an adapter (host.save), or extract a "
             "low-rank approximation of what it does."
         )
-    if site.tied and tied == "error" and not isinstance(adapter, Copy):
+    if site.tied and tied == "error" and not isinstance(adapter, Copy) and not adapter.tied:
         raise MergeError(
             f"The weight of {path} is tied to another module, which a merge would change too. Merge with tied='untie' "
             "to give this module a weight of its own (the saved model then says tie_word_embeddings=False), or exclude "

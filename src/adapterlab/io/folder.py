@@ -308,7 +308,8 @@ def _method(info: AdapterInfo, tensors: dict[str, Tensor], host: Attachments) ->
         if cls.hf.pack is None:
             paths = hf_peft.modules(cls, tensors)
             bare = hf_peft.holding(cls, fields, host)
-            targets = tuple(path for path in paths if path not in bare)
+            beside = {*bare, *hf_peft.tables(cls, paths)}
+            targets = tuple(path for path in paths if path not in beside)
             fields["targets"] = targets or (("none",) if bare else ("no module",))
             leaves = [f"{path}.{leaf}" for path, names in bare.items() for leaf in names]
             fields |= hf_peft.used_patterns(fields, [*targets, *leaves])

@@ -6,13 +6,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from adapterlab.core.adapter import Copy
 from adapterlab.core.codec import PREFIX, HFCodec
 from adapterlab.core.patterns import matches
+from adapterlab.core.rows import Rows
 from adapterlab.engine.substitute import Substitute
 from adapterlab.errors import FormatError, nearest
 from adapterlab.foreign.model import base_modules
 from adapterlab.foreign.peft_task import CLASSIFYING, class_of, computes_prompts, task_of
+from adapterlab.io.beside import trained_beside
 from adapterlab.registry import ids
 from adapterlab.registry import method as method_by_id
 
@@ -45,9 +49,11 @@ def write(
         "base_model_name_or_path": base_model,
         "revision": revision,
         "inference_mode": True,
-        "modules_to_save": list(copies) or None,
+        **({"modules_to_save": list(copies) or None} if codec.copies else {}),
         **codec.options(method),
     }
+    if not codec.copies and (copies or trained_beside(host)):
+        return None
     if codec.pack is not None:
         equal = computes_prompts(host.model, config["task_type"]) and not (codec.differs and codec.differs(host))
         packed = codec.pack(host, name) if equal else None
@@ -57,19 +63,26 @@ def write(
             f"{codec.prefix}{p}.{k}": v.detach() for p, c in copies.items() for k, v in c.copy.state_dict().items()
         }
         return {**config, **packed[0]}, {**packed[1], **of_copies}
-    adapted = {path: part for path, part in parts.items() if path not in copies}
-    whole = {path: part for path, part in adapted.items() if not isinstance(part, Substitute)}
+    rows = {path: part for path, part in parts.items() if isinstance(part, Rows)}
+    if _biased(rows):
+        return None
+    beside = {**copies, **(rows if codec.tokens else {})}
+    adapted = {path: part for path, part in parts.items() if path not in beside}
+    whole = {path: part for path, part in adapted.items() if not isinstance(part, Substitute) and not _lent(part)}
+    if codec.tokens and rows:
+        config[codec.tokens[1]] = {path: part.ids.tolist() for path, part in rows.items() if not _lent(part)}
     if any(part.site.transposed for part in whole.values()):
         if not codec.transposed:
             return None
         config["fan_in_fan_out"] = True
-    config["target_modules"] = short_names(whole, [s.path for s in host.all_sites()])
+    owned = [path.rpartition(".")[0] for path in host.patches[name]] if codec.owned else []
+    config["target_modules"] = short_names([*whole, *owned], [s.path for s in host.all_sites()])
     for option, attribute in codec.subsets.items():
         chosen = [path for path, part in adapted.items() if getattr(part, attribute)]
         config[option] = [n for n in config["target_modules"] if any(_named(n, path) for path in chosen)]
         if any(_named(n, path) for n in config[option] for path in adapted if path not in chosen):
             config |= {"target_modules": sorted(adapted), option: sorted(chosen)}
-    tensors = host.tensors(name)
+    tensors = host.tensors(name) | _repeated(rows, codec)
     if codec.outward is not None:
         made = codec.outward(method, adapted)
         if made is None:
@@ -117,6 +130,11 @@ def read(method: Method, host: Attachments, name: str, tensors: Mapping[str, Ten
     if own.keys() <= tensors.keys():
         return {key: tensors[key] for key in own}  # saved under our own names
     parts = host.adapters(name)
+    if path := _biased(parts):
+        raise FormatError(
+            f"The rows of tokens that this adapter trains are also those of {path}, whose bias PEFT leaves out as soon "
+            "as such rows train. Use it with PEFT itself, or train a new one."
+        )
     if method.hf.unpack is not None:
         return method.hf.unpack(host, name, tensors) | _copies(parts, method.hf.prefix, tensors)
     ours = {_peft_key(key, parts, method.hf): key for key in own if not _only_ours(key, parts, method.hf)}
@@ -129,6 +147,7 @@ def read(method: Method, host: Attachments, name: str, tensors: Mapping[str, Ten
         elif (
             _is_read_inward(key, parts, method.hf)
             or _is_second_copy(key, tensors)
+            or _is_repeated_row(key, tensors, parts, method.hf)
             or _is_repeated(key, tensors, method.hf)
         ):
             continue
@@ -141,6 +160,32 @@ def _is_read_inward(key: str, parts: Mapping[str, Any], codec: HFCodec) -> bool:
     """Say whether `inward` has made other tensors of one with this key."""
     found = codec.locate(key) if codec.inward is not None else None
     return found is not None and found[0] in parts and not isinstance(parts[found[0]], Copy)
+
+
+def _lent(part: Any) -> bool:
+    """Say whether an adapter's rows are those of another one, at a module that is tied to its own."""
+    return isinstance(part, Rows) and part.values is not part._parameters.get("rows")
+
+
+def _repeated(rows: Mapping[str, Any], codec: HFCodec) -> dict[str, Tensor]:
+    """Rows of tied tables once more, by the key of each module: PEFT stores them so where they are all there is."""
+    return {} if codec.tokens else {f"adapter.{path}.rows": part.values for path, part in rows.items() if _lent(part)}
+
+
+def _is_repeated_row(key: str, tensors: Mapping[str, Tensor], parts: Mapping[str, Any], codec: HFCodec) -> bool:
+    """Say whether a tensor is that of a table which is tied to another one, with the same rows."""
+    path, tensor, suffix = codec.locate(key) or ("", "", "")
+    part = parts.get(path)
+    if tensor != "rows" or not _lent(part):
+        return False
+    found = tensors.get(f"{PREFIX}{part.lender.site.path}.{suffix}")
+    return found is not None and torch.equal(found, tensors[key])
+
+
+def _biased(parts: Mapping[str, Any]) -> str | None:
+    """Return a module with trained rows and a bias, which PEFT leaves out there, or None."""
+    found = (path for path, part in parts.items() if isinstance(part, Rows) and part.site.bias is not None)
+    return next(found, None)
 
 
 def _copies(parts: Mapping[str, Any], prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -215,6 +260,19 @@ def modules(method: type[Method], tensors: Iterable[str]) -> dict[str, str]:
     return {path: suffix for path, _, suffix in located}
 
 
+def tables(method: type[Method], found: Mapping[str, str]) -> list[str]:
+    """Return those of PEFT's modules that have nothing but trained rows of tokens, for a method of other modules.
+
+    Args:
+        method: with its codec.
+        found: what `modules` returned.
+    """
+    codec = method.hf
+    return [
+        path for path, suffix in found.items() if codec is not None and codec.tokens and suffix == codec.tensors["rows"]
+    ]
+
+
 def holding(method: type[Method], fields: Mapping[str, Any], host: Attachments) -> dict[str, tuple[str, ...]]:
     """Return the modules that hold bare parameters among what a PEFT adapter adapts; see `Host.holding`."""
     field = method.hf.parameters[0] if method.hf is not None and method.hf.parameters else None
@@ -252,6 +310,8 @@ def _peft_key(key: str, parts: Mapping[str, Any], codec: HFCodec) -> str:
     group, _, rest = key.partition(".")
     if group == "base":
         module, _, leaf = rest.rpartition(".")
+        if codec.owned:
+            return f"{PREFIX}{module}.{codec.owned}.{leaf}"
         # PEFT keeps the module it replaced under `base_layer`.
         return f"{PREFIX}{module}.base_layer.{leaf}" if module in parts else PREFIX + rest
     if group == "shared":

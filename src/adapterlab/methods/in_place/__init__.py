@@ -1,1 +1,1 @@
-"""Methods that train the base's own parameters: all, some layers, biases, chosen entries."""
+"""Methods that train the base's own parameters: all, some layers, biases, chosen entries or rows."""

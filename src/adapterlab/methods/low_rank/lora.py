@@ -13,6 +13,7 @@ from adapterlab.core.adapter import Adapter
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
 from adapterlab.core.patterns import Pattern, check_patterns, look_up
+from adapterlab.core.rows import Tokens, train_rows, with_ids
 from adapterlab.core.site import Site
 from adapterlab.errors import AttachError, TargetError
 from adapterlab.methods.low_rank import _expert_factors
@@ -38,6 +39,8 @@ class LoRA(LowRank):
     Stacked weights of experts, which no linear layer holds: `parameters` names them, such as `mlp.experts.down_proj`
     `[E, out, in]`; each expert has factors of its own, and the module computes with W + s · B A. With `targets="none"`
     they alone are adapted. Any other bare matrix works too.
+
+    Tokens: with `tokens` the rows of these in the input embedding, and in a head that is tied to it, train whole.
 
     Start: B = 0 (for embeddings A = 0), so the first output equals the base's. Other values of `init` may put a part of
     the base weight into the factors; the base then holds the rest while the adapter is live. The original weight is
@@ -86,6 +89,12 @@ class LoRA(LowRank):
         (), description="names of bare parameters to adapt as well, such as mlp.experts.gate_up_proj"
     )
 
+    tokens: Tokens | dict[str, Tokens] = Field(
+        (),
+        description="ids or texts of tokens whose rows train whole beside the update, such as new ones; "
+        "{embed: [...], head: [...]} for several tables",
+    )
+
     hf: ClassVar[HFCodec | None] = HFCodec(
         "LORA",
         fields={
@@ -102,8 +111,10 @@ class LoRA(LowRank):
             "A": {"embedding": "lora_embedding_A", **dict.fromkeys(("linear", "conv", "block"), "lora_A.weight")},
             "B": {"embedding": "lora_embedding_B", **dict.fromkeys(("linear", "conv", "block"), "lora_B.weight")},
             "bias": "lora_B.bias",
+            "rows": "token_adapter.trainable_tokens_delta",
         },
         parameters=("parameters", "target_parameters"),
+        tokens=("tokens", "trainable_token_indices"),
         # How the factors began does not matter once they are trained, unless the base was changed with them.
         accepts={"init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")},
         outward=_lora_forms.outward,
@@ -130,8 +141,13 @@ class LoRA(LowRank):
         alpha = look_up(self.alpha_pattern, path, self.alpha)
         return alpha / (self.rank(path) if self.scale == "linear" else math.sqrt(self.rank(path)))
 
+    def settled(self, host: Carrier) -> Self:
+        """Ids in place of texts of tokens."""
+        found: Self = with_ids(self, host)
+        return found
+
     def attach(self, host: Carrier, name: str) -> None:
-        """Wrap the targets and what holds bare parameters, then own the biases that the option asks for."""
+        """Wrap the targets and what holds bare parameters or rows of tokens, then own the biases that are asked for."""
         if self.targets.include != _expert_factors.NONE:
             super().attach(host, name)
         adapted = host.adapters(name)
@@ -140,6 +156,8 @@ class LoRA(LowRank):
         if self.blocks and not any(isinstance(layer, Blocks) for layer in adapted.values()):
             rows = sorted({layer.site.shape[0] for layer in adapted.values()})
             raise TargetError(f"lora: blocks={self.blocks} make {sum(self.blocks)} rows; the targets have {rows}.")
+        if self.tokens:
+            train_rows(host, name, self.tokens)
         # Modules that are copied whole bring their own bias.
         for path in host.base_parameters(self.modules_to_save) if self.bias != "none" else ():
             module, _, leaf = path.rpartition(".")

@@ -10,6 +10,7 @@ from torch import nn
 from adapterlab.core.adapter import Copy
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import MakeOptimizer
+from adapterlab.core.rows import Rows
 from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.registry import register
 
@@ -52,7 +53,7 @@ class LoRAPlus(LoRA):
 
     def optimizer(self, host: Carrier, name: str, make: MakeOptimizer) -> Optimizer:
         """Put the tensors into up to four groups."""
-        kinds = {path: part.site.kind for path, part in host.adapters(name).items() if not isinstance(part, Copy)}
+        kinds = {p: part.site.kind for p, part in host.adapters(name).items() if not isinstance(part, (Copy, Rows))}
         options: dict[str, dict[str, Any]] = {
             "embedding": {"lr": self.lr_embedding},
             "fast": {"lr_factor": self.ratio},
