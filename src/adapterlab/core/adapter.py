@@ -27,6 +27,7 @@ class Adapter(nn.Module):
             having no `around` of its own.
         site: where it is attached.
         is_merged: its effect is in the base's weights now.
+        idle: it is passed over for the time being: the module is computed as if it were not there.
     """
 
     place: str = "call"
@@ -44,6 +45,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.site = site
         self.is_merged = False
+        self.idle = False
 
     @property
     def dtype(self) -> torch.dtype:

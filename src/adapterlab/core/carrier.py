@@ -53,7 +53,9 @@ class Carrier(Protocol):
     def replace(self, name: str, path: str, derive: Callable[[Tensor], Tensor]) -> None: ...  # another frozen value
     def refresh(self, name: str) -> None: ...  # derive replaced values anew, after what they are made of has changed
     def unwrap(self, name: str, where: Site | nn.Module) -> None: ...
-    def compose(self, name: str, part: str, method: Any) -> None: ...  # attach another method as a part
+    def compose(
+        self, name: str, part: str, method: Any, saved: Mapping[str, Tensor] | None = None
+    ) -> None: ...  # attach another method as a part
 
     # ---- what an adapter consists of; keys of a composite's parts are name/part
 

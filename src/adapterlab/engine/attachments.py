@@ -319,18 +319,23 @@ class Attachments(Anatomy):
         group.add_module(key, module)  # type: ignore[union-attr]
         return module
 
-    def compose(self, name: str, part: str, method: Method) -> None:
+    def compose(self, name: str, part: str, method: Method, saved: Mapping[str, Tensor] | None = None) -> None:
         """Attach another method as a part of an adapter; parts are switched, saved and removed together.
 
         Args:
             name: of the adapter, as `Method.attach` received it.
             part: a name for the part, unique within the adapter.
             method: what to attach.
+            saved: tensors of the adapter that is loaded; the part gets the structure that it has there.
         """
         top, key = name.partition("/")[0], f"{name}/{part}"
         self._parts.setdefault(top, {})[key] = method
         self.patches[key], self.places[key] = {}, {}
-        method.attach(self, key)
+        if saved is None:
+            method.attach(self, key)
+        else:
+            lead = f"{part}/"
+            method.attach_saved(self, key, {k[len(lead) :]: v for k, v in saved.items() if k.startswith(lead)})
 
     def parts(self, name: str) -> list[str]:
         """Return the keys that an adapter consists of: its name, then those of its parts."""

@@ -32,10 +32,10 @@ def through(place: str, module: nn.Module, run: Callable[..., Any], *args: Any, 
     state = module.__dict__[STATE]
     held: Any = module._modules[ADAPTERS]._modules  # type: ignore[union-attr]
     if state.rows is not None:
-        here = {name: a for name, a in held.items() if a.place == place}
+        here = {name: a for name, a in held.items() if a.place == place and not a.idle}
         return mixed(here, state, run, *args, **kwargs) if here else run(*args, **kwargs)
     for name, adapter in held.items():
-        if name in state.active and adapter.place == place and not adapter.is_merged:
+        if name in state.active and adapter.place == place and not (adapter.is_merged or adapter.idle):
             run = functools.partial(_around(adapter), run)
     return run(*args, **kwargs)
 
