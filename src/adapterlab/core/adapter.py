@@ -29,6 +29,7 @@ class Adapter(nn.Module):
             that the modules stay tied when it is merged; one of them may be the only one that is called.
         site: where it is attached.
         is_merged: its effect is in the base's weights now.
+        idle: it is passed over for the time being: the module is computed as if it were not there.
     """
 
     place: str = "call"
@@ -47,6 +48,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.site = site
         self.is_merged = False
+        self.idle = False
 
     @property
     def dtype(self) -> torch.dtype:

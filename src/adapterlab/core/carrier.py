@@ -55,7 +55,7 @@ class Carrier(Protocol):
     def refresh(self, name: str) -> None: ...  # derive replaced values anew, after what they are made of has changed
     def unwrap(self, name: str, where: Site | nn.Module) -> None: ...
     def compose(
-        self, name: str, part: str, method: Any, like: Mapping[str, Tensor] | None = None
+        self, name: str, part: str, method: Any, saved: Mapping[str, Tensor] | None = None
     ) -> None: ...  # attach another method as a part
     def settle(self, name: str, method: Any) -> None: ...  # the same with settings that attaching decided
 

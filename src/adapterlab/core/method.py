@@ -209,3 +209,20 @@ class LayerMethod(Method):
     def build(self, site: Site, host: Carrier, name: str) -> Adapter:
         """Make the adapter for one site."""
         return type(self).Layer(self, site)
+
+
+class Composite(Method):
+    """Several methods at once: subclasses define `parts`; their tensors, hooks and switches are one adapter's."""
+
+    def parts(self, host: Carrier) -> Mapping[str, Method]:
+        """Return the methods by the name of the part, in the order of attachment."""
+        raise NotImplementedError
+
+    def attach(self, host: Carrier, name: str) -> None:
+        for part, method in self.parts(host).items():
+            host.compose(name, part, method)
+
+    def attach_saved(self, host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Attach each part as it was when it was saved."""
+        for part, method in self.parts(host).items():
+            host.compose(name, part, method, saved=tensors)

@@ -299,22 +299,23 @@ class Attachments(Switching):
         group.add_module(key, module)  # type: ignore[union-attr]
         return module
 
-    def compose(self, name: str, part: str, method: Method, like: Mapping[str, Tensor] | None = None) -> None:
+    def compose(self, name: str, part: str, method: Method, saved: Mapping[str, Tensor] | None = None) -> None:
         """Attach another method as a part of an adapter; parts are switched, saved and removed together.
 
         Args:
             name: of the adapter, as `Method.attach` received it.
             part: a name for the part, unique within the adapter.
             method: what to attach.
-            like: tensors by the keys that the part would have as an adapter; it gets the structure that they have.
+            saved: tensors of the adapter that is loaded; the part gets the structure that it has there.
         """
         top, key, method = name.partition("/")[0], f"{name}/{part}", method.settled(self)
         self._parts.setdefault(top, {})[key] = method
         self.patches[key], self.places[key] = {}, {}
-        if like is None:
+        if saved is None:
             method.attach(self, key)
         else:
-            method.attach_saved(self, key, like)
+            lead = f"{part}/"
+            method.attach_saved(self, key, {k[len(lead) :]: v for k, v in saved.items() if k.startswith(lead)})
 
     def settle(self, name: str, method: Method) -> None:
         """Say what a method has become, where what it was attached with or to decided settings; this is saved.

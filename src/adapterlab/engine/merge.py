@@ -73,7 +73,8 @@ def merge(
             "Gather first: host.save the adapter, load the base and the adapter in one process, and merge there."
         )
     host.check_intact(name)
-    parts = [(site_key, path, a) for site_key in host.parts(name) for path, a in host.adapters(site_key).items()]
+    held = [(key, path, a) for key in host.parts(name) for path, a in host.adapters(key).items()]
+    parts = [part for part in held if not part[2].idle]
     for key, path, adapter in parts:
         _check(host, name, key, path, adapter, tied, quantized)
     if any(site.tied for *_, a in parts if not a.resident and not a.tied for site in _inside(host, a)):
@@ -228,7 +229,7 @@ def _check_order(host: Attachments, key: str, path: str, adapter: Adapter, site:
     for other, inner in adapters_of(site.module).items():
         if other == key:
             return
-        live = other in host.state.active and not inner.is_merged and inner.place == "call"
+        live = other in host.state.active and not (inner.is_merged or inner.idle) and inner.place == "call"
         if live and not (inner.additive and adapter.additive):
             raise MergeError(
                 f"At {path} the adapter {other!r} stands inside {key!r} and is live: merge {other!r} first, or switch "

@@ -33,19 +33,20 @@ def through(place: str, module: nn.Module, run: Callable[..., Any], *args: Any, 
     state = module.__dict__[STATE]
     held: Any = module._modules[ADAPTERS]._modules  # type: ignore[union-attr]
     if state.rows is not None:
-        here = {name: a for name, a in held.items() if a.place == place}
+        here = {name: a for name, a in held.items() if a.place == place and not a.idle}
         return mixed(here, state, run, *args, **kwargs) if here else run(*args, **kwargs)
     if state.together is not None:
         return entered(state.together, run, functools.partial(_live, held, place))(*args, **kwargs)
     for name, adapter in held.items():
-        if name in state.active and adapter.place == place and not adapter.is_merged:
+        if name in state.active and adapter.place == place and not (adapter.is_merged or adapter.idle):
             run = functools.partial(_around(adapter), run)
     return run(*args, **kwargs)
 
 
 def _live(held: Any, place: str, name: str) -> Callable[..., Any] | None:
     adapter = held.get(name)
-    return None if adapter is None or adapter.place != place or adapter.is_merged else _around(adapter)
+    out_of_it = adapter is None or adapter.place != place or adapter.is_merged or adapter.idle
+    return None if out_of_it else _around(adapter)
 
 
 def _around(adapter: Any) -> Callable[..., Any]:

@@ -11,14 +11,16 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterlab.core.adapter import Adapter
+from adapterlab.core.adapter import Adapter, Copy
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Method
 from adapterlab.core.site import Site
 from adapterlab.core.state import State
 from adapterlab.core.targets import Targets
+from adapterlab.engine.wrapping import plain_copy
 from adapterlab.errors import AttachError
 
+Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -30,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Projections(Adapter):
-    """The two projections; subclasses say what they read and where the result goes."""
+    """The two projections; subclasses say what they read and where the result goes, or what they are made of."""
 
     not_linear: ClassVar[str] = "a nonlinear function stands between its two projections"
     tokenwise: ClassVar[bool | None] = True
@@ -45,18 +47,26 @@ class Projections(Adapter):
             out: width of what they add to; the same by default.
         """
         super().__init__(site)
-        out, m = out or width, method.size(width)
-        self.down, self.down_bias = site.parameter(m, width), site.parameter(m)
-        self.up, self.up_bias = site.parameter(out, m), site.parameter(out)
         self.activation, self.p = method.activation, method.dropout
+        self.make(method, width, method.size(width), out or width)
         self.scale = method.scaling(site)
+
+    def make(self, method: Any, width: int, m: int, out: int) -> None:
+        """Make and start the tensors that `weights` come from."""
+        self.down, self.down_bias = self.site.parameter(m, width), self.site.parameter(m)
+        self.up, self.up_bias = self.site.parameter(out, m), self.site.parameter(out)
         method.start(self.down, self.up)
+
+    def weights(self) -> Weights:
+        """W_d `[m, width]`, b_d `[m]`, W_u `[out, m]` and b_u `[out]` of this call."""
+        return self.down, self.down_bias, self.up, self.up_bias
 
     def share(self, z: Tensor) -> Tensor:
         """S · (W_u drop(f(W_d z + b_d)) + b_u), computed in the adapter's dtype and returned in that of z."""
-        h = ACTIVATIONS[self.activation](F.linear(z.to(self.dtype), self.down, self.down_bias))
+        down, down_bias, up, up_bias = self.weights()
+        h = ACTIVATIONS[self.activation](F.linear(z.to(self.dtype), down, down_bias))
         h = F.dropout(h, self.p, self.training)
-        return (self.scale * F.linear(h, self.up, self.up_bias)).to(z.dtype)
+        return (self.scale * F.linear(h, up, up_bias)).to(z.dtype)
 
 
 class After(Projections):
@@ -158,6 +168,13 @@ class Bottleneck(Method):
     def scaling(self, site: Site) -> float | nn.Parameter:
         """The factor s at one place."""
         return self.scale
+
+
+def copy_norms(host: Carrier, name: str) -> None:
+    """Give an adapter norms of its own, as copies, which leave the base's untouched and are switched with it."""
+    for site in host.all_sites():
+        if site.kind == "norm" and not site.is_head and site.module._parameters["weight"] is not None:
+            host.wrap(name, site, Copy(site, plain_copy(site.module)))
 
 
 def first(y: Any) -> Tensor:

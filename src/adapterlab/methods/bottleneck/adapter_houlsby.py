@@ -8,11 +8,15 @@ from typing import ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from adapterlab.core.adapter import Copy
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.site import Site
-from adapterlab.engine.wrapping import plain_copy
-from adapterlab.methods.bottleneck._bottleneck import Activation, Bottleneck, attention_outputs, feed_forwards
+from adapterlab.methods.bottleneck._bottleneck import (
+    Activation,
+    Bottleneck,
+    attention_outputs,
+    copy_norms,
+    feed_forwards,
+)
 from adapterlab.registry import register
 
 
@@ -56,9 +60,8 @@ class AdapterHoulsby(Bottleneck):
     def attach(self, host: Carrier, name: str) -> None:
         """Wrap the sublayers, and give the adapter norms of its own."""
         super().attach(host, name)
-        for site in host.all_sites() if self.norms else []:
-            if site.kind == "norm" and not site.is_head and site.module._parameters["weight"] is not None:
-                host.wrap(name, site, Copy(site, plain_copy(site.module)))
+        if self.norms:
+            copy_norms(host, name)
 
     def places(self, sites: Sequence[Site]) -> list[Site]:
         """Every attention and feed-forward sublayer."""

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from adapterlab.core.carrier import Carrier
-from adapterlab.core.method import Method
+from adapterlab.core.method import Composite, Method
 from adapterlab.methods.bottleneck.adapter_parallel import AdapterParallel
 from adapterlab.methods.prompt.prefix_tuning import PrefixTuning
 from adapterlab.registry import register
 
 
 @register
-class MAMAdapter(Method):
+class MAMAdapter(Composite):
     """Spend few parameters on attention, as a prefix, and most on the feed-forward sublayer, as a parallel adapter.
 
     Attention: K ← [P_k ; K], V ← [P_v ; V], with l pairs in every attention module. For a query q that is
@@ -56,12 +54,9 @@ class MAMAdapter(Method):
     scale: float = Field(4.0, gt=0, description="factor s of the adapter; 4 suits m = 512, 2 suits m = 16")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout in the bottleneck")
 
-    def attach(self, host: Carrier, name: str) -> None:
-        """Compose the two parts."""
-        prefix = PrefixTuning(length=self.length, init=self.init, hidden=self.hidden, offset=0)
-        host.compose(name, "prefix", prefix)
-        host.compose(name, "adapter", AdapterParallel(m=self.m, scale=self.scale, dropout=self.dropout))
-
-    def attach_saved(self, host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Attach without looking for a good start."""
-        self.replace(init="zeros").attach(host, name)
+    def parts(self, host: Carrier) -> dict[str, Method]:
+        """The prefix and the adapter."""
+        return {
+            "prefix": PrefixTuning(length=self.length, init=self.init, hidden=self.hidden, offset=0),
+            "adapter": AdapterParallel(m=self.m, scale=self.scale, dropout=self.dropout),
+        }

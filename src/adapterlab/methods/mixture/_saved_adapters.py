@@ -48,7 +48,8 @@ def compose(host: Carrier, name: str, method: Method, entries: Mapping[str, Entr
     """
     settled = {}
     for part in _parts(host, name, entries):
-        host.compose(name, part.name, part.method, part.tensors)
+        saved = None if part.tensors is None else {f"{part.name}/{key}": t for key, t in part.tensors.items()}
+        host.compose(name, part.name, part.method, saved)
         settled[part.name] = {"name": part.method.id, **part.method.model_dump(mode="json")}
         if part.tensors is not None:
             _fill(host, name, part.name, part.tensors)
@@ -65,8 +66,7 @@ def compose_saved(host: Carrier, name: str, entries: Mapping[str, Entry], tensor
         tensors: of the whole, by the keys of `Carrier.tensors`.
     """
     for part, entry in entries.items():
-        own = {key.removeprefix(f"{part}/"): value for key, value in tensors.items() if key.startswith(f"{part}/")}
-        host.compose(name, part, _made(part, entry), own)
+        host.compose(name, part, _made(part, entry), tensors)
 
 
 def _parts(host: Carrier, name: str, entries: Mapping[str, Entry]) -> Iterator[Part]:
