@@ -101,7 +101,7 @@ class MPT(InputPrompt):
         if self.source is None:
             ids = word_ids(host, self.words, self.length)
             with torch.no_grad():
-                layer.prompt.copy_(input_table(host.model)(ids))
+                layer.shared.copy_(input_table(host.model)(ids))
         else:
             self.take_from_source(host, name, layer, factors=True)
         self.put(host, name, layer)
@@ -119,7 +119,7 @@ class MPT(InputPrompt):
         assert self.source is not None
         with opened(host, self.source, name) as key:
             other = next((a for a in host.adapters(key).values() if isinstance(a, MPT.Layer)), None)
-            mine, theirs = ((x and (*x.prompt.shape, x.cols.shape[2])) for x in (layer, other))
+            mine, theirs = ((x and (*x.shared.shape, x.cols.shape[2])) for x in (layer, other))
             if other is None or mine != theirs:
                 raise AttachError(
                     f"source={self.source!r} should be an {self.id} adapter with length, width and rank {mine}, and "
@@ -127,7 +127,7 @@ class MPT(InputPrompt):
                 )
             if self.source_task is not None and self.source_task >= len(other.cols):
                 raise AttachError(f"source_task={self.source_task}: {self.source!r} has {len(other.cols)} tasks.")
-            layer.prompt.copy_(other.prompt)
+            layer.shared.copy_(other.shared)
             for mine, theirs in ((layer.cols, other.cols), (layer.rows, other.rows)) if factors else ():
                 mine.copy_(theirs.mean(0) if self.source_task is None else theirs[self.source_task])
 
@@ -209,7 +209,7 @@ class MPT(InputPrompt):
         return square.mean() if mask is None else square[mask.bool()].mean()
 
     class Layer(InputPrompt.Layer):
-        """`prompt` `[P, d]`, and the factors of each task: `cols` `[K, P, r]` and `rows` `[K, r, d]`.
+        """`shared` `[P, d]`, and the factors of each task: `cols` `[K, P, r]` and `rows` `[K, r, d]`.
 
         Attributes:
             chosen: the task, or that of each row of the batch.
@@ -220,9 +220,9 @@ class MPT(InputPrompt):
             width, tasks, rank = self.table.embedding_dim, method.tasks, method.rank
             prompt = self.site.parameter(method.length, width)
             if method.share:
-                self.register_buffer("prompt", prompt.detach(), persistent=False)
+                self.register_buffer("shared", prompt.detach(), persistent=False)
             else:
-                self.prompt = prompt
+                self.shared = prompt
             self.cols, self.rows = (
                 self.site.parameter(tasks, method.length, rank),
                 self.site.parameter(tasks, rank, width),
@@ -239,7 +239,7 @@ class MPT(InputPrompt):
 
         def prompts(self) -> Tensor:
             """The prompts of the chosen tasks, `[1 or rows, P, d]`."""
-            return self.prompt * self.products(self.chosen)
+            return self.shared * self.products(self.chosen)
 
         def vectors(self) -> Tensor:
             """The prompt of the first chosen task, `[P, d]`."""
@@ -264,12 +264,12 @@ def _pack(host: Carrier, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] 
     assert isinstance(layer, MPT.Layer)
     if method.share or not peft_has(host, name):
         return None
-    options = sizes(host, *layer.prompt.shape)
+    options = sizes(host, *layer.shared.shape)
     if method.tasks == 1:
         plain = layer.vectors().detach()
         return {**options, "peft_type": "PROMPT_TUNING"}, {**host.tensors(name), PROMPT: plain}
     factors = {COLS: layer.cols.detach(), ROWS: layer.rows.detach()}
-    return {**options, "num_ranks": method.rank, "num_tasks": method.tasks}, {PROMPT: layer.prompt.detach(), **factors}
+    return {**options, "num_ranks": method.rank, "num_tasks": method.tasks}, {PROMPT: layer.shared.detach(), **factors}
 
 
 def _unpack(host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -281,10 +281,10 @@ def _unpack(host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> dict[str
             f"The file of a PEFT prompt of several tasks holds {missing[0]!r}, and this one has: "
             f"{', '.join(list(tensors)[:5]) or 'none'}. Save the adapter again with PEFT."
         )
-    length, width = layer.prompt.shape
+    length, width = layer.shared.shape
     lead = f"adapter.{layer.site.path}."
     return {
-        f"{lead}prompt": first_rows(host, peft_prompt(tensors), length, width),
+        f"{lead}shared": first_rows(host, peft_prompt(tensors), length, width),
         f"{lead}cols": tensors[COLS][:, :length],
         f"{lead}rows": tensors[ROWS],
     }
