@@ -1,4 +1,4 @@
-"""Intrinsic prompt tuning: in a space learned from the prompts of other tasks a few numbers do most of a prompt's work."""
+"""Intrinsic prompt tuning: in a space learned from prompts of other tasks a few numbers do most of a prompt's work."""
 
 from __future__ import annotations
 

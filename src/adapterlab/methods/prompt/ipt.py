@@ -73,7 +73,7 @@ class IPT(InputPrompt):
     @classmethod
     def example(cls, model: nn.Module) -> dict[str, Any]:
         """A random space: learning one needs trained prompts."""
-        return {"size": 4, "hidden": 8, "random": True}
+        return {"size": 32, "hidden": 64, "random": True}
 
     def attach(self, host: Carrier, name: str) -> None:
         """Make z and the decoder, which is zero until it is learned or taken from the source."""
