@@ -19,7 +19,7 @@ from adapterlab.foreign.cache import accompany, cache_in, cache_out, companion, 
 from adapterlab.foreign.model import input_table, is_causal, is_encoder_decoder, plain_class, text_config
 from adapterlab.foreign.peft_task import task_of
 from adapterlab.foreign.roles import role_of
-from adapterlab.methods.prompt._virtual_tokens import PROMPT, SIZES, peft_prompt, peft_sizes, token_table
+from adapterlab.methods.prompt._virtual_tokens import PROMPT, SIZES, peft_prompt, peft_sizes, reads_tokens, token_table
 
 
 class InputPrompt(Method):
@@ -60,7 +60,7 @@ class InputPrompt(Method):
         placeholder: int | None = None
 
         def __init__(self, method: InputPrompt, host: Carrier, name: str):
-            if token_table(host) is None:
+            if token_table(host) is None or not reads_tokens(host):
                 raise AttachError(
                     f"{type(host.model).__name__} reads no tokens, so there is no input to put virtual tokens before. "
                     "Choose a method inside the layers, such as PrefixTuning, LoRA or an adapter."

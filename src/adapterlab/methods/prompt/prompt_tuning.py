@@ -36,6 +36,10 @@ class PromptTuning(InputPrompt):
     in the cache. Models that pool the first position (BERT) pool the first real one; `pool="virtual"` pools the first
     virtual one instead, which is what HF PEFT does.
 
+    Labels: a decoder's first token has no token before it, and so none is learned, as in the base. HF PEFT keeps the
+    prediction of the last virtual token and learns the first token's label from it; give the row a token in front where
+    that matters.
+
     Rate: 1e-2; HF PEFT's comparison has 1e-3 with Adam, the authors 0.3 with Adafactor.
 
     Reference: "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv 2104.08691.
