@@ -6,7 +6,7 @@ The file is called hosts and not host because `adapterlab.host` is the function 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -114,6 +114,35 @@ class Host(Attachments):
     def summary(self, name: str | None = None) -> Summary:
         """Count what an adapter trains; without a name, the one that is attached alone."""
         return summarise(self, self.only(name))
+
+    def learn_from(
+        self,
+        tasks: Mapping[str, Iterable[Mapping[str, Tensor]]],
+        name: str | None = None,
+        *,
+        steps: int,
+        lr: float | None = None,
+    ) -> list[float]:
+        """Let an adapter learn what adapters of other tasks share: the first phase of methods that have two.
+
+        Args:
+            tasks: names of trained adapters on this model, and batches of each one's task.
+            name: of the adapter that learns; default: the only one that is not among them.
+            steps: how many to make.
+            lr: learning rate; default: the method's own for this phase.
+
+        Returns:
+            The loss of each step.
+
+        Raises:
+            AttachError: there is no adapter of such a name.
+            ConfigError: the method has no such phase, or the adapters do not suit it.
+        """
+        rest = [one for one in self.methods if one not in tasks]
+        name = self.only(rest[0] if name is None and len(rest) == 1 else name)
+        for one in tasks:
+            self.check(one)
+        return self.methods[name].learn_from(self, name, tasks, steps=steps, lr=lr)
 
     def stack(self, *names: str) -> contextlib.AbstractContextManager[Stack]:
         """Serve many low-rank adapters from stacked slots inside the context; see `engine.stacked`.

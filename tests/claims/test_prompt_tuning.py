@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterlab as al
 from adapterlab.errors import AttachError, ConfigError
-from adapterlab.methods.prompt import prompt_tuning
+from adapterlab.methods.prompt import _input_prompt
 from adapterlab.methods.prompt.prompt_tuning import PromptTuning
 from adapterlab.testing import CHECKS, Case, outcome
 
@@ -218,6 +218,6 @@ def test_bad_settings_say_what_to_do(tiny: Any) -> None:
 def test_a_prompt_put_in_front_at_every_step_fails_the_suites_check_of_generation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prompt_tuning, "companion", lambda cache, key: None)
+    monkeypatch.setattr(_input_prompt, "companion", lambda cache, key: None)
     for family in ("llama", "mistral-window"):
         assert outcome(CHECKS["generate"], Case(PromptTuning, family)).status == "failed"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.site import Site
 from adapterlab.core.targets import Targets
+from adapterlab.errors import ConfigError
 from adapterlab.settings import Settings
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Method(Settings):
         """Put the method on the model as it was when it was saved; the values are copied in afterwards.
 
         Methods whose structure is decided after `attach` (from data, or during training) read it from the names and
-        shapes of `tensors`, which has the keys of `Carrier.tensors`.
+        shapes of `tensors`, which has the keys of `Carrier.tensors` (PEFT's where PEFT stores the method as a whole).
         """
         self.attach(host, name)
 
@@ -81,6 +82,28 @@ class Method(Settings):
         """Use data before training starts (Fisher masks, data-driven initialisation)."""
         for key, part in host.part_methods(name).items():
             part.prepare(host, key, batches)
+
+    def learn_from(
+        self, host: Carrier, name: str, tasks: Mapping[str, Batches], *, steps: int, lr: float | None = None
+    ) -> list[float]:
+        """Learn what trained adapters of other tasks share: the first phase of methods that have one.
+
+        Args:
+            host: of the model, which carries those adapters too.
+            name: of the adapter that learns.
+            tasks: names of the trained adapters, and batches of each one's task.
+            steps: how many to make.
+            lr: learning rate; default: the method's own for this phase.
+
+        Returns:
+            The loss of each step.
+
+        Raises:
+            ConfigError: the method has no such phase, or the adapters do not suit it.
+        """
+        raise ConfigError(
+            f"{self.id} learns nothing from adapters of other tasks: it has one phase. Train it on rows as it is."
+        )
 
     def brief(self) -> Self:
         """Return the same method with the shortest `prepare`: plans simulate it on tensors that hold no numbers."""
@@ -181,6 +204,7 @@ class Method(Settings):
         """What the method does, computed from what it overrides."""
         events = ("begin", "before_step", "after_backward", "after_step", "finish")
         return {
+            "learns_from_adapters": cls.overrides("learn_from"),
             "needs_data": cls.overrides("prepare"),
             "changes_optimizer": cls.overrides("optimizer") or cls.overrides("tensor_options"),
             "changes_rate": cls.overrides("rate"),

@@ -7,7 +7,7 @@ names of classes or the look of a path.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -131,17 +131,42 @@ def fresh_heads(model: nn.Module) -> list[str]:
     A head over the vocabulary is none of them. Where nothing tells what was loaded (a model made from its
     configuration, or a deep copy), there are none.
     """
-    backbone, output = backbone_of(model), output_head(model)
-    inside = {id(p) for p in backbone.parameters()}
+    backbone = backbone_of(model)
     if backbone is model or not any(hasattr(p, FILLED) for p in backbone.parameters()):
         return []
+    found = _outside(model, lambda p: hasattr(p, FILLED))
+    return [*found, *_new_on_the_way(model)] if found else []
+
+
+def task_heads(model: Any) -> list[str]:
+    """Return the paths of a model's task head, new or not: what classifies, and the pooler before it.
+
+    A model with a head over the vocabulary has none.
+    """
+    backbone = backbone_of(model)
+    if backbone is model or output_head(model) is not None:
+        return []
+    found = _outside(model, lambda _: False)
+    pooler = getattr(backbone, "pooler", None)
+    path = next((path for path, module in base_modules(model) if module is pooler), None)
+    return [*found, path] if found and path is not None and any(True for _ in pooler.parameters()) else found
+
+
+def _outside(model: Any, known: Callable[[torch.Tensor], bool]) -> list[str]:
+    """Outermost modules outside the backbone that hold parameters of which none is known, the vocabulary's head aside.
+
+    Args:
+        model: with a head.
+        known: says which parameters are not asked for.
+    """
+    output, inside = output_head(model), {id(p) for p in backbone_of(model).parameters()}
     found: list[str] = []
     for path, module in base_modules(model):
         own = [p for _, part in base_modules(module) for p in part._parameters.values() if p is not None]
-        new = bool(own) and not any(id(p) in inside or hasattr(p, FILLED) for p in own)
+        new = bool(own) and not any(id(p) in inside or known(p) for p in own)
         if new and path and module is not output and not any(path.startswith(f"{outer}.") for outer in found):
             found.append(path)
-    return [*found, *_new_on_the_way(model)] if found else []
+    return found
 
 
 def _new_on_the_way(model: nn.Module) -> list[str]:

@@ -97,12 +97,13 @@ def write(
 def like(method: Method, host: Attachments, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """Return the modules' tensors by the keys of `Host.tensors`, before anything is attached.
 
-    None when the structure of the method's adapters does not depend on them.
+    Of what PEFT stores as a whole they keep PEFT's names. None when the structure of the method's adapters does not
+    depend on them.
     """
     codec = method.hf
-    if codec is None or codec.inward is None:
+    if codec is None or (codec.inward is None and codec.unpack is None):
         return None
-    if any(key.startswith(("adapter.", "shared.", "base.")) for key in tensors):
+    if codec.inward is None or any(key.startswith(("adapter.", "shared.", "base.")) for key in tensors):
         return dict(tensors)  # saved under our own names
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():

@@ -147,6 +147,11 @@ def same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -
         raise AssertionError(f"{what}: {len(other)} tensors differ, for example {', '.join(other[:4])}")
 
 
+def changed(found: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> bool:
+    """Say whether training changed an adapter's tensors; a method may put others in their place at its end."""
+    return found.keys() != before.keys() or any(not torch.equal(found[key], before[key]) for key in before)
+
+
 def require(condition: bool, what: str) -> None:
     """Require a condition.
 

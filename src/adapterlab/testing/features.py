@@ -20,6 +20,7 @@ from adapterlab.testing.case import (
     Case,
     NotApplicable,
     base_tensors,
+    changed,
     close,
     gradients,
     logits,
@@ -264,7 +265,7 @@ def check_trainer(case: Case) -> None:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     after = found.state_dict("one")
-    require(any(not torch.equal(after[key], began[key]) for key in began), "Trainer changed no tensor of the adapter")
+    require(changed(after, began), "Trainer changed no tensor of the adapter")
     require(all(bool(v.isfinite().all()) for v in after.values()), "Trainer left numbers that are not finite")
     if not owned:  # what may change of an owned base is checked with our own loop
         same(base_tensors(found), shared, "base tensors after Trainer")

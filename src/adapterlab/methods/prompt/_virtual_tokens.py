@@ -37,6 +37,11 @@ def token_table(host: Carrier) -> nn.Module | None:
     return table if isinstance(table, nn.Embedding) else None
 
 
+def reads_tokens(host: Carrier) -> bool:
+    """Say whether a model is called with tokens: one that reads sound may have a table of those it writes."""
+    return "input_ids" in host.site(host.backbone).arguments
+
+
 def word_ids(host: Carrier, words: Sequence[int], length: int) -> Tensor | None:
     """Return token ids `[length]`: the words, cut or tiled, or without words a draw from the frequent tokens.
 
@@ -47,18 +52,27 @@ def word_ids(host: Carrier, words: Sequence[int], length: int) -> Tensor | None:
         ConfigError: an id is not in the vocabulary, or there are words and the model reads none.
     """
     table: Any = token_table(host)
-    if table is None:
+    if table is None or not reads_tokens(host):
         if words:
             raise ConfigError(f"{type(host.model).__name__} reads no tokens, so a prompt cannot start from words.")
         return None
+    check_words(host, words)
     device, size = table.weight.device, table.num_embeddings
-    wrong = [i for i in words if not 0 <= i < size]
-    if wrong:
-        raise ConfigError(f"words: token id {wrong[0]} is not in the vocabulary of {size} tokens.")
     if words:
         return torch.tensor(words, device=device).repeat(-(-length // len(words)))[:length]
     pool = torch.randperm(min(size, FREQUENT))
     return pool.repeat(-(-length // len(pool)))[:length].to(device)
+
+
+def check_words(host: Carrier, words: Sequence[int]) -> None:
+    """Check that a model knows tokens.
+
+    Raises:
+        ConfigError: an id is not in the vocabulary.
+    """
+    size: Any = getattr(token_table(host), "num_embeddings", 0)
+    if wrong := [i for i in words if not 0 <= i < size]:
+        raise ConfigError(f"words: token id {wrong[0]} is not in the vocabulary of {size} tokens.")
 
 
 def peft_prompt(tensors: Mapping[str, Tensor]) -> Tensor:

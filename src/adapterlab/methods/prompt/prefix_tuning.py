@@ -150,7 +150,7 @@ class PrefixTuning(Method):
 
     @torch.no_grad()
     def start_from_words(self, host: Carrier, name: str, modules: list[Site]) -> None:
-        """Copy the keys and values that the frozen model computes for words; leave a random start for images."""
+        """Copy the keys and values that the frozen model computes for words; leave a random start for images and sound."""
         ids = word_ids(host, self.words, self.length)
         if ids is None:
             return
@@ -219,12 +219,16 @@ def kv_shape(module: nn.Module) -> tuple[int, int]:
         AttachError: keys and values differ in shape, or their shape cannot be found.
     """
     config = getattr(module, "config", None)
-    names = ("head_dim", "attention_head_size", "key_value_proj_dim")
+    names = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
     width = next((getattr(module, name) for name in names if hasattr(module, name)), None)
     outs = {role_of(n): c.out_features for n, c in module.named_children() if isinstance(c, nn.Linear)}
     if width is not None and "k" in outs and outs["k"] == outs.get("v", outs["k"]):
         return outs["k"] // width, width
     heads = getattr(config, "num_key_value_heads", None) or getattr(module, "num_heads", None)
+    if heads is None and width is not None and (queries := getattr(config, "num_attention_heads", None)):
+        # One layer makes queries, keys and values, which are as many.
+        joined = [c for c in module.children() if isinstance(c, nn.Linear) and c.out_features == 3 * queries * width]
+        heads = queries if joined else None
     if width is None or heads is None or "k" in outs:
         raise AttachError(
             f"{type(module).__name__} has keys and values of a shape that is not known here, so no prefix can be put "
