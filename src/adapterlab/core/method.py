@@ -59,15 +59,12 @@ class Method(Settings):
         (), description="modules trained in full beside the adapter, such as a new classifier head"
     )
 
-    def settled(self, host: Carrier) -> Self:
-        """Return the method with what its settings leave to the model decided; that is what is attached and saved.
-
-        Such as words of the model's vocabulary as ids: whoever loads the adapter need not look them up again.
-        """
-        return self
-
     def attach(self, host: Carrier, name: str) -> None:
-        """Put the method on the model with the four verbs of `host`."""
+        """Put the method on the model with the four verbs of `host`.
+
+        Where the model or files decide settings, such as words of a vocabulary as ids, `host.settle` says what the
+        method has become: whoever loads the adapter need not look them up again.
+        """
         raise NotImplementedError
 
     def attach_saved(self, host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -114,20 +114,24 @@ class Rows(Adapter):
         return self.table(table.index_copy(0, self.ids, self.values.to(table.dtype))), bias
 
 
-def train_rows(host: Carrier, name: str, wanted: Any, targets: Targets | None = None) -> None:
+def train_rows(host: Carrier, name: str, method: Any, targets: Targets | None = None) -> None:
     """Let rows of tables of tokens train; every module that holds such a table sees them.
 
     Args:
         host: of the model.
         name: of the adapter.
-        wanted: ids of tokens, or a dictionary with those of each of several tables.
+        method: with the setting `tokens`: ids or texts of tokens, or a dictionary with those of each of several tables.
+            It is settled with ids.
         targets: the tables, where there is no dictionary; None: what embeds the model's input.
 
     Raises:
-        AttachError: the model has no such table, an id lies beyond it, or tied ones get different tokens.
+        AttachError: the model has no such table, an id lies beyond it, tied ones get different tokens, the model has no
+            tokenizer for texts, or one of them is no single token of it.
         TargetError: a name matches nothing, or no table.
     """
-    sites = host.all_sites()
+    settled, sites = _with_ids(method, host), host.all_sites()
+    host.settle(name, settled)
+    wanted = settled.tokens
     done: dict[str, Sequence[int]] = {}
     for table, ids in wanted.items() if isinstance(wanted, Mapping) else [("", wanted)]:
         chosen = Targets(include=(table,)) if table else targets
@@ -183,12 +187,8 @@ def _input(host: Carrier, sites: Sequence[Site]) -> Site:
     return found
 
 
-def with_ids(method: Any, host: Carrier) -> Any:
-    """Return a method whose setting `tokens` has ids where it had texts; see `Method.settled`.
-
-    Raises:
-        AttachError: the model has no tokenizer, or a text is no single token of it.
-    """
+def _with_ids(method: Any, host: Carrier) -> Any:
+    """Return a method whose setting `tokens` has ids where it had texts."""
     tables = method.tokens if isinstance(method.tokens, dict) else {"": method.tokens}
     if all(isinstance(token, int) for tokens in tables.values() for token in tokens):
         return method

@@ -63,7 +63,6 @@ class Attachments(Switching):
         """
         self.check_uncomposed("attach")
         check_may_join(self.model, self.methods, method, name)
-        method = method.settled(self)
         before, fresh = self.active, self.new if type(method).trains else ()
         by_default = saved is None and like is None and "modules_to_save" not in method.model_fields_set
         if fresh and by_default:
@@ -308,7 +307,7 @@ class Attachments(Switching):
             method: what to attach.
             saved: tensors of the adapter that is loaded; the part gets the structure that it has there.
         """
-        top, key, method = name.partition("/")[0], f"{name}/{part}", method.settled(self)
+        top, key = name.partition("/")[0], f"{name}/{part}"
         self._parts.setdefault(top, {})[key] = method
         self.patches[key], self.places[key] = {}, {}
         if saved is None:

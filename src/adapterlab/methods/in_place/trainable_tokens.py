@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
 from adapterlab.core.method import Method
-from adapterlab.core.rows import Tokens, train_rows, with_ids
+from adapterlab.core.rows import Tokens, train_rows
 from adapterlab.core.targets import Targets
 from adapterlab.registry import register
 
@@ -65,11 +65,6 @@ class TrainableTokens(Method):
         """Every other token."""
         return {"tokens": tuple(range(1, 128, 2))}
 
-    def settled(self, host: Carrier) -> Self:
-        """Ids in place of texts."""
-        found: Self = with_ids(self, host)
-        return found
-
     def attach(self, host: Carrier, name: str) -> None:
         """Put the rows beside the tables."""
-        train_rows(host, name, self.tokens, self.targets)
+        train_rows(host, name, self, self.targets)

@@ -13,7 +13,7 @@ from adapterlab.core.adapter import Adapter
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
 from adapterlab.core.patterns import Pattern, check_patterns, look_up
-from adapterlab.core.rows import Tokens, train_rows, with_ids
+from adapterlab.core.rows import Tokens, train_rows
 from adapterlab.core.site import Site
 from adapterlab.errors import AttachError, TargetError
 from adapterlab.methods.low_rank import _expert_factors
@@ -141,11 +141,6 @@ class LoRA(LowRank):
         alpha = look_up(self.alpha_pattern, path, self.alpha)
         return alpha / (self.rank(path) if self.scale == "linear" else math.sqrt(self.rank(path)))
 
-    def settled(self, host: Carrier) -> Self:
-        """Ids in place of texts of tokens."""
-        found: Self = with_ids(self, host)
-        return found
-
     def attach(self, host: Carrier, name: str) -> None:
         """Wrap the targets and what holds bare parameters or rows of tokens, then own the biases that are asked for."""
         if self.targets.include != _expert_factors.NONE:
@@ -157,7 +152,7 @@ class LoRA(LowRank):
             rows = sorted({layer.site.shape[0] for layer in adapted.values()})
             raise TargetError(f"lora: blocks={self.blocks} make {sum(self.blocks)} rows; the targets have {rows}.")
         if self.tokens:
-            train_rows(host, name, self.tokens)
+            train_rows(host, name, self)
         # Modules that are copied whole bring their own bias.
         for path in host.base_parameters(self.modules_to_save) if self.bias != "none" else ():
             module, _, leaf = path.rpartition(".")
