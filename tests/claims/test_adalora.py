@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import adapterlab as al
+import everywhere
 from adapterlab.convert import AdapterChanges, analyze, export_lora
 from adapterlab.errors import ConfigError, NotTrainingError
 from adapterlab.methods.low_rank import adalora
@@ -339,3 +340,7 @@ def test_start_and_count(tiny: Any, batch_for: Any, logits: Any) -> None:
     assert torch.equal(logits(model, batch), base)
     layers = host.adapters("default").values()
     assert host.summary().trainable == sum(4 * (sum(layer.site.shape) + 1) for layer in layers)
+
+
+def test_other_settings_are_alike_in_every_loop(tmp_path: Path) -> None:
+    everywhere.check(al.AdaLoRA(init_r=4, target_r=2, tinit=0, tfinal=2, delta_t=2), tmp_path)

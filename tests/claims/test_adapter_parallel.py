@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from torch import Tensor, nn
 
 from adapterlab.errors import AttachError, ConfigError, MergeError
@@ -52,20 +53,6 @@ def holds(errors: list[tuple[float, float]]) -> bool:
 
 def test_claim(tiny: Any) -> None:
     assert holds(measure(tiny))
-
-
-def blind(self: Any, run: Callable[..., Any], x: Tensor) -> Tensor:
-    return run(x) + self.share(torch.zeros_like(x))
-
-
-def shifted(self: Any, run: Callable[..., Any], x: Tensor) -> Tensor:
-    return run(x) + self.share(x.roll(1, dims=1))
-
-
-@pytest.mark.parametrize("wrong", [blind, shifted])
-def test_claim_fails_when_broken(wrong: Callable[..., Any], tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_bottleneck.Beside, "around", wrong)
-    assert not holds(measure(tiny))
 
 
 def reference(adapter: Any, x: Tensor) -> Tensor:
@@ -179,3 +166,56 @@ def test_refusals(tiny: Any, batch_for: Any) -> None:
     host.attach(AdapterParallel(m=4), "b")
     with host.rows(["a", "b"]), pytest.raises(AttachError, match="batch of their own"):
         bert(**batch_for(bert))
+
+
+def test_where_it_starts(tiny: Any) -> None:
+    layer: Any = attach(tiny("llama"), AdapterParallel(m=64)).adapters("default")["model.layers.0.mlp"]
+    assert layer.scale == 4.0
+    assert 0.95 / 32**0.5 < layer.down.abs().max() <= 1 / 32**0.5
+    assert not any(p.any() for p in (layer.down_bias, layer.up, layer.up_bias))
+
+
+BESIDE, SHARE = _bottleneck.Beside, _bottleneck.Projections.share
+
+
+def _reading(change: Callable[[Any, Any, Tensor], Tensor]) -> Mutation:
+    return (BESIDE, "around", lambda self, run, x: run(x) + self.share(change(self, run, x)))
+
+
+def _linear(self: Any, z: Tensor) -> Tensor:
+    return self.scale * ((z @ self.down.T + self.down_bias) @ self.up.T + self.up_bias)
+
+
+def _tapped(self: Any, run: Any, x: Tensor) -> Tensor:
+    self.state.taps[self.key] = x.roll(1, dims=1)
+    y: Tensor = run(x)
+    return y
+
+
+BROKEN: dict[str, Mutation] = {
+    "nothing is read": _reading(lambda self, run, x: torch.zeros_like(x)),
+    "the token before is read": _reading(lambda self, run, x: x.roll(1, dims=1)),
+    "the output is read": _reading(lambda self, run, x: run(x)),
+    "no nonlinearity": (_bottleneck.Projections, "share", _linear),
+    "another nonlinearity": begun(_bottleneck.Projections, lambda part, method: setattr(part, "activation", "gelu")),
+    "biases start elsewhere": begun(_bottleneck.Projections, lambda part, method: part.up_bias.add_(0.1)),
+    "the base left out": (BESIDE, "around", lambda self, run, x: self.share(x)),
+    "the share subtracted": (BESIDE, "around", lambda self, run, x: run(x) - self.share(x)),
+    "s left out": (_bottleneck.Projections, "share", lambda self, z: SHARE(self, z) / self.scale),
+    "s twice as large": (AdapterParallel, "scaling", lambda self, site: 2 * self.scale),
+    "the tap leaves another input": (_bottleneck.Tap, "around", _tapped),
+    "up does not start at zero": begun(_bottleneck.Projections, lambda part, method: part.up.fill_(0.1)),
+    "down starts normal": begun(_bottleneck.Projections, lambda part, method: part.down.normal_(std=1 / 96**0.5)),
+}  # fmt: skip
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    test_formula_beside_a_block,
+    test_formula_between_two_modules,
+    test_where_it_starts,
+    lines=BROKEN,
+)
+
+
+@pytest.mark.parametrize("line", ["nothing is read", "the token before is read"])
+def test_the_fit_is_worse_with_another_input(line: str, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*BROKEN[line])
+    assert not holds(measure(tiny))

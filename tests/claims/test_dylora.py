@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from mutations import Mutation, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
+import everywhere
 from adapterlab.errors import ConfigError
 from adapterlab.methods.low_rank.dylora import DyLoRA
 
@@ -102,13 +104,15 @@ def test_what_a_step_trains(update: Any, strict: bool, randomise: Any) -> None:
     method.before_step(host, "default", 0, optimizer)
     b = method.draw(0)
     (model(x) - target).square().mean().backward()
+    inside = torch.arange(4) == b - 1 if update == "row" else torch.arange(4) < b
+    assert (layer.A.grad[~inside] == 0).all(), "clipping comes next, and counts all that is there"
+    assert (layer.B.grad[:, ~inside] == 0).all()
+    assert (layer.A.grad[inside] != 0).any(1).all()
+    assert (layer.B.grad[:, inside] != 0).any(0).all()
     method.after_backward(host, "default", 0)
     optimizer.step()
     method.after_step(host, "default", 0, optimizer)
-    inside = torch.arange(4) == b - 1 if update == "row" else torch.arange(4) < b
     moved = torch.stack([(layer.A - before[0]).abs().sum(1) > 0, (layer.B - before[1]).abs().sum(0) > 0])
-    assert (layer.A.grad[~inside] == 0).all()
-    assert (layer.A.grad[inside] != 0).any(1).all()
     assert torch.equal(moved, (inside if strict else torch.ones(4).bool()).expand(2, 4))
 
 
@@ -140,7 +144,7 @@ def test_start_and_count(tiny: Any, batch_for: Any, logits: Any) -> None:
     assert host.summary().trainable == sum(4 * sum(a.site.shape) for a in host.adapters("default").values())
 
 
-LAYER, TAKE, DRAW = DyLoRA.Layer, DyLoRA.Layer.take, DyLoRA.draw
+LAYER, TAKE, PASSING, DRAW = DyLoRA.Layer, DyLoRA.Layer.take, DyLoRA.Layer.passing, DyLoRA.draw
 
 
 def _taken(change: Any) -> Mutation:
@@ -160,7 +164,10 @@ BROKEN: dict[str, Mutation] = {
     "the first ranks train where one should": (LAYER, "take", lambda self, b, alone: TAKE(self, b, False)),
     "one scale for all ranks": (LAYER, "weight_of", lambda self, b: 1.0),
     "the scale of the root": (LAYER, "weight_of", lambda self, b: (len(self.A) / b) ** 0.5),
-    "gradients left as they are": (DyLoRA, "after_backward", lambda self, host, name, step: None),
+    "gradients left as they are": (LAYER, "passing", lambda self: (self.A, self.B)),
+    "gradients of A left as they are": (LAYER, "passing", lambda self: (self.A, PASSING(self)[1])),
+    "gradients of B left as they are": (LAYER, "passing", lambda self: (PASSING(self)[0], self.B)),
+    "no values noted": (DyLoRA, "after_backward", lambda self, host, name, step: None),
     "what did not train moves": (DyLoRA, "after_step", lambda self, *_: None),
     "the smallest rank ignored": (DyLoRA, "draw", lambda self, step: DRAW(self.replace(r_min=1), step)),
     "the seed ignored": (DyLoRA, "draw", lambda self, step: DRAW(self.replace(seed=0), step)),
@@ -180,3 +187,8 @@ test_the_claims_fail_when_a_line_is_broken = fails_without(
 def test_prefixes_are_bad_when_all_ranks_train_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*BROKEN["all ranks train always"])
     assert not holds()
+
+
+@pytest.mark.parametrize("method", [al.DyLoRA(r=4, update="row"), al.DyLoRA(r=4, update="row", strict=True)])
+def test_other_settings_are_alike_in_every_loop(method: al.Method, tmp_path: Path) -> None:
+    everywhere.check(method, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from mutations import Mutation, fails_without
 from torch import Tensor
 
 import adapterlab as al
+import everywhere
 from adapterlab.errors import AttachError
 from adapterlab.optim import adamw, master
 from adapterlab.optim.transforms import Adam, Project, WeightDecay
@@ -244,3 +246,10 @@ MORE: dict[str, Mutation] = {
 test_it_fails_when_a_line_is_broken = fails_without(
     test_moments_go_on_in_the_next_subspace_and_the_scale_is_that_of_updates_alone, lines=MORE
 )
+
+
+@pytest.mark.parametrize(
+    "method", [al.GaLore(update_proj_gap=2), al.GaLore(rest=False, proj_type="left", update_proj_gap=3)]
+)
+def test_other_settings_are_alike_in_every_loop(method: al.Method, tmp_path: Path) -> None:
+    everywhere.check(method, tmp_path)

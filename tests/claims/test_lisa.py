@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterlab as al
+import everywhere
 from adapterlab.errors import AttachError, NotTrainingError
 from adapterlab.methods.schedule.lisa import LISA
 from adapterlab.optim import adamw
@@ -184,3 +186,10 @@ def test_too_many_layers_are_refused(model: Any) -> None:
     with pytest.raises(AttachError, match=r"layers=9, but the model has 8 blocks\. Choose 1 to 8"):
         al.attach(model, al.LISA(layers=9))
     assert al.host(model) is None
+
+
+@pytest.mark.parametrize(
+    "method", [al.LISA(layers=1, interval=1, on_switch=mode) for mode in ("restart", "keep", "offload")]
+)
+def test_other_settings_are_alike_in_every_loop(method: al.Method, tmp_path: Path) -> None:
+    everywhere.check(method, tmp_path)

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -14,7 +15,8 @@ import adapterlab as al
 from adapterlab.errors import AttachError, ConfigError, DataError
 from adapterlab.hosts import host as host_of
 from adapterlab.methods.low_rank.lora import LoRA
-from adapterlab.methods.side_network.lst import LST, Ladder, Tap
+from adapterlab.methods.side_network import _narrow_copy, lst
+from adapterlab.methods.side_network.lst import LST, Ladder, Rung, Tap
 
 TOY = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -114,6 +116,14 @@ def test_output_is_the_written_formula():
         s = s / (s.pow(2).mean(-1, keepdim=True) + side.config.rms_norm_eps).sqrt() * side.norm.weight
         expected = (s @ ladder.up.weight.T + ladder.up.bias) @ model.lm_head.weight.T
         assert torch.allclose(model(ids).logits, expected, atol=1e-6)  # the norms compute in float32
+
+
+def test_where_it_starts(tiny):
+    ladder = al.attach(tiny("llama"), LST(r=2)).adapters("default")["model"]
+    for rung in ladder.rungs:
+        assert not rung.alpha.any()
+        assert rung.down.weight.std() > 0.05
+    assert min(ladder.into.weight.std(), ladder.up.weight.std()) > 0.05
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "bert-classes", "bert-tokens", "t5", "mixtral", "vit"])
@@ -359,3 +369,70 @@ def test_mistakes_are_named(tiny):
         model(torch.arange(3, 9)[None])
     with host.rows(["default", None]), pytest.raises(AttachError, match="batch of their own"):
         model(torch.arange(3, 9).view(2, 3))
+
+
+def _tap(change) -> Mutation:
+    def around(self, run, x, *args, **kwargs):
+        out = run(x, *args, **kwargs)
+        self.state.taps[self.key] = change(x, out[0] if isinstance(out, tuple) else out)
+        return out
+
+    return (Tap, "around", around)
+
+
+def _rung(change) -> Mutation:
+    """`change(mu, s, c)`: what the block reads."""
+
+    def forward(self, s, *args, **kwargs):
+        s = s if self.start is None else self.start
+        mu = torch.sigmoid(self.alpha / self.tau)
+        return self.block(change(mu, s, self.down(self.tap)), *args, **kwargs)
+
+    return (Rung, "forward", forward)
+
+
+def _answer(self, out, s):
+    out.last_hidden_state = s @ self.up.weight.T
+
+
+ANSWER, FISHER, HEADS = Ladder._answer, LST._fisher, _narrow_copy._heads
+BROKEN: dict[str, Mutation] = {
+    "the layers' inputs are read": _tap(lambda x, y: (x, x)),
+    "the side network starts behind the first layer": _tap(lambda x, y: (y, y)),
+    "the token before is read": _tap(lambda x, y: (x, y.roll(1, dims=1))),
+    "gates the other way round": _rung(lambda mu, s, c: (1 - mu) * s + mu * c),
+    "gates half open": _rung(lambda mu, s, c: (s + c) / 2),
+    "no gates": _rung(lambda mu, s, c: s + c),
+    "the side network alone": _rung(lambda mu, s, c: s),
+    "the base alone": _rung(lambda mu, s, c: c),
+    "no temperature": begun(Rung, lambda rung, block: setattr(rung, "tau", 1.0)),
+    "gates start elsewhere": begun(Rung, lambda rung, block: rung.alpha.fill_(1.0)),
+    "W_i starts at zero": begun(Rung, lambda rung, block: rung.down.weight.zero_()),
+    "W_in starts at zero": begun(Ladder, lambda ladder, method: ladder.into.weight.zero_()),
+    "W_up starts at zero": begun(Ladder, lambda ladder, method: ladder.up.weight.zero_()),
+    "no bias of W_up": (Ladder, "_answer", _answer),
+    "added to the base's output": begun(Ladder, lambda ladder, method: setattr(ladder, "residual", True)),
+    "with residual it replaces": begun(Ladder, lambda ladder, method: setattr(ladder, "residual", False)),
+    "with residual W_up starts elsewhere": begun(Ladder, lambda ladder, method: ladder.up.bias.add_(0.1)),
+    "the residual dimensions are the first": (lst, "residual_dims", lambda table, count: torch.arange(count)),
+    "the residual dimensions are the smallest": (
+        lst, "residual_dims", lambda table, count: (-table.sum(1)).topk(count).indices.sort().values,
+    ),
+    "the head dimensions are the last": (_narrow_copy, "_heads", lambda *given: tuple(7 - x for x in HEADS(*given))),
+    "the inner dimensions are the first": (
+        _narrow_copy, "_feed_forward", lambda source, near, narrow, score: 2 * (torch.arange(len(narrow.weight)),),
+    ),
+    "what is kept is the first": (_narrow_copy, "_top", lambda values, count: torch.arange(count)),
+    "gradients not squared": (LST, "_fisher", lambda *given: {k: v.sqrt() for k, v in FISHER(*given).items()}),
+    "more rows than asked for": (
+        LST, "_fisher", lambda self, *given: FISHER(self.replace(samples=self.samples + 1), *given),
+    ),
+}  # fmt: skip
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    test_output_is_the_written_formula,
+    test_where_it_starts,
+    test_residual_starts_at_the_base,
+    test_blocks_are_cut_out_of_the_base_by_size,
+    test_fisher_uses_squared_gradients_of_single_rows,
+    lines=BROKEN,
+)

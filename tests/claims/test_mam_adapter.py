@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from torch import Tensor
 
 from adapterlab.errors import ConfigError, MergeError
-from adapterlab.hosts import attach
+from adapterlab.hosts import Host, attach
+from adapterlab.methods.bottleneck._bottleneck import Projections
+from adapterlab.methods.bottleneck.adapter_parallel import AdapterParallel
 from adapterlab.methods.composite.mam_adapter import MAMAdapter
 from adapterlab.methods.prompt import prefix_tuning
+from adapterlab.methods.prompt.prefix_tuning import PrefixTuning
 
 PATH = "model.layers.0.self_attn"
 
@@ -59,11 +64,6 @@ def behind(
     return k, v, mask, kwargs
 
 
-def test_claim_fails_for_a_masked_prefix(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_tuning, "prepend", behind)
-    assert measure(tiny) > 1e-2
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert-classes", "t5", "mixtral", "vit"])
 def test_both_parts_train_and_the_count_is_the_formula(
     kind: str, tiny: Any, batch_for: Any, logits: Any, inside_attention: Any
@@ -101,3 +101,65 @@ def test_refusals(tiny: Any) -> None:
         host.merge()
     with pytest.raises(ConfigError, match="length = 0"):
         MAMAdapter(length=0)
+
+
+def test_it_is_a_prefix_without_positions_and_a_parallel_adapter(
+    tiny: Any, batch_for: Any, logits: Any, randomise: Any
+) -> None:
+    model, apart = tiny("llama"), tiny("llama")
+    batch = batch_for(model)
+    host = attach(model, MAMAdapter(length=3, m=4, scale=2.0, init="zeros"))
+    randomise(host)
+    parts = attach(apart, PrefixTuning(length=3, init="zeros", offset=0), "prefix")
+    parts.attach(AdapterParallel(m=4, scale=2.0), "adapter")
+    for name in ("prefix", "adapter"):
+        own = {key.removeprefix(f"{name}/"): value for key, value in host.state_dict("default").items()}
+        parts.load_state_dict(name, {key: own[key] for key in parts.state_dict(name)})
+    assert torch.allclose(logits(model, batch), logits(apart, batch), atol=1e-6)
+
+
+PREPEND, ATTACH, COMPOSE = prefix_tuning.prepend, MAMAdapter.attach, Host.compose
+
+
+def _prefix(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Mutation:
+    def prepend(module: Any, q: Any, k: Any, v: Any, mask: Any, p_k: Tensor, p_v: Tensor, *rest: Any) -> Any:
+        return PREPEND(module, q, k, v, mask, *change(p_k, p_v), *rest)
+
+    return (prefix_tuning, "prepend", prepend)
+
+
+def _given(**other: Any) -> Mutation:
+    """Something else reaches the parts than was set."""
+    return (MAMAdapter, "attach", lambda self, host, name: ATTACH(self.replace(**other), host, name))
+
+
+def _moved(self: Host, name: str, key: str, method: Any) -> None:
+    COMPOSE(self, name, key, method.replace(offset=None) if key == "prefix" else method)
+
+
+test_the_mixture_fails_with = fails_without(
+    test_claim,
+    lines={
+        "a masked prefix": (prefix_tuning, "prepend", behind),
+        "no prefix": _prefix(lambda k, v: (k[:, :, :0], v[:, :, :0])),
+        "keys alone": _prefix(lambda k, v: (k, 0 * v)),
+        "values alone": _prefix(lambda k, v: (0 * k, v)),
+        "keys scaled": _prefix(lambda k, v: (2 * k, v)),
+        "keys and values exchanged": _prefix(lambda k, v: (v, k)),
+        "heads exchanged": _prefix(lambda k, v: (k.flip(1), v)),
+        "one pair less": _prefix(lambda k, v: (k[:, :, 1:], v[:, :, 1:])),
+    },
+)  # fmt: skip
+test_the_composition_fails_with = fails_without(
+    test_parameters_reach_the_parts,
+    functools.partial(test_both_parts_train_and_the_count_is_the_formula, "llama"),
+    test_it_is_a_prefix_without_positions_and_a_parallel_adapter,
+    lines={
+        "another scale": _given(scale=4.0),
+        "another dropout": _given(dropout=0.0),
+        "another width": _given(m=5),
+        "another length": _given(length=4),
+        "positions of the prefix": (Host, "compose", _moved),
+        "s left out": begun(Projections, lambda part, method: setattr(part, "scale", 1.0)),
+    },
+)

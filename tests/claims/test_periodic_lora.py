@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import adapterlab as al
+import everywhere
 import links_by_hand as hand
 from adapterlab.convert import export_lora
 from adapterlab.methods.schedule import _restarts
@@ -132,3 +134,10 @@ def test_start_and_count(tiny: Any, batch_for: Any, logits: Any) -> None:
     host = al.attach(model, al.PeriodicLoRA(r=4))
     assert torch.equal(logits(model, batch), base)
     assert host.summary().trainable == sum(4 * sum(a.site.shape) for a in host.adapters("default").values())
+
+
+@pytest.mark.parametrize(
+    "method", [al.PeriodicLoRA(links=2, momentum=0.5, reset_optimizer=False, reset_scheduler=False)]
+)
+def test_other_settings_are_alike_in_every_loop(method: al.Method, tmp_path: Path) -> None:
+    everywhere.check(method, tmp_path)

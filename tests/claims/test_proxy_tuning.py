@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from mutations import Mutation, begun, fails_without
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterlab as al
@@ -92,11 +93,15 @@ def test_claim_half_of_the_gap_is_closed(trained):
     assert measure(trained) >= 0.5
 
 
-def test_claim_fails_when_the_models_are_exchanged(trained):
-    assert measure({**trained, "tuned_small": trained["small"], "small": trained["tuned_small"]}) < 0
-
-
 # ---------------------------------------------------------------- identities
+
+SMALL = {
+    "vocab_size": 128,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 @pytest.fixture
@@ -128,6 +133,16 @@ def test_logits_are_the_written_sum(models, batch_for):
     assert torch.equal(base(inputs["input_ids"], inputs["attention_mask"]).logits, out.logits)
     assert host.summary().trainable == 0
     assert not host.tensors("default")
+
+
+def test_the_small_models_are_those_of_evaluation(models):
+    _, expert, _ = models
+    noisy = LlamaForCausalLM(LlamaConfig(**SMALL, attention_dropout=0.5)).train()
+    ids = torch.randint(3, 128, (2, 6))
+    with torch.no_grad():
+        plain = expert(ids).logits
+        al.attach(expert, ProxyTuning(**held(expert=noisy, anti_expert=copy.deepcopy(noisy))))
+        assert torch.allclose(expert(ids).logits, plain, atol=1e-5)
 
 
 def test_no_difference_gives_the_base_and_the_base_as_anti_expert_gives_the_expert(models):
@@ -282,3 +297,46 @@ def test_mistakes_are_named(models, tiny):
     host = al.attach(base, ProxyTuning(**held(expert=expert, anti_expert=anti)))
     with pytest.raises(AttachError, match="batch of their own"), host.rows(["default", None]):
         base(torch.arange(3, 9).view(2, 3))
+
+
+AROUND = ProxyTuning.Around
+LOGITS, GIVEN = AROUND._logits, AROUND._given
+
+
+def _logits(change) -> Mutation:
+    """`change(i, get)`: what is said by model i of expert and anti-expert, of which `get(i)` gives the logits."""
+    return (AROUND, "_logits", lambda self, i, *rest: change(i, lambda j: LOGITS(self, j, *rest)))
+
+
+BROKEN: dict[str, Mutation] = {
+    "the expert alone": _logits(lambda i, get: (1 - i) * get(i)),
+    "the anti-expert alone": _logits(lambda i, get: i * get(i)),
+    "expert and anti-expert exchanged": _logits(lambda i, get: get(1 - i)),
+    "expert and anti-expert added": _logits(lambda i, get: (1 - 2 * i) * get(i)),
+    "probabilities instead of logits": _logits(lambda i, get: get(i).softmax(-1)),
+    "the logits of the token before": _logits(lambda i, get: get(i).roll(1, dims=1)),
+    "a sum in half precision": _logits(lambda i, get: get(i).bfloat16().float()),
+    "alpha left out": begun(AROUND, lambda part, method: setattr(part, "alpha", 1.0)),
+    "alpha squared": begun(AROUND, lambda part, method: setattr(part, "alpha", method.alpha**2)),
+    "padding is read": (
+        AROUND, "_given",
+        lambda self, given, note: {
+            **(found := GIVEN(self, given, note)), "attention_mask": torch.ones_like(found["attention_mask"]),
+        },
+    ),
+    "noise of training in the small models": begun(AROUND, lambda part, method: [m.train() for m in part.models]),
+}  # fmt: skip
+test_the_claims_fail_when_a_line_is_broken = fails_without(
+    test_logits_are_the_written_sum, test_the_small_models_are_those_of_evaluation, lines=BROKEN
+)
+test_with_one_small_model_the_claim_fails_when = fails_without(
+    test_the_anti_expert_may_be_the_expert_with_its_adapter_off,
+    lines={
+        "the adapter stays on": _logits(lambda i, get: get(0)),
+        "the adapter is off in both": _logits(lambda i, get: get(1)),
+    },
+)
+test_the_gap_is_not_closed_when = fails_without(
+    test_claim_half_of_the_gap_is_closed,
+    lines={key: BROKEN[key] for key in ("expert and anti-expert exchanged", "probabilities instead of logits")},
+)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import adapterlab as al
+import everywhere
 import links_by_hand as hand
 from adapterlab.convert import export_lora
 from adapterlab.errors import ConfigError, NotTrainingError
@@ -236,3 +237,11 @@ def test_start_and_count(tiny: Any, batch_for: Any, logits: Any) -> None:
     assert torch.equal(logits(model, batch), base)
     assert host.summary().trainable == sum(4 * sum(a.site.shape) for a in host.adapters("default").values())
     assert math.isclose(host.methods["default"].rate(0, 100, lambda step: 1.0), 1.0)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [al.ReLoRA(links=2, warm_start=1, restart_warmup=1), al.ReLoRA(links=2, in_base=False, reset="random")],
+)
+def test_other_settings_are_alike_in_every_loop(method: al.Method, tmp_path: Path) -> None:
+    everywhere.check(method, tmp_path)

@@ -1,4 +1,4 @@
-"""Two processes give what one gives: gradients, a step through accelerate, a saved adapter; and TRL."""
+"""Two processes give what one gives: gradients, a step through accelerate, a saved adapter."""
 
 from __future__ import annotations
 
@@ -197,33 +197,3 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
         assert results.keys() == _tasks(rank, tmp_path).keys()
         wrong = {key: value for key, value in results.items() if isinstance(value, str) or not value < 1e-5}
         assert not wrong, "\n".join(f"{key}: {value}" for key, value in wrong.items())
-
-
-@pytest.mark.slow
-def test_trl_trains_with_our_callback(tmp_path: Path) -> None:
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    from trl import SFTConfig, SFTTrainer
-
-    from adapterlab.train import AdapterlabCallback
-
-    words = {f"w{i}": i + 4 for i in range(100)} | {"<p>": 0, "<s>": 1, "<e>": 2, "<u>": 3}
-    plain = Tokenizer(models.WordLevel(words, unk_token="<u>"))
-    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain, pad_token="<p>", bos_token="<s>", eos_token="<e>", unk_token="<u>"
-    )
-    host = Case(registry.method("lora")).attach(fresh=True)
-    base = {k: v.clone() for k, v in host.model.state_dict().items() if not host.is_adapter_path(k)}
-    config = SFTConfig(
-        str(tmp_path), max_steps=3, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True,
-        learning_rate=1e-2, disable_tqdm=True, bf16=False, logging_steps=1, gradient_checkpointing=True,
-    )  # fmt: skip
-    rows = Dataset.from_list([{"text": "w1 w2 w3 w4 w5 w6"}] * 8)
-    events = [AdapterlabCallback(host, "one")]
-    trainer = SFTTrainer(host.model, config, train_dataset=rows, processing_class=tokenizer, callbacks=events)
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    assert all(torch.equal(base[k], v) for k, v in host.model.state_dict().items() if k in base)

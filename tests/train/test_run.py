@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -248,6 +249,14 @@ def test_the_callback_refuses_what_it_cannot_do(tiny: Callable[..., Any]) -> Non
 
     with pytest.raises(ConfigError, match=r"own gradient(.|\n)*adapterlab\.train"):
         AdapterlabCallback(attach(tiny("llama"), Steering(r=2, targets=["q"])), "default")
+
+
+def test_a_callback_that_comes_too_late_for_several_processes_says_so(tiny: Callable[..., Any]) -> None:
+    host = attach(tiny("llama"), LoRA(r=2, targets=["q"]))
+    optimizer = torch.optim.SGD(host.model.parameters())  # holds what trains later
+    arguments: Any = SimpleNamespace(world_size=2)
+    with pytest.raises(ConfigError, match=r"lora lets \d+ tensors train in later steps(.|\n)*callbacks="):
+        AdapterlabCallback(host, "default").on_train_begin(arguments, *[None] * 2, optimizer=optimizer)  # type: ignore
 
 
 def test_listeners_are_closed_after_an_error(config: Config) -> None:

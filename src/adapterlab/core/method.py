@@ -113,6 +113,10 @@ class Method(Settings):
         """
         return {}
 
+    def turns(self) -> int:
+        """In how many steps each trained number has its turn; more than one where a step trains a part of a tensor."""
+        return 1
+
     def begin(self, host: Carrier, name: str, steps: int) -> None:
         """Called before the first step of a run, also of one that continues: the run has so many steps in all.
 

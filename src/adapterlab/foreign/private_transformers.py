@@ -13,6 +13,7 @@ Nobody else imports one (tests/core/test_private.py). Names of caches are in `ca
 | `forget_accelerate` | a second run in one process starts afresh | a process for each run |
 | `FILLED` | which parameters a checkpoint filled, so that a new head is known | `output_loading_info` of `from_pretrained`, where we load |
 | `trl_reference` | the base under adapters is the reference model of TRL's trainers, instead of a second copy | their argument `ref_model`, where they have one |
+| `trl_head` | the fused head of TRL's trainers, which reads the head's weight, sees the adapters there | their refusing it, as they do for PEFT's |
 | `TRAINABLE_FLAG` | Trainer lets a model with packed weights train | none: Trainer refuses such models unless they are PEFT's |
 """  # noqa: E501
 
@@ -20,9 +21,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, MutableMapping
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 from transformers.initialization import no_init_weights
@@ -33,7 +36,8 @@ from adapterlab.foreign.templates import bounded
 
 __all__ = [
     "FILLED", "TRAINABLE_FLAG", "attention_implementation", "attention_mapping", "forget_accelerate", "kept_in_float32",
-    "no_init_weights", "render_jinja_template", "sdpa_attention_forward", "trl_reference",
+    "no_init_weights", "render_jinja_template", "sdpa_attention_forward", "trl_head",
+    "trl_reference",
 ]  # fmt: skip
 
 TRAINABLE_FLAG = "_hf_peft_config_loaded"
@@ -110,3 +114,47 @@ def trl_reference(model: Any, make: Callable[[], Any]) -> Iterator[None]:
     finally:
         for names, plain in before:
             names[_TRL_LOADS] = plain
+
+
+_TRL_FUSED, _SEEING = "fused_lm_head", "_adapterlab_sees_head"
+
+
+def trl_head(model: Any, seen: Callable[[Any, Any], tuple[Any, Any] | None]) -> None:
+    """Let the fused head that trainers of TRL give a model see what its head really does.
+
+    They multiply with the weight of the head's module, which they do not call.
+
+    Args:
+        model: that a trainer was made of; others are left alone.
+        seen: returns weight and bias for a model and its head, or None for those of the module itself.
+    """
+    plain = vars(model).get("forward")
+    if plain is None or hasattr(plain, _SEEING) or not any(map(_takes_fused, _layers(plain))):
+        return
+    inner = getattr(plain, "__func__", None)
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        run = plain if inner is None else functools.partial(inner, self)
+        found = seen(self, self.get_output_embeddings()) if kwargs.get(_TRL_FUSED) else None
+        if found is None:
+            return run(*args, **kwargs)
+        self.get_output_embeddings = lambda: SimpleNamespace(weight=found[0], bias=found[1])
+        try:
+            return run(*args, **kwargs)
+        finally:
+            del self.get_output_embeddings
+
+    setattr(forward, _SEEING, True)
+    model.forward = MethodType(forward, model)
+
+
+def _layers(function: Any) -> Iterator[Any]:
+    """A function and those that it stands around."""
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _takes_fused(function: Any) -> bool:
+    return _TRL_FUSED in inspect.signature(function, follow_wrapped=False).parameters

@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from adapterlab.engine.verify import check_gradient_passes
+from adapterlab.engine.wrapping import STATE, adapters_of
 from adapterlab.errors import ConfigError
-from adapterlab.foreign.private_transformers import TRAINABLE_FLAG, trl_reference
+from adapterlab.foreign.private_transformers import TRAINABLE_FLAG, trl_head, trl_reference
 from adapterlab.foreign.saving import is_saved
 from adapterlab.hosts import Host
 from adapterlab.io.pretrained import save_adapters
@@ -49,11 +50,18 @@ class AdapterlabCallback(TrainerCallback):
         self.host, self.name, self.method = host, name, host.methods[name]
         self._plain: list[Callable[[float], float]] = []
         self._rates: list[float] = []
+        self._waiting: list[nn.Parameter] | None = None
         if type(self.method).overrides("gradient"):
             raise ConfigError(
                 f"{self.method.id} has its own gradient, which a callback cannot give to a foreign trainer. Train it "
                 "with adapterlab.train."
             )
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        """Let data parallelism, which looks once before the first step, see what only later steps train."""
+        self._waiting = [] if args.world_size == 1 else _waiting(more.get("optimizer"))
+        for p in self._waiting:
+            p.requires_grad_(True)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
@@ -61,14 +69,23 @@ class AdapterlabCallback(TrainerCallback):
         """Before the first step.
 
         Raises:
-            ConfigError: the reference model is to follow the trained one, whose weights it shares; or the method's
-                schedule does not suit the trainer's.
+            ConfigError: the reference model is to follow the trained one, whose weights it shares; the method's
+                schedule does not suit the trainer's; or this callback came too late for several processes.
         """
         if getattr(args, "sync_ref_model", False):
             raise ConfigError(
                 "sync_ref_model=True moves the weights of the reference model, and those are the base's own under an "
                 "adapter. Set it to False."
             )
+        if self._waiting is None and args.world_size > 1 and (late := _waiting(more["optimizer"])):
+            raise ConfigError(
+                f"{self.method.id} lets {len(late)} tensors train in later steps, and processes would not share their "
+                "gradients: give the callback to the trainer when it is made (callbacks=[...]), not afterwards."
+            )
+        for p in self._waiting or ():
+            p.requires_grad_(False)
+        self._waiting = []
+        trl_head(self.host.model, _head_seen)
         self.method.begin(self.host, self.name, state.max_steps)
         if type(self.method).overrides("rate"):
             self._plain = _factors(more["lr_scheduler"], self.method.id)
@@ -120,6 +137,12 @@ class AdapterlabCallback(TrainerCallback):
         self.method.finish(self.host, self.name)
 
 
+def _waiting(optimizer: Any) -> list[nn.Parameter]:
+    """What an optimizer holds for later steps."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    return [p for group in groups for p in group["params"] if not p.requires_grad]
+
+
 def _factors(scheduler: Any, method: str) -> list[Callable[[float], float]]:
     """The factor of the learning rate as a function of the step, for each group of the optimizer."""
     inner = getattr(scheduler, "scheduler", scheduler)  # accelerate puts its own around it
@@ -133,7 +156,7 @@ def _factors(scheduler: Any, method: str) -> list[Callable[[float], float]]:
 
 @contextlib.contextmanager
 def hf_trainable(model: nn.Module) -> Iterator[nn.Module]:
-    """Let trainers be made of a model with adapters.
+    """Let trainers be made of a model with adapters, on its head too.
 
     `Trainer` refuses a quantized base unless a flag says that adapters are attached. The flag is removed afterwards,
     because it also changes what `save_pretrained` writes. Trainers of TRL that need a reference model take the base
@@ -144,5 +167,35 @@ def hf_trainable(model: nn.Module) -> Iterator[nn.Module]:
     try:
         with trl_reference(model, lambda: reference_model(model)):
             yield model
+        trl_head(model, _head_seen)
     finally:
         setattr(model, TRAINABLE_FLAG, before)
+
+
+def _head_seen(model: nn.Module, head: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """The weight and bias `[out, in]` that a head with adapters acts by; None where its own do.
+
+    Raises:
+        ConfigError: no weight says what the adapters do.
+    """
+    around, standing = (
+        [a for name, a in adapters_of(m).items() if name in m.__dict__[STATE].active and not a.is_merged]
+        for m in (model, head)
+    )
+    curved = next((a.not_linear for a in standing if a.not_linear), "")
+    if around or curved:
+        raise ConfigError(
+            "This trainer multiplies with the head's weight and does not call "
+            + (
+                "the model, around which an adapter stands"
+                if around
+                else f"the head, with an adapter of which {curved}"
+            )
+            + ". Train with transformers.Trainer or adapterlab.fit."
+        )
+    if not standing:
+        return None
+    weight: Any = head.weight
+    identity = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+    zero = head(identity.new_zeros(1, len(identity)))
+    return (head(identity) - zero).T, zero[0]

@@ -190,7 +190,8 @@ class Loop:
             floor=training.min_lr / training.lr if training.lr else 0.0,
         )
         self.schedule = schedule(self._raw, lambda step: self.method.rate(step, self.total, plain))
-        self.proof = Proof(host, self.name, training.proof_steps)
+        turns = max(method.turns() for method in (self.method, *host.part_methods(self.name).values()))
+        self.proof = Proof(host, self.name, training.proof_steps * turns)
         # Whatever came before, dropout depends on seed and process alone.
         set_seed(training.seed + self.accelerator.process_index)
 

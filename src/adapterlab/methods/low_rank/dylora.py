@@ -98,6 +98,10 @@ class DyLoRA(LoRA):
         for layer in self.layers(host, name):
             layer.rank = min(b, len(layer.A))
 
+    def turns(self) -> int:
+        """One rank after the other, if only one trains."""
+        return self.r - self.r_min + 1 if self.update == "row" else 1
+
     def before_step(self, host: Carrier, name: str, step: int, optimizer: Optimizer) -> None:
         """Draw the rank of this step."""
         for layer in self.layers(host, name):
@@ -105,11 +109,8 @@ class DyLoRA(LoRA):
 
     @torch.no_grad()
     def after_backward(self, host: Carrier, name: str, step: int) -> None:
-        """Leave the gradient of what trains in this step, and note the values of the rest."""
+        """Note the values of what does not train in this step."""
         for layer in self.layers(host, name):
-            if layer.A.grad is not None and layer.B.grad is not None:
-                layer.A.grad.mul_(layer.trained[:, None])
-                layer.B.grad.mul_(layer.trained)
             layer.before = (layer.A.clone(), layer.B.clone()) if self.strict else None
 
     @torch.no_grad()
@@ -137,6 +138,7 @@ class DyLoRA(LoRA):
         def __init__(self, method: DyLoRA, site: Site):
             super().__init__(method, site)
             self.root = method.scale == "sqrt"
+            self.by_row = method.update == "row"
             self.rank = min(method.inference_rank or method.r, len(self.A))
             self.before: tuple[Tensor, Tensor] | None = None
             for name in ("drawn", "trained"):
@@ -154,8 +156,16 @@ class DyLoRA(LoRA):
             self.drawn.copy_((ranks <= b) * self.weight_of(b))
             self.trained.copy_(ranks == b if alone else ranks <= b)
 
+        def passing(self) -> tuple[Tensor, Tensor]:
+            """A and B, which gradients reach where this step trains: what clips or averages sees no others."""
+            if not self.by_row:  # ranks that are not used get none anyway
+                return self.A, self.B
+            trained, a, b = self.trained.to(self.dtype), self.A.detach(), self.B.detach()
+            return a + trained[:, None] * (self.A - a), b + trained * (self.B - b)
+
         def factors(self) -> tuple[Tensor, Tensor]:
             """The first rows of A, with the scale of their number, and columns of B."""
             if self.training:
-                return self.A * self.drawn.to(self.dtype)[:, None], self.B
+                a, b = self.passing()
+                return a * self.drawn.to(self.dtype)[:, None], b
             return self.A[: self.rank] * self.weight_of(self.rank), self.B[:, : self.rank]
