@@ -194,15 +194,7 @@ class VoRA(Method):
 
     def _put(self, host: Carrier, name: str, image: PatchEmbedding, depth: int) -> None:
         """Put everything on, with the updates in the first blocks."""
-        attentions = [m for m in host.attentions if LongLoRA.fits(m)]
-        other = [found for m in attentions if (found := attention_implementation(m)) not in ("sdpa", "eager")]
-        if not attentions or other:
-            raise AttachError(
-                f"vora: patches of an image see each other, which needs causal attention that takes a mask, and "
-                f"{type(host.model).__name__} has {other[0] if other else 'none'}. Load it with "
-                "attn_implementation='sdpa'."
-            )
-        site = host.site(host.model)
+        attentions, site = self._attentions(host), host.site(host.model)
         host.share(name, _KEY, image.to(site.device, site.dtype))
         eyes = Eyes(self, site, host.state, name)
         eyes.refer(_KEY, image)
@@ -212,10 +204,31 @@ class VoRA(Method):
         for i, block in enumerate(host.layers):
             host.wrap(name, block, Pupil(host.site(block), host.state, name, i))
         if self.r:
-            targets = self.targets or Targets(include=("all-linear",))
-            if targets.layers is None:
-                targets = targets.replace(layers=tuple(range(depth)))
-            host.compose(name, "lora", LoRA(r=self.r, alpha=self.r, targets=targets))
+            host.compose(name, "lora", self.updates(depth))
+
+    def updates(self, depth: int) -> LoRA:
+        """The LoRA of the first blocks, B A with the factor 1."""
+        targets = self.targets or Targets(include=("all-linear",))
+        if targets.layers is None:
+            targets = targets.replace(layers=tuple(range(depth)))
+        return LoRA(r=self.r, alpha=self.r, targets=targets)
+
+    @staticmethod
+    def _attentions(host: Carrier) -> list[nn.Module]:
+        """The attention modules, which must be causal and take a mask."""
+        found, name = [m for m in host.attentions if LongLoRA.fits(m)], type(host.model).__name__
+        if not found:
+            raise AttachError(
+                f"vora: images enter a causal language model, and no attention of {name} is causal. Load a model that "
+                "generates text (...ForCausalLM)."
+            )
+        other = next((k for m in found if (k := attention_implementation(m)) not in ("sdpa", "eager")), None)
+        if other is not None:
+            raise AttachError(
+                f"vora: patches of an image see each other, which needs attention that takes a mask, and {name} "
+                f"computes it by {other!r}. Load it with attn_implementation='sdpa' or 'eager'."
+            )
+        return found
 
     # ------------------------------------------------------------------ a run, and after it
 
@@ -231,8 +244,12 @@ class VoRA(Method):
             if isinstance(part, Eyes):
                 part.teacher = [tower]
             elif isinstance(part, Pupil) and part.index < len(tower.blocks):
-                part.weight = self.distill / len(tower.blocks)
+                part.weight = self.share(len(tower.blocks))
                 part.study(tower.width)
+
+    def share(self, blocks: int) -> float:
+        """What the loss of one of so many blocks counts: the mean over them, times its weight."""
+        return self.distill / blocks
 
     def finish(self, host: Carrier, name: str) -> None:
         """Let go of the teacher and of the maps."""
@@ -311,11 +328,7 @@ class Eyes(Entrance):
         images, places, before = self._images(pixels), self._places(given), held_tokens(cache_in(given))
         count = self.image.count(images)
         self._check_places(places, pixels, count)
-        if (labels := given.get("labels")) is not None and bool((labels[places] != -100).any()):
-            raise DataError(
-                f"{int((labels[places] != -100).sum())} positions of images bear labels, and the loss is for words "
-                "alone. Set the labels to -100 where input_ids has the image token."
-            )
+        self._check_labels(given.get("labels"), places)
         x = self.embedded(given["input_ids"], images, places)
         self.state.taps[self.key] = Sight(places, self.same(places, count), before, self.targets(images, count))
         try:
@@ -383,6 +396,16 @@ class Eyes(Entrance):
                 f"image token {self.token} {here} times. Write it once for each patch; several images in a row are "
                 "given as [rows, images, ...]. A model that generates the token itself is kept from it by "
                 f"generate(suppress_tokens=[{self.token}])."
+            )
+
+    @staticmethod
+    def _check_labels(labels: Tensor | None, places: Tensor) -> None:
+        """Require that words alone are trained."""
+        count = 0 if labels is None else int((labels[places] != -100).sum())
+        if count:
+            raise DataError(
+                f"{count} positions of images bear labels, and the loss is for words alone. Set the labels to -100 "
+                "where input_ids has the image token."
             )
 
     def _check_text(self, given: dict[str, Any]) -> None:
@@ -455,8 +478,12 @@ class Pupil(Adapter):
         """Get a map h to the teacher's width, if there is none yet."""
         if self.auxiliary is None:
             own = text_config(self.state.carrier.model).hidden_size
-            made = nn.Sequential(nn.RMSNorm(own, eps=1e-5), nn.Linear(own, width, bias=False))
-            self.auxiliary = made.to(self.site.device, self.site.dtype)
+            self.auxiliary = self.head(own, width).to(self.site.device, self.site.dtype)
+
+    @staticmethod
+    def head(own: int, width: int) -> nn.Sequential:
+        """A map h from the block's width to the teacher's."""
+        return nn.Sequential(nn.RMSNorm(own, eps=1e-5), nn.Linear(own, width, bias=False))
 
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the block, and emit the loss where there are targets."""
