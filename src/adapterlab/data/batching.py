@@ -100,7 +100,8 @@ class PackingCollator:
 
 def _further(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns that hold tensors, beside those of every batch."""
-    return list(dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, Tensor)))
+    found = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, Tensor))
+    return [key for key in found if key not in ("input_ids", "attention_mask", "labels")]
 
 
 def _stacked(key: str, rows: Sequence[Mapping[str, Any]]) -> Tensor:

@@ -92,7 +92,7 @@ class PatchEmbedding(nn.Module):
     @torch.no_grad()
     def copy_from(self, tower: Tower) -> None:
         """Begin with the tower's patches, their norm and its positions, where it has them in the same shape."""
-        pairs = [*zip(self.patches.parameters(), tower.patches.parameters(), strict=False)]
+        pairs: list[tuple[Tensor, Tensor]] = [*zip(self.patches.parameters(), tower.patches.parameters(), strict=False)]
         pairs += [(self.norm.weight, tower.norm)] if tower.norm is not None else []
         pairs += [(self.positions, tower.positions)] if tower.positions is not None else []
         for own, theirs in pairs:
