@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import adapterlab as al
-from adapterlab.core.adapter import Adapter
+from adapterlab.core.adapter import Adapter, Entrance
+from adapterlab.engine.loss import Loss
+from adapterlab.errors import MergeError
 
 LORA = {"r": 4, "alpha": 8.0}
 FAMILIES = ("llama", "llama-tied", "qwen2", "gpt2", "bert-classes", "bert-masked", "t5", "mixtral", "vit")
@@ -353,3 +357,58 @@ def test_parts_of_a_composite_are_switched_and_removed_together(tiny: Any, batch
     host.detach("pair")
     assert bits(model) == before
     assert torch.equal(logits(model, batch), base)
+
+
+class Taking(Entrance):
+    """Multiply the embedded words by an argument that the model does not have."""
+
+    takes = ("loudness",)
+
+    @contextlib.contextmanager
+    def entering(self, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        loud = given.pop("loudness", None)
+        if loud is not None:
+            given["inputs_embeds"] = loud * self.site.module.get_input_embeddings()(given.pop("input_ids"))
+        yield given
+
+
+class Loud(al.Method):
+    """Put `Taking` around the whole model."""
+
+    id = "loud"
+
+    def attach(self, host: Any, name: str) -> None:
+        host.wrap(name, host.model, Taking(host.site(host.model)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_an_entrance_takes_shows_in_the_signature_as_long_as_it_is_there(family: str, tiny: Any) -> None:
+    model = tiny(family)
+    plain = inspect.signature(model.forward)
+    host = al.attach(model, Loud(), "loud")
+    host.attach(Custom(), "other")
+    ids = torch.arange(3, 9)[None]
+    assert "loudness" in inspect.signature(model.forward).parameters
+    assert [k for k in inspect.signature(model.forward).parameters if k != "loudness"] == list(plain.parameters)
+    with torch.no_grad():
+        quiet, loud = model(ids).logits, model(ids, loudness=2.0).logits
+        assert not torch.equal(quiet, loud)
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(other(ids, loudness=2.0).logits, loud)
+            assert "loudness" in inspect.signature(other.forward).parameters
+        quick = Loss(model)
+        assert quick.path == "chunked"
+        for batch in ({"input_ids": ids, "labels": ids}, {"input_ids": ids, "labels": ids, "loudness": 2.0}):
+            torch.testing.assert_close(quick(batch), model(**batch).loss)
+        assert not torch.equal(
+            model.generate(ids, loudness=2.0, max_new_tokens=1, do_sample=False, pad_token_id=0), ids
+        )
+        host.merge("loud")
+        assert torch.equal(model(ids, loudness=2.0).logits, loud)  # it has no weight to be merged into
+        with pytest.raises(MergeError, match="merged already"):
+            host.merge("loud")
+        host.restore("loud")
+    host.detach("loud")
+    assert inspect.signature(model.forward) == plain
+    with pytest.raises(ValueError, match="loudness"):
+        model.generate(ids, loudness=2.0, max_new_tokens=1, pad_token_id=0)

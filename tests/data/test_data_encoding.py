@@ -6,7 +6,7 @@ import pytest
 import torch
 from templates_chatml import MARKED_CHATML, PLAIN_CHATML, TIGHT_CHATML
 
-from adapterlab.data import Collator, DataConfig, Example, encode, prompt_of, render_sample
+from adapterlab.data import Collator, DataConfig, Example, PackingCollator, encode, prompt_of, render_sample
 from adapterlab.errors import DataError
 
 CFG = DataConfig(path="rows.jsonl")
@@ -229,6 +229,18 @@ def test_collator_pads_on_the_right(multiple):
         assert batch["input_ids"][i].tolist() == row["input_ids"] + [0] * (width - n)
         assert batch["attention_mask"][i].tolist() == [1] * n + [0] * (width - n)
         assert batch["labels"][i].tolist() == row["labels"] + [-100] * (width - n)
+
+
+def test_further_columns_of_tensors_are_stacked_over_the_rows_that_have_them():
+    rows = [{"input_ids": [5, 6], "labels": [5, 6]} for _ in range(3)]
+    rows[0]["pixels"], rows[2]["pixels"] = torch.zeros(3, 2), torch.ones(3, 2)
+    batch = Collator(0)(rows)
+    assert torch.equal(batch["pixels"], torch.stack([torch.zeros(3, 2), torch.ones(3, 2)]))
+    assert set(Collator(0)(rows[1:2])) == {"input_ids", "attention_mask", "labels"}
+    with pytest.raises(DataError, match=r"pixels.*\(2, 2\), \(3, 2\)"):
+        Collator(0)([*rows, {**rows[0], "pixels": torch.zeros(2, 2)}])
+    with pytest.raises(DataError, match=r"pixels.*packing to false"):
+        PackingCollator()(rows)
 
 
 def test_seq2seq_labels_have_their_own_length():

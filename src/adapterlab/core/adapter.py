@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +22,9 @@ class Adapter(nn.Module):
             it is, so that it can be merged.
         rowwise: row i of the output depends on row i of the input only, so adapters can be mixed in a batch.
         resident: its values are in the base's own parameters already, so merging has nothing to write.
+        outlives: what has no weight to be merged into and stays live beside the merged ones (of a resident adapter).
+        takes: arguments that the module does not have and the adapter consumes; they show in its signature, so that
+            `generate` and `Trainer` hand them on.
         tokenwise: it makes no position depend on another (beyond what the module does), so samples can be packed;
             None: at a linear layer, an embedding or a norm and inside the attention it does not, elsewhere it may.
         additive: the output is run(x) plus something, so a mixed batch needs the base's product once; what follows from
@@ -36,6 +40,8 @@ class Adapter(nn.Module):
     not_linear: ClassVar[str] = ""
     rowwise: ClassVar[bool] = True
     resident: ClassVar[bool] = False
+    outlives: ClassVar[bool] = False
+    takes: ClassVar[tuple[str, ...]] = ()
     tokenwise: ClassVar[bool | None] = None
     additive: bool = True
     tied: bool = False
@@ -203,6 +209,25 @@ class Delta(Adapter):
         if shift is not None and bias is not None:
             shift = bias + shift
         return weight + self.delta().to(weight.dtype), bias if shift is None else shift
+
+
+class Entrance(Adapter):
+    """An adapter around a whole model that changes what the model is called with, and nothing that it returns.
+
+    The loss may therefore call the backbone itself with the changed arguments.
+    """
+
+    resident: ClassVar[bool] = True
+    outlives: ClassVar[bool] = True
+
+    @contextlib.contextmanager
+    def entering(self, given: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Give the changed arguments of a call (by name, labels perhaps among them) for as long as it lasts."""
+        yield given
+
+    def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.entering(self.site.bound(args, kwargs)) as given:
+            return run(**given)
 
 
 class Copy(Adapter):

@@ -38,6 +38,8 @@ class Method(Settings):
         starts_at_base: the model computes what the base does until a step is made.
         trains: it has tensors that train.
         typical_lr: a learning rate to begin a search with.
+        scaffold: parts of the names of tensors that a run needs and nobody after it: they are in checkpoints and not
+            in saved adapters.
         derived: numbers that attaching may make for each number of the base, beside those that are saved; sizes in a
             file that ask for more are refused.
     """
@@ -53,6 +55,7 @@ class Method(Settings):
     starts_at_base: ClassVar[bool] = True
     trains: ClassVar[bool] = True
     typical_lr: ClassVar[float] = 5e-4
+    scaffold: ClassVar[tuple[str, ...]] = ()
     derived: ClassVar[float] = 0.5
 
     modules_to_save: tuple[str, ...] = Field(
@@ -196,9 +199,15 @@ class Method(Settings):
         return {}
 
     @classmethod
+    def example_batch(cls, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a batch of the conformance suite with what else the method takes, so that all of it trains."""
+        return batch
+
+    @classmethod
     def overrides(cls, hook: str) -> bool:
         """Say whether the method has its own version of a hook."""
-        return getattr(cls, hook) is not getattr(Method, hook)
+        own, plain = getattr(cls, hook), getattr(Method, hook)
+        return getattr(own, "__func__", own) is not getattr(plain, "__func__", plain)
 
     @classmethod
     def capabilities(cls) -> dict[str, bool]:

@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import Tensor
 
 from adapterlab.data.encoding import IGNORED
+from adapterlab.errors import DataError
 
 _STYLES = {"trained": "bold green", "not trained": "dim", "special": "magenta"}
 
@@ -32,10 +33,15 @@ class Collator:
         """Make one batch.
 
         Args:
-            rows: rows of `encode`.
+            rows: rows of `encode`. Further columns that hold tensors, such as pictures, are stacked over the rows that
+                have them.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, int64 of [batch, time]; for seq2seq labels have their own time.
+            `input_ids`, `attention_mask` and `labels`, int64 of [batch, time]; for seq2seq labels have their own time;
+            and the further columns.
+
+        Raises:
+            DataError: the tensors of a further column have not one shape.
         """
         width = max(len(row["input_ids"]) for row in rows)
         label_width = max(len(row["labels"]) for row in rows) if self.seq2seq else width
@@ -43,6 +49,7 @@ class Collator:
             "input_ids": self._padded([row["input_ids"] for row in rows], width, self.pad_token_id),
             "attention_mask": self._padded([[1] * len(row["input_ids"]) for row in rows], width, 0),
             "labels": self._padded([row["labels"] for row in rows], label_width, IGNORED),
+            **{key: _stacked(key, rows) for key in _further(rows)},
         }
 
     def _padded(self, rows: Sequence[Sequence[int]], width: int, filler: int) -> Tensor:
@@ -69,6 +76,11 @@ class PackingCollator:
             of [rows + 1]; `max_length_q` and `max_length_k`, whole numbers. The first token of a row bears no label:
             nothing predicts it.
         """
+        if further := _further(rows):
+            raise DataError(
+                f"Rows with further columns ({', '.join(further)}) cannot be put behind each other. Set "
+                "training.packing to false."
+            )
         lengths = [len(row["input_ids"]) for row in rows]
         bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         longest = max(lengths)
@@ -84,6 +96,23 @@ class PackingCollator:
 
     def _joined(self, parts: Iterable[Iterable[int]]) -> Tensor:
         return torch.tensor([[*chain.from_iterable(parts)]], dtype=torch.int64)
+
+
+def _further(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns that hold tensors, beside those of every batch."""
+    found = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, Tensor))
+    return [key for key in found if key not in ("input_ids", "attention_mask", "labels")]
+
+
+def _stacked(key: str, rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    values = [row[key] for row in rows if key in row]
+    shapes = sorted({tuple(value.shape) for value in values})
+    if len(shapes) > 1:
+        raise DataError(
+            f"{key}: the tensors of one batch have the shapes {', '.join(map(str, shapes))}. Bring all rows to one "
+            "shape, or give a collator of your own."
+        )
+    return torch.stack(values)
 
 
 def placed(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import noop_context_fn
 
+from adapterlab.core.adapter import Entrance
 from adapterlab.engine.attachments import attachments
 from adapterlab.engine.recompute import recomputation
 from adapterlab.engine.wrapping import adapters_of
@@ -74,8 +76,12 @@ class Loss:
             output = self.model(**batch)
             loss: Tensor = output.loss * (count / total)
             return loss if self.form == PLAIN else loss + self._surplus(output, batch["labels"]) / total
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        hidden = self.model.base_model(**inputs, use_cache=False)[0]
+        with contextlib.ExitStack() as calls:
+            inputs = dict(batch)
+            for entrance in self._entrances():
+                inputs = calls.enter_context(entrance.entering(inputs))
+            inputs.pop("labels", None)
+            hidden = self.model.base_model(**inputs, use_cache=False)[0]
         labels = batch["labels"][:, 1:]
         bears = labels != IGNORED
         return self._head_loss(hidden[:, :-1][bears], labels[bears]) / total
@@ -110,6 +116,13 @@ class Loss:
         contexts = noop_context_fn if carrier is None else functools.partial(recomputation, carrier)
         return module_cross_entropy(hidden, head, labels, head.out_features, contexts, self.form)
 
+    def _entrances(self) -> list[Entrance]:
+        """What changes the arguments of the whole model, the outermost first."""
+        carrier = attachments(self.model)
+        live = carrier.state.active if carrier is not None else ()
+        held = [a for key, a in adapters_of(self.model).items() if key in live and isinstance(a, Entrance)]
+        return held[::-1]
+
     def _shape(self) -> str:
         scale, cap = self.form.scale, self.form.cap
         scaled = "" if scale == 1 else f"; the model multiplies them by {scale:g}"
@@ -123,7 +136,7 @@ class Loss:
             return "an encoder-decoder computes its own loss"
         if not isinstance(head, nn.Linear) or backbone is self.model:
             return f"{type(self.model).__name__} has no linear output head on a backbone"
-        if adapters_of(self.model):
+        if not all(isinstance(adapter, Entrance) for adapter in adapters_of(self.model).values()):
             return "an adapter stands around the whole model"
         return "" if self._agrees(head) else f"{type(self.model).__name__} does more to its logits than its output head"
 

@@ -89,7 +89,7 @@ def merge(
         elif not adapter.resident:
             done += _merge_one(adapter, getattr(host.model, "dtype", torch.float32))
         adapter.train(mode)
-        adapter.is_merged = True
+        adapter.is_merged = not adapter.outlives
     return [*done, *_untied(host, done)]
 
 
@@ -197,7 +197,7 @@ def _replace(module: nn.Module, new: dict[str, Tensor], plain: bool = False) -> 
 
 def _check(host: Attachments, name: str, key: str, path: str, adapter: Adapter, tied: str, quantized: str) -> None:
     site, method = adapter.site, host.methods[name].id
-    if adapter.is_merged:
+    if name in host.merged:
         raise MergeError(f"{name!r} is merged already; call host.restore({name!r}) first.")
     if adapter.resident:
         return

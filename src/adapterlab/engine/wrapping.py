@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from adapterlab.engine.mixed_batch import mixed
 from adapterlab.foreign.model import ADAPTERS, PLAIN, plain_class
 
 HOST, STATE = "_adapterlab_host", "_adapterlab_state"  # attributes: of the model, and of every wrapped module
+_TAKES = "_adapterlab_takes"  # attribute of a wrapped class: what its signature names beside its own
 
 
 def dispatch(module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -69,11 +71,11 @@ def _around(adapter: Any) -> Callable[..., Any]:
 
 
 @functools.cache
-def wrapped(cls: Any) -> type[nn.Module]:
+def wrapped(cls: Any, takes: tuple[str, ...] = ()) -> type[nn.Module]:
     """Return the subclass of `cls` that consults adapters.
 
     It has the name and the forward signature of `cls`, because `save_pretrained` writes the name into the config
-    and `Trainer` reads the signature to decide which columns of a dataset to keep.
+    and `Trainer` reads the signature to decide which columns of a dataset to keep; what adapters take is added to it.
     """
     plain = cls.forward
 
@@ -83,10 +85,13 @@ def wrapped(cls: Any) -> type[nn.Module]:
             return plain(self, *args, **kwargs)
         return dispatch(self, Base(plain, self), *args, **kwargs)
 
+    if takes:
+        forward.__signature__ = _with(inspect.signature(plain), takes)  # type: ignore[attr-defined]
+
     def __reduce_ex__(self: nn.Module, protocol: Any) -> Any:
         # A class made at run time cannot be imported by name: pickle the plain class and swap again on loading.
         _, _, *rest = super(made, self).__reduce_ex__(protocol)
-        return (_rebuild, (cls,), *rest)
+        return (_rebuild, (cls, takes), *rest)
 
     namespace = {
         "forward": forward,
@@ -95,14 +100,31 @@ def wrapped(cls: Any) -> type[nn.Module]:
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
         PLAIN: cls,
+        _TAKES: takes,
     }
     made: Any = type(cls.__name__, (cls,), namespace)
     return made
 
 
-def _rebuild(cls: Any) -> nn.Module:
-    made: Any = wrapped(cls)
+def _rebuild(cls: Any, takes: tuple[str, ...] = ()) -> nn.Module:
+    made: Any = wrapped(cls, takes)
     return made.__new__(made)
+
+
+def _with(signature: inspect.Signature, names: tuple[str, ...]) -> inspect.Signature:
+    """A signature with further arguments, in front of the one that collects all others."""
+    own = list(signature.parameters.values())
+    added = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in names]
+    added = [parameter for parameter in added if parameter.name not in signature.parameters]
+    collects = bool(own) and own[-1].kind is inspect.Parameter.VAR_KEYWORD
+    return signature.replace(parameters=[*own[:-1], *added, own[-1]] if collects else [*own, *added])
+
+
+def _show(module: nn.Module) -> None:
+    """Let the signature of a wrapped module name what its adapters take."""
+    names = tuple(sorted({name for adapter in adapters_of(module).values() for name in adapter.takes}))
+    if getattr(type(module), _TAKES, ()) != names:
+        module.__class__ = wrapped(plain_class(module), names)
 
 
 def adapters_of(module: nn.Module) -> dict[str, Adapter]:
@@ -122,6 +144,7 @@ def put(module: nn.Module, name: str, adapter: Adapter, state: State) -> None:
         if adapter.site.overtaken:
             module.register_forward_pre_hook(_watched)
     module._modules[ADAPTERS].add_module(name, adapter)  # type: ignore[union-attr]
+    _show(module)
 
 
 def _watched(module: nn.Module, args: Any) -> None:
@@ -140,6 +163,8 @@ def take(module: nn.Module, name: str) -> None:
         for key in [key for key, hook in hooks.items() if hook is _watched]:
             del hooks[key]
         _unbind(module)
+    else:
+        _show(module)
 
 
 def plain_copy(module: nn.Module) -> nn.Module:

@@ -142,7 +142,7 @@ def gather(host: Attachments, name: str, base_model: str | None = None) -> Conte
     with gathered(host.model, held):
         written = hf_peft.write(host, name, base_model, revision) if method.hf is not None else None
         config, tensors = written or (None, host.tensors(name))
-        tensors = {key: whole(value) for key, value in tensors.items()}
+        tensors = {key: whole(value) for key, value in tensors.items() if _lasts(method, key)}
     info = {
         "format": FORMAT,
         "method": method.id,
@@ -157,6 +157,10 @@ def gather(host: Attachments, name: str, base_model: str | None = None) -> Conte
     if leads(held):
         check_finite(name, tensors)
     return Contents(tensors, config, info, leads(held))
+
+
+def _lasts(method: Method, key: str) -> bool:
+    return not set(method.scaffold).intersection(key.split("."))
 
 
 def read_info(folder: str | Path) -> AdapterInfo:

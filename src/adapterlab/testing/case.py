@@ -53,6 +53,15 @@ class Case:
         """Make the method with its example settings."""
         return self.method(**self.method.example(model))
 
+    def batch(self, model: Any, **options: Any) -> dict[str, Tensor]:
+        """Return arguments of an adapted model with labels, and whatever else makes all of the method train.
+
+        Args:
+            model: made by `models.tiny`.
+            options: as for `models.batch`.
+        """
+        return self.method.example_batch(model, models.batch(model, **options))
+
     def attach(self, *names: str, model: Any = None, fresh: bool = False) -> Host:
         """Attach the method and give its trainable tensors random values, as training would.
 
@@ -67,7 +76,7 @@ class Case:
             found.activate()
             torch.manual_seed(i)
             found.attach(self.make(model), name)
-            found.methods[name].prepare(found, name, [models.batch(model)])
+            found.methods[name].prepare(found, name, [self.batch(model)])
             if not fresh:
                 perturb(found, name, seed=i)
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 import tempfile
@@ -14,6 +15,8 @@ import torch
 from pydantic.fields import FieldInfo
 from torch import Tensor, nn
 
+from adapterlab.core.method import Method
+from adapterlab.data import Collator
 from adapterlab.errors import AdapterlabError, AttachError, ConfigError
 from adapterlab.hosts import Host, host, load
 from adapterlab.testing import models
@@ -78,7 +81,7 @@ def check_count(case: Case) -> None:
 def check_gradients(case: Case) -> None:
     """Every trainable tensor receives a finite gradient, also where a model changes in place what a module returns."""
     found = case.attach()
-    batch = models.batch(found.model)
+    batch = case.batch(found.model)
     wanted = _check_gradients(found, batch)
     for path in {path for key in found.parts("one") for path in found.adapters(key)}:
         module = found.model.get_submodule(path)
@@ -92,7 +95,7 @@ def check_only_declared(case: Case) -> None:
     """Three steps of AdamW with weight decay change the adapter, and no bit of the base that it does not own."""
     found = case.attach()
     before = base_tensors(found)
-    loop = _loop(found, steps=3, weight_decay=0.1)
+    loop = _loop(case, found, steps=3, weight_decay=0.1)
     owned = {path: patch.index for key in found.parts("one") for path, patch in found.patches[key].items()}
     began = found.state_dict("one")
     loop.run()
@@ -111,7 +114,7 @@ def check_only_declared(case: Case) -> None:
 def check_loss_falls(case: Case) -> None:
     """The loss on four fixed rows falls within fifteen steps."""
     found = case.attach(fresh=True)
-    loop = _loop(found, steps=15)
+    loop = _loop(case, found, steps=15)
     losses = [loop.step()["loss"] for _ in range(15)]
     require(losses[-1] < 0.99 * losses[0], f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}")
 
@@ -120,7 +123,7 @@ def check_loss_falls(case: Case) -> None:
 def check_save_load(case: Case) -> None:
     """An adapter that was saved answers on a fresh model as it did before."""
     found = case.attach()
-    batch = models.batch(found.model)
+    batch = case.batch(found.model)
     with tempfile.TemporaryDirectory() as folder:
         found.save(Path(folder) / "adapter")
         again = load(case.model(), Path(folder) / "adapter")
@@ -198,7 +201,7 @@ def check_fields(case: Case) -> None:
 def check_copies(case: Case) -> None:
     """`copy.deepcopy` and `pickle` give an independent model that answers the same."""
     found = case.attach()
-    batch = models.batch(found.model)
+    batch = case.batch(found.model)
     wanted = logits(found.model, batch)
     for how, made in (("deepcopy", copy.deepcopy), ("pickle", lambda m: pickle.loads(pickle.dumps(m)))):
         other = made(found.model)
@@ -216,14 +219,14 @@ def check_copies(case: Case) -> None:
 def check_resume(case: Case) -> None:
     """A run that is interrupted and continued ends in the same bits as one that is not."""
     whole = case.attach(fresh=True)
-    loop = _loop(whole, steps=4, batch_size=2)
+    loop = _loop(case, whole, steps=4, batch_size=2)
     for step in range(4):
         if step == 2:
             state = pickle.dumps(loop.state_dict())
         loop.step()
     torch.manual_seed(99)  # the new process has other random numbers
     rest = case.attach(fresh=True)
-    again = _loop(rest, steps=4, batch_size=2)
+    again = _loop(case, rest, steps=4, batch_size=2)
     again.load_state_dict(pickle.loads(state))
     for _ in range(2):
         again.step()
@@ -246,7 +249,7 @@ def check_smoke(case: Case) -> None:
     if case.method.starts_at_base:
         check_start(case)
     if case.method.trains:
-        _check_gradients(found, models.batch(model))
+        _check_gradients(found, case.batch(model))
     check_save_load(case)
     check_detach(case)
 
@@ -262,12 +265,20 @@ def _check_gradients(found: Host, batch: dict[str, Tensor]) -> dict[str, Tensor]
     return arrived
 
 
-def _loop(found: Host, steps: int, batch_size: int = 4, weight_decay: float = 0.0) -> Loop:
+def _loop(case: Case, found: Host, steps: int, batch_size: int = 4, weight_decay: float = 0.0) -> Loop:
     """Training on four fixed rows with a constant rate."""
     training = Training(
         steps=steps, batch_size=batch_size, lr=1e-2, schedule="constant", warmup=0, weight_decay=weight_decay, clip=None
     )
-    return Loop(found, "one", models.token_rows(), training)
+    collate = None
+    if case.method.overrides("example_batch"):
+        collate = functools.partial(_completed, case.method, found.model)
+    return Loop(found, "one", models.token_rows(), training, collate=collate)
+
+
+def _completed(method: type[Method], model: Any, rows: Any) -> dict[str, Tensor]:
+    """A batch of rows with what else the method takes."""
+    return method.example_batch(model, Collator(0)(rows))
 
 
 def _not_owned(tensor: Tensor, index: Tensor | None) -> Tensor:

@@ -211,7 +211,7 @@ def check_padding(case: Case) -> None:
 def check_checkpointing(case: Case) -> None:
     """Recomputing activations changes no gradient, also with two forward passes before one backward pass."""
     found = case.attach()
-    batches = [models.batch(found.model), models.batch(found.model, rows=3, length=7, seed=3)]
+    batches = [case.batch(found.model), case.batch(found.model, rows=3, length=7, seed=3)]
     for given in (batches[:1], batches):
         wanted = gradients(found, "one", given)
         for mode in ("full", "cheap"):
