@@ -128,8 +128,8 @@ class MPT(InputPrompt):
             if self.source_task is not None and self.source_task >= len(other.cols):
                 raise AttachError(f"source_task={self.source_task}: {self.source!r} has {len(other.cols)} tasks.")
             layer.shared.copy_(other.shared)
-            for mine, theirs in ((layer.cols, other.cols), (layer.rows, other.rows)) if factors else ():
-                mine.copy_(theirs.mean(0) if self.source_task is None else theirs[self.source_task])
+            for to, of in ((layer.cols, other.cols), (layer.rows, other.rows)) if factors else ():
+                to.copy_(of.mean(0) if self.source_task is None else of[self.source_task])
 
     def tensor_options(self) -> Mapping[str, Mapping[str, Any]]:
         """Another rate for the factors, and no decay: they begin at one."""

@@ -115,6 +115,10 @@ class PTuning(InputPrompt):
         kept = any(".network." in key for key in tensors)
         (self if kept else self.replace(encoder=None, dropout=0.0)).attach(host, name)
 
+    def brief(self) -> Self:
+        """The same with places that no made-up row has by chance."""
+        return self if self.placeholder is None else self.replace(placeholder=2**31 - 1)  # type: ignore[no-any-return]
+
     def optimizer(self, host: Carrier, name: str, make: MakeOptimizer) -> Optimizer:
         """The prompt in a group of its own beside the base."""
         if not self.train_base:
@@ -122,7 +126,8 @@ class PTuning(InputPrompt):
         named = host.named_parameters(name)
         inside = [p for key, p in named.items() if key.startswith(f"adapter.{layer_of(host, name).site.path}.")]
         rest = [p for p in named.values() if not any(p is other for other in inside)]
-        return make([{"params": inside, "lr_factor": self.ratio, "weight_decay": 0.0}, {"params": rest}])
+        apart: dict[str, Any] = {"params": inside, "lr_factor": self.ratio, "weight_decay": 0.0}
+        return make([apart, {"params": rest}])
 
     def finish(self, host: Carrier, name: str) -> None:
         """Compute the vectors once and drop the network."""
