@@ -77,3 +77,19 @@ def test_a_run_leaves_the_vectors_and_drops_the_network(root: Path) -> None:
         with torch.no_grad():
             found.append(model.eval()(torch.arange(5, 12)[None]).logits)
     assert (found[0] - found[1]).abs().max() < 1e-5  # there is one evaluation, after the last step
+
+
+def test_a_run_trains_vectors_inside_of_its_rows(root: Path) -> None:
+    file = root / "cloze.jsonl"
+    rows = [{"prompt": f"0{a}{b}0=", "completion": b + a} for a in "abcdef" for b in "uvwxyz"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = al.load_model(root / "model", precision="fp32", device="cpu")[1]
+    place = tokenizer.convert_tokens_to_ids("0")
+    assert place in range(1, 7)  # the loop tries its loss on these ids, which are no template
+    folder = run(root, "cloze", {"name": "p_tuning", "length": 2, "placeholder": place}, file)
+    model, _ = al.load_model(root / "model", precision="fp32", device="cpu")
+    ids = torch.tensor([[place, 20, 30, place, 40]])
+    with torch.no_grad():
+        base = model(ids).logits
+        al.load(model, folder / "last")
+        assert (model(ids).logits - base).abs().max() > 1e-3

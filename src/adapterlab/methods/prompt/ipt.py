@@ -54,7 +54,7 @@ class IPT(InputPrompt):
         768
     """
 
-    formula: ClassVar[str] = "k for the whole model"
+    formula: ClassVar[str] = "k"
 
     size: int = Field(50, ge=1, description="numbers of a task k")
     hidden: int = Field(768, ge=1, description="width h of the decoder")
