@@ -135,7 +135,7 @@ def test_the_loss_of_the_first_phase_is_the_written_one(tiny: Any, monkeypatch: 
             with torch.no_grad():
                 host.parameters("coded")[0].copy_(made[0])
             host.activate("coded")
-            wanted += float(host.model(**given["t1"][0]).loss)
+            wanted += float(host.model(**given["t1"][0]).loss.detach())
         assert abs(first - wanted) < 1e-4
         assert [p.requires_grad for p in layer.decoder.parameters()] == [False] * 4
 
@@ -154,7 +154,7 @@ def test_the_tasks_own_loss_shapes_the_space(tiny: Any) -> None:
         layer: Any = layer_of(host, "space")
         found[data] = layer.vectors().detach()
         host.activate("space")
-        found[data] = sum(float(host.model(**batch).loss) for rows in tasks.values() for batch in rows)
+        found[data] = sum(float(host.model(**batch).loss.detach()) for rows in tasks.values() for batch in rows)
     assert found[True] < found[False]
 
 
@@ -182,6 +182,23 @@ def test_the_space_is_saved_and_taken(tiny: Any, batch_for: Any, logits: Any, tm
     plain = al.load(tiny("llama"), saved)
     assert plain.methods["default"].id == "prompt_tuning"
     assert (logits(plain.model, batch) - logits(fresh.model, batch)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["bert-classes", "bert-masked", "t5"])
+def test_both_phases_on_encoders(family: str, tiny: Any, batch_for: Any, logits: Any) -> None:
+    torch.manual_seed(0)
+    host, names = with_prompts(tiny(family), true_prompts()[:3])
+    host.attach(IPT(length=P, size=2, hidden=8, alpha=1.0), "space")
+    batch = batch_for(host.model)
+    losses = host.learn_from({name: [batch] for name in names}, "space", steps=60, lr=1e-2)
+    assert sum(losses[-10:]) < sum(losses[:10])
+    host.attach(IPT(length=P, size=2, hidden=8, source="space"), "new")
+    host.activate("new")
+    host.verify(batch)
+    before = logits(host.model, batch)
+    with torch.no_grad():
+        host.parameters("new")[0].add_(1)
+    assert (logits(host.model, batch) - before).abs().max() > 1e-4
 
 
 def test_bad_settings_say_what_to_do(tiny: Any, batch_for: Any) -> None:

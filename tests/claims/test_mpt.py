@@ -230,6 +230,10 @@ def test_bad_settings_say_what_to_do(tiny: Any, tmp_path: Any) -> None:
         host.learn_from({"plain": [batch_of(host, "plain", 0)]}, "two", steps=1)
     with pytest.raises(ConfigError, match="tasks 0 to 1, and 2"), MPT.choosing(host, "two", 2):
         pass
+    with pytest.raises(ConfigError, match=r"tasks=2, and a run trains one"):
+        host.methods["two"].begin(host, "two", 5)
+    with MPT.choosing(host, "two", [0, 1]):
+        host.methods["two"].begin(host, "two", 5)
     host.attach(MPT(length=P), "one")
     with pytest.raises(DataError, match="'plain'"):
         host.learn_from({"plain": []}, "one", steps=1)

@@ -125,6 +125,9 @@ def test_generation_from_a_template_agrees_with_and_without_cache(family: str, t
             mask = (padded != 0).long()
             answer = model.generate(padded, attention_mask=mask, use_cache=cache, **QUIET)
             assert torch.equal(answer[:, -5:], wanted[0])
+    if family != "t5":
+        answer = model.generate(padded, attention_mask=mask, cache_implementation="static", **QUIET)
+        assert torch.equal(answer[:, -5:], wanted[0])
 
 
 def test_rows_must_have_all_places_or_none(tiny: Any) -> None:

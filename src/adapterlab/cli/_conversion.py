@@ -69,6 +69,11 @@ def check_same_base(places: Sequence[Place]) -> None:
 
 def open_adapters(places: Sequence[Place], device: str | None, precision: str | None) -> tuple[Host, list[str]]:
     """Load the base and put the adapters on it, switched off; return the host and their names."""
+    return open_together(places, device, precision)[1:]
+
+
+def open_together(places: Sequence[Place], device: str | None, precision: str | None) -> tuple[Any, Host, list[str]]:
+    """The same, with the tokenizer before them."""
     from adapterlab.evaluate.opening import open_target
     from adapterlab.hosts import load
 
@@ -79,7 +84,7 @@ def open_adapters(places: Sequence[Place], device: str | None, precision: str | 
         names.append(f"{place.label}__{again + 1}" if again else place.label)
         assert place.adapter is not None
         host = load(opened.model, place.adapter, names[-1], active=False)
-    return host, names
+    return opened.tokenizer, host, names
 
 
 def open_adapter(

@@ -15,7 +15,7 @@ from adapterlab.core.adapter import Entrance
 from adapterlab.engine.attachments import attachments
 from adapterlab.engine.recompute import recomputation
 from adapterlab.engine.wrapping import adapters_of
-from adapterlab.errors import ConfigError
+from adapterlab.errors import AttachError, ConfigError
 from adapterlab.foreign.model import is_encoder_decoder, output_head, text_config
 from adapterlab.ops.cross_entropy import (
     IGNORED,
@@ -138,7 +138,11 @@ class Loss:
             return f"{type(self.model).__name__} has no linear output head on a backbone"
         if not all(isinstance(adapter, Entrance) for adapter in adapters_of(self.model).values()):
             return "an adapter stands around the whole model"
-        return "" if self._agrees(head) else f"{type(self.model).__name__} does more to its logits than its output head"
+        try:
+            agrees = self._agrees(head)
+        except AttachError:
+            return "an adapter takes none of the made-up rows on which it would be tried"
+        return "" if agrees else f"{type(self.model).__name__} does more to its logits than its output head"
 
     @torch.no_grad()
     def _agrees(self, head: nn.Module) -> bool:

@@ -147,7 +147,7 @@ def task_heads(model: Any) -> list[str]:
     if backbone is model or output_head(model) is not None:
         return []
     found = _outside(model, lambda _: False)
-    pooler = getattr(backbone, "pooler", None)
+    pooler: Any = getattr(backbone, "pooler", None)
     path = next((path for path, module in base_modules(model) if module is pooler), None)
     return [*found, path] if found and path is not None and any(True for _ in pooler.parameters()) else found
 

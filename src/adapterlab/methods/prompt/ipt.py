@@ -54,7 +54,7 @@ class IPT(InputPrompt):
         768
     """
 
-    formula: ClassVar[str] = "k for the whole model"
+    formula: ClassVar[str] = "k"
 
     size: int = Field(50, ge=1, description="numbers of a task k")
     hidden: int = Field(768, ge=1, description="width h of the decoder")
@@ -86,7 +86,9 @@ class IPT(InputPrompt):
 
     def attach_saved(self, host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Attach without the source: the space was saved with the adapter."""
-        self.put(host, name, self.Layer(self, host, name))
+        layer = self.Layer(self, host, name)
+        layer.decoder.made = any(bool(t.any()) for key, t in tensors.items() if key.endswith("decoder.outer.weight"))
+        self.put(host, name, layer)
 
     def take_from_source(self, host: Carrier, name: str, layer: IPT.Layer) -> None:
         """Copy the decoder of another adapter."""
@@ -100,12 +102,13 @@ class IPT(InputPrompt):
                     f"{host.methods[key].id} with {theirs}. Name another, or change length, size and hidden."
                 )
             layer.decoder.load_state_dict(other.decoder.state_dict())
+            layer.decoder.made = other.decoder.made
 
     def begin(self, host: Carrier, name: str, steps: int) -> None:
         """Refuse to search in a space that was never learned."""
         layer = layer_of(host, name)
         assert isinstance(layer, IPT.Layer)
-        if not layer.decoder.made():
+        if not layer.decoder.made:
             raise ConfigError(
                 f"{name!r} has no space to search in yet. host.learn_from({{name of a trained prompt: its batches, "
                 "...}, steps=...) learns one, source='folder' takes that of another adapter, and random=True a random "
@@ -189,7 +192,13 @@ class IPT(InputPrompt):
 
 
 class Decoder(nn.Module):
-    """W3 tanh(W2 z + b2) + b3, frozen; zeros until it is made."""
+    """W3 tanh(W2 z + b2) + b3, frozen; zeros until it is made.
+
+    Attributes:
+        made: it was learned, taken or drawn.
+    """
+
+    made: bool = False
 
     def __init__(self, size: int, hidden: int, out: int, made: dict[str, Any]):
         super().__init__()
@@ -199,17 +208,14 @@ class Decoder(nn.Module):
 
     def reset(self) -> None:
         """Give it torch's default start."""
+        self.made = True
         self.inner.reset_parameters()
         self.outer.reset_parameters()
 
-    def made(self) -> bool:
-        """Say whether it was learned, taken or drawn."""
-        return bool(self.outer.weight.any())
-
     def forward(self, z: Tensor) -> Tensor:
         """Decode `[..., k]` to `[..., P d]`."""
-        made: Tensor = self.outer(self.bent(self.inner(z)))
-        return made
+        found: Tensor = self.outer(self.bent(self.inner(z)))
+        return found
 
     @staticmethod
     def bent(x: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ class MPT(InputPrompt):
     again when it is loaded: one folder of the shared part, and a small one of each task.
 
     One adapter with several tasks computes the first; `MPT.choosing(host, name, [0, 2, 1])` says whose rows are in a
-    batch. What it computes for one task is a plain prompt, and so HF PEFT gets it.
+    batch. A run trains one task, so an adapter of several is trained by the first phase or inside `choosing`. What it
+    computes for one task is a plain prompt, and so HF PEFT gets it.
 
     Start: not the base's output: E = rows of the embedding table, as in prompt tuning, U V = 1.
 
@@ -62,7 +63,7 @@ class MPT(InputPrompt):
         1
     """
 
-    formula: ClassVar[str] = "P d + tasks r (P + d), whole for the whole model"
+    formula: ClassVar[str] = "P d + K r (P + d)"
 
     tasks: int = Field(1, ge=1, description="number of tasks K in this adapter")
     rank: int = Field(1, ge=1, description="rank r of the matrix of each task")
@@ -128,8 +129,8 @@ class MPT(InputPrompt):
             if self.source_task is not None and self.source_task >= len(other.cols):
                 raise AttachError(f"source_task={self.source_task}: {self.source!r} has {len(other.cols)} tasks.")
             layer.shared.copy_(other.shared)
-            for mine, theirs in ((layer.cols, other.cols), (layer.rows, other.rows)) if factors else ():
-                mine.copy_(theirs.mean(0) if self.source_task is None else theirs[self.source_task])
+            for to, of in ((layer.cols, other.cols), (layer.rows, other.rows)) if factors else ():
+                to.copy_(of.mean(0) if self.source_task is None else of[self.source_task])
 
     def tensor_options(self) -> Mapping[str, Mapping[str, Any]]:
         """Another rate for the factors, and no decay: they begin at one."""
@@ -153,11 +154,23 @@ class MPT(InputPrompt):
         chosen = torch.tensor([tasks] if isinstance(tasks, int) else list(tasks), device=layer.cols.device)
         if wrong := [task for task in chosen.tolist() if not 0 <= task < len(layer.cols)]:
             raise ConfigError(f"{name!r} has tasks 0 to {len(layer.cols) - 1}, and {wrong[0]} is asked for.")
-        before, layer.chosen = layer.chosen, chosen
+        before = layer.chosen, layer.said
+        layer.chosen, layer.said = chosen, True
         try:
             yield
         finally:
-            layer.chosen = before
+            layer.chosen, layer.said = before
+
+    def begin(self, host: Carrier, name: str, steps: int) -> None:
+        """Refuse a run that would train the first of several tasks and leave the others as they are."""
+        layer = layer_of(host, name)
+        assert isinstance(layer, MPT.Layer)
+        if self.tasks > 1 and not layer.said:
+            raise ConfigError(
+                f"{name!r} has tasks={self.tasks}, and a run trains one. Learn them together by host.learn_from or "
+                "adapterlab learn, then train an adapter with tasks=1 that has this one as its source; or choose the "
+                "rows' tasks by MPT.choosing around the run."
+            )
 
     def learn_from(
         self, host: Carrier, name: str, tasks: Mapping[str, Batches], *, steps: int, lr: float | None = None
@@ -213,7 +226,10 @@ class MPT(InputPrompt):
 
         Attributes:
             chosen: the task, or that of each row of the batch.
+            said: somebody chose it.
         """
+
+        said: bool = False
 
         def __init__(self, method: MPT, host: Carrier, name: str):
             super().__init__(method, host, name)

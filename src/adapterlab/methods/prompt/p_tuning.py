@@ -36,8 +36,9 @@ class PTuning(InputPrompt):
     front of the input, with the `anchors` (real words, which do not train) between them. With `placeholder` they stand
     where a row has that token id: its first place gets the first vector, and so on, so that a template may have them in
     front, in the middle and at the end, at other places in each row; all other tokens of a row are the anchors, and
-    positions, labels and masks stay as they are. The id may lie outside the vocabulary. A row without places is read as
-    the base reads it; any other number than P is refused.
+    positions, labels and masks stay as they are. Take a reserved token, which rows of data can spell; where you make
+    the ids yourself the placeholder may lie outside the vocabulary. A row without places is read as the base reads it;
+    any other number than P is refused.
 
     Start: not the base's output: E from a standard normal distribution, the network from torch's defaults.
 
@@ -48,7 +49,8 @@ class PTuning(InputPrompt):
     without weight decay.
 
     Inference: not mergeable; P more positions, or none with places in the input. In generation only the first step sees
-    the vectors; later ones find them in the cache. Poolers and padding as in prompt tuning.
+    the vectors; later ones find them in the cache. Poolers and padding as in prompt tuning. `torch.compile` makes no
+    single graph of an LSTM; without it, as after training, it does.
 
     Rate: 1e-3 for the network, as HF PEFT's comparison; the authors take 1e-5 with a frozen base, and 1e-4 for the
     prompt beside 1e-5 for the base in the second form.
@@ -115,6 +117,10 @@ class PTuning(InputPrompt):
         kept = any(".network." in key for key in tensors)
         (self if kept else self.replace(encoder=None, dropout=0.0)).attach(host, name)
 
+    def brief(self) -> Self:
+        """The same with places that no made-up row has by chance."""
+        return self if self.placeholder is None else self.replace(placeholder=2**31 - 1)  # type: ignore[no-any-return]
+
     def optimizer(self, host: Carrier, name: str, make: MakeOptimizer) -> Optimizer:
         """The prompt in a group of its own beside the base."""
         if not self.train_base:
@@ -122,7 +128,8 @@ class PTuning(InputPrompt):
         named = host.named_parameters(name)
         inside = [p for key, p in named.items() if key.startswith(f"adapter.{layer_of(host, name).site.path}.")]
         rest = [p for p in named.values() if not any(p is other for other in inside)]
-        return make([{"params": inside, "lr_factor": self.ratio, "weight_decay": 0.0}, {"params": rest}])
+        apart: dict[str, Any] = {"params": inside, "lr_factor": self.ratio, "weight_decay": 0.0}
+        return make([apart, {"params": rest}])
 
     def finish(self, host: Carrier, name: str) -> None:
         """Compute the vectors once and drop the network."""

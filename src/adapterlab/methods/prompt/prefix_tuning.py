@@ -150,7 +150,7 @@ class PrefixTuning(Method):
 
     @torch.no_grad()
     def start_from_words(self, host: Carrier, name: str, modules: list[Site]) -> None:
-        """Copy the keys and values that the frozen model computes for words; images and sound keep a random start."""
+        """Copy the keys and values that the frozen model computes for words; images and sound start at random."""
         ids = word_ids(host, self.words, self.length)
         if ids is None:
             return
