@@ -1,4 +1,7 @@
-"""S4: every layer has the same budget, whatever its methods, and together they do as well as the best alone."""
+"""S4: every layer has the same budget, whatever its methods, and together they are close to the best alone.
+
+That they are better than each of them is not claimed here: on models of this size they are not.
+"""
 
 from __future__ import annotations
 
@@ -61,11 +64,11 @@ def left(groups: Any, seed: int, steps: int = 60) -> tuple[float, int]:
 
 
 def test_claim() -> None:
-    """At the same budget the groups are as good as the best of three methods everywhere, and better than the others."""
+    """At the same budget the groups are two points behind the best of three methods at most, and far from the worst."""
     whole, size = zip(*(left(None, seed) for seed in range(2)), strict=True)
     alone = {kind: left(((kind,),), 0) for kind in ("adapter", "prefix", "lora")}
-    best = min(error for error, _ in alone.values())
-    assert sum(whole) / 2 <= 1.05 * best, (whole, alone)
+    best, worst = (pick(error for error, _ in alone.values()) for pick in (min, max))
+    assert sum(whole) / 2 <= min(best + 0.02, 0.7 * worst), (whole, alone)
     assert all(size[0] <= 1.1 * other for kind, (_, other) in alone.items() if kind != "prefix"), (size, alone)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from adapterlab.core.method import Method
 from adapterlab.errors import ConfigError, MergeError
-from adapterlab.hosts import attach, load
+from adapterlab.hosts import Host, attach, load
 from adapterlab.methods.bottleneck.adapter_pfeiffer import AdapterPfeiffer
 from adapterlab.methods.composite import unipelt
 from adapterlab.methods.composite.unipelt import Gate, UniPELT
@@ -163,6 +163,31 @@ def test_causal_gates_see_no_later_token(kind: str, tiny: Any, inside_attention:
         a, b = (model(t).logits for t in (ids, other))
     assert torch.allclose(a[:, :6], b[:, :6], atol=1e-10)
     assert not torch.allclose(a[:, 6:], b[:, 6:], atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gated", [(False, True), (True, False), (True, True)])
+def test_other_prefixes_beside_it(gated: tuple[bool, bool], tiny: Any) -> None:
+    """Prefixes, with gates and without, take part in one softmax, whichever is inside."""
+    model, plain = tiny("llama").double(), tiny("llama").double()
+    ids = torch.randint(3, 128, (2, 6), generator=torch.Generator().manual_seed(0))
+    host = attach(plain, PrefixTuning(length=6, init="zeros", offset=0), "all")
+    other = Host(model)
+    for i, has_gate in enumerate(gated):
+        made = UniPELT(length=3, r=2, m=4, init="normal")
+        other.attach(made if has_gate else PrefixTuning(length=3, init="normal", offset=0), str(i))
+        # Gates that are half open: keys and values of the prefix, and what the adapter adds, count half.
+        for key, value in other.tensors(str(i)).items():
+            value.mul_(0) if "gate" in key else None
+        for path, layer in host.adapters("all").items():
+            found = other.adapters(f"{i}/prefix" if has_gate else str(i))[path].get_parameter("prefix")
+            layer.get_parameter("prefix")[:, :, 3 * i : 3 * i + 3] = found / 2 if has_gate else found
+        if has_gate:
+            host.attach(AdapterPfeiffer(m=4, scale=0.5), f"half-{i}")
+            for path, layer in host.adapters(f"half-{i}").items():
+                state = other.adapters(f"{i}/adapter")[path].state_dict()
+                layer.load_state_dict({key: value for key, value in state.items() if "gate" not in key})
+    assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-10)
 
 
 @torch.no_grad()

@@ -213,16 +213,17 @@ class GatedPrefix(PrefixTuning):
             if not self.causal:
                 found = prepend(self.site.module, q, k, v, mask, gate * p_k, gate * p_v, kwargs)
                 return run(q, *found[:3], **found[3])
-            # Each query has a gate of its own: a second half of the vectors holds it, and the prefix is there alone.
-            width = q.shape[-1]
-            q = torch.cat([q, gate * q], -1)
+            # Each query has a gate of its own: dimensions behind the others hold it, and the prefix is there alone. There
+            # may be such dimensions already, of a prefix further out.
+            width, before = p_k.shape[-1], q.shape[-1]
+            q = torch.cat([q, gate * q[..., :width]], -1)
             k, v = (F.pad(t, (0, width)) for t in (k, v))
-            p_k, p_v = (F.pad(t, (width, 0)) for t in (p_k, p_v))
+            p_k, p_v = (F.pad(t, (before, 0)) for t in (p_k, p_v))
             kwargs = {**kwargs, "scaling": width**-0.5 if kwargs.get("scaling") is None else kwargs["scaling"]}
             k, v, mask, kwargs = prepend(self.site.module, q, k, v, mask, p_k, p_v, kwargs)
             y, *rest = run(q, k, v, mask, **kwargs)
-            own, prefix = y.split(width, -1)
-            return (own + gate.transpose(1, 2) * prefix, *rest)
+            own, others, prefix = y.split([width, before - width, width], -1)
+            return (torch.cat([own + gate.transpose(1, 2) * prefix, others], -1), *rest)
 
 
 class GatedLoRA(LoRA):
