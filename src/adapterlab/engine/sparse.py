@@ -31,7 +31,7 @@ class Entries(Adapter):
         super().__init__(site)
         self.values = nn.ParameterDict()
         self.index = nn.Module()
-        self.tied: dict[str, nn.Parameter] = {}  # not registered: trained and saved where it was made
+        self.aliases: dict[str, nn.Parameter] = {}  # not registered: trained and saved where it was made
 
     def add(self, parameter: str, index: Tensor) -> nn.Parameter:
         """Train these entries of a parameter; they start at their present values."""
@@ -46,13 +46,13 @@ class Entries(Adapter):
     def alias(self, parameter: str, index: Tensor, values: nn.Parameter) -> None:
         """See the entries of a tied parameter through the vector that another module's adapter trains."""
         self.index.register_buffer(parameter, index.to(values.device, torch.int64).flatten(), persistent=False)
-        self.tied[parameter] = values
+        self.aliases[parameter] = values
 
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the module with its parameters seen as functions of the trained vectors."""
         tensors = {
             name: _Placed.apply(self.site.module._parameters[name], values, self.index._buffers[name])
-            for name, values in (*self.values.items(), *self.tied.items())
+            for name, values in (*self.values.items(), *self.aliases.items())
         }
         with self.site.substituted(**tensors):
             return run(*args, **kwargs)

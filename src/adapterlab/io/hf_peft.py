@@ -177,7 +177,7 @@ def _is_repeated_row(key: str, tensors: Mapping[str, Tensor], parts: Mapping[str
     """Say whether a tensor is that of a table which is tied to another one, with the same rows."""
     path, tensor, suffix = codec.locate(key) or ("", "", "")
     part = parts.get(path)
-    if tensor != "rows" or not _lent(part):
+    if part is None or tensor != "rows" or not _lent(part):
         return False
     found = tensors.get(f"{PREFIX}{part.lender.site.path}.{suffix}")
     return found is not None and torch.equal(found, tensors[key])
