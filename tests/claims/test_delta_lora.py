@@ -10,7 +10,7 @@ from mutations import Mutation, fails_without
 from torch import Tensor, nn
 
 import adapterlab as al
-from adapterlab.errors import ConfigError
+from adapterlab.errors import ConfigError, NotTrainingError
 from adapterlab.methods.schedule.delta_lora import DeltaLoRA
 
 WIDTH, R, START, STEPS, PUSH = 16, 2, 5, 200, 2.0
@@ -95,6 +95,24 @@ def test_gradients_are_those_of_lora(randomise: Any) -> None:
 def test_dropout_is_refused() -> None:
     with pytest.raises(ConfigError, match="dropout"):
         al.DeltaLoRA(dropout=0.1)
+
+
+def test_a_start_behind_the_end_is_refused() -> None:
+    host = al.attach(task()[0], al.DeltaLoRA(start=20, targets=["0"]))
+    method, optimizer = host.methods["default"], torch.optim.SGD(host.parameters("default"), lr=0.1)
+    with pytest.raises(ConfigError, match=r"start=20 leaves none of this run's 20 steps.*start of 0 to 19"):
+        method.begin(host, "default", 20)
+    method.begin(host, "default", 21)
+    method.before_step(host, "default", 20, optimizer)
+    share = al.attach(task()[0], al.DeltaLoRA(start=0.5, targets=["0"]))
+    layer: Any = share.adapters("default")["0"]
+    with pytest.raises(NotTrainingError, match=r"start=0\.5, a share.*begin\(host, 'default', steps\)"):
+        share.methods["default"].before_step(share, "default", 0, optimizer)
+    share.methods["default"].begin(share, "default", 9)
+    for step, pushed in ((3, 0), (4, 2)):
+        share.methods["default"].before_step(share, "default", step, optimizer)
+        assert layer.pushed == pushed
+    method.begin(host, "default", 5)  # of a second run: the weight follows from its first step
 
 
 def test_start_and_count(tiny: Any, batch_for: Any, logits: Any) -> None:

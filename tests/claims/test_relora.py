@@ -219,8 +219,12 @@ def test_what_does_not_fit_is_refused() -> None:
     made, optimizer = host.methods["default"], torch.optim.SGD(host.parameters("default"), lr=0.1)
     with pytest.raises(NotTrainingError, match=r"begin\(host, 'default', steps\)"):
         made.before_step(host, "default", 0, optimizer)
-    with pytest.raises(ConfigError, match=r"links=4 need a step each, and this run has 2.*1 to 2 links"):
+    with pytest.raises(ConfigError, match=r"links=4 need a step each, and of this run's \d+ 2 are left.*1 to 2 links"):
         made.begin(host, "default", 14)
+    with pytest.raises(ConfigError, match=r"run's 12 0 are left for them after the 12 before.*a shorter start"):
+        made.begin(host, "default", 12)
+    with pytest.raises(ConfigError, match=r"run's 9 0 are left for them after the 12 before.*a shorter start"):
+        made.begin(host, "default", 9)
     with pytest.raises(ConfigError, match=r"restart_warmup=3 is no shorter than the 2 steps"):
         made.begin(host, "default", 20)
     with pytest.raises(ConfigError, match=r"init='pissa' cannot begin a link"):

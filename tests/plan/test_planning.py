@@ -16,6 +16,7 @@ from adapterlab.plan import Device, Plan, plan, plan_all
 from adapterlab.plan.advice import changes, largest_batch, largest_length
 from adapterlab.plan.report import save, shares, size
 from adapterlab.plan.serving import cache_bytes, plan_serving
+from adapterlab.train import Training
 
 SIZES: dict[str, Any] = {
     "vocab_size": 500, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -102,6 +103,14 @@ def test_bad_input_is_refused(options: dict[str, Any], message: str) -> None:
 def test_what_cannot_be_attached_is_said_as_in_a_run() -> None:
     with pytest.raises(AttachError, match="bitfit would train nothing"):
         plan(config(), "bitfit", **SMALL)
+
+
+@pytest.mark.parametrize("method", ["relora", "chain_of_lora", "delta_lora", "adalora"])
+def test_schedules_find_the_room_of_a_run(method: str) -> None:
+    planned = plan(config(), method, **SMALL, training=Training(warmup=20))
+    assert planned.method == method
+    with pytest.raises(ConfigError, match="warmup=20 steps are more than the 10"):
+        plan(config(), method, **SMALL, training=Training(warmup=20, steps=10))
 
 
 def test_packed_bases_come_with_methods_that_ask_for_them() -> None:

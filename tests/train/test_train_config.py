@@ -124,7 +124,9 @@ def test_numbers_of_steps() -> None:
     assert Training(epochs=0.5).total_steps(rows=25, per_step=10) == 2
     assert Training().total_steps(rows=10, per_step=10) == 3
     assert Training(steps=7, warmup=0.3).warmup_steps(7) == math.ceil(2.1)
-    assert Training(warmup=5).warmup_steps(100) == 5
+    assert Training(warmup=5).warmup_steps(100) == Training(warmup=5).warmup_steps(5) == 5
+    with pytest.raises(ConfigError, match=r"warmup=5 steps are more than the 4 of this run.*at most 4, or a share"):
+        Training(warmup=5).warmup_steps(4)
     assert Training(warmup=0).warmup_steps(100) == Training(warmup=0.0).warmup_steps(100) == 0
 
 

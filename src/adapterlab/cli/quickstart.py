@@ -89,7 +89,7 @@ def _config(output: Path, steps: int, questions: int) -> dict[str, Any]:
             "batch_size": 16,
             "lr": 1.5e-3,
             "schedule": "linear",
-            "warmup": 5,
+            "warmup": min(5, steps),
             "eval_every": max(1, steps // 2),
         },
         "output": str(output),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import math
 import os
 import signal
 import statistics
@@ -105,7 +106,7 @@ class Session:
 
     def __init__(self, job: Job, folder: JobFolder):
         assert job.contender is not None
-        self.comparison, self.contender = job.settings(), job.contender
+        self.comparison, self.contender, self.steps = job.settings(), job.contender, job.steps
         self.output = folder.path / TRAIN
         self.config = self._config(1, 0.0)
         before_run.check(self.config, print)
@@ -122,7 +123,10 @@ class Session:
     def train(self, steps: int, lr: float, *listeners: Listener, evaluate: bool = True) -> Loop:
         """Train the method anew and take it off again."""
         config, host = self._config(steps, lr), self.loaded.host
-        training = config.training.model_copy(update={"eval_every": steps})
+        warmup = config.training.warmup
+        if isinstance(warmup, int):  # a shorter run has its part of it
+            warmup = min(steps, math.ceil(warmup * steps / max(self.steps, steps)))
+        training = config.training.model_copy(update={"eval_every": steps, "warmup": warmup})
         set_seed(training.seed)
         host.attach(config.make_method(), NAME)
         try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 Kind = Literal["cosine", "linear", "constant"]
+# A part of a run: a number of steps, or a share of it.
+Span = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
 
 
 def factor(step: float, total: int, *, kind: Kind = "cosine", warmup: int = 0, floor: float = 0.0) -> float:

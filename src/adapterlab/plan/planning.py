@@ -110,11 +110,11 @@ def setup_of(
     made = make_method(method)
     quantize = quantize or _asks_for(made)
     _check(batch, length, precision, quantize, labelled)
-    kept = (training or Training()).model_dump(exclude={"epochs", "steps", "trackers", "batch_size", "recompute"})
+    kept = (training or Training()).model_dump(exclude={"epochs", "trackers", "batch_size", "recompute"})
     kept["packing"] = bool(kept.get("packing"))  # rows of one length: a choice that would be tried costs time alone
-    one_step = Training(**{**kept, "batch_size": batch, "steps": 1, "recompute": recompute})
+    step = Training(**{**kept, "batch_size": batch, "recompute": recompute})  # in a run in which schedules have room
     return Setup(
-        config_of(model, trust_remote_code=trust_remote_code), made, one_step, batch, length, labelled, precision,
+        config_of(model, trust_remote_code=trust_remote_code), made, step, batch, length, labelled, precision,
         quantize, kind, trust_remote_code,
     )  # fmt: skip
 

@@ -120,8 +120,18 @@ class Training(BaseModel):
         return math.ceil((self.epochs or EPOCHS) * rows)
 
     def warmup_steps(self, total: int) -> int:
-        """Number of warm-up steps in a run of `total`."""
-        return math.ceil(self.warmup * total) if isinstance(self.warmup, float) else self.warmup
+        """Number of warm-up steps in a run of `total`.
+
+        Raises:
+            ConfigError: the run is over before the learning rate has risen.
+        """
+        steps = math.ceil(self.warmup * total) if isinstance(self.warmup, float) else self.warmup
+        if steps > total:
+            raise ConfigError(
+                f"training.warmup={steps} steps are more than the {total} of this run, so the learning rate would "
+                f"never reach training.lr={self.lr:g}. Choose at most {total}, or a share of the run such as 0.03."
+            )
+        return steps
 
 
 class TrainConfig(Settings):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -16,14 +16,13 @@ from adapterlab.core.method import LayerMethod, MakeOptimizer
 from adapterlab.core.site import Site
 from adapterlab.errors import ConfigError, NotTrainingError
 from adapterlab.methods.low_rank._ranks import ranks_by_role
-from adapterlab.optim import steps_of
+from adapterlab.optim import Span, steps_of
 from adapterlab.registry import register
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 _TENSORS = ("A", "B", "E")
-Span = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
 
 
 def _outward(method: Any, layers: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

@@ -96,9 +96,11 @@ class Restarts(LoRA):
         """
         left = steps - self.first(steps)
         if left < self.links:
+            before = f" after the {steps - left} before the first" if left < steps else ""
+            fewer = f"1 to {left} links" if left > 0 else "a shorter start"
             raise ConfigError(
-                f"{self.id}: links={self.links} need a step each, and this run has {left} for them. Choose "
-                f"{'1 to ' + str(left) + ' links' if left > 0 else 'a shorter start'}, or train longer."
+                f"{self.id}: links={self.links} need a step each, and of this run's {steps} {max(left, 0)} are left "
+                f"for them{before}. Choose {fewer}, or train longer."
             )
         for layer in self.layers(host, name).values():
             layer.steps = steps

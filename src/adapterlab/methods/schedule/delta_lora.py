@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
 from adapterlab.core.site import Site
+from adapterlab.errors import ConfigError, NotTrainingError
 from adapterlab.methods.low_rank.lora import LoRA
+from adapterlab.optim import Span, steps_of
 from adapterlab.registry import register
 
 if TYPE_CHECKING:
@@ -52,21 +54,55 @@ class DeltaLoRA(LoRA):
 
     dropout: float = Field(0.0, ge=0, le=0, description="not available: it would break the identity of the gradients")
     push: float = Field(2.0, gt=0, description="factor λ of the changes that the weight receives")
-    start: int = Field(500, ge=0, description="number K of steps before the first such change")
+    start: Span = Field(
+        500, description="steps K before the first such change: a number (integer), or a share of the run (below 1)"
+    )
 
     @classmethod
     def example(cls, model: nn.Module) -> dict[str, Any]:
         """Begin at once."""
         return {"start": 1}
 
+    def begin(self, host: Carrier, name: str, steps: int) -> None:
+        """See that the weight follows at all.
+
+        Raises:
+            ConfigError: the run is over before it would.
+        """
+        layers = [layer for layer in host.adapters(name).values() if isinstance(layer, DeltaLoRA.Layer)]
+        for layer in layers:
+            layer.start = steps_of(self.start, steps)
+        if steps_of(self.start, steps) >= steps and not any(bool(layer.pushed) for layer in layers):
+            raise ConfigError(
+                f"delta_lora: start={self.start} leaves none of this run's {steps} steps in which the weight follows "
+                f"the factors, so it would be LoRA. Choose a start of 0 to {steps - 1}, a share of the run such as "
+                "0.1, or train longer."
+            )
+
     def before_step(self, host: Carrier, name: str, step: int, optimizer: Optimizer) -> None:
-        """Keep the factors from before the first step that the weight follows."""
+        """Keep the factors from before the first step that the weight follows.
+
+        Raises:
+            NotTrainingError: it is a share of a run of unknown length.
+        """
         for layer in host.adapters(name).values():
-            if isinstance(layer, DeltaLoRA.Layer) and step >= self.start:
+            if not isinstance(layer, DeltaLoRA.Layer):
+                continue
+            if layer.start is None:
+                raise NotTrainingError(
+                    f"The delta_lora adapter {name!r} has start={self.start}, a share of the run, and does not know "
+                    f"how many steps that has. Call host.methods[{name!r}].begin(host, {name!r}, steps) before the "
+                    "first one; adapterlab's loop and AdapterlabCallback do it by themselves."
+                )
+            if step >= layer.start:
                 layer.anchor(self.push)
 
     class Layer(LoRA.Layer):
-        """The factors, those at the anchor, and `pushed`: 0 before the first change of the weight, then λ."""
+        """The factors, those at the anchor, and `pushed`: 0 before the first change of the weight, then λ.
+
+        Attributes:
+            start: steps before that, once they are known.
+        """
 
         A_kept: Tensor
         B_kept: Tensor
@@ -77,6 +113,8 @@ class DeltaLoRA(LoRA):
             self.register_buffer("A_kept", torch.zeros_like(self.A))
             self.register_buffer("B_kept", torch.zeros_like(self.B))
             self.register_buffer("pushed", self.A.new_zeros(()).detach())
+            start: Span = method.start  # type: ignore[attr-defined]
+            self.start = start if isinstance(start, int) else None  # a share is a number once the run's length is known
 
         @torch.no_grad()
         def anchor(self, push: float) -> None:

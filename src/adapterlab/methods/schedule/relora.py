@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -12,13 +12,11 @@ from adapterlab.core.carrier import Carrier
 from adapterlab.core.site import Site
 from adapterlab.errors import ConfigError
 from adapterlab.methods.schedule._restarts import Restarts
-from adapterlab.optim import moments, steps_of, thin_out, written
+from adapterlab.optim import Span, moments, steps_of, thin_out, written
 from adapterlab.registry import register
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-
-Span = Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)]
 
 
 @register
