@@ -100,8 +100,9 @@ def test_adapters_in_front_of_the_norm_are_read_as_what_they_are(
             ours.copy_(theirs)
     differs = (torch.tensor(answer(model)) - torch.tensor(FACTS[family][kind]["logits"])).abs().max()
     assert differs > 0.1
-    with pytest.raises(FormatError, match=f"reads='{reads}'"):
-        export_adapterhub(other, "default", tmp_path / "b")
+    if reads == "residual":  # the library has no form of the other one
+        with pytest.raises(FormatError, match="reads='residual'"):
+            export_adapterhub(other, "default", tmp_path / "b")
 
 
 def test_a_base_without_a_head_takes_the_adapter_of_one_with_a_head(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_factors_of_the_library_before_1_1_are_read_as_they_were_computed(tmp_pa
 
 def test_what_the_library_lacks_is_not_written(tiny: Any, tmp_path: Path) -> None:
     cases = {
-        "trains norms": ("bert", al.AdapterHoulsby()),
+        "it trains norms": ("bert", al.AdapterHoulsby()),
         "before the nonlinearity": ("bert", al.IA3()),
         "every layer": ("bert", al.LoRA(targets={"include": ["q"], "layers": "1"})),
         "has no boft": ("bert", al.BOFT(block_size=4)),
@@ -195,7 +196,7 @@ OURS: dict[str, tuple[str, Any]] = {
     "t5_houlsby": ("t5", al.AdapterHoulsby(m=4, norms=False)),
     "llama_lora": ("llama", al.LoRA(r=3, alpha=5, targets=["q", "v", "up"])),
     "gpt2_lora": ("gpt2", al.LoRA(r=2, targets=["qkv"], blocks=(32, 32, 32), enable=(True, False, True))),
-    "t5_ia3": ("t5", al.IA3(targets=["SelfAttention.k", "SelfAttention.v", "wi"], feedforward=[])),
+    "t5_ia3": ("t5", al.IA3(targets=["k", "v", "wi"], feedforward=[])),
     "gpt2_prefix": ("gpt2", al.PrefixTuning(length=3, offset=0)),
     "llama_mam": ("llama", al.MAMAdapter(length=3, m=4, reads="residual")),
 }

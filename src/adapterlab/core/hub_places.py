@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from adapterlab.core.carrier import Carrier
-from adapterlab.core.hub import Options
 from adapterlab.core.site import Site
 from adapterlab.core.targets import Targets
 from adapterlab.errors import FormatError
@@ -67,20 +66,13 @@ def options(host: Carrier, adapted: Mapping[str, Site], fused: str = "qkv") -> d
     if meant != set(adapted):
         odd = sorted(meant ^ set(adapted))
         raise FormatError(
-            "AdapterHub's LoRA is beside q, k, v of self-attention and the feed-forward projections of every layer; "
+            "AdapterHub's LoRA is beside q, k, v and the feed-forward projections of every layer; "
             f"this adapter differs, for example at {odd[0]}. Keep our own form, or HF PEFT's."
         )
     return found
 
 
 def _usual(host: Carrier) -> list[Site]:
-    """What the options can name: of several attention sublayers of a layer the first."""
-    seen: dict[tuple[Any, ...], int] = {}
+    """What the options can name, cross-attention among it."""
     wanted = {"q", "k", "v", "qkv", *feed_forward_roles(host.model).values()}
-    found = [s for s in host.all_sites() if s.kind == "linear" and s.layer is not None and s.role in wanted]
-    return [s for s in found if seen.setdefault((s.stack, s.layer, s.role), id(s)) == id(s)]
-
-
-def is_of(mode: str, options: Options) -> bool:
-    """Say whether a configuration composes in a way: add or scale."""
-    return options.get("architecture") == "lora" and options.get("composition_mode", "add") == mode
+    return [s for s in host.all_sites() if s.kind == "linear" and s.layer is not None and s.role in wanted]

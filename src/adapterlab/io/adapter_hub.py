@@ -14,6 +14,7 @@ from adapterlab.engine.attachments import Attachments
 from adapterlab.errors import FormatError
 from adapterlab.foreign.adapter_hub import check_known
 from adapterlab.foreign.model import config_of
+from adapterlab.io.beside import trained_beside
 from adapterlab.registry import ids
 from adapterlab.registry import method as method_by_id
 
@@ -78,11 +79,13 @@ def written(host: Attachments, name: str) -> tuple[dict[str, Any], dict[str, Ten
     kind = check_known(host.model)
     if method.hub is None or "hub" not in vars(type(method)):
         raise FormatError(f"AdapterHub's library has no {method.id}. Use our own form, or HF PEFT's.")
-    if any(isinstance(part, Copy) for part in host.adapters(name).values()):
-        raise FormatError(
-            "AdapterHub keeps trained heads and norms apart from adapters; this one holds copies of some."
-        )
     options, tensors = method.hub.outward(host, name, method)
+    copies = [path for path, part in host.adapters(name).items() if isinstance(part, Copy)]
+    if beside := [*copies, *trained_beside(host)]:
+        raise FormatError(
+            f"AdapterHub keeps heads apart from adapters, and {', '.join(beside)} train beside this one. Use our own "
+            "form, or HF PEFT's."
+        )
     model = config_of(host.model)
     config = {
         "config": {**method.hub.written(method), **options},

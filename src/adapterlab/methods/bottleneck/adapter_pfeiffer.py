@@ -119,7 +119,5 @@ def _read(host: Carrier, options: Options) -> dict[str, Any]:
 def _written(host: Carrier, key: str, method: AdapterPfeiffer) -> dict[str, Any]:
     sites = host.all_sites()
     follows = all(_norm_behind(site, sites) is not None for site in feed_forwards(sites))
-    what = "where no norm follows, the library's adapter reads the sum (reads='sum'), and this one the output"
-    _hub.refuse_unless(follows or method.reads != "normed", method, what)
     _hub.refuse_unless(method.targets is None, method, "it stands at places of its own (targets)")
-    return {"original_ln_before": method.reads != "output"}
+    return {"original_ln_before": method.reads == "sum" or (follows and method.reads == "normed")}
