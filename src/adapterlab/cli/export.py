@@ -21,14 +21,14 @@ from adapterlab.cli._conversion import (
 from adapterlab.cli._shared import AsJson, BaseModel, Checkpoint, Device, Precision, Trust, bars, print_json, say
 from adapterlab.errors import ConfigError, nearest
 
-FORMS = ("lora", "peft")
+FORMS = ("lora", "peft", "adapterhub")
 
 
 def export(
     adapter: Adapter,
     output: Output,
     form: Annotated[
-        str, typer.Option("--as", help="lora: a plain LoRA adapter. peft: HF PEFT's two files and nothing else.")
+        str, typer.Option("--as", help="lora: a plain LoRA adapter. peft, adapterhub: their own two files.")
     ] = "lora",
     rank: Rank = None,
     energy: Energy = None,
@@ -40,18 +40,19 @@ def export(
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write an adapter of any linear method as a plain LoRA adapter, or in HF PEFT's format."""
+    """Write an adapter of any linear method as a plain LoRA adapter, or in the format of HF PEFT or AdapterHub."""
     if form not in FORMS:
         raise ConfigError(f"--as {form} is unknown. {nearest(form, FORMS)}")
-    if form == "peft" and (rank is not None or energy is not None):
-        raise ConfigError("--rank and --energy go with --as lora; --as peft keeps the adapter as it is.")
+    if form != "lora" and (rank is not None or energy is not None):
+        raise ConfigError(f"--rank and --energy go with --as lora; --as {form} keeps the adapter as it is.")
     place = adapter_place(adapter, model, checkpoint, trust_remote_code)
     check_adapter_output(output, overwrite, place.folders)
     _, host, place = open_adapter(adapter, model, checkpoint, device, precision, trust_remote_code)
-    if form == "peft":
-        from adapterlab.convert import export_peft
+    if form != "lora":
+        from adapterlab.convert import export_adapterhub, export_peft
 
-        export_peft(host, place.label, output, overwrite=overwrite)
+        write = export_peft if form == "peft" else export_adapterhub
+        write(host, place.label, output, overwrite=overwrite)
         print_json({"folder": str(output)}) if as_json else say(f"Written: {output}")
         return
     from adapterlab.convert import export_lora

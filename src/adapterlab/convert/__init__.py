@@ -25,6 +25,7 @@ _PUBLIC = {
     "analyze": "analysis",
     "combine": "combining",
     "draw": "picture",
+    "export_adapterhub": "extracting",
     "export_peft": "extracting",
     "export_lora": "extracting",
     "extract_lora": "extracting",

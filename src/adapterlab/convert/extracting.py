@@ -14,8 +14,9 @@ from adapterlab.convert.low_rank import Fit, check_size, fit
 from adapterlab.errors import ConfigError
 from adapterlab.hosts import Host
 from adapterlab.hosts import host as host_of
+from adapterlab.io import adapter_hub
 from adapterlab.io.atomic import new_folder, write_json
-from adapterlab.io.folder import ADAPTER, CONFIG, TENSORS, gather, write_tensors
+from adapterlab.io.folder import ADAPTER, CONFIG, TENSORS, check_finite, gather, write_tensors
 from adapterlab.paths import user_path
 
 Progress = Callable[[str, int, int], None]
@@ -118,6 +119,31 @@ def _reported(changes: Changes, progress: Progress | None) -> Iterator[Change]:
 def _weight(change: Change) -> Any:
     assert change.weight is not None
     return change.weight
+
+
+def export_adapterhub(host: Host, name: str, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write an adapter as a folder of AdapterHub's library `adapters`.
+
+    Args:
+        host: of the model.
+        name: of the adapter.
+        folder: where to.
+        overwrite: replace an adapter that is there.
+
+    Raises:
+        FormatError: the library has no such adapter, or this model was not compared with it.
+        OutputError: the folder is not empty, holds something else than an adapter, or cannot be written.
+        TrainingError: the adapter holds values that are not finite.
+    """
+    name = host.only(name)
+    host.check_intact(name)
+    config, tensors = adapter_hub.written(host, name)
+    check_finite(name, tensors)
+    folder = user_path(folder)
+    with new_folder(folder, overwrite=overwrite, kind=ADAPTER) as work:
+        write_tensors(work / adapter_hub.TENSORS, tensors)
+        write_json(work / CONFIG, config)
+    return folder
 
 
 def export_peft(host: Host, name: str, folder: str | Path, *, overwrite: bool = False) -> Path:

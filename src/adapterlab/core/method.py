@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from adapterlab.core.carrier import Carrier
     from adapterlab.core.codec import HFCodec
+    from adapterlab.core.hub import HubCodec
 
 Batches = Iterable[Mapping[str, Tensor]]
 MakeOptimizer = Callable[[list[dict[str, Any]] | list[nn.Parameter]], "Optimizer"]
@@ -35,6 +36,7 @@ class Method(Settings):
         formula: the number of trainable parameters, in the letters of the page.
         status: `stable` or `experimental`.
         hf: how HF PEFT stores it, or None.
+        hub: how AdapterHub's library stores it, or None.
         starts_at_base: the model computes what the base does until a step is made.
         trains: it has tensors that train.
         typical_lr: a learning rate to begin a search with.
@@ -52,6 +54,7 @@ class Method(Settings):
     formula: ClassVar[str] = ""
     status: ClassVar[Literal["stable", "experimental"]] = "stable"
     hf: ClassVar[HFCodec | None] = None
+    hub: ClassVar[HubCodec | None] = None
     starts_at_base: ClassVar[bool] = True
     trains: ClassVar[bool] = True
     typical_lr: ClassVar[float] = 5e-4

@@ -61,6 +61,20 @@ def calls(cls: Any) -> Calls:
 
 
 @functools.cache
+def order(cls: Any) -> tuple[str, ...]:
+    """Return dotted paths of what the forward of a class calls, in the order of its source; arguments come first."""
+    return tuple(_called(_tree(cls, "forward") or ast.Module([], [])))
+
+
+def _called(node: ast.AST) -> Iterator[str]:
+    for child in ast.iter_child_nodes(node):
+        yield from _called(child)
+    path = _path(node.func) if isinstance(node, ast.Call) else None
+    if path:
+        yield path
+
+
+@functools.cache
 def swaps_rows(cls: Any) -> bool:
     """Whether the forward of a class exchanges the first two dimensions of something, as models do that go by time."""
     for node in ast.walk(_tree(cls, "forward") or ast.Module([], [])):

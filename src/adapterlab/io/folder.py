@@ -28,7 +28,7 @@ from adapterlab.engine.attachments import Attachments
 from adapterlab.errors import AttachError, ConfigError, FormatError, TargetError, TrainingError
 from adapterlab.foreign.model import base_copy, base_name, base_revision, is_adapter_path
 from adapterlab.foreign.sharding import gathered, leads, whole
-from adapterlab.io import hf_peft, misfit
+from adapterlab.io import adapter_hub, hf_peft, misfit
 from adapterlab.io.atomic import Kind, new_folder, write_json, write_text
 from adapterlab.io.beside import add_beside
 from adapterlab.io.card import model_card
@@ -188,6 +188,9 @@ def read_info(folder: str | Path) -> AdapterInfo:
             raise FormatError(f"{folder / METHOD} {fault}: the file is damaged. Save the adapter again.") from None
     if (folder / CONFIG).is_file():
         config = read_json(folder / CONFIG)
+        if adapter_hub.is_hub(config):
+            cls, name = adapter_hub.find_method(adapter_hub.options_of(config)), str(config.get("name") or "default")
+            return AdapterInfo(folder, cls.id, {}, config.get("model_name") or None, None, name, "adapterhub")
         cls = hf_peft.find_method(config)
         assert cls.hf is not None
         fields = cls.hf.settings(config)
@@ -213,6 +216,8 @@ def load(target: Attachments, folder: str | Path, name: str | None = None, *, ac
     tensors = _tensors(info)
     name = name or info.name
     active = not target.methods if active is None else active
+    if info.written_by == "adapterhub":
+        return _load_hub(target, info, tensors, name, active)
     paths = info.modules or _adapted(info, tensors)
     try:
         method = _method(info, tensors, target)
@@ -229,6 +234,31 @@ def load(target: Attachments, folder: str | Path, name: str | None = None, *, ac
         raise FormatError(misfit.refused(info, target, paths, str(error))) from None
     try:
         _fill(target, name, info, method, tensors)
+    except BaseException:
+        target.detach(name)
+        raise
+
+
+def _load_hub(target: Attachments, info: AdapterInfo, tensors: dict[str, Tensor], name: str, active: bool) -> None:
+    """Attach an adapter of AdapterHub's library."""
+    config, cls = read_json(info.folder / CONFIG), method_by_id(info.method)
+    assert cls.hub is not None
+    left = adapter_hub.plain(target, config, tensors)
+    try:
+        method = cls(**cls.hub.settings(target, adapter_hub.options_of(config), left))
+        with nothing_fetched(), Allowance(_accounted_for(target, method, tensors)):
+            target.attach(method, name, active=active)
+    except (TargetError, ConfigError, AttachError) as error:
+        if isinstance(error, AttachError) and name in target.methods:
+            raise
+        raise FormatError(f"The adapter of AdapterHub in {info.folder} does not go onto this model: {error}") from None
+    try:
+        found = cls.hub.inward(target, name, left)
+        adapter_hub.check_used(info.folder, left)
+        target.load_state_dict(name, found)
+    except AttachError as error:
+        target.detach(name)
+        raise FormatError(f"The adapter of AdapterHub in {info.folder} is of another model: {error}") from None
     except BaseException:
         target.detach(name)
         raise
@@ -336,13 +366,13 @@ def _saved_modules(folder: Path, tensors: dict[str, Tensor], host: Attachments) 
 
 
 def _tensors(info: AdapterInfo) -> dict[str, Tensor]:
-    file = info.folder / TENSORS
+    file = info.folder / (adapter_hub.TENSORS if info.written_by == "adapterhub" else TENSORS)
     if not file.is_file():
         pickled = sorted(path.name for path in info.folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
         raise FormatError(
-            _unpickled(info.folder, pickled[0])
+            _unpickled(info.folder, pickled[0], file.name)
             if pickled
-            else f"{info.folder} has no {TENSORS}. Copy the whole folder, or save the adapter again."
+            else f"{info.folder} has no {file.name}. Copy the whole folder, or save the adapter again."
         )
     if info.sha256 and _sha256(file) != info.sha256:
         raise FormatError(
@@ -361,13 +391,13 @@ def _tensors(info: AdapterInfo) -> dict[str, Tensor]:
     return hf_peft.unnamed(method_by_id(info.method), tensors, file) if info.written_by == "peft" else tensors
 
 
-def _unpickled(folder: Path, name: str) -> str:
+def _unpickled(folder: Path, name: str, wanted: str) -> str:
     return (
         f"{folder} has its tensors in {name}, a pickle: opening one may run whatever its author put into it, so none "
-        f"is opened here. Ask for the adapter as {TENSORS}; PEFT has written that since 0.5. Or convert it, letting "
+        f"is opened here. Ask for the adapter as {wanted}, which newer versions write. Or convert it, letting "
         "torch take tensors and nothing else out of it; in that folder:\n"
         f"  python -c \"import torch; from safetensors.torch import save_file; t = torch.load('{name}', "
-        f"map_location='cpu', weights_only=True); save_file({{k: v.clone() for k, v in t.items()}}, '{TENSORS}')\""
+        f"map_location='cpu', weights_only=True); save_file({{k: v.clone() for k, v in t.items()}}, '{wanted}')\""
     )
 
 

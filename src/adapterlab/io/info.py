@@ -18,7 +18,7 @@ class AdapterInfo:
         base_model: name of the model it was made for, or None.
         revision: of that model, or None.
         name: it had when it was saved.
-        written_by: `adapterlab` or `peft`.
+        written_by: `adapterlab`, `peft`, or `adapterhub` for the library `adapters`.
         modules: paths of the adapted modules.
         sha256: of the tensor file when it was saved, or None.
         seal: checksum of what this file says on the tensors' meaning when it was saved, or None.

@@ -19,6 +19,8 @@ from adapterlab.core.state import State
 from adapterlab.core.targets import Targets
 from adapterlab.engine.wrapping import plain_copy
 from adapterlab.errors import AttachError
+from adapterlab.foreign.calls import order
+from adapterlab.foreign.model import plain_class
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh"]
@@ -120,7 +122,19 @@ class Tapped(Projections):
 
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         y = run(*args, **kwargs)
-        return plus(y, self.share(self.state.taps.pop(self.key)))
+        return plus(y, self.share(self.read(self.state.taps.pop(self.key), first(y))))
+
+    def read(self, left: Tensor, y: Tensor) -> Tensor:
+        """What goes into the projections, of what was left and what the module returned."""
+        return left
+
+
+class TappedSum(Tapped):
+    """Sequential, on the residual sum that the block has yet to make: y = r + share(x + r), where `Tap` left x."""
+
+    def read(self, left: Tensor, y: Tensor) -> Tensor:
+        """The sum."""
+        return left + y
 
 
 class Bottleneck(Method):
@@ -223,6 +237,34 @@ def entrance(site: Site, sites: Sequence[Site]) -> Site:
             "its input is out of reach. Name a module with that input as target: the whole block, or the projection."
         )
     return max(found, key=lambda s: _common(s.path, site.path))
+
+
+def norm_before(site: Site, sites: Sequence[Site]) -> Site:
+    """The norm whose output a sublayer reads, in blocks that normalise first; its input is the residual stream.
+
+    Raises:
+        AttachError: the block calls none before the sublayer.
+    """
+    parent, _, name = site.path.rpartition(".")
+    beside = {s.path.rpartition(".")[2]: s for s in sites if s.path.rpartition(".")[0] == parent and s.kind == "norm"}
+    around = next(s for s in sites if s.path == parent)
+    children = dict(around.module.named_children())
+    called = [path for path in order(plain_class(around.module)) if path in children]
+    before = called[: called.index(name)] if name in called else []
+    found = [beside[path] for path in before if path in beside]
+    if not found or before[0] not in beside:  # a block that calls something else first normalises sums
+        raise AttachError(
+            f"{type(around.module).__name__} calls no norm first, and before {name!r}, that its source shows, so the "
+            "residual stream in front of it is out of reach. Let the adapter read the sublayer's own input or output."
+        )
+    return found[-1]
+
+
+def tap(host: Carrier, name: str, site: Site, begin: Site) -> str:
+    """Leave the input of one module for another, and return the key it is left under."""
+    key = f"{name}:{site.path}"
+    host.wrap(name, begin, Tap(begin, host.state, key))
+    return key
 
 
 def width_of(site: Site, sites: Sequence[Site]) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from adapterlab.core.carrier import Carrier
+from adapterlab.core.hub import HubCodec
 from adapterlab.core.site import Site
+from adapterlab.core.targets import Targets
+from adapterlab.methods.bottleneck import _hub
 from adapterlab.methods.bottleneck._bottleneck import (
     Activation,
     Bottleneck,
@@ -57,6 +60,12 @@ class AdapterHoulsby(Bottleneck):
     init_std: float = Field(1e-3, ge=0, description="deviation of the projections at the start; above 1e-2 it hurts")
     norms: bool = Field(True, description="train copies of all layer norms; without them about 4 points are lost")
 
+    hub: ClassVar[HubCodec | None] = _hub.codec(
+        when={"mh_adapter": True, "output_adapter": True, "is_parallel": False, "original_ln_before": False},
+        derived=lambda host, options, tensors: _read(host, tensors),
+        outward=lambda host, key, method: _written(host, key, method),
+    )
+
     def attach(self, host: Carrier, name: str) -> None:
         """Wrap the sublayers, and give the adapter norms of its own."""
         super().attach(host, name)
@@ -71,3 +80,24 @@ class AdapterHoulsby(Bottleneck):
         """Truncated normal."""
         for weight in (down, up):
             nn.init.trunc_normal_(weight, std=self.init_std, a=-2 * self.init_std, b=2 * self.init_std)
+
+
+def _read(host: Carrier, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The sublayers that a file of AdapterHub's has adapters for; it trains no norms."""
+    sites = host.all_sites()
+    found = _hub.chosen(host, tensors, [*attention_outputs(sites), *feed_forwards(sites)])
+    return {"norms": False, "targets": Targets(include=tuple(site.path for site in found) or ("no module",))}
+
+
+def _written(host: Carrier, key: str, method: AdapterHoulsby) -> dict[str, Any]:
+    """AdapterHub's option for cross-attention, which is the second attention sublayer of a layer."""
+    _hub.refuse_unless(not method.norms, method, "it trains norms, which the library leaves frozen (norms=False)")
+    sites = host.all_sites()
+    attention, adapted = attention_outputs(sites), {part.site.path for part in _hub.places(host, key).values()}
+    first: dict[tuple[str | None, int | None], str] = {}
+    for site in attention:
+        first.setdefault((site.stack, site.layer), site.path)
+    usual = {*first.values(), *(site.path for site in feed_forwards(sites))}
+    cross = {site.path for site in attention} - usual
+    _hub.refuse_unless(adapted in (usual, usual | cross), method, "it adapts other sublayers than all of a kind")
+    return {"cross_adapter": bool(cross) and adapted != usual}

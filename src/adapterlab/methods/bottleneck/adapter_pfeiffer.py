@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from adapterlab.core.carrier import Carrier
+from adapterlab.core.hub import HubCodec, Options
 from adapterlab.core.site import Site
-from adapterlab.methods.bottleneck._bottleneck import AroundNorm, Bottleneck, Projections, width_of
+from adapterlab.errors import AttachError, FormatError
+from adapterlab.methods.bottleneck import _hub
+from adapterlab.methods.bottleneck._bottleneck import (
+    AroundNorm,
+    Bottleneck,
+    Projections,
+    TappedSum,
+    feed_forwards,
+    norm_before,
+    tap,
+    width_of,
+)
 from adapterlab.registry import register
 
 
@@ -20,7 +32,8 @@ class AdapterPfeiffer(Bottleneck):
 
     With r the sublayer's output, x the residual and A(h) = s · (W_u f(W_d h + b_d) + b_u), W_d `[m, d]`, W_u `[d, m]`,
     f = ReLU, s = 1: blocks that normalise after the sum (BERT) give y = LN(x + r + A(LN(x + r))), with the same norm
-    twice (`reads="normed"`) or y = LN(x + r + A(r)) (`reads="output"`); others give y = x + r + A(r).
+    twice (`reads="normed"`) or y = LN(x + r + A(r)) (`reads="output"`); others give y = x + r + A(r), or with
+    `reads="sum"` y = x + r + A(x + r), as in AdapterHub's library.
 
     Where it attaches: in blocks that normalise after the sum, the norm beside the second feed-forward projection; in
     others the feed-forward block, or its second projection where it is not a module of its own. Where the names
@@ -48,15 +61,31 @@ class AdapterPfeiffer(Bottleneck):
     kinds: ClassVar[tuple[str, ...]] = ("linear", "block", "norm")
     AtNorm: ClassVar[Callable[..., Projections]] = AroundNorm
 
-    reads: Literal["normed", "output"] = Field(
-        "normed", description="input of the adapter in blocks that normalise after the residual sum"
+    reads: Literal["normed", "output", "sum"] = Field(
+        "normed",
+        description="input of the adapter: the normalised sum where a norm follows it, the sublayer's output, or the "
+        "sum in blocks that normalise first",
     )
     init_std: float = Field(0.02, ge=0, description="deviation of the projections at the start")
+
+    hub: ClassVar[HubCodec | None] = _hub.codec(
+        when={"mh_adapter": False, "output_adapter": True, "is_parallel": False},
+        derived=lambda host, options, tensors: _read(host, options),
+        outward=lambda host, key, method: _written(host, key, method),
+    )
 
     def put(self, host: Carrier, name: str, site: Site, sites: Sequence[Site]) -> None:
         """Wrap the norm behind the sublayer if there is one and it is to be read, else the sublayer."""
         norm = site if site.kind == "norm" else _norm_behind(site, sites)
-        if norm is None or (self.reads == "output" and norm is not site):
+        if norm is not None and self.reads == "sum":
+            raise AttachError(
+                f"reads='sum' is for blocks that normalise first, and {norm.path} normalises the sum. Take 'normed', "
+                "which reads what it returns."
+            )
+        if norm is None and self.reads == "sum":
+            key, width = tap(host, name, site, norm_before(site, sites)), width_of(site, sites)
+            host.wrap(name, site, TappedSum(self, site, width, width, host.state, key))
+        elif norm is None or (self.reads == "output" and norm is not site):
             super().put(host, name, site, sites)
         else:
             host.wrap(name, norm, type(self).AtNorm(self, norm, width_of(norm, sites)))
@@ -73,3 +102,24 @@ def _norm_behind(site: Site, sites: Sequence[Site]) -> Site | None:
     beside = [s for s in sites if s.path.rpartition(".")[0] == parent and s.kind in ("linear", "norm")]
     norms = [s for s in beside if s.kind == "norm"]
     return norms[0] if site.kind == "linear" and len(beside) == 2 and len(norms) == 1 else None
+
+
+def _read(host: Carrier, options: Options) -> dict[str, Any]:
+    """What AdapterHub's adapter reads: where no norm follows the sum, its norm is left out and the sum is read."""
+    if options.get("leave_out") or options.get("residual_before_ln", True) is not True or options.get("cross_adapter"):
+        raise FormatError(
+            "Its options leave_out, cross_adapter and residual_before_ln=False have no form here. Use it with the "
+            "library `adapters` itself."
+        )
+    if not options.get("original_ln_before", False):
+        return {"reads": "output"}
+    sites = host.all_sites()
+    behind = [_norm_behind(site, sites) is not None for site in feed_forwards(sites)]
+    return {"reads": "normed" if all(behind) else "sum"}
+
+
+def _written(host: Carrier, key: str, method: AdapterPfeiffer) -> dict[str, Any]:
+    sites = host.all_sites()
+    follows = all(_norm_behind(site, sites) is not None for site in feed_forwards(sites))
+    _hub.refuse_unless(method.targets is None, method, "it stands at places of its own (targets)")
+    return {"original_ln_before": method.reads == "sum" or (follows and method.reads == "normed")}

@@ -9,12 +9,15 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from adapterlab.core import hub_places
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
+from adapterlab.core.hub import HubCodec, taken
 from adapterlab.core.method import LayerMethod
 from adapterlab.core.site import Site
 from adapterlab.core.targets import Targets, matcher
+from adapterlab.errors import FormatError
 from adapterlab.registry import register
 
 PAPER = ("k", "v", "qkv", "down")
@@ -65,6 +68,18 @@ class IA3(LayerMethod):
         subsets={"feedforward_modules": "on_input"},
     )
 
+    hub: ClassVar[HubCodec | None] = HubCodec(
+        options={**hub_places.OPTIONS, "r": 1, "alpha": 1, "init_weights": "ia3", "composition_mode": "scale"},
+        when={"architecture": "lora", "composition_mode": "scale"},
+        fields={},
+        ignores=("version", "init_weights", "init_weights_seed", *hub_places.PLACES),
+        derived=lambda host, options, tensors: {
+            "targets": hub_places.as_targets(hub_places.targets(host, tensors)), "feedforward": ()
+        },
+        outward=lambda host, key, method: _hub_outward(host, key, method),
+        inward=lambda host, key, tensors: _hub_inward(host, key, tensors),
+    )  # fmt: skip
+
     @field_validator("feedforward", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
@@ -100,3 +115,35 @@ class IA3(LayerMethod):
         def scaled(self, x: Tensor) -> Tensor:
             """L ⊙ x, from l − 1: a small change survives in a half-precision dtype."""
             return torch.addcmul(x, x, (self.l.flatten() - 1).to(x.dtype))
+
+
+def _hub_outward(host: Carrier, key: str, method: IA3) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """AdapterHub scales outputs alone, the feed-forward network's before its nonlinearity; of a fused qkv two parts."""
+    layers: Mapping[str, Any] = host.adapters(key)
+    if any(layer.on_input for layer in layers.values()):
+        raise FormatError(
+            "AdapterHub's (IA)³ scales what modules return, in the feed-forward network before the nonlinearity, and "
+            "this one scales what they read. Keep our own form, or HF PEFT's, or train with feedforward=[]."
+        )
+    tensors = {}
+    for path, layer in layers.items():
+        scales = layer.l.detach()
+        if layer.site.role == "qkv":
+            q, kv = scales.tensor_split([len(scales) // 3])
+            if bool((q != 1).any()):
+                raise FormatError("AdapterHub's (IA)³ leaves queries as they are, and this one scales them too.")
+            scales = kv
+        tensors[hub_places.key(path, "lora_B")] = scales
+    return hub_places.options(host, {path: layer.site for path, layer in layers.items()}, fused="kv"), tensors
+
+
+def _hub_inward(host: Carrier, key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undo `_hub_outward`: queries of a fused module have scales of one."""
+    found = {}
+    for path, layer in host.adapters(key).items():
+        scales = taken(tensors, hub_places.key(path, "lora_B"))
+        missing = layer.site.shape[0] - len(scales)
+        if layer.site.role == "qkv" and 2 * missing == len(scales):
+            scales = torch.cat([scales.new_ones(missing, 1), scales])
+        found[f"adapter.{path}.l"] = scales
+    return found

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
+from adapterlab.core.hub import HubCodec
 from adapterlab.core.method import Method
 from adapterlab.core.site import Site
 from adapterlab.core.targets import Targets
@@ -23,6 +24,7 @@ from adapterlab.errors import AttachError, FormatError
 from adapterlab.foreign.cache import cache_argument
 from adapterlab.foreign.model import attention_limits, is_encoder_decoder, vocabulary
 from adapterlab.foreign.roles import role_of
+from adapterlab.methods.prompt import _hub
 from adapterlab.methods.prompt._virtual_tokens import (
     PROMPT,
     SIZES,
@@ -97,6 +99,20 @@ class PrefixTuning(Method):
         unpack=lambda host, name, tensors: _unpack(host, name, tensors),
         differs=lambda host: _differs(host),
     )
+
+    hub: ClassVar[HubCodec | None] = HubCodec(
+        options={
+            "architecture": "prefix_tuning", "encoder_prefix": True, "cross_prefix": True, "leave_out": [],
+            "flat": True, "prefix_length": 30, "bottleneck_size": 512, "non_linearity": "tanh", "dropout": 0.0,
+            "use_gating": False, "shared_gating": True, "init_weights_seed": None,
+        },
+        when={"architecture": "prefix_tuning"},
+        fields={"length": "prefix_length", "dropout": "dropout"},
+        ignores=("flat", "bottleneck_size", "non_linearity", "shared_gating", "init_weights_seed"),
+        derived=lambda host, options, tensors: _hub.read(options),
+        outward=lambda host, key, method: _hub.outward(host, key, method),
+        inward=lambda host, key, tensors: _hub.inward(host, key, tensors),
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _one_start(self) -> PrefixTuning:

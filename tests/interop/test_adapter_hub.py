@@ -1,0 +1,219 @@
+"""Adapters of AdapterHub's library `adapters`, both ways, against what it computes (`adapter_hub.json`).
+
+`ADAPTERHUB_PYTHON` names a Python that has the library; then it also loads what is written here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_hub_library import MODELS, answer, filled, filled_adapter
+from safetensors.torch import load_file, save_file
+
+import adapterlab as al
+from adapterlab.convert import export_adapterhub
+from adapterlab.errors import AttachError, FormatError
+from adapterlab.foreign.adapter_hub import MODEL_TYPES
+
+HERE = Path(__file__).parent
+FACTS: dict[str, Any] = json.loads((HERE / "adapter_hub.json").read_text(encoding="utf-8"))
+CASES = [(family, kind) for family, kinds in FACTS.items() for kind in kinds if kind != "base"]
+IDS = {
+    "houlsby": "adapter_houlsby", "pfeiffer": "adapter_pfeiffer", "pfeiffer-output": "adapter_pfeiffer",
+    "parallel": "adapter_parallel", "parallel-learned": "adapter_parallel", "mam": "mam_adapter", "ia3": "ia3",
+    "lora": "lora", "lora-all": "lora", "prefix": "prefix_tuning", "prefix-network": "prefix_tuning",
+}  # fmt: skip
+NETWORK = ("mam", "prefix-network")  # read as the numbers that it makes
+
+
+def reference(folder: Path, family: str, kind: str, **options: Any) -> Path:
+    """The folder that the library wrote for a case, perhaps with other options."""
+    case = FACTS[family][kind]
+    folder.mkdir(parents=True)
+    config = {**case["config"], "config": {**case["config"]["config"], **options}}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(filled_adapter(case["shapes"]), folder / "adapter.safetensors")
+    return folder
+
+
+def model_of(family: str) -> Any:
+    return filled(MODELS[family]())
+
+
+def close(found: list[float], wanted: list[float]) -> None:
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
+
+
+def test_the_known_models_are_those_compared() -> None:
+    assert set(FACTS) == set(MODEL_TYPES)
+    for family in FACTS:
+        close(answer(model_of(family)), FACTS[family]["base"])
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_what_the_library_writes_answers_as_there_and_is_written_as_it_was(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    case, model = FACTS[family][kind], model_of(family)
+    folder = reference(tmp_path / "theirs", family, kind)
+    host = al.load(model, folder)
+    assert host.methods["task"].id == IDS[kind]
+    wanted = torch.tensor(case["logits"])
+    assert (wanted - torch.tensor(FACTS[family]["base"])).abs().max() > 0.01
+    close(answer(model), case["logits"])
+    export_adapterhub(host, "task", tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    assert config.keys() == case["config"].keys()
+    again = model_of(family)
+    al.load(again, tmp_path / "ours")
+    close(answer(again), case["logits"])
+    if kind not in NETWORK:
+        assert config == case["config"]
+        ours, theirs = (load_file(path / "adapter.safetensors") for path in (tmp_path / "ours", folder))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    host.save(tmp_path / "own")
+    own = al.load(model_of(family), tmp_path / "own")
+    close(answer(own.model), case["logits"])
+
+
+@pytest.mark.parametrize(("family", "kind", "reads"), [("gpt2", "pfeiffer", "sum"), ("llama", "parallel", "residual")])
+def test_adapters_in_front_of_the_norm_are_read_as_what_they_are(
+    family: str, kind: str, reads: str, tmp_path: Path
+) -> None:
+    """Where blocks normalise first, the library's adapters read another stream than ours do by themselves."""
+    model = model_of(family)
+    host = al.load(model, reference(tmp_path / "a", family, kind))
+    method = host.methods["task"]
+    assert method.reads == reads
+    tensors = [value.clone() for value in host.tensors("task").values()]
+    host.detach("task")
+    other = al.attach(model, method.replace(reads="output" if reads == "sum" else "input"))
+    with torch.no_grad():
+        for ours, theirs in zip(other.tensors("default").values(), tensors, strict=True):
+            ours.copy_(theirs)
+    differs = (torch.tensor(answer(model)) - torch.tensor(FACTS[family][kind]["logits"])).abs().max()
+    assert differs > 0.1
+    if reads == "residual":  # the library has no form of the other one
+        with pytest.raises(FormatError, match="reads='residual'"):
+            export_adapterhub(other, "default", tmp_path / "b")
+
+
+def test_a_base_without_a_head_takes_the_adapter_of_one_with_a_head(tmp_path: Path) -> None:
+    model = model_of("bert").bert
+    host = al.load(model, reference(tmp_path / "a", "bert", "houlsby"))
+    assert all(path.startswith("encoder.") for path in host.adapters("task"))
+    with_head = al.load(model_of("bert"), tmp_path / "a")
+    ids = {"input_ids": torch.tensor([[5, 6, 7]])}
+    with torch.no_grad():
+        assert torch.equal(model(**ids)[0], with_head.model.bert(**ids)[0])
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a norm of its own": ("pfeiffer", {"ln_after": True}, "ln_after=True"),
+    "gating": ("houlsby", {"use_gating": True}, "use_gating=True"),
+    "an invertible adapter": ("pfeiffer", {"inv_adapter": "nice"}, "inv_adapter='nice'"),
+    "hypercomplex": ("houlsby", {"phm_layer": True}, "phm_layer=True"),
+    "a scale of each channel": ("parallel", {"scaling": "channel"}, "scaling='channel'"),
+    "attention only": ("houlsby", {"output_adapter": False}, "No method here reads this adapter"),
+    "another nonlinearity": ("pfeiffer", {"non_linearity": "leakyrelu"}, "non_linearity='leakyrelu'"),
+    "layers left out": ("parallel", {"leave_out": [0]}, "leave_out"),
+    "a residual behind the norm": ("pfeiffer", {"residual_before_ln": False}, "residual_before_ln"),
+    "dora": ("lora", {"use_dora": True}, "use_dora=True"),
+    "vera": ("lora", {"vera_d": 0.1}, "vera_d=0.1"),
+    "another architecture": ("lora", {"architecture": "reft"}, "No method here reads this adapter"),
+    "a network of another kind": ("prefix-network", {"non_linearity": "relu"}, "non_linearity='relu'"),
+    "a union of others": ("mam", {"configs": []}, "union of AdapterHub's is another"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_not_reproduced_is_refused_by_name(what: str, tmp_path: Path) -> None:
+    kind, options, message = REFUSED[what]
+    model = model_of("bert")
+    with pytest.raises(FormatError, match=message):
+        al.load(model, reference(tmp_path / "a", "bert", kind, **options))
+    assert al.host(model) is None
+
+
+def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
+    folder = reference(tmp_path / "a", "bert", "pfeiffer")
+    tensors = load_file(folder / "adapter.safetensors")
+    more = {**tensors, "bert.encoder.layer.0.output.adapters.task.gate.weight": torch.ones(1)}
+    save_file(more, folder / "adapter.safetensors")
+    with pytest.raises(FormatError, match=r"does not speak of.*gate.weight"):
+        al.load(model_of("bert"), folder)
+    save_file(dict(list(tensors.items())[1:]), folder / "adapter.safetensors")
+    with pytest.raises(FormatError, match=r"has no tensor bert.encoder.layer.0"):
+        al.load(model_of("bert"), folder)
+    with pytest.raises(FormatError):
+        al.load(model_of("gpt2"), reference(tmp_path / "b", "bert", "pfeiffer"))
+    (folder / "adapter.safetensors").rename(folder / "pytorch_adapter.bin")
+    with pytest.raises(FormatError, match=r"(?s)a pickle.*adapter.safetensors"):
+        al.load(model_of("bert"), folder)
+
+
+def test_factors_of_the_library_before_1_1_are_read_as_they_were_computed(tmp_path: Path) -> None:
+    folder = reference(tmp_path / "a", "bert", "lora")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "version": "adapters.1.0.1"}))
+    method = al.load(model_of("bert"), folder).methods["task"]
+    assert method.alpha == method.r == 4
+
+
+def test_what_the_library_lacks_is_not_written(tiny: Any, tmp_path: Path) -> None:
+    cases = {
+        "it trains norms": ("bert", al.AdapterHoulsby()),
+        "before the nonlinearity": ("bert", al.IA3()),
+        "every layer": ("bert", al.LoRA(targets={"include": ["q"], "layers": "1"})),
+        "has no boft": ("bert", al.BOFT(block_size=4)),
+        "is more": ("bert", al.LoRA(targets=["q"], bias="all")),
+        "one pair": ("gpt2", al.LoRA(targets=["qkv"])),
+        "offset=0": ("bert", al.PrefixTuning(length=3)),
+    }
+    for message, (family, method) in cases.items():
+        host = al.attach(model_of(family), method)
+        with pytest.raises(FormatError, match=message):
+            export_adapterhub(host, "default", tmp_path / "a")
+    with pytest.raises(FormatError, match="'mixtral' were not compared"):
+        export_adapterhub(al.attach(tiny("mixtral"), al.LoRA()), "default", tmp_path / "a")
+    with pytest.raises(AttachError, match="reads='sum' is for blocks that normalise first"):
+        al.attach(model_of("bert"), al.AdapterPfeiffer(reads="sum"))
+
+
+OURS: dict[str, tuple[str, Any]] = {
+    "bert_houlsby": ("bert", al.AdapterHoulsby(m=4, norms=False)),
+    "bert_pfeiffer": ("bert", al.AdapterPfeiffer(m=3, activation="silu", scale=2)),
+    "gpt2_pfeiffer": ("gpt2", al.AdapterPfeiffer(m=4, reads="sum")),
+    "llama_output": ("llama", al.AdapterPfeiffer(m=4, reads="output", activation="gelu_tanh")),
+    "llama_parallel": ("llama", al.AdapterParallel(m=5, reads="residual")),
+    "t5_houlsby": ("t5", al.AdapterHoulsby(m=4, norms=False)),
+    "llama_lora": ("llama", al.LoRA(r=3, alpha=5, targets=["q", "v", "up"])),
+    "gpt2_lora": ("gpt2", al.LoRA(r=2, targets=["qkv"], blocks=(32, 32, 32), enable=(True, False, True))),
+    "t5_ia3": ("t5", al.IA3(targets=["k", "v", "wi"], feedforward=[])),
+    "gpt2_prefix": ("gpt2", al.PrefixTuning(length=3, offset=0)),
+    "llama_mam": ("llama", al.MAMAdapter(length=3, m=4, reads="residual")),
+}
+
+
+@pytest.mark.skipif("ADAPTERHUB_PYTHON" not in os.environ, reason="ADAPTERHUB_PYTHON names no Python with `adapters`")
+def test_the_library_loads_what_is_written_here(tmp_path: Path, randomise: Any) -> None:
+    wanted = {}
+    for case, (family, method) in OURS.items():
+        host = al.attach(model_of(family), method)
+        randomise(host)
+        export_adapterhub(host, "default", tmp_path / case)
+        wanted[case] = answer(host.model)
+    command = [os.environ["ADAPTERHUB_PYTHON"], str(HERE / "adapter_hub_library.py"), "answers", str(tmp_path)]
+    subprocess.run(
+        command, check=True, capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    )
+    found = json.loads((tmp_path / "answers.json").read_text())
+    for case in OURS:
+        close(found[case], wanted[case])
