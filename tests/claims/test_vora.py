@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,22 @@ import torch
 from mutations import Mutation, fails_without
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Aimv2VisionConfig,
+    Aimv2VisionModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
+)
 
 import adapterlab as al
 from adapterlab.convert.merging import merge_into_base
@@ -157,6 +173,39 @@ def test_it_begins_with_the_patches_and_positions_of_the_teacher(tower: Any) -> 
     assert torch.equal(image.patches.weight, patches)
     assert torch.equal(image.positions, table[1:])  # the first is of the class
     assert not image.patches.bias.any() or image.patches.bias.shape == (16,)
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE,
+    "patch_size": PATCH,
+}  # fmt: skip
+BOTH: dict[str, Any] = {"text_config": {**SMALL, "vocab_size": 16}, "vision_config": SMALL}
+TOWERS: dict[str, Callable[[], Any]] = {
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**SMALL)),
+    "siglip with text": lambda: SiglipModel(SiglipConfig(**BOTH)),
+    "aimv2": lambda: Aimv2VisionModel(Aimv2VisionConfig(**SMALL)),
+    "vit": lambda: ViTModel(ViTConfig(**SMALL)),
+    "registers": lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**SMALL, num_register_tokens=4)),
+}
+
+
+@pytest.mark.parametrize("kind", TOWERS)
+def test_towers_of_every_kind_can_teach(kind: str) -> None:
+    torch.manual_seed(0)
+    model = TOWERS[kind]().eval()
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p) * 0.1)
+    VoRA.hold("tower", model)
+    _, host = taught()
+    with host.state.collect() as losses:
+        host.model(**mixed())
+    assert [bool(loss > 0) for loss in losses] == [True] * 2
+    named = {name: p for name, p in model.named_parameters() if not name.startswith("text_model")}
+    table = next(p for name, p in named.items() if "position" in name)
+    assert torch.equal(host_image(host).positions, table.reshape(-1, 16)[-COUNT:])
+    norms = [p for name, p in named.items() if name.endswith("embeddings.rms_norm.weight")]
+    assert all(torch.equal(host_image(host).norm.weight, p) for p in norms)
+    assert bool(norms) == (kind == "aimv2")
 
 
 # ---------------------------------------------------------------------- who sees whom
@@ -333,7 +382,7 @@ def test_blocks_learn_what_the_blocks_of_the_teacher_return(randomise: Any, towe
         z = found[i][batch["input_ids"] == IMAGE]
         h = (z / (z.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight) @ head.weight.T
         t = told[i][:, 1:].flatten(0, 1).double()
-        total += float((1 - (h * t).sum(-1) / (h.norm(dim=-1) * t.norm(dim=-1))).mean())
+        total += float((1 - (h.detach() * t.detach()).sum(-1) / (h.norm(dim=-1) * t.norm(dim=-1))).mean())
     assert len(losses) == DEPTH
     assert float(sum(losses)) == pytest.approx(0.5 * total / DEPTH, rel=1e-4)
 
@@ -404,11 +453,11 @@ class Watch(Listener):
         self.far = distance(loop.host)
 
 
-def captioned(model: Any) -> float:
-    """Share of new pictures whose whole caption is generated."""
+def captioned(model: Any, roll: int = 0) -> float:
+    """Share of new pictures whose whole caption is generated; rolled, each has the caption of another one."""
     rows = pictures(100, 99)
     ids = torch.tensor([row["input_ids"][:-2] for row in rows])
-    pixels = torch.stack([row["pixel_values"] for row in rows])
+    pixels = torch.stack([row["pixel_values"] for row in rows]).roll(roll, 0)
     made = model.eval().generate(
         ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), max_new_tokens=2, **QUIET
     )
@@ -435,6 +484,7 @@ def test_it_learns_to_caption_pictures_and_what_the_teacher_sees(tmp_path: Path)
     assert began > 0.8 > 0.4 > watch.far
     assert unseen < 0.3  # by chance 1 / 12
     assert captioned(model) > 0.85
+    assert captioned(model, roll=1) < 0.3
     # Merged, in memory: the same on pictures and text; from a folder: the language model, on which the eyes are put.
     batch = Collator(0)(pictures(8, 7))
     live = answer(model, batch)
@@ -633,6 +683,9 @@ BROKEN: dict[str, Mutation] = {
     "no norm of patches": (PatchEmbedding, "normed", lambda self, cut: cut.flatten(2).transpose(1, 2)),
     "patches column after column": (PatchEmbedding, "cut", lambda self, x: self.patches(x).transpose(2, 3)),
     "no positions": (PatchEmbedding, "place", lambda self, *grid: 0 * PLACE(self, *grid)),
+    "positions are repeated, not resized": (
+        PatchEmbedding, "place", lambda self, *grid: self.positions.repeat(math.prod(grid) // COUNT, 1)
+    ),
     "positions before the norm": (
         PatchEmbedding, "forward", lambda self, x: self.project(self.norm(self.cut(x).flatten(2).mT + self.positions))
     ),
@@ -677,6 +730,7 @@ class NoScale(nn.RMSNorm):
 
 test_the_claims_fail_when_a_line_is_broken = fails_without(
     functools.partial(test_patches_stand_in_the_places_of_their_tokens, images=2),
+    test_positions_are_resized_for_images_of_another_shape,
     _masks,
     test_an_image_may_follow_what_is_in_the_cache,
     test_blocks_learn_what_the_blocks_of_the_teacher_return,
@@ -684,4 +738,19 @@ test_the_claims_fail_when_a_line_is_broken = fails_without(
     test_the_loss_is_of_words_alone,
     test_merged_it_computes_what_it_computed,
     lines=BROKEN,
+)
+
+
+test_starting_and_saving_fail_when_a_line_is_broken = fails_without(
+    test_it_begins_with_the_patches_and_positions_of_the_teacher,
+    test_a_run_goes_on_exactly_and_leaves_neither_teacher_nor_maps,
+    lines={
+        "nothing is taken from the teacher": (PatchEmbedding, "copy_from", lambda self, tower: None),
+        "the position of the class is taken": (
+            Tower,
+            "positions",
+            property(lambda self: next(p for n, p in self.model.named_parameters() if "posi" in n)[:4]),
+        ),
+        "the maps are saved": (VoRA, "scaffold", ()),
+    },
 )

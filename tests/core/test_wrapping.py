@@ -412,3 +412,15 @@ def test_what_an_entrance_takes_shows_in_the_signature_as_long_as_it_is_there(fa
     assert inspect.signature(model.forward) == plain
     with pytest.raises(ValueError, match="loudness"):
         model.generate(ids, loudness=2.0, max_new_tokens=1, pad_token_id=0)
+
+
+def test_what_an_entrance_takes_shows_behind_the_hooks_of_accelerate(tiny: Any) -> None:
+    model, ids = tiny("llama"), torch.arange(3, 9)[None]
+    add_hook_to_module(model, AlignDevicesHook(io_same_device=True))
+    before = inspect.signature(model.forward)
+    host = al.attach(model, Loud(), "loud")
+    made = model.generate(ids, loudness=2.0, max_new_tokens=1, do_sample=False, pad_token_id=0)
+    assert made.shape == (1, 7)
+    assert "loudness" in inspect.signature(model.forward).parameters
+    host.detach("loud")
+    assert inspect.signature(model.forward) == before

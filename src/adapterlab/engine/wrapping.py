@@ -123,8 +123,14 @@ def _with(signature: inspect.Signature, names: tuple[str, ...]) -> inspect.Signa
 def _show(module: nn.Module) -> None:
     """Let the signature of a wrapped module name what its adapters take."""
     names = tuple(sorted({name for adapter in adapters_of(module).values() for name in adapter.takes}))
-    if getattr(type(module), _TAKES, ()) != names:
-        module.__class__ = wrapped(plain_class(module), names)
+    if getattr(type(module), _TAKES, ()) == names:
+        return
+    module.__class__ = wrapped(plain_class(module), names)
+    patched = module.__dict__.get("forward")  # accelerate's, which speaks of the forward that it found
+    if isinstance(patched, functools.partial):
+        patched.__dict__.pop("__signature__", None)
+        if names:
+            patched.__signature__ = _with(inspect.signature(patched), names)  # type: ignore[attr-defined]
 
 
 def adapters_of(module: nn.Module) -> dict[str, Adapter]:
@@ -163,6 +169,7 @@ def take(module: nn.Module, name: str) -> None:
         for key in [key for key, hook in hooks.items() if hook is _watched]:
             del hooks[key]
         _unbind(module)
+        getattr(module.__dict__.get("forward"), "__dict__", {}).pop("__signature__", None)
     else:
         _show(module)
 
