@@ -52,8 +52,8 @@ class PTuning(InputPrompt):
     the vectors; later ones find them in the cache. Poolers and padding as in prompt tuning. `torch.compile` makes no
     single graph of an LSTM; without it, as after training, it does.
 
-    Rate: 1e-3 for the network, as HF PEFT's comparison; the authors take 1e-5 with a frozen base, and 1e-4 for the
-    prompt beside 1e-5 for the base in the second form.
+    Rate: 1e-4, as in HF PEFT's comparison, which tries 5e-5 to 5e-3 too; the authors take 1e-5 with a frozen base, and
+    1e-4 for the prompt beside 1e-5 for the base in the second form.
 
     Reference: "GPT Understands, Too", arXiv 2103.10385.
 
