@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from adapterlab.engine.wrapping import through
 from adapterlab.errors import AttachError, ConfigError
@@ -230,9 +231,15 @@ def prepend(
     bias = kwargs.get("position_bias")
     if bias is not None:
         kwargs = {**kwargs, "position_bias": torch.cat([bias.new_zeros(*bias.shape[:-1], count), bias], -1)}
-    k = torch.cat([prefix_k.expand(len(k), -1, -1, -1).to(k.dtype), k], 2)
-    v = torch.cat([prefix_v.expand(len(v), -1, -1, -1).to(v.dtype), v], 2)
+    k = torch.cat([_as_wide(prefix_k, k).expand(len(k), -1, -1, -1).to(k.dtype), k], 2)
+    v = torch.cat([_as_wide(prefix_v, v).expand(len(v), -1, -1, -1).to(v.dtype), v], 2)
     return k, v, mask, kwargs
+
+
+def _as_wide(prefix: Tensor, t: Tensor) -> Tensor:
+    """A prefix with zeros where an adapter further out gave the vectors dimensions of its own."""
+    wider = t.shape[-1] - prefix.shape[-1]
+    return F.pad(prefix, (0, wider)) if wider else prefix
 
 
 def _in_front(mask: Tensor, count: int, window: int | None) -> Tensor:

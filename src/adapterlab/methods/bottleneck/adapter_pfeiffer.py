@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.site import Site
-from adapterlab.methods.bottleneck._bottleneck import AroundNorm, Bottleneck, width_of
+from adapterlab.methods.bottleneck._bottleneck import AroundNorm, Bottleneck, Projections, width_of
 from adapterlab.registry import register
 
 
@@ -46,6 +46,7 @@ class AdapterPfeiffer(Bottleneck):
     formula: ClassVar[str] = "2 m d + m + d for each block"
     starts_at_base: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = ("linear", "block", "norm")
+    AtNorm: ClassVar[Callable[..., Projections]] = AroundNorm
 
     reads: Literal["normed", "output"] = Field(
         "normed", description="input of the adapter in blocks that normalise after the residual sum"
@@ -58,7 +59,7 @@ class AdapterPfeiffer(Bottleneck):
         if norm is None or (self.reads == "output" and norm is not site):
             super().put(host, name, site, sites)
         else:
-            host.wrap(name, norm, AroundNorm(self, norm, width_of(norm, sites)))
+            host.wrap(name, norm, type(self).AtNorm(self, norm, width_of(norm, sites)))
 
     def start(self, down: Tensor, up: Tensor) -> None:
         """Normal."""
