@@ -208,6 +208,21 @@ def test_any_adapters_in_layers_can_be_dropped(randomise: Any) -> None:
     assert torch.equal(error(model, slice(8)), live)
 
 
+@torch.no_grad()
+def test_dropped_layers_in_a_mixed_batch(randomise: Any) -> None:
+    """Each row has the layers of its own adapter; the base's rows have none."""
+    model = student()
+    host = attach(model, AdapterDrop(settings={"m": 4}, drop=3), "few")
+    host.attach(AdapterDrop(settings={"m": 4}), "all")
+    randomise(host)
+    ids = task()[1][:3]
+    with host.rows(["few", None, "all"]):
+        mixed = model(ids).last_hidden_state
+    for i, names in enumerate((["few"], [], ["all"])):
+        with host.using(*names):
+            assert torch.allclose(mixed[i], model(ids).last_hidden_state[i], atol=1e-5)
+
+
 def test_refusals(tiny: Any) -> None:
     with pytest.raises(AttachError, match=r"drop = 2, and 2 layers.*Choose 0 to 1"):
         attach(tiny("llama"), AdapterDrop(drop=2))

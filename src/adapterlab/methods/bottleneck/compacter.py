@@ -55,7 +55,7 @@ class Compacter(Bottleneck):
     Example:
         >>> from adapterlab.methods.bottleneck.compacter import Compacter
         >>> Compacter().size(768), Compacter(attention=False).size(576)
-        (24, 20)
+        (24, 16)
     """
 
     formula: ClassVar[str] = "2 r (d + m) + m + d for each sublayer + n³ + norms"

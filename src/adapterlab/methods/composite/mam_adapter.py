@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, cast
 
 from pydantic import Field
+from torch import Tensor
 
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.hub import HubCodec, Options

@@ -141,7 +141,7 @@ class Layer:
         feed_forwards: with the width of what they return.
         attentions: with the numbers of a key-value pair.
         linears: all linear layers; `projections` are the queries and values among them.
-        biases: sites with a bias, with its length.
+        biases: modules with a bias, with its length.
     """
 
     def __init__(self, path: str, sites: Sequence[Site], attentions: Mapping[str, Site], inner: Sequence[Site]):
@@ -153,8 +153,7 @@ class Layer:
         roles = {s.path: s.role for s in held}
         chosen = ("q", "v") if "q" in roles.values() else ("qkv",)
         self.projections = {p: shape for p, shape in self.linears.items() if roles[p] in chosen}
-        biased = {s.path: [p.numel() for key, p in s.module._parameters.items() if _is_bias(key, p)] for s in held}
-        self.biases = {p: sum(lengths) for p, lengths in biased.items() if lengths}
+        self.biases = {s.path: count for s in held if (count := _bias_numbers(s.module))}
 
     def places(self, kind: Kind) -> list[str]:
         """Paths of the modules that a method adapts here.
@@ -226,5 +225,6 @@ def _pair(site: Site) -> int:
     return 2 * heads * width
 
 
-def _is_bias(key: str, p: Any) -> bool:
-    return p is not None and (key == "bias" or key.endswith("_bias"))
+def _bias_numbers(module: nn.Module) -> int:
+    named = module._parameters.items()
+    return sum(p.numel() for key, p in named if p is not None and (key == "bias" or key.endswith("_bias")))

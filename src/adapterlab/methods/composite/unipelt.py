@@ -165,7 +165,8 @@ class View(Adapter):
 
     def __init__(self, site: Site):
         super().__init__(site)
-        self.gate = Gate(site, site.module.config.hidden_size)  # type: ignore[union-attr]
+        config: Any = site.module.config
+        self.gate = Gate(site, config.hidden_size)
 
     def connect(self, state: State, key: str, causal: bool) -> None:
         """Learn where to leave it."""
@@ -213,8 +214,8 @@ class GatedPrefix(PrefixTuning):
             if not self.causal:
                 found = prepend(self.site.module, q, k, v, mask, gate * p_k, gate * p_v, kwargs)
                 return run(q, *found[:3], **found[3])
-            # Each query has a gate of its own: dimensions behind the others hold it, and the prefix is there alone. There
-            # may be such dimensions already, of a prefix further out.
+            # Each query has a gate of its own: dimensions behind the others hold it, and the prefix is there alone. A
+            # prefix further out may have added such dimensions already.
             width, before = p_k.shape[-1], q.shape[-1]
             q = torch.cat([q, gate * q[..., :width]], -1)
             k, v = (F.pad(t, (0, width)) for t in (k, v))
