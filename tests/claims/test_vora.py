@@ -382,7 +382,7 @@ def test_blocks_learn_what_the_blocks_of_the_teacher_return(randomise: Any, towe
         z = found[i][batch["input_ids"] == IMAGE]
         h = (z / (z.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight) @ head.weight.T
         t = told[i][:, 1:].flatten(0, 1).double()
-        total += float((1 - (h.detach() * t.detach()).sum(-1) / (h.norm(dim=-1) * t.norm(dim=-1))).mean())
+        total += (1 - (h * t).sum(-1) / (h.norm(dim=-1) * t.norm(dim=-1))).mean().item()
     assert len(losses) == DEPTH
     assert float(sum(losses)) == pytest.approx(0.5 * total / DEPTH, rel=1e-4)
 
