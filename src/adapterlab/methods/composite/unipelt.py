@@ -56,7 +56,7 @@ class UniPELT(Composite):
 
     What the gates opened to, in the last pass of training, is told with the result of a run.
 
-    Rate: 5e-4, the authors' for all three parts together; from memory of the paper.
+    Rate: 5e-4, LoRA's.
 
     Reference: "UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning", arXiv 2110.07577.
 
