@@ -46,7 +46,7 @@ class AdapterDrop(Composite):
     adapters of width 16, medians of nine paired ratios: of the time with n = 0, a step with n = 5 takes 0.77 (0.70 to
     0.88) and one with n = 11 takes 0.45; a forward pass takes 0.97 with either.
 
-    Rate: 1e-4, that of the adapters in the authors' runs.
+    Rate: 1e-4, that of the usual `adapter`, adapter_pfeiffer.
 
     Reference: "AdapterDrop: On the Efficiency of Adapters in Transformers", arXiv 2010.11918.
 

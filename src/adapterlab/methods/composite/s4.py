@@ -58,7 +58,7 @@ class S4(Composite):
 
     `groups` says other sets, and one group alone is one method (or several) everywhere with the same budget.
 
-    Rate: 5e-4, UniPELT's, which has the same parts; the authors' command takes 5e-5.
+    Rate: 5e-4, LoRA's; the authors' command for RoBERTa takes 5e-5.
 
     Reference: "Parameter-Efficient Fine-Tuning Design Spaces", arXiv 2301.01821.
 

@@ -18,6 +18,7 @@ from adapterlab.core.site import Site
 from adapterlab.core.state import State
 from adapterlab.core.targets import Targets
 from adapterlab.engine.attention import prepend
+from adapterlab.errors import AttachError
 from adapterlab.foreign.model import is_causal
 from adapterlab.methods.bottleneck._bottleneck import After, AroundNorm
 from adapterlab.methods.bottleneck.adapter_pfeiffer import AdapterPfeiffer
@@ -26,6 +27,7 @@ from adapterlab.methods.prompt.prefix_tuning import PrefixTuning
 from adapterlab.registry import register
 
 GATED = "its gate depends on the input"
+_INPUT = "hidden_states"  # what attention modules of transformers call their input
 
 
 @register
@@ -54,7 +56,7 @@ class UniPELT(Composite):
 
     What the gates opened to, in the last pass of training, is told with the result of a run.
 
-    Rate: 5e-4, the authors' for all three parts together; from memory of the paper.
+    Rate: 5e-4, LoRA's.
 
     Reference: "UniPELT: A Unified Framework for Parameter-Efficient Language Model Tuning", arXiv 2110.07577.
 
@@ -163,10 +165,9 @@ class View(Adapter):
     rowwise: ClassVar[bool] = False
     tokenwise: ClassVar[bool | None] = False
 
-    def __init__(self, site: Site):
+    def __init__(self, site: Site, width: int):
         super().__init__(site)
-        config: Any = site.module.config
-        self.gate = Gate(site, config.hidden_size)
+        self.gate = Gate(site, width)
 
     def connect(self, state: State, key: str, causal: bool) -> None:
         """Learn where to leave it."""
@@ -175,7 +176,7 @@ class View(Adapter):
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Look at the arguments, then run the attention as it is."""
         given = self.site.bound(args, kwargs)
-        h: Tensor = given["hidden_states"]
+        h: Tensor = given[_INPUT]
         if not self.causal:
             self.state.taps[self.gate.key] = real_tokens(given.get("attention_mask"), h)
         self.state.taps[self.key] = self.gate(h)
@@ -188,9 +189,21 @@ class Views(Method):
     id: ClassVar[str] = "unipelt_views"
 
     def attach(self, host: Carrier, name: str) -> None:
-        """Wrap the attention modules."""
+        """Wrap the attention modules.
+
+        Raises:
+            AttachError: what one of them reads cannot be told.
+        """
+        queries = [s for s in host.all_sites() if s.kind == "linear" and s.role in ("q", "qkv")]
         for site in PrefixTuning().modules(host):
-            host.wrap(name, site, View(site))
+            width = next((s.shape[1] for s in queries if s.path.startswith(f"{site.path}.")), None)
+            if width is None or _INPUT not in site.arguments:
+                raise AttachError(
+                    f"{site.path} ({type(site.module).__name__}) has no queries that can be told by their name, or "
+                    f"takes no {_INPUT}, so a gate cannot read what it reads. Choose prefix_tuning, lora or "
+                    "adapter_pfeiffer by itself."
+                )
+            host.wrap(name, site, View(site, width))
 
 
 class GatedPrefix(PrefixTuning):
