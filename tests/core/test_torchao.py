@@ -112,7 +112,7 @@ def test_own_and_copies_are_refused() -> None:
     path = "model.layers.0.mlp.up_proj"
     with pytest.raises(AttachError, match=rf"{path}\.weight is stored packed.*beside the weight"):
         found.own("default", f"{path}.weight")
-    with pytest.raises(AttachError, match=f"{path} is in modules_to_save and has packed weights"):
+    with pytest.raises(AttachError, match=f"{path} is to be trained whole and has packed weights"):
         al.attach(base(), al.LoRA(r=2, targets="q", modules_to_save=(path,)))
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterlab.core.site import Site
+from adapterlab.errors import AttachError
+from adapterlab.foreign.quantized import is_quantized
 
 
 class Adapter(nn.Module):
@@ -237,7 +239,17 @@ class Copy(Adapter):
     """
 
     def __init__(self, site: Site, copy: nn.Module):
+        """Let a copy of the module train.
+
+        Raises:
+            AttachError: its weights are packed.
+        """
         super().__init__(site)
+        if any(is_quantized(module) for module in copy.modules()):
+            raise AttachError(
+                f"{site.path} is to be trained whole and has packed weights, of which no copy can be trained. Leave it "
+                "out of modules_to_save and target it, or load the base without quantization."
+            )
         self.copy = copy.to(site.dtype).requires_grad_(True)
 
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

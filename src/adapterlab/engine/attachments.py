@@ -23,7 +23,7 @@ from adapterlab.engine.switching import Switching
 from adapterlab.engine.wrapping import HOST, adapters_of, plain_copy, put, take
 from adapterlab.errors import AttachError, MergeError, nearest
 from adapterlab.foreign.model import SHARED, base_modules, plain_path, unwrapped
-from adapterlab.foreign.quantized import is_plain, is_quantized, keep_layout, misread
+from adapterlab.foreign.quantized import is_plain, keep_layout, misread
 from adapterlab.foreign.sharding import fill, whole
 
 
@@ -140,12 +140,6 @@ class Attachments(Switching):
                 raise AttachError(
                     f"{site.path} is in modules_to_save and is also adapted{where}. Exclude it from targets, or leave "
                     "it out of modules_to_save."
-                )
-            packed = [path for path, module in base_modules(site.module) if is_quantized(module)]
-            if packed:
-                raise AttachError(
-                    f"{site.path} is in modules_to_save and has packed weights, of which no copy can be "
-                    "trained. Leave it out of modules_to_save and target it, or load the base without quantization."
                 )
             self.wrap(name, site, Copy(site, plain_copy(site.module)))
 
