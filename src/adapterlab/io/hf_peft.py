@@ -175,7 +175,7 @@ def _repeated(rows: Mapping[str, Any], codec: HFCodec) -> dict[str, Tensor]:
 def _is_repeated_row(key: str, tensors: Mapping[str, Tensor], parts: Mapping[str, Any], codec: HFCodec) -> bool:
     """Say whether a tensor is that of a table which is tied to another one, with the same rows."""
     path, tensor, suffix = codec.locate(key) or ("", "", "")
-    part = parts.get(path)
+    part: Any = parts.get(path)
     if tensor != "rows" or not _lent(part):
         return False
     found = tensors.get(f"{PREFIX}{part.lender.site.path}.{suffix}")
