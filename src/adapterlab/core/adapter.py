@@ -31,7 +31,7 @@ class Adapter(nn.Module):
             None: at a linear layer, an embedding or a norm and inside the attention it does not, elsewhere it may.
         additive: the output is run(x) plus something, so a mixed batch needs the base's product once; what follows from
             having no `around` of its own.
-        tied: it is one of several of its name that stand at every module with a certain weight and change it alike, so
+        alike: it is one of several of its name that stand at every module with a certain weight and change it alike, so
             that the modules stay tied when it is merged; one of them may be the only one that is called.
         site: where it is attached.
         is_merged: its effect is in the base's weights now.
@@ -46,7 +46,7 @@ class Adapter(nn.Module):
     takes: ClassVar[tuple[str, ...]] = ()
     tokenwise: ClassVar[bool | None] = None
     additive: bool = True
-    tied: bool = False
+    alike: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

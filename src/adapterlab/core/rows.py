@@ -62,7 +62,7 @@ class Rows(Adapter):
             self.rows = nn.Parameter(self.table(site.weight())[chosen].to(site.dtype, copy=True))
         else:
             self.refer("lender", lender)
-            self.tied = lender.tied = True
+            self.alike = lender.alike = True
 
     @property
     def values(self) -> Tensor:

@@ -77,14 +77,14 @@ def merge(
     parts = [part for part in held if not part[2].idle]
     for key, path, adapter in parts:
         _check(host, name, key, path, adapter, tied, quantized)
-    if any(site.tied for *_, a in parts if not a.resident and not a.tied for site in _inside(host, a)):
+    if any(site.tied for *_, a in parts if not a.resident and not a.alike for site in _inside(host, a)):
         _check_untying(host.model)
     done: list[Merged] = []
     together: dict[int, nn.Parameter] = {}
     for _, _, adapter in parts:
         mode = adapter.training
         adapter.eval()
-        if adapter.tied:
+        if adapter.alike:
             done.append(_merge_tied(adapter, together))
         elif not adapter.resident:
             done += _merge_one(adapter, getattr(host.model, "dtype", torch.float32))
@@ -210,7 +210,7 @@ def _check(host: Attachments, name: str, key: str, path: str, adapter: Adapter, 
             f"{method} cannot be merged into {where}: {reason}. Keep it as an adapter (host.save), or extract a "
             "low-rank approximation of what it does."
         )
-    if site.tied and tied == "error" and not isinstance(adapter, Copy) and not adapter.tied:
+    if site.tied and tied == "error" and not isinstance(adapter, Copy) and not adapter.alike:
         raise MergeError(
             f"The weight of {path} is tied to another module, which a merge would change too. Merge with tied='untie' "
             "to give this module a weight of its own (the saved model then says tie_word_embeddings=False), or exclude "

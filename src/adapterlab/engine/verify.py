@@ -54,7 +54,7 @@ def verify(host: Attachments, batch: Mapping[str, Tensor]) -> None:
             p.grad = before[key]
     parts = [item for key in host.state.active for item in host.adapters(key).items()]
     # One module of a tied weight may be the one that is used; there the gradient alone tells.
-    missed = [path for path, adapter in parts if path not in called and not (adapter.resident or adapter.tied)]
+    missed = [path for path, adapter in parts if path not in called and not (adapter.resident or adapter.alike)]
     if missed or silent:
         raise NotTrainingError(_bypassed(missed, silent))
 
