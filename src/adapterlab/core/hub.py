@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from adapterlab.core.carrier import Carrier
 
 Options = Mapping[str, Any]
+VERSION = "version"  # among the options: of the library that wrote them, for what depends on it
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class HubCodec:
             FormatError: it has options that change outputs and are not reproduced, all of them at once.
         """
         found: dict[str, Any] = {}
-        refused, known = [], {*self.when, *self.ignores}
+        refused, known = [], {VERSION, *self.when, *self.ignores}
         for ours, theirs in self.fields.items():
             option, table = theirs if isinstance(theirs, tuple) else (theirs, None)
             known.add(option)

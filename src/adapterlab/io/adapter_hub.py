@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from adapterlab.core.adapter import Copy
+from adapterlab.core.hub import VERSION
 from adapterlab.core.method import Method
 from adapterlab.engine.attachments import Attachments
 from adapterlab.errors import FormatError
@@ -29,9 +30,8 @@ def is_hub(config: Mapping[str, Any]) -> bool:
 
 
 def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the adapter, and for what depends on it the version of the library."""
-    options = dict(config["config"])
-    return {**options, "version": config.get("version", "")} if options.get("architecture") == "lora" else options
+    """The options of the adapter, and the version of the library."""
+    return {**config["config"], VERSION: config.get(VERSION, "")}
 
 
 def find_method(options: Mapping[str, Any]) -> type[Method]:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from adapterlab.core import hub_places
 from adapterlab.core.carrier import Carrier
-from adapterlab.core.hub import Options, taken
+from adapterlab.core.hub import VERSION, Options, taken
 from adapterlab.errors import FormatError
+from adapterlab.methods.low_rank import _hub_places
 from adapterlab.methods.low_rank._factors import Factors
 
 _QKV = "qkv"
@@ -20,11 +20,11 @@ _RIGHT = (1, 1)  # version from which the library's factor is alpha / r; before,
 
 def read(host: Carrier, options: Options, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Where the factors stand, their scale, and the parts of a fused module that have some."""
-    sites, r = hub_places.targets(host, tensors), options.get("r", 8)
+    sites, r = _hub_places.targets(host, tensors), options.get("r", 8)
     fused = {site.shape[0] for site in sites.values() if site.role == _QKV}
-    version = re.fullmatch(r"adapters\.(\d+)\.(\d+).*", str(options.get("version", "")))
+    version = re.fullmatch(r"adapters\.(\d+)\.(\d+).*", str(options.get(VERSION, "")))
     wrong = version is not None and (int(version[1]), int(version[2])) < _RIGHT
-    found = {"r": r, "alpha": r if wrong else options.get("alpha", 8), "targets": hub_places.as_targets(sites)}
+    found = {"r": r, "alpha": r if wrong else options.get("alpha", 8), "targets": _hub_places.as_targets(sites)}
     if not fused:
         return found
     on = tuple(matrix in options.get("attn_matrices", ("q", "v")) for matrix in _QKV)
@@ -43,10 +43,10 @@ def outward(host: Carrier, key: str, method: Any, plain: tuple[type, ...]) -> tu
             "HF PEFT's."
         )
     [(r, scale)] = ranks
-    tensors = {hub_places.key(p, f"lora_{k}"): getattr(a, k).detach() for p, a in layers.items() for k in "AB"}
+    tensors = {_hub_places.key(p, f"lora_{k}"): getattr(a, k).detach() for p, a in layers.items() for k in "AB"}
     on = method.enable or (True,) * 3
     fused = "".join(matrix for matrix, there in zip(_QKV, on, strict=False) if there)
-    where = hub_places.options(host, {path: layer.site for path, layer in layers.items()}, fused)
+    where = _hub_places.options(host, {path: layer.site for path, layer in layers.items()}, fused)
     if any(layer.site.role == _QKV and not method.blocks for layer in layers.values()):
         raise FormatError(
             "AdapterHub's LoRA of a fused qkv has factors for each of the three, and this one has one pair. Keep our "
@@ -58,4 +58,4 @@ def outward(host: Carrier, key: str, method: Any, plain: tuple[type, ...]) -> tu
 def inward(host: Carrier, key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take the factors of every module."""
     names = [(path, leaf) for path in host.adapters(key) for leaf in "AB"]
-    return {f"adapter.{path}.{leaf}": taken(tensors, hub_places.key(path, f"lora_{leaf}")) for path, leaf in names}
+    return {f"adapter.{path}.{leaf}": taken(tensors, _hub_places.key(path, f"lora_{leaf}")) for path, leaf in names}

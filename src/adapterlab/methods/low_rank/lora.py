@@ -9,7 +9,6 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from adapterlab.core import hub_places
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
@@ -18,7 +17,7 @@ from adapterlab.core.patterns import Pattern, check_patterns, look_up
 from adapterlab.core.rows import Tokens, train_rows
 from adapterlab.core.site import Site
 from adapterlab.errors import AttachError, TargetError
-from adapterlab.methods.low_rank import _expert_factors, _hub
+from adapterlab.methods.low_rank import _expert_factors, _hub, _hub_places
 from adapterlab.methods.low_rank import _peft_forms as _lora_forms
 from adapterlab.methods.low_rank._factors import Factors, LowRank
 from adapterlab.methods.low_rank._starts import Place, Start
@@ -124,10 +123,10 @@ class LoRA(LowRank):
     )
 
     hub: ClassVar[HubCodec | None] = HubCodec(
-        options=hub_places.OPTIONS,
+        options=_hub_places.OPTIONS,
         when={"architecture": "lora", "composition_mode": "add"},
         fields={"dropout": "dropout"},
-        ignores=("r", "alpha", "version", "init_weights", "init_weights_seed", *hub_places.PLACES),
+        ignores=("r", "alpha", "init_weights", "init_weights_seed", *_hub_places.PLACES),
         derived=lambda host, options, tensors: _hub.read(host, options, tensors),
         outward=lambda host, key, method: _hub.outward(host, key, method, (LoRA.Layer, Blocks)),
         inward=lambda host, key, tensors: _hub.inward(host, key, tensors),

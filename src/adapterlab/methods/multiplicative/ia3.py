@@ -9,7 +9,6 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from adapterlab.core import hub_places
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
@@ -18,6 +17,7 @@ from adapterlab.core.method import LayerMethod
 from adapterlab.core.site import Site
 from adapterlab.core.targets import Targets, matcher
 from adapterlab.errors import FormatError
+from adapterlab.methods.low_rank import _hub_places
 from adapterlab.registry import register
 
 PAPER = ("k", "v", "qkv", "down")
@@ -69,12 +69,12 @@ class IA3(LayerMethod):
     )
 
     hub: ClassVar[HubCodec | None] = HubCodec(
-        options={**hub_places.OPTIONS, "r": 1, "alpha": 1, "init_weights": "ia3", "composition_mode": "scale"},
+        options={**_hub_places.OPTIONS, "r": 1, "alpha": 1, "init_weights": "ia3", "composition_mode": "scale"},
         when={"architecture": "lora", "composition_mode": "scale"},
         fields={},
-        ignores=("version", "init_weights", "init_weights_seed", *hub_places.PLACES),
+        ignores=("init_weights", "init_weights_seed", *_hub_places.PLACES),
         derived=lambda host, options, tensors: {
-            "targets": hub_places.as_targets(hub_places.targets(host, tensors)), "feedforward": ()
+            "targets": _hub_places.as_targets(_hub_places.targets(host, tensors)), "feedforward": ()
         },
         outward=lambda host, key, method: _hub_outward(host, key, method),
         inward=lambda host, key, tensors: _hub_inward(host, key, tensors),
@@ -133,15 +133,15 @@ def _hub_outward(host: Carrier, key: str, method: IA3) -> tuple[dict[str, Any], 
             if bool((q != 1).any()):
                 raise FormatError("AdapterHub's (IA)³ leaves queries as they are, and this one scales them too.")
             scales = kv
-        tensors[hub_places.key(path, "lora_B")] = scales
-    return hub_places.options(host, {path: layer.site for path, layer in layers.items()}, fused="kv"), tensors
+        tensors[_hub_places.key(path, "lora_B")] = scales
+    return _hub_places.options(host, {path: layer.site for path, layer in layers.items()}, fused="kv"), tensors
 
 
 def _hub_inward(host: Carrier, key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Undo `_hub_outward`: queries of a fused module have scales of one."""
     found = {}
     for path, layer in host.adapters(key).items():
-        scales = taken(tensors, hub_places.key(path, "lora_B"))
+        scales = taken(tensors, _hub_places.key(path, "lora_B"))
         missing = layer.site.shape[0] - len(scales)
         if layer.site.role == "qkv" and 2 * missing == len(scales):
             scales = torch.cat([scales.new_ones(missing, 1), scales])
