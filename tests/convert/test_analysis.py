@@ -100,6 +100,18 @@ def test_correlation_needs_variation(tiny, put) -> None:
     assert found.by_role == {"q": None}
 
 
+def test_what_did_not_change_is_listed_and_any_rank_may_be_asked_for(tiny, put) -> None:
+    host = put(tiny("llama"), al.LoRA(r=3, targets=["q", "v"]), "a")
+    path = "model.layers.1.self_attn.q_proj"
+    host.adapters("a")[path].B.data.zero_()
+    found = analysis(host, "a")
+    assert found.unchanged == (path,)
+    assert path not in [s.path for s in found.spectra]
+    for s in found.spectra:
+        assert [s.share(k) for k in (1, 2, 4)] == pytest.approx([s.energy[k] for k in (1, 2, 4)])
+        assert s.share(2) < s.share(3) == pytest.approx(1) == s.share(200)
+
+
 def test_nothing_to_analyse(tiny) -> None:
     host = al.attach(tiny("llama"), al.LoRA(r=2), "a")
     with pytest.raises(MergeError, match="nothing changed"):

@@ -212,9 +212,21 @@ def test_analyze(run, base, folder_of, base_folder, north, south, tmp_path) -> N
         run("analyze", folder, *CPU)
 
 
+def test_analyze_says_what_each_module_kept(run, base_folder, tmp_path) -> None:
+    host = al.attach(AutoModelForCausalLM.from_pretrained(base_folder), al.LoRA(r=3, targets=["q", "v"]))
+    for i, layer in enumerate(host.adapters("default").values()):
+        layer.B.data.normal_()
+        layer.B.data[:, i:] = 0
+    host.save(tmp_path / "pruned")
+    out = run("analyze", tmp_path / "pruned", *CPU, columns=80)
+    assert "pruned: rank 6 in all, layer by layer: q 0 2; v 1 3" in out.replace("\n", " ")
+
+
 def test_tables_are_by_role_and_fit_80_columns(run, north, south, tmp_path) -> None:
     out = run("analyze", north, *CPU, columns=80)
     assert "q x 2" in out
+    assert "layer by layer" not in out, "the ranks are alike"
+    assert "in 1 " in run("analyze", north, "--rank", "1", *CPU, columns=80)
     assert "largest at model.layers" in out
     made = run("export", north, "--output", tmp_path / "lora", *CPU, columns=80)
     assert "q x 2" in made

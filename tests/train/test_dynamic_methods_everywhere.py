@@ -143,6 +143,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["own", "Trainer"])
 @dynamic
 def test_two_processes_make_what_one_makes(cls: type[Method], kind: str, shared: list[dict[str, Any]]) -> None:

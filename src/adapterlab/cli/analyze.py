@@ -25,6 +25,7 @@ def analyze(
         str | None, typer.Option(help="A second run, adapter or tuned model of the same base, to compare with.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for analysis.json and analysis.png.")] = None,
+    rank: Annotated[int, typer.Option(min=1, max=256, help="Show how much of the change this rank would keep.")] = 4,
     picture: Annotated[bool, typer.Option(help="Draw analysis.png too; needs matplotlib.")] = True,
     checkpoint: Checkpoint = "best",
     device: Device = None,
@@ -55,8 +56,12 @@ def analyze(
             if picture:
                 from adapterlab.convert.picture import draw
 
-                draw(found, work / "analysis.png")
-    print_json(report) if as_json else _show(found, cosines, output)
+                draw(found, work / "analysis.png", rank)
+    if as_json:
+        print_json(report)
+        return
+    adapters = [name for name, place in zip(found, places, strict=True) if place.adapter is not None]
+    _show(found, cosines, output, rank, adapters)
 
 
 def _places(targets: list[str], base: str | None, checkpoint: str, trust_remote_code: bool) -> list[Place]:
@@ -111,16 +116,22 @@ def _names(places: list[Place]) -> list[str]:
     return [f"{name}_{i + 1}" for i, name in enumerate(names)] if len(set(names)) < len(names) else names
 
 
-def _show(found: dict[str, Analysis], cosines: dict[str, float], output: Path | None) -> None:
-
+def _show(
+    found: dict[str, Analysis], cosines: dict[str, float], output: Path | None, rank: int, adapters: list[str]
+) -> None:
+    from adapterlab.foreign.roles import ranks_by_role
     from adapterlab.terminal import Terminal
 
     console = Terminal(highlight=False)
     for name, analysis in found.items():
-        console.print(_table(name, analysis, cosines))
+        console.print(_table(name, analysis, cosines, rank))
         most = max(analysis.spectra, key=lambda s: s.relative, default=None)
         if most is not None:
             console.print(f"{name}: largest at {most.path}, {most.relative:.3g} of the weight's norm.", soft_wrap=True)
+        if name in adapters:
+            ranks = dict.fromkeys(analysis.unchanged, 0) | {s.path: s.rank for s in analysis.spectra}
+            for text in ranks_by_role(ranks).values():
+                console.print(f"{name}: rank {text}", soft_wrap=True)
         if analysis.correlation is not None:
             roles = ", ".join(f"{role} {r:+.2f}" for role, r in analysis.by_role.items() if r is not None)
             more = f" ({roles})" if roles else ""
@@ -131,7 +142,7 @@ def _show(found: dict[str, Analysis], cosines: dict[str, float], output: Path | 
     console.print(where, soft_wrap=True)
 
 
-def _table(name: str, analysis: Analysis, cosines: dict[str, float]) -> Any:
+def _table(name: str, analysis: Analysis, cosines: dict[str, float], rank: int) -> Any:
     """The medians of each role."""
     from statistics import median
 
@@ -144,7 +155,7 @@ def _table(name: str, analysis: Analysis, cosines: dict[str, float]) -> Any:
         "rank": (".3g", lambda s: s.rank),
         "effective rank": (".2f", lambda s: s.effective_rank),
         "stable rank": (".2f", lambda s: s.stable_rank),
-        "in 4": (".0%", lambda s: s.energy.get(4)),
+        f"in {rank}": (".0%", lambda s: s.share(rank)),
         "ΔM": (".2g", lambda s: s.magnitude),
         "ΔD": (".2g", lambda s: s.direction),
     }

@@ -49,6 +49,10 @@ class Spectrum:
     direction: float
     singular_values: tuple[float, ...]
 
+    def share(self, k: int) -> float:
+        """Share of the squared norm in the k largest singular values, of which 256 are known."""
+        return min(1.0, sum(value**2 for value in self.singular_values[:k]) / self.norm**2)
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -60,12 +64,14 @@ class Analysis:
             them does not vary. DoRA's paper finds it positive for LoRA and negative for full tuning.
         by_role: the same within each role.
         others: norms of the changes of parameters that are no matrices.
+        unchanged: paths of the modules in which nothing changed, such as those that kept no rank.
     """
 
     spectra: tuple[Spectrum, ...]
     correlation: float | None
     by_role: dict[str, float | None]
     others: dict[str, float]
+    unchanged: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain data."""
@@ -84,9 +90,12 @@ def analyze(changes: Changes, progress: Callable[[str, int, int], None] | None =
     """
     spectra: list[Spectrum] = []
     others: dict[str, float] = {}
+    unchanged: list[str] = []
     for done, path in enumerate(changes.sites):
         change = changes.at(path)
-        if change is not None:
+        if change is None:
+            unchanged.append(path)
+        else:
             others |= {f"{path}.{leaf}": float(wide(v).norm()) for leaf, v in change.others.items()}
             if change.weight is not None:
                 spectra.append(_spectrum(change))
@@ -99,7 +108,7 @@ def analyze(changes: Changes, progress: Callable[[str, int, int], None] | None =
         )
     roles = dict.fromkeys(s.role for s in spectra if s.role)
     by_role = {str(role): _correlation([s for s in spectra if s.role == role]) for role in roles}
-    return Analysis(tuple(spectra), _correlation(spectra), by_role, others)
+    return Analysis(tuple(spectra), _correlation(spectra), by_role, others, tuple(unchanged))
 
 
 def cosine(ours: Changes, theirs: Changes) -> dict[str, float]:

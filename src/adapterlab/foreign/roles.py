@@ -7,6 +7,9 @@ of the module's parent (lower case, without underscores), and such longer aliase
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
+
 ROLES: dict[str, tuple[str, ...]] = {
     "q": ("q_proj", "query", "q", "linear_q", "to_q", "q_lin", "wq", "query_proj"),
     "k": ("k_proj", "key", "k", "linear_k", "to_k", "k_lin", "wk", "key_proj"),
@@ -49,3 +52,14 @@ def role_of(path: str) -> str | None:
         if name == alias and flat.endswith(suffix):
             return role
     return _BY_NAME.get(name)
+
+
+def ranks_by_role(ranks: Mapping[str, int]) -> dict[str, str]:
+    """Say which ranks the modules of each role have, in the order of the model; nothing where all are alike."""
+    if len(set(ranks.values())) < 2:
+        return {}
+    roles: dict[str, list[int]] = defaultdict(list)
+    for path, rank in ranks.items():
+        roles[role_of(path) or path.rpartition(".")[2]].append(rank)
+    said = [f"{role} {' '.join(map(str, found))}" for role, found in roles.items()]
+    return {"ranks": f"{sum(ranks.values())} in all, layer by layer: {'; '.join(said)}"}

@@ -13,7 +13,7 @@ from adapterlab.core.adapter import Delta
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Batches, LayerMethod
 from adapterlab.core.site import Site
-from adapterlab.methods.low_rank._ranks import ranks_by_role
+from adapterlab.foreign.roles import ranks_by_role
 from adapterlab.methods.low_rank._starts import Init, Initialiser, Place, Start, initialiser
 
 

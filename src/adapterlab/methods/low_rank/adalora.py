@@ -15,7 +15,7 @@ from adapterlab.core.codec import HFCodec
 from adapterlab.core.method import LayerMethod, MakeOptimizer
 from adapterlab.core.site import Site
 from adapterlab.errors import ConfigError, NotTrainingError
-from adapterlab.methods.low_rank._ranks import ranks_by_role
+from adapterlab.foreign.roles import ranks_by_role
 from adapterlab.optim import Span, steps_of
 from adapterlab.registry import register
 
