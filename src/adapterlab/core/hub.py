@@ -55,7 +55,7 @@ class HubCodec:
             FormatError: it has options that change outputs and are not reproduced, all of them at once.
         """
         found: dict[str, Any] = {}
-        refused, known = [], {*self.when, *self.ignores}
+        refused, known = [], {"version", *self.when, *self.ignores}
         for ours, theirs in self.fields.items():
             option, table = theirs if isinstance(theirs, tuple) else (theirs, None)
             known.add(option)

@@ -12,9 +12,9 @@ from adapterlab.errors import FormatError
 from adapterlab.foreign.adapter_hub import feed_forward_roles
 
 OPTIONS: dict[str, Any] = {
-    "architecture": "lora", "selfattn_lora": True, "intermediate_lora": False, "output_lora": False, "leave_out": [],
-    "r": 8, "alpha": 8, "dropout": 0.0, "attn_matrices": ["q", "v"], "composition_mode": "add", "init_weights": "lora",
-    "init_weights_seed": None, "use_gating": False, "use_dora": False, "vera_d": None, "vera_b": None, "dtype": None,
+    "selfattn_lora": True, "intermediate_lora": False, "output_lora": False, "leave_out": [], "r": 8, "alpha": 8,
+    "dropout": 0.0, "attn_matrices": ["q", "v"], "composition_mode": "add", "init_weights_seed": None,
+    "use_gating": False, "use_dora": False, "vera_d": None, "vera_b": None, "dtype": None,
 }  # fmt: skip
 PLACES = ("selfattn_lora", "intermediate_lora", "output_lora", "attn_matrices", "leave_out")
 _GROUP = ".loras."

@@ -29,9 +29,8 @@ def is_hub(config: Mapping[str, Any]) -> bool:
 
 
 def options_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the adapter, and for what depends on it the version of the library."""
-    options = dict(config["config"])
-    return {**options, "version": config.get("version", "")} if options.get("architecture") == "lora" else options
+    """The options of the adapter, and the version of the library, on which their meaning may depend."""
+    return {**config["config"], "version": config.get("version", "")}
 
 
 def find_method(options: Mapping[str, Any]) -> type[Method]:

@@ -124,10 +124,10 @@ class LoRA(LowRank):
     )
 
     hub: ClassVar[HubCodec | None] = HubCodec(
-        options=hub_places.OPTIONS,
+        options={**hub_places.OPTIONS, "init_weights": "lora"},
         when={"architecture": "lora", "composition_mode": "add"},
         fields={"dropout": "dropout"},
-        ignores=("r", "alpha", "version", "init_weights", "init_weights_seed", *hub_places.PLACES),
+        ignores=("r", "alpha", "init_weights", "init_weights_seed", *hub_places.PLACES),
         derived=lambda host, options, tensors: _hub.read(host, options, tensors),
         outward=lambda host, key, method: _hub.outward(host, key, method, (LoRA.Layer, Blocks)),
         inward=lambda host, key, tensors: _hub.inward(host, key, tensors),

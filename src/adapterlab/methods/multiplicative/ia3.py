@@ -72,7 +72,7 @@ class IA3(LayerMethod):
         options={**hub_places.OPTIONS, "r": 1, "alpha": 1, "init_weights": "ia3", "composition_mode": "scale"},
         when={"architecture": "lora", "composition_mode": "scale"},
         fields={},
-        ignores=("version", "init_weights", "init_weights_seed", *hub_places.PLACES),
+        ignores=("init_weights", "init_weights_seed", *hub_places.PLACES),
         derived=lambda host, options, tensors: {
             "targets": hub_places.as_targets(hub_places.targets(host, tensors)), "feedforward": ()
         },
