@@ -40,6 +40,8 @@ class DeltaLoRA(LoRA):
 
     Inference: can be merged, at no cost.
 
+    The authors begin after 500 steps.
+
     Rate: 5e-4, LoRA's; the authors' code is not public.
 
     Reference: "Delta-LoRA: Fine-Tuning High-Rank Parameters with the Delta of Low-Rank Matrices", arXiv 2309.02411.
@@ -55,7 +57,7 @@ class DeltaLoRA(LoRA):
     dropout: float = Field(0.0, ge=0, le=0, description="not available: it would break the identity of the gradients")
     push: float = Field(2.0, gt=0, description="factor λ of the changes that the weight receives")
     start: Span = Field(
-        500, description="steps K before the first such change: a number (integer), or a share of the run (below 1)"
+        0.1, description="steps K before the first such change: a number (integer), or a share of the run (below 1)"
     )
 
     @classmethod
