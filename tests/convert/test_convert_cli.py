@@ -112,7 +112,7 @@ def test_export(run, base_folder, south, north, tmp_path, saved_adapter) -> None
         torch.testing.assert_close(made[key], value, atol=1e-4, rtol=1e-4)
     run("export", north, "--as", "peft", "--output", tmp_path / "peft", *CPU)
     assert {p.name for p in (tmp_path / "peft").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    with pytest.raises(ConfigError, match=r"--as gguf is unknown. Valid: lora, peft"):
+    with pytest.raises(ConfigError, match=r"--as gguf is unknown. Valid: adapterhub, lora, peft"):
         run("export", north, "--as", "gguf", "--output", tmp_path / "x")
     with pytest.raises(ConfigError, match="--as peft keeps"):
         run("export", north, "--as", "peft", "--rank", 2, "--output", tmp_path / "x")
