@@ -61,6 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(root / "rows.jsonl", 12)
     config = {**make_config(root, steps=1, save_every=1), "output": str(root / "run")}
     config["data"]["eval_size"] = 2
+    config["training"]["warmup"] = 0
     (root / "run.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(config, default=str))))
     assert called("train", root / "run.yaml", "--quiet")[0] == 0
     return root

@@ -172,7 +172,8 @@ def test_convolutions_have_pefts_layout(init: str, tmp_path: Path) -> None:
     theirs = peft.PeftModel.from_pretrained(net(), tmp_path / "a").eval()
     rounding = 1e-5 * float(live.abs().max())  # a start that moves the base is taken out of it and put back
     assert (theirs(x) - live).abs().max() < rounding
-    assert torch.equal(al.load(net(), tmp_path / "a").model(x), live)
+    found = al.load(net(), tmp_path / "a").model(x)
+    assert torch.equal(found, live) if init == "kaiming" else (found - live).abs().max() < rounding
     theirs.save_pretrained(tmp_path / "b")
     assert (al.load(net(), tmp_path / "b").model(x) - live).abs().max() < rounding
 

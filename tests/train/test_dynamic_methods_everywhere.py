@@ -20,13 +20,20 @@ import torch.multiprocessing as mp
 import everywhere
 from adapterlab import registry
 from adapterlab.core.method import Method
+from adapterlab.errors import ConfigError
 from everywhere import HALF, PARTS, State, apart, attached, expected, far, foreign, in_pieces, listen, own, state_of
 
 WORLD = PARTS
+SAME = everywhere.SAME
 ACTING = (*everywhere.EVENTS, "rate", "optimizer")
 CLASSES = [method for method in map(registry.method, registry.ids()) if method.trains]
 THEIRS = {m: tuple(getattr(m, hook) for hook in ACTING) for m in CLASSES}
-ACTIVE = [m for m in CLASSES if any(map(m.overrides, ACTING)) and not m.overrides("gradient")]
+# Methods that need more than tokens, such as pictures, are tried by their claims.
+ACTIVE = [
+    m
+    for m in CLASSES
+    if any(map(m.overrides, ACTING)) and not (m.overrides("gradient") or m.overrides("example_batch"))
+]
 DYNAMIC = list({THEIRS[m]: m for m in reversed(ACTIVE)}.values())[::-1]
 dynamic = pytest.mark.parametrize("cls", DYNAMIC, ids=lambda cls: cls.id)
 
@@ -39,7 +46,7 @@ def _quick() -> Iterator[None]:
 
 def made(cls: type[Method]) -> Method:
     """The method with settings that let it act in a few steps, and without noise, which every process draws anew."""
-    quiet = {"dropout": 0.0} if "dropout" in cls.model_fields else {}
+    quiet = {key: value for key, value in {"dropout": 0.0, "experts": 1}.items() if key in cls.model_fields}
     return cls(**cls.example(everywhere.tiny("llama")), **quiet)
 
 
@@ -68,7 +75,7 @@ def test_our_own_loop_tells_events_once_a_step_and_parts_change_nothing(
     log.clear()
     alone.__wrapped__(cls)
     assert log == expected(cls)
-    assert apart(state_of(whole.host), alone(cls), start(cls)) < 1e-4
+    assert apart(state_of(whole.host), alone(cls), start(cls)) < SAME
 
 
 @dynamic
@@ -88,7 +95,7 @@ def test_the_trainer_of_transformers_does_the_same(
     foreign(host, tmp_path, save_strategy="steps", save_steps=HALF).train()
     assert log == expected(cls)
     straight = state_of(host)
-    assert apart(straight, alone(cls), start(cls)) < 1e-4
+    assert apart(straight, alone(cls), start(cls)) < SAME
     log.clear()
     again = attached(made(cls))
     foreign(again, tmp_path / "more").train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{HALF}"))
@@ -100,9 +107,15 @@ def test_the_trainer_of_transformers_does_the_same(
 def test_the_trainer_of_trl_does_the_same(cls: type[Method], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     log = listen(monkeypatch, cls)
     host = attached(made(cls))
-    everywhere.trl(host, tmp_path).train()
+    trainer = everywhere.trl(host, tmp_path)
+    try:
+        trainer.train()
+    except ConfigError:  # TRL multiplies with the head outside of the model
+        if "" in host.adapters(everywhere.NAME):
+            return
+        raise
     assert log == expected(cls)
-    assert apart(state_of(host), alone(cls), start(cls)) < 1e-4
+    assert apart(state_of(host), alone(cls), start(cls)) < SAME
 
 
 @dynamic
@@ -135,21 +148,15 @@ def _work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes holds after training together, by method and loop."""
-    folder = tmp_path_factory.mktemp("pair")
-    mp.start_processes(_work, args=(str(folder),), nprocs=WORLD, start_method="spawn")
-    return [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in range(WORLD)]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["own", "Trainer"])
-@dynamic
-def test_two_processes_make_what_one_makes(cls: type[Method], kind: str, shared: list[dict[str, Any]]) -> None:
-    for found in shared:
-        state = found[f"{cls.id} {kind}"]
-        assert not isinstance(state, str), state
-        assert apart(state, alone(cls), start(cls)) < 1e-4
-    first, second = (found[f"{cls.id} {kind}"] for found in shared)
-    assert all(torch.equal(first[key], second[key]) for key in first)
+def test_two_processes_make_what_one_makes(tmp_path: Path) -> None:
+    """One test for all methods: a pair of processes takes as long to start as all of them to train."""
+    mp.start_processes(_work, args=(str(tmp_path),), nprocs=WORLD, start_method="spawn")
+    pair = [torch.load(tmp_path / f"found-{rank}.pt", weights_only=True) for rank in range(WORLD)]
+    for cls in DYNAMIC:
+        for kind in ("own", "Trainer"):
+            case = f"{cls.id} {kind}"
+            first, second = (found[case] for found in pair)
+            assert not isinstance(first, str), f"{case}: {first}"
+            assert apart(first, alone(cls), start(cls)) < SAME, case
+            assert all(torch.equal(first[key], second[key]) for key in first), case

@@ -114,7 +114,7 @@ def test_settings_of_the_run_show(rows: Rows) -> None:
 
 
 def test_run_json_has_them(config: Callable[..., dict[str, Any]]) -> None:
-    fields = config(steps=1)
+    fields = config(steps=1, warmup=0)
     fit(fields, quiet=True)
     facts = json.loads((Path(fields["output"]) / "run.json").read_text())
     found = {path["name"]: path for path in facts["fast_paths"]}
