@@ -32,9 +32,7 @@ from adapterlab.train.sampler import Sampler
 
 NAME, STEPS, BATCH, PARTS, HALF = "default", 5, 2, 2, 2
 LR, EPS = 1e-2, 1e-4  # of Adam: a gradient that is nothing but rounding makes no step
-SAME = (
-    5e-4  # share of the largest change: sums in another order; an event too many or too few makes a hundred times that
-)
+SAME = 5e-4  # share of the largest change: sums in another order; an event too many makes a hundred times that
 EVENTS = ("begin", "before_step", "penalty", "after_backward", "after_step", "finish")
 State = dict[str, Tensor]
 Log = list[tuple[Any, ...]]
