@@ -65,6 +65,7 @@ class Carrier(Protocol):
     def part_methods(self, name: str) -> dict[str, Any]: ...
     def tensors(self, name: str) -> dict[str, Tensor]: ...  # all that saving must keep
     def state_dict(self, name: str) -> dict[str, Tensor]: ...  # copies of them
+    def load_state_dict(self, name: str, tensors: Mapping[str, Tensor]) -> None: ...  # all of them, checked
     def parameters(self, name: str) -> list[nn.Parameter]: ...  # what trains
     def named_parameters(self, name: str) -> dict[str, nn.Parameter]: ...
 

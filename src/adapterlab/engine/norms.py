@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterlab.foreign.model import ADAPTERS
 from adapterlab.foreign.private_torch import _disable_current_modes
 from adapterlab.ops.rms_norm import Form, rms_norm
 
@@ -62,7 +61,7 @@ def _computed(module: nn.Module, plain: Callable[..., Any], form: Form, x: Any, 
 def _form_of(module: nn.Module) -> Form | None:
     weight = module._parameters.get("weight")
     alone = weight is not None and weight.dim() == 1 and len(module._parameters) == 1 and not module._buffers
-    if not alone or module._modules or ADAPTERS in module._modules or "forward" in module.__dict__:
+    if not alone or module._modules or "forward" in module.__dict__:
         return None
     numbers = {k: v for k, v in module.__dict__.items() if isinstance(v, (int, float, str)) and k != "training"}
     cls: Any = type(module)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from adapterlab.core.adapter import Copy
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Method
-from adapterlab.errors import AttachError, ConfigError
+from adapterlab.errors import ConfigError
 from adapterlab.registry import method as method_by_id
 
 Entry = str | dict[str, Any]  # of a setting: a folder, the name of an attached adapter, or settings with a `name`
@@ -45,14 +44,15 @@ def compose(host: Carrier, name: str, method: Method, entries: Mapping[str, Entr
     Raises:
         FormatError: a folder holds no adapter, or one that does not fit the model.
         ConfigError: an entry is neither.
+        AttachError: an adapter became another one as a part.
     """
-    settled = {}
+    settled, values = {}, {}
     for part in _parts(host, name, entries):
         saved = None if part.tensors is None else {f"{part.name}/{key}": t for key, t in part.tensors.items()}
         host.compose(name, part.name, part.method, saved)
         settled[part.name] = {"name": part.method.id, **part.method.model_dump(mode="json")}
-        if part.tensors is not None:
-            _fill(host, name, part.name, part.tensors)
+        values.update(saved or {})
+    host.load_state_dict(name, {**host.tensors(name), **values})
     host.settle(name, method.replace(adapters=settled))
 
 
@@ -100,16 +100,3 @@ def _made(part: str, entry: Entry) -> Method:
             "settings of a new one with the id of a method as its name."
         )
     return method_by_id(id)(**fields)
-
-
-@torch.no_grad()
-def _fill(host: Carrier, name: str, part: str, tensors: Mapping[str, Tensor]) -> None:
-    own = {k.removeprefix(f"{part}/"): v for k, v in host.tensors(name).items() if k.startswith(f"{part}/")}
-    if own.keys() != tensors.keys() or any(own[key].shape != tensors[key].shape for key in own):
-        raise AttachError(
-            f"The adapter {part!r} became another one as a part of {name!r}: {sorted(own.keys() ^ tensors.keys())[:4]} "
-            "differ. Load it by itself, save it again, and name that folder."
-        )
-    for key, value in tensors.items():
-        own[key].copy_(value)
-    host.refresh(name)
