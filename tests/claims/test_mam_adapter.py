@@ -56,7 +56,7 @@ def test_claim(tiny: Any) -> None:
 
 
 def behind(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, p_k: Tensor, p_v: Tensor, kwargs: Any, window: Any
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, p_k: Tensor, p_v: Tensor, kwargs: Any, *_: Any
 ) -> Any:
     count = p_k.shape[2]
     mask = torch.cat([mask, mask.new_zeros(*mask.shape[:-1], count)], -1)

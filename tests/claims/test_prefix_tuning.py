@@ -10,9 +10,12 @@ import torch
 from mutations import Mutation, fails_without
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import BloomConfig, BloomForCausalLM
 
 import adapterlab as al
+from adapterlab.engine import attention
 from adapterlab.errors import AttachError, ConfigError
+from adapterlab.foreign import written_attention
 from adapterlab.methods.prompt import prefix_tuning
 from adapterlab.methods.prompt.prefix_tuning import PrefixTuning
 from adapterlab.methods.prompt.prompt_tuning import PromptTuning
@@ -40,6 +43,22 @@ def test_a_prefix_of_words_equals_reading_them(family: str, implementation: str,
     model = tiny(family)
     model.set_attn_implementation(implementation)
     assert same_as_reading(model) < 1e-5
+
+
+def test_linear_biases_have_the_prefix_in_front() -> None:
+    """Bloom, whose heads are no power of two: it computes attention by itself, to the bit the same without a prefix."""
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(vocab_size=128, hidden_size=48, n_layer=2, n_head=6)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        before = model(ids()).logits
+    assert same_as_reading(model) < 2e-5
+    host: Any = al.host(model)
+    with torch.no_grad(), host.using():
+        assert torch.equal(model(ids()).logits, before)
+    with torch.no_grad():
+        assert (model(ids()).logits - before).abs().max() > 0.01
 
 
 def measure(tiny: Any, method: Any, steps: int = 40) -> float:
@@ -182,7 +201,21 @@ def _without_dropout_of_heads(self: Any) -> Tensor:
     return torch.cat([PAIRS(self)[:, :1]] * 2, 1)
 
 
+CORE = written_attention._linear_core
+
+
+def _unscaled(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, scaling: float, **given: Any) -> Any:
+    return CORE(module, q, k, v, mask, 1.0, **given)
+
+
 BROKEN: dict[str, Mutation] = {
+    "no linear bias of the prefix": (attention, "slopes", lambda heads, device: torch.zeros(heads)),
+    "one series of slopes": (
+        attention,
+        "slopes",
+        lambda heads, device: 2.0 ** (-8 * torch.arange(1, heads + 1) / heads),
+    ),
+    "linear attention is not scaled": (written_attention, "_linear_core", _unscaled),
     "positions kept": (PrefixTuning, "first_position", 0),
     "keys and values exchanged": (PrefixTuning.Layer, "pairs", lambda self: PAIRS(self).flip(0)),
     "heads exchanged": (PrefixTuning.Layer, "pairs", lambda self: PAIRS(self).flip(1)),
@@ -195,6 +228,7 @@ BROKEN: dict[str, Mutation] = {
 }
 test_the_claims_fail_when_a_line_is_broken = fails_without(
     functools.partial(test_a_prefix_of_words_equals_reading_them, "llama", "sdpa"),
+    test_linear_biases_have_the_prefix_in_front,
     test_the_network_is_the_written_one,
     test_it_steers_every_layer_where_a_prompt_cannot,
     lines=BROKEN,

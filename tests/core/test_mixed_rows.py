@@ -9,14 +9,14 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    BloomConfig,
-    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     SwitchTransformersConfig,
@@ -117,9 +117,9 @@ def test_merging_needs_to_know_what_becomes_of_tied_and_packed_weights(tiny: Any
 
 
 def test_a_model_outside_the_attention_interface_is_refused_and_left_alone() -> None:
-    config = BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2)
-    model = BloomForCausalLM(config)
-    with pytest.raises(AttachError, match=r"BloomAttention(.|\n)*attention interface(.|\n)*Choose a method"):
+    config = MptConfig(vocab_size=64, d_model=32, n_layers=1, n_heads=2)
+    model = MptForCausalLM(config)
+    with pytest.raises(AttachError, match=r"MptAttention(.|\n)*attention interface(.|\n)*Choose a method"):
         al.attach(model, al.PrefixTuning(length=2))
     assert al.host(model) is None
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from adapterlab.core.site import Site
 from adapterlab.core.targets import Targets, select
-from adapterlab.engine.attention import bridge, uses_interface
+from adapterlab.engine.attention import bridge, is_reached
 from adapterlab.errors import AttachError, TargetError, nearest
 from adapterlab.foreign.model import (
     backbone_of,
@@ -50,7 +50,7 @@ class Anatomy:
         Raises:
             AttachError: there are none.
         """
-        found = [module for _, module in base_modules(self.model) if uses_interface(plain_class(module))]
+        found = [module for _, module in base_modules(self.model) if is_reached(plain_class(module))]
         if not found:
             bridge(next((m for m in self.model.modules() if "attention" in type(m).__name__.lower()), self.model))
         return found

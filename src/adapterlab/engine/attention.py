@@ -25,6 +25,7 @@ from adapterlab.engine.wrapping import through
 from adapterlab.errors import AttachError, ConfigError
 from adapterlab.foreign.model import ADAPTERS, plain_class
 from adapterlab.foreign.private_transformers import attention_implementation, attention_mapping, sdpa_attention_forward
+from adapterlab.foreign.written_attention import LINEAR, slopes, written_out
 from adapterlab.ops.attention import attention, each_segment, pays, varlen_attention, varlen_works
 
 BOUNDS = "cu_seq_lens_q"
@@ -43,13 +44,20 @@ def uses_interface(cls: Any) -> bool:
         return False
 
 
+def is_reached(cls: Any) -> bool:
+    """Say whether adapters can stand inside the attention of modules of a class."""
+    return uses_interface(cls) or written_out(cls) is not None
+
+
 def bridge(module: nn.Module) -> None:
     """Make the attention function that a module will look up consult its adapters.
 
     Raises:
-        AttachError: the module does not compute attention through the interface.
+        AttachError: the module computes attention neither through the interface nor in a form that is known.
     """
     cls = plain_class(module)
+    if written_out(cls):
+        return  # a wrapped module computes it in that form
     if not uses_interface(cls):
         raise AttachError(
             f"{cls.__name__} does not compute attention through the attention interface of transformers, so nothing "
@@ -199,6 +207,7 @@ def prepend(
     prefix_v: Tensor,
     kwargs: dict[str, Any],
     window: int | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
     """Put keys and values in front of the real ones, visible to every query.
 
@@ -213,8 +222,10 @@ def prepend(
         mask: `[batch or 1, heads or 1, queries, keys]`, boolean (true = visible) or additive, or None.
         prefix_k: `[batch or 1, kv_heads, prefix, head_dim]`.
         prefix_v: likewise.
-        kwargs: of the attention call; a `position_bias` gets zero columns.
+        kwargs: of the attention call; a `position_bias` gets zero columns, or those of positions 0, 1, ... if it is
+            linear.
         window: how many keys a query of causal attention sees, itself included, where the prefix counts among them.
+        first: position of the first real key, where a linear bias counts from it.
 
     Returns:
         (keys, values, mask, kwargs) with `prefix` more columns.
@@ -230,7 +241,11 @@ def prepend(
     mask = mask if mask is None else understood(module, mask, q.dtype)
     bias = kwargs.get("position_bias")
     if bias is not None:
-        kwargs = {**kwargs, "position_bias": torch.cat([bias.new_zeros(*bias.shape[:-1], count), bias], -1)}
+        front = bias.new_zeros(*bias.shape[:-1], count)
+        if kwargs.get(LINEAR):
+            places = torch.arange(count, device=bias.device) - first
+            front = front + (slopes(bias.shape[1], bias.device)[:, None, None] * places).to(bias.dtype)
+        kwargs = {**kwargs, "position_bias": torch.cat([front, bias], -1)}
     k = torch.cat([_as_wide(prefix_k, k).expand(len(k), -1, -1, -1).to(k.dtype), k], 2)
     v = torch.cat([_as_wide(prefix_v, v).expand(len(v), -1, -1, -1).to(v.dtype), v], 2)
     return k, v, mask, kwargs
@@ -265,7 +280,3 @@ def understood(module: nn.Module, mask: Tensor, dtype: torch.dtype) -> Tensor:
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     given = kwargs.get("is_causal")
     return bool(given if given is not None else getattr(module, "is_causal", True))
-
-
-def _implementation(module: nn.Module) -> str:
-    return getattr(getattr(module, "config", None), "_attn_implementation", None) or "eager"

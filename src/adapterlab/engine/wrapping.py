@@ -20,13 +20,18 @@ from adapterlab.core.state import State
 from adapterlab.engine.fusion import Base, computed
 from adapterlab.engine.mixed_batch import mixed
 from adapterlab.foreign.model import ADAPTERS, PLAIN, plain_class
+from adapterlab.foreign.written_attention import written_out
 
 HOST, STATE = "_adapterlab_host", "_adapterlab_state"  # attributes: of the model, and of every wrapped module
 _TAKES = "_adapterlab_takes"  # attribute of a wrapped class: what its signature names beside its own
+_WRITTEN = "_adapterlab_written"  # likewise: its forward in the form of `foreign.written_attention`, or None
 
 
 def dispatch(module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a module's own computation through its live adapters; attached first means innermost."""
+    written: Any = getattr(type(module), _WRITTEN, None)
+    if written is not None and any(a.place == "attention" for a in adapters_of(module).values()):
+        run = functools.partial(written, module, functools.partial(through, "attention", module))
     return through("call", module, run, *args, **kwargs)
 
 
@@ -101,6 +106,7 @@ def wrapped(cls: Any, takes: tuple[str, ...] = ()) -> type[nn.Module]:
         "__doc__": cls.__doc__,
         PLAIN: cls,
         _TAKES: takes,
+        _WRITTEN: written_out(cls),
     }
     made: Any = type(cls.__name__, (cls,), namespace)
     return made

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from adapterlab.foreign.calls import calls
 from adapterlab.foreign.private_transformers import FILLED
+from adapterlab.foreign.written_attention import written_out
 
 # Names of the submodules that hold adapters: in the module they adapt, where FSDP shards them, and at the root.
 ADAPTERS, SHARED = "_adapters", "_adapterlab_shared"
@@ -78,8 +79,10 @@ def attention_limits(model: Any) -> dict[str, int]:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Say whether tokens see those before them alone, as the attention modules of a model tell."""
-    return any(getattr(module, "is_causal", False) for _, module in base_modules(model))
+    """Say whether tokens see those before them alone, as the attention modules of a model tell, or their form."""
+    return any(
+        getattr(module, "is_causal", False) or written_out(plain_class(module)) for _, module in base_modules(model)
+    )
 
 
 def is_encoder_decoder(model: Any) -> bool:

@@ -22,7 +22,7 @@ from adapterlab.engine.attention import prepend
 from adapterlab.engine.positions import Positions, position_sites
 from adapterlab.errors import AttachError, FormatError
 from adapterlab.foreign.cache import cache_argument
-from adapterlab.foreign.model import attention_limits, is_encoder_decoder, vocabulary
+from adapterlab.foreign.model import attention_limits, config_of, is_encoder_decoder, vocabulary
 from adapterlab.foreign.roles import role_of
 from adapterlab.methods.prompt import _hub
 from adapterlab.methods.prompt._virtual_tokens import (
@@ -48,8 +48,9 @@ class PrefixTuning(Method):
     Where it attaches: inside every attention module. An encoder-decoder gets three independent prefixes: encoder
     self-attention, decoder self-attention, and cross-attention in front of the encoder's keys. Layers that borrow
     another layer's keys get none. Real tokens start at position `offset`, by default P, as if the prefix had been read;
-    models with relative biases or image patches know no such shift. Where attention has a sliding window, every query
-    still sees the prefix; with `window=True` the window passes over it as over tokens, which is what HF PEFT does.
+    models with relative biases or image patches know no such shift, and under linear ones (ALiBi) the prefix stands at
+    0 to P − 1. Where attention has a sliding window, every query still sees the prefix; with `window=True` the window
+    passes over it as over tokens, which is what HF PEFT does.
 
     Start: not the base's output; with `init="words"` the model behaves as if it had read P words first. Even a prefix
     of zeros draws attention to itself.
@@ -135,7 +136,8 @@ class PrefixTuning(Method):
                 # Layers of one kind share a network: encoder, decoder and cross-attention have one each.
                 kind = re.sub(r"\d+", "N", site.path)
                 if kind not in networks:
-                    networks[kind] = host.share(name, f"network{len(networks)}", _Network(self, site))
+                    width = (getattr(site.module, "config", None) or config_of(host.model)).hidden_size
+                    networks[kind] = host.share(name, f"network{len(networks)}", _Network(self, site, width))
                 adapter.refer("network", networks[kind])
             host.attend(name, site.module, adapter)
         if self.first_position:
@@ -184,7 +186,7 @@ class PrefixTuning(Method):
 
         def __init__(self, method: PrefixTuning, site: Site):
             super().__init__(site)
-            self.p, self.window = method.dropout, method.window
+            self.p, self.window, self.first = method.dropout, method.window, method.first_position
             self.sizes = (method.length, *kv_shape(site.module))
             length, heads, width = self.sizes
             if method.hidden is None:
@@ -208,20 +210,20 @@ class PrefixTuning(Method):
             """Run the attention with the prefix in front."""
             prefix = F.dropout(self.pairs(), self.p) if self.training and self.p else self.pairs()
             window = kwargs.get("sliding_window") if self.window else None
-            k, v, mask, kwargs = prepend(self.site.module, q, k, v, mask, prefix[:1], prefix[1:], kwargs, window)
+            pairs = (prefix[:1], prefix[1:])
+            k, v, mask, kwargs = prepend(self.site.module, q, k, v, mask, *pairs, kwargs, window, self.first)
             return run(q, k, v, mask, **kwargs)
 
 
 class _Network(nn.Module):
     """The part of the network that layers share: tanh(E W1ᵀ + b1) `[P, m]`."""
 
-    def __init__(self, method: PrefixTuning, site: Site):
+    def __init__(self, method: PrefixTuning, site: Site, width: int):
         super().__init__()
         assert method.hidden is not None
-        config: Any = site.module.config
         made: dict[str, Any] = {"device": site.device, "dtype": site.dtype}
-        self.embedding = nn.Embedding(method.length, config.hidden_size, **made)
-        self.inner = nn.Linear(config.hidden_size, method.hidden, **made)
+        self.embedding = nn.Embedding(method.length, width, **made)
+        self.inner = nn.Linear(width, method.hidden, **made)
 
     def forward(self) -> Tensor:
         """Compute the hidden layer for all virtual tokens."""
