@@ -15,7 +15,7 @@ from mutations import Mutation, fails_without
 from torch import Tensor
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from adapterlab.errors import AttachError, ConfigError, MergeError
+from adapterlab.errors import AttachError, ConfigError, DataError, MergeError, NotTrainingError
 from adapterlab.hosts import Host, attach, load
 from adapterlab.methods.composite import s4
 from adapterlab.methods.composite.s4 import S4, Layer, spindle
@@ -148,6 +148,77 @@ def test_families(kind: str, tiny: Any, batch_for: Any, logits: Any, inside_atte
         host.merge()
 
 
+def test_a_search_goes_group_by_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each set of methods once for a group, beside what the groups before it have got; the least loss stays."""
+    wanted = (("prefix",), ("adapter", "lora"), ("bitfit",))
+    tried: list[Any] = []
+
+    def loss(method: S4, *_: Any) -> float:
+        tried.append(method.groups)
+        return sum(len({*found} ^ {*best}) for found, best in zip(method.groups, wanted, strict=True))
+
+    monkeypatch.setattr(s4, "loss_with", loss)
+    method = S4(groups=(("adapter",),) * 3, search=5)
+    found = s4.searched(method, Host(bert(4)), [{"labels": torch.zeros(1)}] * 4)
+    assert found == wanted
+    assert len(tried) == 3 * 15
+    assert len(set(tried[:15])) == 15
+    assert all(groups[1:] == (("adapter",),) * 2 for groups in tried[:15])
+    assert all(groups[0] == wanted[0] for groups in tried[15:])
+    assert all(groups[1] == wanted[1] for groups in tried[30:])
+
+
+def rows_for(model: Any) -> list[dict[str, Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 128, (4, 8), generator=draw) for _ in range(4)]
+    return [{"input_ids": one, "labels": one} for one in ids]
+
+
+def by_hand(model: Any, method: S4, batches: list[dict[str, Tensor]]) -> float:
+    """The loss on the last batch after three steps on those before it, from a start of its own."""
+    torch.manual_seed(0)
+    host = attach(model, method)
+    optimizer = torch.optim.AdamW(host.parameters(NAME), lr=1e-2, weight_decay=0.0)
+    for batch in batches[:3]:
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return float(model.eval()(**batches[3]).loss)
+
+
+def test_what_a_search_finds_is_the_best_of_what_it_tried(tiny: Any, logits: Any, tmp_path: Any) -> None:
+    """The losses are those of training by hand; the base is left as it was, and what is saved needs no search."""
+    sets: Any = (("lora",), ("adapter",), ("bitfit",))
+    model = tiny("llama")
+    batches, before = rows_for(model), {key: value.clone() for key, value in model.state_dict().items()}
+    method = S4(density=0.1, groups=(("lora",),), search=3, candidates=sets, search_lr=1e-2)
+    losses = {kinds: by_hand(tiny("llama"), S4(density=0.1, groups=(kinds,)), batches) for kinds in sets}
+    assert len({round(loss, 4) for loss in losses.values()}) == 3
+    host = attach(model, method)
+    with pytest.raises(NotTrainingError, match="has not searched yet"):
+        method.before_step(host, NAME, 0, None)  # type: ignore[arg-type]
+    plain = S4(density=0.1, groups=(("lora",),))
+    for kinds, loss in losses.items():
+        found = s4.loss_with(plain.replace(groups=(kinds,), search_lr=1e-2), host, batches[:3], batches[3:], 3)
+        assert found == pytest.approx(loss, rel=1e-4), kinds
+    method.prepare(host, NAME, batches)
+    best = min(losses, key=lambda kinds: losses[kinds])
+    assert host.methods[NAME].groups == (best,)
+    assert method.outcome(host, NAME) == {"groups": best[0]}
+    assert list(host.methods) == [NAME]
+    state = model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in before.items())
+    host.verify(batches[0])
+    method.before_step(host, NAME, 0, None)  # type: ignore[arg-type]
+    parts = host.part_methods(NAME)
+    method.prepare(host, NAME, batches)
+    assert host.part_methods(NAME) == parts
+    host.save(tmp_path / "adapter")
+    again = load(tiny("llama"), tmp_path / "adapter")
+    assert torch.equal(logits(again.model, batches[0]), logits(model, batches[0]))
+
+
 def test_settings_and_refusals(tiny: Any) -> None:
     host = attach(bert(6), S4(density=0.3, init="zeros", sizes=(2, 1, 1, 2)))
     assert [kinds_of(host, i, "encoder.layer") for i in (0, 1, 2)] == [{"adapter", "lora"}] * 2 + [
@@ -163,8 +234,35 @@ def test_settings_and_refusals(tiny: Any) -> None:
         S4(groups=((),))
     with pytest.raises(ConfigError, match=r"density = 0\.0"):
         S4(density=0.0)
+    with pytest.raises(ConfigError, match="set search to the steps"):
+        S4(candidates=(("lora",),))
+    for batches in ([], rows_for(None)[:1], [{"input_ids": torch.ones(1, 4, dtype=torch.long)}] * 4):
+        with pytest.raises(DataError, match="two batches with labels"):
+            S4(search=2).prepare(attach(bert(4), S4(search=2)), NAME, batches)
 
 
+SEARCHED, LOSS = s4.searched, s4.loss_with
+
+
+def _not_judged_apart(method: S4, host: Host, batches: Any, judged: Any, steps: int) -> float:
+    return LOSS(method, host, batches, batches, steps)
+
+
+SEARCH_BROKEN: dict[str, Mutation] = {
+    "nothing is searched": (s4, "searched", lambda method, host, batches: method.groups),
+    "the last group alone": (s4, "searched", lambda method, host, batches: (
+        *method.groups[:-1], SEARCHED(method, host, batches)[-1])),
+    "single methods alone": (s4, "every_set", lambda layers: [("adapter",), ("prefix",), ("bitfit",), ("lora",)]),
+    "trials do not train": (s4, "loss_with", lambda method, host, batches, judged, steps: LOSS(
+        method, host, batches, judged, 0)),
+    "trials are judged by their own rows": (s4, "loss_with", _not_judged_apart),
+    "another rate": (s4, "loss_with", lambda method, *rest: LOSS(method.replace(search_lr=1e-3), *rest)),
+}  # fmt: skip
+test_the_search_fails_when_a_line_is_broken = fails_without(
+    test_what_a_search_finds_is_the_best_of_what_it_tried,
+    test_a_search_goes_group_by_group,
+    lines=SEARCH_BROKEN,
+)
 SIZES, GROUP, PART = Layer.sizes, S4.group_of, S4.part
 BROKEN: dict[str, Mutation] = {
     "groups from the output on": (S4, "group_of", lambda self, count: GROUP(self, count)[::-1]),

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
+import torch
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from adapterlab.core.carrier import Carrier
-from adapterlab.core.method import Composite, Method
+from adapterlab.core.hub import method_of
+from adapterlab.core.method import Batches, Composite, Method
 from adapterlab.core.site import Site
 from adapterlab.core.targets import Targets
-from adapterlab.errors import AttachError
+from adapterlab.engine.modes import evaluating
+from adapterlab.errors import AttachError, DataError, NotTrainingError, TrainingError
+from adapterlab.hosts import attach
 from adapterlab.methods.bottleneck._bottleneck import feed_forwards, width_of
 from adapterlab.methods.bottleneck.adapter_pfeiffer import AdapterPfeiffer
 from adapterlab.methods.in_place.bitfit import BitFit
 from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.methods.prompt.prefix_tuning import PrefixTuning, kv_shape
 from adapterlab.registry import register
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 Kind = Literal["adapter", "prefix", "bitfit", "lora"]
 Groups = tuple[tuple[Kind, ...], ...]
@@ -56,7 +65,11 @@ class S4(Composite):
 
     Inference: not mergeable as a whole, since adapters and prefixes are not.
 
-    `groups` says other sets, and one group alone is one method (or several) everywhere with the same budget.
+    `groups` says other sets, and one group alone is one method (or several) everywhere with the same budget. With
+    `search = n` the sets are looked for when training begins, as the authors did for T5: group by group from the input
+    on, each of `candidates` is tried for n steps on the first batches, from the same start and beside what the other
+    groups have by then, and the one with the least loss on batches behind them is kept. That is 15 trials for a group
+    with all sets of the four methods; the rows tried on are rows that are trained on afterwards.
 
     Rate: 5e-4, LoRA's; the authors' command for RoBERTa takes 5e-5.
 
@@ -75,13 +88,18 @@ class S4(Composite):
     groups: Groups = Field(FOUND, description="methods of each group of layers: adapter, prefix, bitfit, lora")
     sizes: tuple[int, ...] | None = Field(None, description="number of layers of each group; default: the spindle")
     init: Literal["words", "normal", "zeros"] = Field("words", description="start of the prefixes, as in prefix_tuning")
+    search: int = Field(0, ge=0, description="steps to try each set of methods for, before training; 0: take `groups`")
+    candidates: Groups = Field((), description="sets of methods that are tried; default: every one")
+    search_lr: float = Field(1e-3, gt=0, description="learning rate of the trials")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not self.groups or not all(self.groups):
+        if not self.groups or not all((*self.groups, *self.candidates)):
             raise ValueError("groups needs one set of methods at least, and none of them empty")
-        if any(len(set(kinds)) < len(kinds) for kinds in self.groups):
-            raise ValueError(f"groups={self.groups} names a method twice in a group")
+        if any(len(set(kinds)) < len(kinds) for kinds in (*self.groups, *self.candidates)):
+            raise ValueError(f"groups={self.groups} or candidates={self.candidates} name a method twice in a group")
+        if self.candidates and not self.search:
+            raise ValueError("candidates are tried by a search: set search to the steps of a trial, such as 20")
         if self.sizes is not None and (len(self.sizes) != len(self.groups) or min(self.sizes) < 1):
             raise ValueError(f"sizes={self.sizes} should give each of {len(self.groups)} groups one layer at least")
         return self
@@ -90,6 +108,50 @@ class S4(Composite):
     def example(cls, model: nn.Module) -> dict[str, Any]:
         """Leave room for something in a tiny model."""
         return {"density": 0.1}
+
+    def attach(self, host: Carrier, name: str) -> None:
+        """Attach the methods of each group; with a search, when that has found them."""
+        if not self.search:
+            super().attach(host, name)
+
+    def attach_saved(self, host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Likewise; what is saved after a search has found its groups."""
+        if not self.search:
+            super().attach_saved(host, name, tensors)
+
+    def prepare(self, host: Carrier, name: str, batches: Batches) -> None:
+        """Search, if that is asked for; what has been found stays as it is."""
+        if self._waits(host, name):
+            found = self.replace(groups=searched(self, host, list(batches)), search=0, candidates=())
+            host.settle(name, found)
+            found.attach(host, name)
+            host.activate(*host.active)  # the parts are new
+        super().prepare(host, name, batches)
+
+    def brief(self) -> Self:
+        """Take the groups as they are: a search ends with as large a budget."""
+        return self.replace(search=0, candidates=())
+
+    def before_step(self, host: Carrier, name: str, step: int, optimizer: Optimizer) -> None:
+        """Refuse to train in a loop that did not call `prepare`."""
+        super().before_step(host, name, step, optimizer)
+        if self._waits(host, name):
+            raise NotTrainingError(
+                f"The {self.id} adapter {name!r} has not searched yet. Call host.methods[{name!r}].prepare(host, "
+                f"{name!r}, batches) with labelled batches before the optimizer is made; the training loop of "
+                "adapterlab does it by itself."
+            )
+
+    def outcome(self, host: Carrier, name: str) -> dict[str, str]:
+        """What a search has found."""
+        sets = method_of(host, name).groups if self.search else ()
+        found = {"groups": "; ".join(" + ".join(kinds) for kinds in sets)} if sets else {}
+        return {**super().outcome(host, name), **found}
+
+    def _waits(self, host: Carrier, name: str) -> bool:
+        """Say whether a search is still to come."""
+        parts = host.part_methods(name.partition("/")[0])
+        return self.search > 0 and not any(key.startswith(f"{name}/") for key in parts)
 
     def parts(self, host: Carrier) -> dict[str, Method]:
         """One method for all layers in which it has the same size and group."""
@@ -134,6 +196,69 @@ class S4(Composite):
         return BitFit(targets=targets, bias_mode="existing" if layers[0].biases else "add")
 
 
+def searched(method: S4, host: Carrier, batches: Sequence[Mapping[str, Tensor]]) -> Groups:
+    """Return the best set of methods for each group, found one after the other.
+
+    Raises:
+        DataError: there are too few batches, or they have no labels.
+        TrainingError: no trial had a finite loss.
+    """
+    judged = max(1, len(batches) // 4)
+    tried, behind = batches[: min(method.search, len(batches) - judged)], batches[len(batches) - judged :]
+    if not tried or any("labels" not in batch for batch in batches):
+        raise DataError(f"{method.id}: a search needs two batches with labels at least; received {len(batches)}.")
+    stacks = layers_of(host).values()
+    used = sorted({group for stack in stacks for group in method.group_of(len(stack))})
+    groups = list(method.groups)
+    for group in used:
+        losses = {}
+        for kinds in method.candidates or every_set(layer for stack in stacks for layer in stack):
+            groups[group] = kinds
+            losses[kinds] = loss_with(method.replace(groups=tuple(groups), search=0, candidates=()), host, tried,
+                                      behind, method.search)  # fmt: skip
+        groups[group] = min(losses, key=lambda kinds: losses[kinds])
+        if not math.isfinite(losses[groups[group]]):
+            raise TrainingError(
+                f"{method.id}: no set of methods for group {group + 1} has a finite loss after {method.search} steps. "
+                f"Lower search_lr, which is {method.search_lr}."
+            )
+    return tuple(groups)
+
+
+def loss_with(
+    method: S4,
+    host: Carrier,
+    batches: Sequence[Mapping[str, Tensor]],
+    judged: Sequence[Mapping[str, Tensor]],
+    steps: int,
+) -> float:
+    """Attach a method, train it on batches, and return its mean loss on others; the model is left as it was."""
+    key = "s4-trial"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        attach(host.model, method, key)
+        try:
+            parameters = host.parameters(key)
+            optimizer = torch.optim.AdamW(parameters, lr=method.search_lr, weight_decay=0.0)
+            for batch in itertools.islice(itertools.cycle(batches), steps):
+                gradients = torch.autograd.grad(host.model(**batch).loss, parameters, allow_unused=True)
+                for p, gradient in zip(parameters, gradients, strict=True):
+                    p.grad = gradient
+                optimizer.step()
+            with evaluating(host.model):
+                losses = [float(host.model(**batch).loss) for batch in judged]
+        finally:
+            host.detach(key)
+    return sum(losses) / len(losses) if all(math.isfinite(loss) for loss in losses) else math.inf
+
+
+def every_set(layers: Iterable[Layer]) -> list[tuple[Kind, ...]]:
+    """All sets of the methods that have a place in each of the layers."""
+    held = list(layers)
+    kinds = [kind for kind in get_args(Kind) if all(layer.has(kind) for layer in held)]
+    return [chosen for count in range(1, len(kinds) + 1) for chosen in itertools.combinations(kinds, count)]
+
+
 class Layer:
     """One layer of a model, and what the methods find in it.
 
@@ -161,18 +286,25 @@ class Layer:
         Raises:
             AttachError: there are none.
         """
+        if not self.has(kind):
+            raise AttachError(
+                f"s4: {self.path} has no place for {kind}. Choose groups without it, for example "
+                "groups=[[adapter, lora]]."
+            )
+        return list(self._held(kind))
+
+    def has(self, kind: Kind) -> bool:
+        """Say whether a method has a place here."""
+        return bool(self._held(kind))
+
+    def _held(self, kind: Kind) -> Mapping[str, Any]:
         every: dict[Kind, Mapping[str, Any]] = {
             "adapter": self.feed_forwards,
             "prefix": self.attentions,
             "lora": self.projections,
             "bitfit": self.biases or self.linears,
         }
-        if not every[kind]:
-            raise AttachError(
-                f"s4: {self.path} has no place for {kind}. Choose groups without it, for example "
-                "groups=[[adapter, lora]]."
-            )
-        return list(every[kind])
+        return every[kind]
 
     def sizes(self, kinds: Sequence[Kind], budget: float) -> dict[Kind, int]:
         """Return how large each method may be: m, l, r, and for BitFit how many numbers it has."""
