@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 import adapterlab as al
 from adapterlab.core.adapter import Copy
-from adapterlab.errors import AttachError, ConfigError, FormatError
+from adapterlab.errors import AttachError, ConfigError, DataError, FormatError
+from adapterlab.methods.bottleneck import adapter_fusion
 from adapterlab.methods.bottleneck.adapter_fusion import AdapterFusion, Fusing
 from adapterlab.methods.bottleneck.adapter_pfeiffer import AdapterPfeiffer
 
@@ -178,6 +179,63 @@ def test_folders_and_names_become_parts(family: str, tiny: Any, randomise: Any, 
     assert str(tmp_path) not in (tmp_path / "fusion" / "method.json").read_text(encoding="utf-8")
 
 
+@torch.no_grad()
+def test_pruning_leaves_those_that_count(tiny: Any, randomise: Any, tmp_path: Path) -> None:
+    """Of three, two at each place with the largest mean weight on real tokens; the softmax is over these alone."""
+    parts = {name: {"name": "adapter_pfeiffer", "m": m} for name, m in (("one", 4), ("two", 3), ("three", 2))}
+    model = tiny("llama").double()
+    host = al.attach(model, AdapterFusion(adapters=parts))
+    randomise(host, size=0.25)
+    mask = torch.ones(4, 10, dtype=torch.long)
+    mask[1:, 2:] = 0  # three rows are nearly padding
+    batches = [{"input_ids": IDS[4 * i : 4 * i + 4], "attention_mask": mask} for i in range(2)]
+    shares = {}
+    for path, adapter in host.adapters("default").items():
+        read: list[Tensor] = []
+        with host.using("default"):
+            handle = host.module(path).register_forward_hook(lambda _, args, y, read=read: read.append(args[0]))
+            outputs = [model(**batch) for batch in batches]
+            handle.remove()
+        assert outputs
+        with host.using():
+            h = torch.cat([host.module(path)(x)[mask.bool()] for x in read])
+        z = torch.stack([part.share(h) for part in adapter.parts], -2)
+        q, k = F.linear(h, adapter.query, adapter.query_bias), F.linear(z, adapter.key, adapter.key_bias)
+        shares[path] = (k * q[:, None]).sum(-1).softmax(-1).mean(0)
+    layers: Any = host.adapters("default")
+    for path, share in adapter_fusion.mean_weights(host, layers, batches).items():
+        torch.testing.assert_close(share.double(), shares[path], rtol=1e-4, atol=1e-5)
+    wanted = {path: [list(parts)[i] for i in sorted(share.topk(2).indices.tolist())] for path, share in shares.items()}
+    left = host.methods["default"].prune(host, "default", batches)
+    assert {path: list(names) for path, names in left.items()} == wanted
+    path, adapter = next(iter(host.adapters("default").items()))
+    x = torch.randn(1, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with host.using():
+        r = host.module(path)(x)
+    torch.testing.assert_close(host.module(path)(x), r + by_hand(adapter, r[0])[None], rtol=1e-6, atol=1e-6)
+    gone = {(path, part) for path, names in wanted.items() for part in parts if part not in names}
+    assert len(gone) == 2
+    assert not [
+        key for key in host.tensors("default") for path, part in gone if key.startswith(f"{part}/adapter.{path}.")
+    ]
+    before = model(**batches[0]).logits
+    host.save(tmp_path / "a")
+    fresh = tiny("llama").double()
+    al.load(fresh, tmp_path / "a")
+    assert torch.equal(fresh(**batches[0]).logits, before)
+    with pytest.raises(ConfigError, match="keep = 0"):
+        host.methods["default"].prune(host, "default", batches, keep=0)
+    with pytest.raises(DataError, match="No batch"):
+        host.methods["default"].prune(host, "default", [])
+
+
+def test_what_is_shared_by_the_parts_is_frozen_too(tiny: Any) -> None:
+    """Compacter's adapters share factors, which lie at the root of the model."""
+    parts = {name: {"name": "compacter", "m": 4, "norms": False} for name in ("one", "two")}
+    host = al.attach(tiny("llama"), AdapterFusion(adapters=parts))
+    assert host.summary().trainable == 4 * (3 * 32 * 32 + 2 * 32)
+
+
 def test_what_does_not_fit_is_refused(tiny: Any, tmp_path: Path) -> None:
     model = tiny("llama")
     lora, one = {"name": "lora"}, {"name": "adapter_pfeiffer"}
@@ -224,6 +282,11 @@ def _with_residual(self: Fusing, h: Tensor) -> Tensor:
     return self.mixed(self.weights(q, k), F.linear(z, self.value))
 
 
+def _all_tokens(host: Any, layers: Any, batches: Any) -> Any:
+    return MEAN(host, layers, [{"input_ids": batch["input_ids"]} for batch in batches])
+
+
+MEAN = adapter_fusion.mean_weights
 _penalty = AdapterFusion.penalty
 LINES: dict[str, Mutation] = {
     "uniform weights": (Fusing, "weights", _uniform),
@@ -239,9 +302,21 @@ LINES: dict[str, Mutation] = {
     "W_v has nothing off its diagonal": begun(Fusing, lambda self, method: self.value.copy_(torch.eye(32))),
     "W_q starts large": begun(Fusing, lambda self, method: self.query.mul_(10)),
     "W_k starts at zero": begun(Fusing, lambda self, method: self.key.zero_()),
+    "the least are left": (
+        adapter_fusion,
+        "mean_weights",
+        lambda *given: {path: -weights for path, weights in MEAN(*given).items()},
+    ),
+    "padding counts": (adapter_fusion, "mean_weights", _all_tokens),
+    "one batch counts": (adapter_fusion, "mean_weights", lambda host, layers, batches: MEAN(host, layers, batches[:1])),
+    "nothing is dropped": (Fusing, "drop", lambda self, part: None),
     "no penalty": (AdapterFusion, "penalty", lambda self, host, name: torch.tensor(0.0)),
     "the penalty is not small": (AdapterFusion, "penalty", lambda *given: _penalty(*given) * 100),
 }
 test_broken_lines_are_caught = fails_without(
-    test_formula_behind_a_block, test_formula_around_a_norm, test_start_and_penalty, lines=LINES
+    test_formula_behind_a_block,
+    test_formula_around_a_norm,
+    test_start_and_penalty,
+    test_pruning_leaves_those_that_count,
+    lines=LINES,
 )

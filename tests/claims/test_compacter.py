@@ -82,13 +82,15 @@ def test_size_is_what_the_paper_says_of_t5_base(attention: bool, count: int, sha
     assert count / sum(p.numel() for p in host.base_parameters().values()) == pytest.approx(share, rel=0.01)
 
 
-def test_formula(tiny: Any, randomise: Any) -> None:
+@pytest.mark.parametrize("reads", ["output", "normed"])
+def test_formula(reads: Any, tiny: Any, randomise: Any) -> None:
     """BERT's feed-forward sublayer with H = Σ A_i ⊗ (S_i T_i) written out, in float64."""
     model = tiny("bert-classes").double()
-    host = attach(model, Compacter(m=8, n=2, rank=3, scale=0.5, norms=False))
+    host = attach(model, Compacter(m=8, n=2, rank=3, scale=0.5, norms=False, reads=reads))
     randomise(host)
     layer: Any = model.bert.encoder.layer[0]
-    adapter: Any = host.adapters("default")["bert.encoder.layer.0.output.dense"]
+    where = "dense" if reads == "output" else "LayerNorm"
+    adapter: Any = host.adapters("default")[f"bert.encoder.layer.0.output.{where}"]
     a = host.tensors("default")["shared.rule.A"]
 
     def project(x: Tensor, s: Tensor, t: Tensor, bias: Tensor) -> Tensor:
@@ -98,7 +100,8 @@ def test_formula(tiny: Any, randomise: Any) -> None:
     got = layer.feed_forward_chunk(x)
     with host.using():
         h = layer.output.dense(layer.intermediate(x))
-        z = F.gelu(project(h, adapter.down_S, adapter.down_T, adapter.down_bias), approximate="tanh")
+        read = h if reads == "output" else layer.output.LayerNorm(x + h)
+        z = F.gelu(project(read, adapter.down_S, adapter.down_T, adapter.down_bias), approximate="tanh")
         wanted = layer.output.LayerNorm(x + h + 0.5 * project(z, adapter.up_S, adapter.up_T, adapter.up_bias))
     assert torch.allclose(got, wanted, atol=1e-12)
     with torch.no_grad():
@@ -153,6 +156,8 @@ def test_refusals(tiny: Any) -> None:
         attach(tiny("llama"), Compacter(m=4)).merge()
     with pytest.raises(ConfigError, match="n = 0"):
         Compacter(n=0)
+    with pytest.raises(ConfigError, match="reads='normed' needs norms=False"):
+        Compacter(reads="normed")
 
 
 WEIGHTS = Layer.weights
@@ -182,6 +187,9 @@ BROKEN: dict[str, Mutation] = {
     "what is kept is never made again": (
         Layer, "weights", lambda self: self.__dict__.setdefault("stale", WEIGHTS(self))
     ),
+    "the output is read in place of its norm": (
+        compacter.FactoredAtNorm, "around", compacter.FactoredBehind.around
+    ),
     "A starts at one": begun(Rule, lambda rule, n: rule.A.div_(1e-4)),
     "no gain at the start": begun(Layer, lambda part, method: part.up_S.div_(2**0.5)),
     "T starts at zero": begun(Layer, lambda part, method: part.up_T.zero_()),
@@ -192,7 +200,8 @@ BROKEN: dict[str, Mutation] = {
     "the feed-forward alone": (Compacter, "places", lambda self, sites: compacter.feed_forwards(sites)),
 }  # fmt: skip
 test_the_claims_fail_when_a_line_is_broken = fails_without(
-    test_formula,
+    functools.partial(test_formula, "output"),
+    functools.partial(test_formula, "normed"),
     test_where_it_starts,
     functools.partial(test_size_is_what_the_paper_says_of_t5_base, True, 161_728, 7.3e-4),
     lines=BROKEN,

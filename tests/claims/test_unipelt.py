@@ -66,10 +66,10 @@ def test_claim(tiny: Any) -> None:
     assert m["all"] <= 0.7 * max(parts), m
 
 
-def adapted(make: Any, kind: str) -> tuple[Any, Any]:
+def adapted(make: Any, kind: str, padding: bool = False) -> tuple[Any, Any]:
     """A model in float64 with random values in all tensors."""
     model = make(kind).double()
-    host = attach(model, UniPELT(length=3, r=2, m=4, init="normal"))
+    host = attach(model, UniPELT(length=3, r=2, m=4, init="normal", padding=padding))
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for value in host.tensors(NAME).values():
@@ -84,13 +84,15 @@ def gate(layer: Any, h: Tensor, real: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_formula_without_causality(tiny: Any) -> None:
-    """A whole BERT layer by hand, with padding, which no gate counts."""
-    model, host = adapted(tiny, "bert-classes")
+@pytest.mark.parametrize("padding", [False, True])
+def test_formula_without_causality(padding: bool, tiny: Any) -> None:
+    """A whole BERT layer by hand, with padding, which no gate counts unless it is to."""
+    model, host = adapted(tiny, "bert-classes", padding)
     layer = model.bert.encoder.layer[0]
     part = {what: host.adapters(f"{NAME}/{what}") for what in ("view", "prefix", "lora", "adapter")}
     x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     real = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    counted = torch.ones_like(real) if padding else real
     mask = (1 - real.double())[:, None, None] * torch.finfo(torch.float64).min
     got = layer(x, mask.expand(2, 1, 5, 5))
     got = got[0] if isinstance(got, tuple) else got
@@ -99,11 +101,11 @@ def test_formula_without_causality(tiny: Any) -> None:
     def project(key: str) -> Tensor:
         module, lora = getattr(self, key), part["lora"].get(f"{PREFIX}.{key}")
         y = F.linear(x, module.weight, module.bias)
-        y = y if lora is None else y + gate(lora, x, real) * (x @ lora.A.T @ lora.B.T)
+        y = y if lora is None else y + gate(lora, x, counted) * (x @ lora.A.T @ lora.B.T)
         return y.view(2, 5, 4, 8).transpose(1, 2)
 
     q, k, v = (project(key) for key in ("query", "key", "value"))
-    g = gate(part["view"][PREFIX], x, real)[..., None]
+    g = gate(part["view"][PREFIX], x, counted)[..., None]
     p_k, p_v = part["prefix"][PREFIX].prefix
     k, v = torch.cat([g * p_k, k], 2), torch.cat([g * p_v, v], 2)
     scores = q @ k.mT / 8**0.5 + F.pad(mask, (3, 0))
@@ -114,7 +116,7 @@ def test_formula_without_causality(tiny: Any) -> None:
         norm = layer.output.LayerNorm
         z, adapter = norm(r + a), part["adapter"]["bert.encoder.layer.0.output.LayerNorm"]
         share = torch.relu(z @ adapter.down.T + adapter.down_bias) @ adapter.up.T + adapter.up_bias
-        wanted = norm(r + a + gate(adapter, z, real) * share)
+        wanted = norm(r + a + gate(adapter, z, counted) * share)
     assert torch.allclose(got[real.bool()], wanted[real.bool()], atol=1e-10)
 
 
@@ -259,6 +261,11 @@ def _half(self: Any, h: Tensor) -> Tensor:
     return torch.full_like(FORWARD(self, h), 0.5)
 
 
+def _deaf(self: Any) -> Any:
+    self.padding = False
+    return self
+
+
 def _bare(self: Any) -> Any:
     self.bias.zero_()
     return self
@@ -269,6 +276,7 @@ BROKEN: dict[str, Mutation] = {
     "no sigmoid": (Gate, "forward", lambda self, h: FORWARD(self, h).logit()),
     "the reverse": (Gate, "forward", lambda self, h: 1 - FORWARD(self, h)),
     "no bias": (Gate, "forward", lambda self, h: FORWARD(_bare(self), h)),
+    "padding never counts": (Gate, "forward", lambda self, h: FORWARD(_deaf(self), h)),
     "padding counts": (unipelt, "over_tokens", lambda g, real: g.mean(-2, keepdim=True)),
     "the first token's gate for a row": (unipelt, "over_tokens", lambda g, real: g[:, :1]),
     "the mean in causal stacks": (Gate, "forward", lambda self, h: FORWARD(self, h).mean(-2, keepdim=True).expand(
@@ -285,7 +293,8 @@ BROKEN: dict[str, Mutation] = {
 }  # fmt: skip
 PARTS = UniPELT.parts
 test_the_claims_fail_when_a_line_is_broken = fails_without(
-    test_formula_without_causality,
+    functools.partial(test_formula_without_causality, False),
+    functools.partial(test_formula_without_causality, True),
     test_formula_of_a_causal_prefix,
     functools.partial(test_causal_gates_see_no_later_token, "llama"),
     lines=BROKEN,

@@ -70,17 +70,19 @@ def filled(model: Any) -> Any:
     return model.eval()
 
 
-def batch(model: Any) -> dict[str, torch.Tensor]:
-    """Two rows of tokens."""
+def batch(model: Any, padded: bool) -> dict[str, torch.Tensor]:
+    """Two rows of tokens, perhaps with padding in the second."""
     ids = 3 + (torch.arange(18).view(2, 9) * 37) % (VOCABULARY - 3)
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if padded:
+        given["attention_mask"][1, 5:] = 0
     return {**given, "labels": ids[:, :6].contiguous()} if model.config.is_encoder_decoder else given
 
 
 @torch.no_grad()
-def answer(model: Any) -> list[float]:
+def answer(model: Any, padded: bool = False) -> list[float]:
     """A few logits."""
-    logits = model(**batch(model)).logits.flatten()
+    logits = model(**batch(model, padded)).logits.flatten()
     return [float(value) for value in logits[:: max(1, len(logits) // 8)][:8]]
 
 
@@ -114,7 +116,25 @@ def _configs() -> dict[str, Any]:
         ),
         "prefix": adapters.PrefixTuningConfig(flat=True, prefix_length=5),
         "prefix-network": adapters.PrefixTuningConfig(prefix_length=5, bottleneck_size=8),
+        "compacter": adapters.CompacterConfig(reduction_factor=8),
+        "compacter++": adapters.CompacterPlusPlusConfig(reduction_factor=4, phm_dim=2, phm_rank=3, scaling=0.5),
+        **{
+            kind: adapters.UniPELTConfig(
+                prefix, adapters.SeqBnConfig(reduction_factor=8), adapters.LoRAConfig(r=3, alpha=2)
+            )
+            for kind, prefix in (
+                ("unipelt", adapters.PrefixTuningConfig(flat=True, prefix_length=5)),
+                ("unipelt-network", adapters.PrefixTuningConfig(prefix_length=5, bottleneck_size=8)),
+            )
+        },
     }
+
+
+def _has(family: str, kind: str) -> bool:
+    """Say whether what the library does there can be compared; see docs/interop.md."""
+    if family == "t5":
+        return not kind.startswith(("mam", "prefix", "compacter", "unipelt")) and kind != "fusion"
+    return family in ("bert", "roberta") or (not kind.startswith("unipelt") and kind != "fusion")
 
 
 def _facts() -> dict[str, Any]:
@@ -126,7 +146,7 @@ def _facts() -> dict[str, Any]:
     for family, make in MODELS.items():
         found[family] = {"base": answer(filled(make()))}
         for kind, config in _configs().items():
-            if family == "t5" and kind in ("mam", "prefix", "prefix-network"):
+            if not _has(family, kind):
                 continue
             model = filled(make())
             adapters.init(model)
@@ -141,17 +161,52 @@ def _facts() -> dict[str, Any]:
                 save_file(filled_adapter(shapes), f"{folder}/adapter.safetensors")
                 written = json.loads(Path(folder, "adapter_config.json").read_text())
                 found[family][kind] = {"config": written, "shapes": shapes, "logits": _loaded(make, folder)}
+                if kind.startswith("unipelt"):
+                    found[family][kind]["padded"] = _loaded(make, folder, padded=True)
+        for kind, before in (("fusion", True), ("fusion-output", False)):
+            if _has(family, kind):
+                found[family][kind] = _fused(make, before)
     return found
 
 
-def _loaded(make: Callable[[], Any], folder: str | Path) -> list[float]:
+def _fused(make: Callable[[], Any], before: bool) -> dict[str, Any]:
+    """The same of two adapters that are fused: files by their paths in the folder of the setup."""
+    import adapters
+    from adapters.composition import Fuse
+    from safetensors.torch import load_file, save_file
+
+    model = filled(make())
+    adapters.init(model)
+    for name, factor in (("one", 8), ("two", 16)):
+        model.add_adapter(name, config=adapters.SeqBnConfig(reduction_factor=factor, original_ln_before=before))
+    model.add_adapter_fusion(Fuse("one", "two"))
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_adapter_setup(folder, Fuse("one", "two"), use_safetensors=True)
+        kept = [path for path in Path(folder).rglob("*adapter*.*") if path.is_file()]
+        tensors = {path: load_file(path) for path in kept if path.suffix == ".safetensors"}
+        shapes = {path: {key: list(value.shape) for key, value in held.items()} for path, held in tensors.items()}
+        for path, held in shapes.items():
+            save_file(filled_adapter(held), path)
+        return {
+            "files": {
+                str(path.relative_to(folder)): json.loads(path.read_text()) for path in kept if path.suffix == ".json"
+            },
+            "shapes": {str(path.relative_to(folder)): held for path, held in shapes.items()},
+            "logits": _loaded(make, folder),
+        }
+
+
+def _loaded(make: Callable[[], Any], folder: str | Path, padded: bool = False) -> list[float]:
     import adapters
 
     model = filled(make())
     adapters.init(model)
-    name = model.load_adapter(str(folder), with_head=False, use_safetensors=True)
-    model.set_active_adapters(name)
-    return answer(model.eval())
+    if Path(folder, "adapter_setup.json").is_file():
+        model.load_adapter_setup(str(folder), set_active=True, use_safetensors=True)
+    else:
+        name = model.load_adapter(str(folder), with_head=False, use_safetensors=True)
+        model.set_active_adapters(name)
+    return answer(model.eval(), padded)
 
 
 def _answers(folder: Path) -> dict[str, Any]:

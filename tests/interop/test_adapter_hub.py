@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -28,15 +29,29 @@ IDS = {
     "houlsby": "adapter_houlsby", "pfeiffer": "adapter_pfeiffer", "pfeiffer-output": "adapter_pfeiffer",
     "parallel": "adapter_parallel", "parallel-learned": "adapter_parallel", "mam": "mam_adapter", "ia3": "ia3",
     "lora": "lora", "lora-all": "lora", "prefix": "prefix_tuning", "prefix-network": "prefix_tuning",
+    "compacter": "compacter", "compacter++": "compacter", "unipelt": "unipelt", "unipelt-network": "unipelt",
+    "fusion": "adapter_fusion", "fusion-output": "adapter_fusion",
 }  # fmt: skip
-NETWORK = ("mam", "prefix-network")  # read as the numbers that it makes
+NETWORK = ("mam", "prefix-network", "unipelt-network")  # read as the numbers that it makes
 
 
 def reference(folder: Path, family: str, kind: str, **options: Any) -> Path:
     """The folder that the library wrote for a case, perhaps with other options."""
     case = FACTS[family][kind]
     folder.mkdir(parents=True)
-    config = {**case["config"], "config": {**case["config"]["config"], **options}}
+    if "files" in case:
+        for path, content in case["files"].items():
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_text(json.dumps(content))
+        for path, shapes in case["shapes"].items():
+            save_file(filled_adapter(shapes), folder / path)
+        return folder
+    config = copy.deepcopy(case["config"])
+    for option, value in options.items():
+        if option.startswith("configs."):  # of a part of a union
+            config["config"]["configs"][int(option[8:])].update(value)
+        else:
+            config["config"][option] = value
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(filled_adapter(case["shapes"]), folder / "adapter.safetensors")
     return folder
@@ -62,22 +77,27 @@ def test_what_the_library_writes_answers_as_there_and_is_written_as_it_was(
 ) -> None:
     case, model = FACTS[family][kind], model_of(family)
     folder = reference(tmp_path / "theirs", family, kind)
-    host = al.load(model, folder)
+    host = al.load(model, folder, "task")
     assert host.methods["task"].id == IDS[kind]
     wanted = torch.tensor(case["logits"])
     assert (wanted - torch.tensor(FACTS[family]["base"])).abs().max() > 0.01
     close(answer(model), case["logits"])
+    if "padded" in case:
+        close(answer(model, padded=True), case["padded"])
     export_adapterhub(host, "task", tmp_path / "ours")
-    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
-    assert config.keys() == case["config"].keys()
     again = model_of(family)
     al.load(again, tmp_path / "ours")
     close(answer(again), case["logits"])
-    if kind not in NETWORK:
-        assert config == case["config"]
-        ours, theirs = (load_file(path / "adapter.safetensors") for path in (tmp_path / "ours", folder))
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*.*") if path.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "ours") for p in (tmp_path / "ours").rglob("*.*") if p.is_file())
+    for path in files if kind not in NETWORK else ():
+        ours, theirs = tmp_path / "ours" / path, folder / path
+        if path.suffix == ".json":
+            assert json.loads(ours.read_text()) == json.loads(theirs.read_text())
+        else:
+            written, given = load_file(ours), load_file(theirs)
+            assert written.keys() == given.keys()
+            assert all(torch.equal(value, given[key]) for key, value in written.items())
     host.save(tmp_path / "own")
     own = al.load(model_of(family), tmp_path / "own")
     close(answer(own.model), case["logits"])
@@ -119,7 +139,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a norm of its own": ("pfeiffer", {"ln_after": True}, "ln_after=True"),
     "gating": ("houlsby", {"use_gating": True}, "use_gating=True"),
     "an invertible adapter": ("pfeiffer", {"inv_adapter": "nice"}, "inv_adapter='nice'"),
-    "hypercomplex": ("houlsby", {"phm_layer": True}, "phm_layer=True"),
+    "hypercomplex, parallel": ("parallel", {"phm_layer": True}, "No method here reads this adapter"),
+    "a rule for each adapter": ("compacter", {"shared_phm_rule": False}, "shared_phm_rule=False"),
+    "a rule in two factors": ("compacter", {"factorized_phm_rule": True}, "factorized_phm_rule=True"),
+    "a frozen rule": ("compacter", {"learn_phm": False}, "learn_phm=False"),
     "a scale of each channel": ("parallel", {"scaling": "channel"}, "scaling='channel'"),
     "attention only": ("houlsby", {"output_adapter": False}, "No method here reads this adapter"),
     "another nonlinearity": ("pfeiffer", {"non_linearity": "leakyrelu"}, "non_linearity='leakyrelu'"),
@@ -129,7 +152,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "vera": ("lora", {"vera_d": 0.1}, "vera_d=0.1"),
     "another architecture": ("lora", {"architecture": "reft"}, "No method here reads this adapter"),
     "a network of another kind": ("prefix-network", {"non_linearity": "relu"}, "non_linearity='relu'"),
-    "a union of others": ("mam", {"configs": []}, "union of AdapterHub's is another"),
+    "a union of others": ("mam", {"configs": []}, "No method here reads this adapter"),
+    "two gates for keys and values": ("unipelt", {"configs.0": {"shared_gating": False}}, "shared_gating=False"),
+    "another adapter behind a gate": ("unipelt", {"configs.1": {"non_linearity": "gelu"}}, "no form here but relu"),
+    "LoRA elsewhere": ("unipelt", {"configs.2": {"attn_matrices": ["q"]}}, "No method here reads this adapter"),
+    "one part without its gate": ("unipelt", {"configs.2": {"use_gating": False}}, "No method here reads this adapter"),
 }
 
 
@@ -140,6 +167,40 @@ def test_what_is_not_reproduced_is_refused_by_name(what: str, tmp_path: Path) ->
     with pytest.raises(FormatError, match=message):
         al.load(model, reference(tmp_path / "a", "bert", kind, **options))
     assert al.host(model) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"type": "Stack"}, "in another way than Fuse"),
+        ({"children": [{"type": "single", "children": ["../a"]}]}, "in another way than Fuse"),
+        ({"children": []}, "in another way than Fuse"),
+        ({"children": [{"type": "single", "children": ["three"]}]}, r"three.*cannot be read as JSON"),
+    ],
+)
+def test_setups_that_are_no_fusion_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder, model = reference(tmp_path / "a", "bert", "fusion"), model_of("bert")
+    setup = json.loads((folder / "adapter_setup.json").read_text())
+    setup["adapter_setup"].update(change)
+    (folder / "adapter_setup.json").write_text(json.dumps(setup))
+    with pytest.raises(FormatError, match=message):
+        al.load(model, folder)
+    assert al.host(model) is None
+
+
+def test_a_fusion_of_another_kind_or_with_more_tensors_is_refused(tmp_path: Path) -> None:
+    folder = reference(tmp_path / "a", "bert", "fusion")
+    file = folder / "one,two" / "adapter_fusion_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "config": {**config["config"], "value": False, "temperature": True}}))
+    with pytest.raises(FormatError, match=r"(temperature=True|value=False); (temperature=True|value=False)"):
+        al.load(model_of("bert"), folder)
+    file.write_text(json.dumps(config))
+    tensors = load_file(folder / "one" / "adapter.safetensors")
+    more = {**tensors, "bert.encoder.layer.0.output.adapters.one.gate.weight": torch.ones(1)}
+    save_file(more, folder / "one" / "adapter.safetensors")
+    with pytest.raises(FormatError, match="does not speak of"):
+        al.load(model_of("bert"), folder)
 
 
 def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
@@ -176,6 +237,10 @@ def test_what_the_library_lacks_is_not_written(tiny: Any, tmp_path: Path) -> Non
         "is more": ("bert", al.LoRA(targets=["q"], bias="all")),
         "one pair": ("gpt2", al.LoRA(targets=["qkv"])),
         "offset=0": ("bert", al.PrefixTuning(length=3)),
+        r"frozen \(norms=False\)": ("bert", al.Compacter(m=4)),
+        "padding=True": ("bert", al.UniPELT(m=4)),
+        "later ones too": ("gpt2", al.UniPELT(m=4, padding=True)),
+        "no sparse_adapter": ("bert", al.AdapterFusion(adapters={"a": {"name": "sparse_adapter", "m": 4}})),
     }
     for message, (family, method) in cases.items():
         host = al.attach(model_of(family), method)
@@ -199,7 +264,14 @@ OURS: dict[str, tuple[str, Any]] = {
     "t5_ia3": ("t5", al.IA3(targets=["k", "v", "wi"], feedforward=[])),
     "gpt2_prefix": ("gpt2", al.PrefixTuning(length=3, offset=0)),
     "llama_mam": ("llama", al.MAMAdapter(length=3, m=4, reads="residual")),
-}
+    "bert_compacter": ("bert", al.Compacter(m=4, n=2, norms=False)),
+    "gpt2_compacter": ("gpt2", al.Compacter(m=4, norms=False, attention=False, reads="sum")),
+    "t5_compacter": ("t5", al.Compacter(m=4, norms=False)),
+    "roberta_unipelt": ("roberta", al.UniPELT(length=3, r=2, m=4, padding=True)),
+    "llama_fusion": ("llama", al.AdapterFusion(adapters={
+        "a": {"name": "adapter_pfeiffer", "m": 4, "reads": "output"}, "b": {"name": "adapter_pfeiffer", "m": 3,
+        "reads": "output"}})),
+}  # fmt: skip
 
 
 @pytest.mark.skipif("ADAPTERHUB_PYTHON" not in os.environ, reason="ADAPTERHUB_PYTHON names no Python with `adapters`")

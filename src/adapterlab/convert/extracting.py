@@ -15,8 +15,8 @@ from adapterlab.errors import ConfigError
 from adapterlab.hosts import Host
 from adapterlab.hosts import host as host_of
 from adapterlab.io import adapter_hub
-from adapterlab.io.atomic import new_folder, write_json
-from adapterlab.io.folder import ADAPTER, CONFIG, TENSORS, check_finite, gather, write_tensors
+from adapterlab.io.atomic import Kind, new_folder, write_json
+from adapterlab.io.folder import ADAPTER, CONFIG, METHOD, TENSORS, check_finite, gather, write_tensors
 from adapterlab.paths import user_path
 
 Progress = Callable[[str, int, int], None]
@@ -137,12 +137,16 @@ def export_adapterhub(host: Host, name: str, folder: str | Path, *, overwrite: b
     """
     name = host.only(name)
     host.check_intact(name)
-    config, tensors = adapter_hub.written(host, name)
-    check_finite(name, tensors)
+    files = adapter_hub.written(host, name)
+    check_finite(name, host.tensors(name))
     folder = user_path(folder)
-    with new_folder(folder, overwrite=overwrite, kind=ADAPTER) as work:
-        write_tensors(work / adapter_hub.TENSORS, tensors)
-        write_json(work / CONFIG, config)
+    top = tuple(dict.fromkeys(path.partition("/")[0] for path in files))
+    kind = Kind(ADAPTER.name, (CONFIG, METHOD, adapter_hub.SETUP), (*ADAPTER.holds, *top))
+    with new_folder(folder, overwrite=overwrite, kind=kind) as work:
+        for path, content in files.items():
+            (work / path).parent.mkdir(exist_ok=True)
+            write = write_tensors if path.endswith(".safetensors") else write_json
+            write(work / path, content)
     return folder
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.core.codec import Rename
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Options = Mapping[str, Any]
 VERSION = "version"  # among the options: of the library that wrote them, for what depends on it
+FUSE = "fuse"  # how a fusion of adapters calls its architecture here; the library keeps them in several folders
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,68 @@ class HubCodec:
                 value = table[value][0] if isinstance(table[value], tuple) else table[value]
             options[option] = value
         return {key: value for key, value in options.items() if (key, value) != ("architecture", None)}
+
+
+@dataclass(frozen=True)
+class UnionCodec(HubCodec):
+    """How the library stores a composite: as a union of what its parts are there.
+
+    Attributes:
+        parts: by the name of the part.
+    """
+
+    parts: Mapping[str, HubCodec] = field(default_factory=dict)
+
+    def claims(self, options: Options) -> bool:
+        """Say whether it is a union of just these parts."""
+        configs = options.get("configs") or ()
+        every = [[c for c in configs if codec.claims(c)] for codec in self.parts.values()]
+        return super().claims(options) and len(configs) == len(every) and all(len(found) == 1 for found in every)
+
+
+def union(
+    parts: Mapping[str, HubCodec], fields: Callable[[Mapping[str, dict[str, Any]]], dict[str, Any]]
+) -> UnionCodec:
+    """Make the codec of a composite.
+
+    Args:
+        parts: by the name of the part.
+        fields: settings of the parts by name -> fields of the composite. It raises a `FormatError` for what the parts
+            cannot be there.
+    """
+
+    def read(host: Carrier, options: Options, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        configs = {part: next(c for c in options["configs"] if codec.claims(c)) for part, codec in parts.items()}
+        return fields({part: codec.settings(host, configs[part], tensors) for part, codec in parts.items()})
+
+    def outward(host: Carrier, key: str, method: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        configs, tensors = [], {}
+        for part, codec in parts.items():
+            inner = method_of(host, f"{key}/{part}")
+            options, found = codec.outward(host, f"{key}/{part}", inner)
+            configs.append({**codec.written(inner), **options})
+            tensors.update(found)
+        return {"configs": configs}, tensors
+
+    def inward(host: Carrier, key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {part: codec.inward(host, f"{key}/{part}", tensors) for part, codec in parts.items()}
+        return {f"{part}/{ours}": value for part, own in found.items() for ours, value in own.items()}
+
+    return UnionCodec(
+        options={"architecture": "union", "configs": None},
+        when={"architecture": "union"},
+        fields={},
+        ignores=("configs",),
+        derived=read,
+        outward=outward,
+        inward=inward,
+        parts=parts,
+    )
+
+
+def fuse(adapters: Mapping[str, Options]) -> dict[str, Any]:
+    """The options that say what is fused: those of the adapters, by name."""
+    return {"architecture": FUSE, "adapters": dict(adapters)}
 
 
 def method_of(host: Carrier, key: str) -> Any:

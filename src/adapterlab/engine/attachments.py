@@ -334,8 +334,10 @@ class Attachments(Switching):
         """Return every tensor of the adapter: what saving must keep.
 
         Keys are `adapter.<module path>.<tensor>`, `shared.<key>.<tensor>` and `base.<parameter path>`; those of a
-        composite's parts begin with `<part>/`.
+        composite's parts begin with `<part>/`. The key of a part, `<name>/<part>`, stands for what is the part's alone.
         """
+        if name in self.part_methods(name.partition("/")[0]):
+            return self._tensors(name)
         self.check(name)
         found: dict[str, Tensor] = {}
         for key in self.parts(name):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from adapterlab.core.method import Method
@@ -32,10 +32,10 @@ from adapterlab.io import adapter_hub, hf_peft, misfit
 from adapterlab.io.atomic import Kind, new_folder, write_json, write_text
 from adapterlab.io.beside import add_beside
 from adapterlab.io.card import model_card
+from adapterlab.io.files import check_there, read_json, read_tensors
 from adapterlab.io.finite import not_finite
 from adapterlab.io.info import AdapterInfo
 from adapterlab.io.links import check_links
-from adapterlab.json_text import parsed
 from adapterlab.models.catalogue import public_name
 from adapterlab.models.pulling import nothing_fetched
 from adapterlab.paths import user_path
@@ -186,11 +186,11 @@ def read_info(folder: str | Path) -> AdapterInfo:
         except (KeyError, TypeError, ValueError) as error:
             fault = f"lacks {error}" if isinstance(error, KeyError) else f"has fields of a wrong type ({error})"
             raise FormatError(f"{folder / METHOD} {fault}: the file is damaged. Save the adapter again.") from None
+    if (hub := adapter_hub.described(folder)) is not None:
+        cls, name = adapter_hub.find_method(adapter_hub.options_of(hub)), str(hub.get("name") or "default")
+        return AdapterInfo(folder, cls.id, {}, hub.get("model_name") or None, None, name, "adapterhub")
     if (folder / CONFIG).is_file():
         config = read_json(folder / CONFIG)
-        if adapter_hub.is_hub(config):
-            cls, name = adapter_hub.find_method(adapter_hub.options_of(config)), str(config.get("name") or "default")
-            return AdapterInfo(folder, cls.id, {}, config.get("model_name") or None, None, name, "adapterhub")
         cls = hf_peft.find_method(config)
         assert cls.hf is not None
         fields = cls.hf.settings(config)
@@ -241,8 +241,9 @@ def load(target: Attachments, folder: str | Path, name: str | None = None, *, ac
 
 def _load_hub(target: Attachments, info: AdapterInfo, tensors: dict[str, Tensor], name: str, active: bool) -> None:
     """Attach an adapter of AdapterHub's library."""
-    config, cls = read_json(info.folder / CONFIG), method_by_id(info.method)
+    config, cls = adapter_hub.described(info.folder), method_by_id(info.method)
     assert cls.hub is not None
+    assert config is not None
     left = adapter_hub.plain(target, config, tensors)
     try:
         method = cls(**cls.hub.settings(target, adapter_hub.options_of(config), left))
@@ -366,56 +367,17 @@ def _saved_modules(folder: Path, tensors: dict[str, Tensor], host: Attachments) 
 
 
 def _tensors(info: AdapterInfo) -> dict[str, Tensor]:
-    file = info.folder / (adapter_hub.TENSORS if info.written_by == "adapterhub" else TENSORS)
-    if not file.is_file():
-        pickled = sorted(path.name for path in info.folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-        raise FormatError(
-            _unpickled(info.folder, pickled[0], file.name)
-            if pickled
-            else f"{info.folder} has no {file.name}. Copy the whole folder, or save the adapter again."
-        )
+    if info.written_by == "adapterhub":
+        return adapter_hub.tensors(info.folder)
+    file = info.folder / TENSORS
+    check_there(file)
     if info.sha256 and _sha256(file) != info.sha256:
         raise FormatError(
             f"{file} is not the file that was saved: its SHA-256 differs from the one in {METHOD}. It is damaged, or "
             f"another program rewrote it; in that case remove {METHOD} to load the folder as a PEFT adapter."
         )
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise FormatError(f"{file} is damaged ({error}). Copy it again, or save the adapter again.") from None
-    if (key := not_finite(tensors)) is not None:
-        raise FormatError(
-            f"{file} holds values that are not finite, first in {key}: such an adapter answers nothing. Its training "
-            "went wrong; take an earlier checkpoint, or train again with a lower learning rate."
-        )
+    tensors = read_tensors(file)
     return hf_peft.unnamed(method_by_id(info.method), tensors, file) if info.written_by == "peft" else tensors
-
-
-def _unpickled(folder: Path, name: str, wanted: str) -> str:
-    return (
-        f"{folder} has its tensors in {name}, a pickle: opening one may run whatever its author put into it, so none "
-        f"is opened here. Ask for the adapter as {wanted}, which newer versions write. Or convert it, letting "
-        "torch take tensors and nothing else out of it; in that folder:\n"
-        f"  python -c \"import torch; from safetensors.torch import save_file; t = torch.load('{name}', "
-        f"map_location='cpu', weights_only=True); save_file({{k: v.clone() for k, v in t.items()}}, '{wanted}')\""
-    )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a file that holds a JSON object.
-
-    Raises:
-        FormatError: it does not.
-    """
-    try:
-        found = parsed(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(
-            f"{file} cannot be read as JSON ({error}). Copy it again, or save the adapter again."
-        ) from None
-    if not isinstance(found, dict):
-        raise FormatError(f"{file} should hold a JSON object and holds {type(found).__name__}.")
-    return found
 
 
 def is_adapted_state(file: Path) -> bool:

@@ -25,7 +25,8 @@ from adapterlab.foreign.quantized import is_quantized
 from adapterlab.foreign.sharding import is_sharded, whole
 from adapterlab.io.atomic import new_files
 from adapterlab.io.beside import trained_beside
-from adapterlab.io.folder import CONFIG, METHOD, STATE, TENSORS, Contents, gather, read_json, write_tensors
+from adapterlab.io.files import read_json
+from adapterlab.io.folder import CONFIG, METHOD, STATE, TENSORS, Contents, gather, write_tensors
 
 _MARK = {"adapterlab": "tensors of adapters"}
 _WHOLE = (STATE, "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

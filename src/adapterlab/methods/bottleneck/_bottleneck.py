@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterlab.core.adapter import Adapter, Copy
+from adapterlab.core.adapter import Adapter, Copy, Delta
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Method
 from adapterlab.core.site import Site
@@ -137,6 +137,27 @@ class TappedSum(Tapped):
         return left + y
 
 
+class Pair(Delta):
+    """The two projections beside a linear layer, with nothing between them: y = run(x) + s · W_u W_d x, as in LoRA."""
+
+    fused: ClassVar[bool | None] = False  # what they are made of may have a second derivative to take
+
+    def __init__(self, method: Hosted, site: Site):
+        super().__init__(site)
+        out, in_ = site.shape
+        self.p, self.scale = method.dropout, method.scale
+        self.make(method, in_, method.size(in_), out)
+
+    def make(self, method: Any, width: int, m: int, out: int) -> None:
+        """Make and start the tensors that `factors` come from."""
+        self.down, self.up = self.site.parameter(m, width), self.site.parameter(out, m)
+        method.start(self.down, self.up)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """W_d `[m, in]` and W_u `[out, m]` of this call."""
+        return self.down, self.up
+
+
 class Bottleneck(Method):
     """What the methods with bottleneck adapters share. Subclasses define `start` and may choose other places.
 
@@ -182,6 +203,76 @@ class Bottleneck(Method):
     def scaling(self, site: Site) -> float | nn.Parameter:
         """The factor s at one place."""
         return self.scale
+
+
+class Reading(Bottleneck):
+    """What the methods share whose adapters may read the sublayer's output, that output normalised, or the sum.
+
+    Attributes:
+        AtNorm: the adapter at a norm behind the residual sum.
+        OfSum: the adapter that reads a sum which its block has yet to make.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "block", "norm")
+    AtNorm: ClassVar[Callable[..., Projections]] = AroundNorm
+    OfSum: ClassVar[Callable[..., Projections]] = TappedSum
+
+    reads: Literal["normed", "output", "sum"] = Field(
+        "normed",
+        description="input of the adapter: the normalised sum where a norm follows it, the sublayer's output, or the "
+        "sum in blocks that normalise first",
+    )
+
+    def put(self, host: Carrier, name: str, site: Site, sites: Sequence[Site]) -> None:
+        """Wrap the norm behind the sublayer if there is one and it is to be read, else the sublayer."""
+        norm = site if site.kind == "norm" else norm_behind(site, sites)
+        if norm is not None and self.reads == "sum":
+            raise AttachError(
+                f"reads='sum' is for blocks that normalise first, and {norm.path} normalises the sum. Take 'normed', "
+                "which reads what it returns."
+            )
+        if norm is None and self.reads == "sum":
+            key, width = tap(host, name, site, norm_before(site, sites)), width_of(site, sites)
+            host.wrap(name, site, type(self).OfSum(self, site, width, width, host.state, key))
+        elif norm is None or (self.reads == "output" and norm is not site):
+            super().put(host, name, site, sites)
+        else:
+            host.wrap(name, norm, type(self).AtNorm(self, norm, width_of(norm, sites)))
+
+
+class Hosted(Bottleneck):
+    """What the methods share that change how the two projections are made, of bottleneck adapters or of LoRA.
+
+    Attributes:
+        Product: the projections of LoRA at one module.
+        of_adapters: further fields that mean nothing to LoRA.
+    """
+
+    Product: ClassVar[Callable[..., Pair]] = Pair
+    of_adapters: ClassVar[tuple[str, ...]] = ()
+
+    host: Literal["adapter", "lora"] = Field(
+        "adapter",
+        description="whose projections: a bottleneck adapter's, or LoRA's on queries and values (m is its rank, scale "
+        "its alpha / r)",
+    )
+
+    @model_validator(mode="after")
+    def _of_adapters(self) -> Self:
+        usual = {key: self.__class__.model_fields[key].get_default() for key in ("activation", *self.of_adapters)}
+        given = [key for key, value in usual.items() if getattr(self, key) != value]
+        if self.host == "lora" and given:
+            raise ValueError(f"{', '.join(given)}: LoRA has no such thing; leave it out, or take host='adapter'")
+        return self
+
+    def attach(self, host: Carrier, name: str) -> None:
+        """Wrap the chosen places, or the targets of LoRA."""
+        if self.host == "adapter":
+            return super().attach(host, name)
+        roles = {site.role for site in host.all_sites()}
+        usual = Targets(include=("q", "v") if "q" in roles else ("qkv",))
+        for site in host.sites(self.targets or usual, ("linear",)):
+            host.wrap(name, site, type(self).Product(self, site))
 
 
 def copy_norms(host: Carrier, name: str) -> None:
@@ -258,6 +349,14 @@ def norm_before(site: Site, sites: Sequence[Site]) -> Site:
             "residual stream in front of it is out of reach. Let the adapter read the sublayer's own input or output."
         )
     return found[-1]
+
+
+def norm_behind(site: Site, sites: Sequence[Site]) -> Site | None:
+    """The norm of a module that holds nothing but one projection and one norm, as BERT's outputs do."""
+    parent = site.path.rpartition(".")[0]
+    beside = [s for s in sites if s.path.rpartition(".")[0] == parent and s.kind in ("linear", "norm")]
+    norms = [s for s in beside if s.kind == "norm"]
+    return norms[0] if site.kind == "linear" and len(beside) == 2 and len(norms) == 1 else None
 
 
 def tap(host: Carrier, name: str, site: Site, begin: Site) -> str:

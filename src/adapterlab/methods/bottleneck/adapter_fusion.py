@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,14 +12,21 @@ from torch.nn import functional as F
 
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.carrier import Carrier
-from adapterlab.core.method import Method
+from adapterlab.core.hub import FUSE, HubCodec, Options, fuse, method_of, taken
+from adapterlab.core.method import Batches, Method
 from adapterlab.core.site import Site
-from adapterlab.errors import AttachError
+from adapterlab.engine.modes import evaluating
+from adapterlab.errors import AttachError, ConfigError, DataError, FormatError
+from adapterlab.foreign.model import config_of
+from adapterlab.io.adapter_hub import find_method
+from adapterlab.methods.bottleneck import _hub
 from adapterlab.methods.bottleneck._bottleneck import After, AroundNorm, Projections
 from adapterlab.methods.bottleneck.adapter_pfeiffer import AdapterPfeiffer
 from adapterlab.methods.mixture._saved_adapters import Entry, compose, compose_saved
 from adapterlab.registry import register
 
+_ADAPTERS = ".adapters."  # before the name of an adapter, in the keys of AdapterHub's library
+_PENALTY = 0.01  # its factor
 _FUSED = "fused"  # the place of adapters that are computed by the one that fuses them
 
 
@@ -41,7 +48,9 @@ class AdapterFusion(Method):
 
     Trainable parameters: 3 d² + 2 d for each place of the adapters; theirs are frozen.
 
-    Inference: not mergeable; all N adapters run at every place, and three products `[d, d]`.
+    Inference: not mergeable; all N adapters run at every place, and three products `[d, d]`. `method.prune(host, name,
+    batches, keep=2)` leaves the two at each place that have the largest mean weight on rows of the task, as the authors
+    of AdapterDrop do (arXiv 2010.11918).
 
     Rate: 5e-5, as in the authors' runs; their range was 6e-6 to 2e-4.
 
@@ -62,8 +71,22 @@ class AdapterFusion(Method):
     adapters: dict[str, Entry] = Field(
         min_length=1, description="by the name of each part: the folder of a trained adapter, or its name on the model"
     )
-    regularisation: float = Field(0.01, ge=0, description="factor of the penalty that keeps W_v near the identity")
+    regularisation: float = Field(_PENALTY, ge=0, description="factor of the penalty that keeps W_v near the identity")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the scores, before the softmax")
+
+    hub: ClassVar[HubCodec | None] = HubCodec(
+        options={
+            "key": True, "query": True, "value": True, "query_before_ln": False, "regularization": True,
+            "residual_before": False, "temperature": False, "value_before_softmax": True, "value_initialized": True,
+            "dropout_prob": None,
+        },
+        when={"architecture": FUSE},
+        fields={},
+        ignores=("adapters", "fusion", "regularization", "value_before_softmax", "value_initialized", "dropout_prob"),
+        derived=lambda host, options, tensors: _read(host, options, tensors),
+        outward=lambda host, key, method: _outward(host, key, method),
+        inward=lambda host, key, tensors: _inward(host, key, tensors),
+    )  # fmt: skip
 
     @classmethod
     def example(cls, model: nn.Module) -> dict[str, Any]:
@@ -82,21 +105,57 @@ class AdapterFusion(Method):
             AttachError: the adapters stand at different modules, or do not add at one place behind a sublayer.
         """
         compose(host, name, self, self.adapters)
+        _check({part: host.adapters(f"{name}/{part}") for part in self.adapters})
         self._fuse(host, name)
 
     def attach_saved(self, host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> None:
         compose_saved(host, name, self.adapters, tensors)
+        for part in self.adapters:
+            for path, adapter in list(host.adapters(f"{name}/{part}").items()):
+                if not any(f"{part}/adapter.{path}.{leaf}" in tensors for leaf in adapter.state_dict()):
+                    host.unwrap(f"{name}/{part}", adapter.site)  # it was pruned there
         self._fuse(host, name)
 
     def _fuse(self, host: Carrier, name: str) -> None:
         held = {part: host.adapters(f"{name}/{part}") for part in self.adapters}
-        _check(held)
-        for path in next(iter(held.values())):
-            parts = [held[part][path] for part in self.adapters]
-            for part in parts:
-                part.place = _FUSED
-                part.requires_grad_(False)
-            host.wrap(name, parts[0].site, Fusing(self, parts[0].site, parts))  # type: ignore[arg-type]
+        for path in dict.fromkeys(path for adapters in held.values() for path in adapters):
+            parts = {part: adapters[path] for part, adapters in held.items() if path in adapters}
+            for adapter in parts.values():
+                adapter.place = _FUSED
+            first = next(iter(parts.values()))
+            host.wrap(name, first.site, Fusing(self, first.site, parts))  # type: ignore[arg-type]
+        for part in self.adapters:
+            for tensor in host.tensors(f"{name}/{part}").values():
+                tensor.requires_grad_(False)
+
+    def prune(self, host: Carrier, name: str, batches: Batches, keep: int = 2) -> dict[str, tuple[str, ...]]:
+        """Leave at each place the adapters that have the largest mean weight over the tokens of some batches.
+
+        The others are taken off there, and the softmax runs over those that are left.
+
+        Args:
+            host: of the model.
+            name: of the adapter.
+            batches: of rows that it was trained on; padding does not count.
+            keep: adapters at a place.
+
+        Returns:
+            The names of the parts that are left, by path.
+
+        Raises:
+            ConfigError: keep is less than one.
+            DataError: there are no batches.
+        """
+        if keep < 1:
+            raise ConfigError(f"keep = {keep}: at least one adapter is left at a place. The authors take 2.")
+        layers = {path: adapter for path, adapter in host.adapters(name).items() if isinstance(adapter, Fusing)}
+        for path, weights in mean_weights(host, layers, batches).items():
+            layer = layers[path]
+            best = {layer.names[i] for i in weights.topk(min(keep, len(weights))).indices.tolist()}
+            for part in [part for part in layer.names if part not in best]:
+                host.unwrap(f"{name}/{part}", layer.site)
+                layer.drop(part)
+        return {path: tuple(layer.names) for path, layer in layers.items()}
 
     def penalty(self, host: Carrier, name: str) -> Tensor | None:
         """Factor · Σ over places of ‖I − W_v‖²."""
@@ -108,17 +167,23 @@ class AdapterFusion(Method):
 
 
 class Fusing(Adapter):
-    """The attention over the parts at one place; it adds where they would."""
+    """The attention over the parts at one place; it adds where they would.
+
+    Attributes:
+        names: of the parts, in order.
+        seen: their weights `[..., N]` in every call, while somebody collects them.
+    """
 
     not_linear: ClassVar[str] = Projections.not_linear
     tokenwise: ClassVar[bool | None] = True
 
-    def __init__(self, method: AdapterFusion, site: Site, parts: Sequence[Projections]):
+    def __init__(self, method: AdapterFusion, site: Site, parts: Mapping[str, Projections]):
         super().__init__(site)
-        width = parts[0].up.shape[0]
-        self.names = [f"part{i}" for i in range(len(parts))]
-        for key, part in zip(self.names, parts, strict=True):
-            self.refer(key, part)
+        self.names = list(parts)
+        for part, adapter in parts.items():
+            self.refer(f"part-{part}", adapter)
+        width = len(self.parts[0].weights()[2])
+        self.seen: list[Tensor] | None = None
         self.query, self.query_bias = site.parameter(width, width), site.parameter(width)
         self.key, self.key_bias = site.parameter(width, width), site.parameter(width)
         self.value = site.parameter(width, width)
@@ -131,7 +196,12 @@ class Fusing(Adapter):
     @property
     def parts(self) -> list[Any]:
         """The adapters that are mixed, in order."""
-        return [self.__dict__[key] for key in self.names]
+        return [self.__dict__[f"part-{part}"] for part in self.names]
+
+    def drop(self, part: str) -> None:
+        """Mix without one of the adapters from now on."""
+        self.names = [name for name in self.names if name != part]
+        del self.__dict__[f"part-{part}"]
 
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Do what an adapter of the parts' kind does, with the mixture for its share."""
@@ -148,11 +218,38 @@ class Fusing(Adapter):
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Softmax over the parts of q · k_n: `[..., N]`."""
         scores = F.dropout((k @ q[..., None])[..., 0], self.p, self.training)
-        return torch.softmax(scores.float(), -1).to(q.dtype)
+        found = torch.softmax(scores.float(), -1)
+        if self.seen is not None:
+            self.seen.append(found)
+        return found.to(q.dtype)
 
     def mixed(self, weights: Tensor, values: Tensor) -> Tensor:
         """Σ_n a_n v_n."""
         return (weights[..., None] * values).sum(-2)
+
+
+def mean_weights(host: Carrier, layers: Mapping[str, Fusing], batches: Batches) -> dict[str, Tensor]:
+    """Return the mean weight of each part `[N]` over the real tokens of some batches, by path.
+
+    Raises:
+        DataError: there are no batches.
+    """
+    sums: dict[str, Tensor] = {}
+    with evaluating(host.model):
+        for batch in batches:
+            for layer in layers.values():
+                layer.seen = []
+            host.model(**batch)
+            for path, layer in layers.items():
+                for weights in layer.seen or ():
+                    real = batch.get("attention_mask")
+                    if real is not None and real.shape == weights.shape[:-1]:
+                        weights = weights[real.bool()]
+                    sums[path] = sums.get(path, torch.zeros(())).to(weights.device) + weights.flatten(0, -2).sum(0)
+                layer.seen = None
+    if not sums:
+        raise DataError("No batch went through the adapters, so nothing says which of them count. Pass some.")
+    return {path: total / total.sum() for path, total in sums.items()}
 
 
 def _check(held: Mapping[str, Mapping[str, Adapter]]) -> None:
@@ -173,3 +270,67 @@ def _check(held: Mapping[str, Mapping[str, Adapter]]) -> None:
                 f"{first!r} and {part!r} stand at different modules ({', '.join(apart)}), and fusion mixes adapters "
                 "module by module. Train both with the same targets."
             )
+
+
+def _read(host: Carrier, options: Options, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Read a fusion of AdapterHub's; its dropout is the attention's where it says none."""
+    adapters: dict[str, Any] = {}
+    for part, own in options["adapters"].items():
+        method = find_method(own)
+        assert method.hub is not None
+        adapters[part] = {"name": method.id, **method.hub.settings(host, own, _of_part(part, tensors))}
+    return {
+        "adapters": adapters,
+        "dropout": options.get("dropout_prob") or _usual_dropout(host),
+        "regularisation": _PENALTY if options.get("regularization", True) else 0.0,
+    }
+
+
+def _outward(host: Carrier, key: str, method: AdapterFusion) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    adapters, tensors = {}, {}
+    layers = [layer for layer in host.adapters(key).values() if isinstance(layer, Fusing)]
+    if any(len(layer.names) < len(method.adapters) for layer in layers):
+        raise FormatError("AdapterHub fuses all adapters at every place, and this fusion is pruned. Keep our own form.")
+    for part in method.adapters:
+        inner = method_of(host, f"{key}/{part}")
+        if inner.hub is None or "hub" not in vars(type(inner)):
+            raise FormatError(f"AdapterHub's library has no {inner.id}, which is fused here as {part!r}.")
+        options, found = inner.hub.outward(host, f"{key}/{part}", inner)
+        adapters[part] = {**inner.hub.written(inner), **options}
+        tensors.update({theirs.replace(_ADAPTERS, f"{_ADAPTERS}{part}."): value for theirs, value in found.items()})
+    own = host.tensors(key)
+    tensors.update({theirs: own[ours] for ours, theirs in _mixing(host, key).items()})
+    dropout = None if method.dropout == _usual_dropout(host) else method.dropout
+    return {**fuse(adapters), "regularization": bool(method.regularisation), "dropout_prob": dropout}, tensors
+
+
+def _inward(host: Carrier, key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {ours: taken(tensors, theirs) for ours, theirs in _mixing(host, key).items()}
+    for part in method_of(host, key).adapters:
+        inner, own = method_of(host, f"{key}/{part}"), _of_part(part, tensors)
+        for theirs in own:
+            del tensors[theirs.replace(_ADAPTERS, f"{_ADAPTERS}{part}.")]
+        found.update({f"{part}/{ours}": value for ours, value in inner.hub.inward(host, f"{key}/{part}", own).items()})
+        tensors.update(own)  # what the part did not take
+    return found
+
+
+def _of_part(part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one of the adapters, without its name."""
+    within = f"{_ADAPTERS}{part}."
+    return {key.replace(within, _ADAPTERS): value for key, value in tensors.items() if within in key}
+
+
+def _mixing(host: Carrier, key: str) -> dict[str, str]:
+    """The library's names of the tensors that mix, by ours."""
+    found = {}
+    for path, adapter in host.adapters(key).items():
+        stem = f"{_hub.place(host, adapter.site).removesuffix('adapters')}adapter_fusion_layer"
+        for ours in adapter.state_dict():
+            leaf = ours.replace("_bias", ".bias") if ours.endswith("_bias") else f"{ours}.weight"
+            found[f"adapter.{path}.{ours}"] = f"{stem}.{leaf}"
+    return found
+
+
+def _usual_dropout(host: Carrier) -> float:
+    return float(getattr(config_of(host.model), "attention_probs_dropout_prob", 0.0))

@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from adapterlab.core.carrier import Carrier
-from adapterlab.core.hub import HubCodec, Options
-from adapterlab.core.site import Site
-from adapterlab.errors import AttachError, FormatError
+from adapterlab.core.hub import HubCodec
 from adapterlab.methods.bottleneck import _hub
-from adapterlab.methods.bottleneck._bottleneck import (
-    AroundNorm,
-    Bottleneck,
-    Projections,
-    TappedSum,
-    feed_forwards,
-    norm_before,
-    tap,
-    width_of,
-)
+from adapterlab.methods.bottleneck._bottleneck import Reading
 from adapterlab.registry import register
 
 
 @register
-class AdapterPfeiffer(Bottleneck):
+class AdapterPfeiffer(Reading):
     """Put one small two-layer network with a skip connection into every block, behind the feed-forward sublayer.
 
     With r the sublayer's output, x the residual and A(h) = s · (W_u f(W_d h + b_d) + b_u), W_d `[m, d]`, W_u `[d, m]`,
@@ -58,68 +45,16 @@ class AdapterPfeiffer(Bottleneck):
 
     formula: ClassVar[str] = "2 m d + m + d for each block"
     starts_at_base: ClassVar[bool] = False
-    kinds: ClassVar[tuple[str, ...]] = ("linear", "block", "norm")
-    AtNorm: ClassVar[Callable[..., Projections]] = AroundNorm
 
-    reads: Literal["normed", "output", "sum"] = Field(
-        "normed",
-        description="input of the adapter: the normalised sum where a norm follows it, the sublayer's output, or the "
-        "sum in blocks that normalise first",
-    )
     init_std: float = Field(0.02, ge=0, description="deviation of the projections at the start")
 
     hub: ClassVar[HubCodec | None] = _hub.codec(
         when={"mh_adapter": False, "output_adapter": True, "is_parallel": False},
-        derived=lambda host, options, tensors: _read(host, options),
-        outward=lambda host, key, method: _written(host, key, method),
+        derived=lambda host, options, tensors: _hub.reads(host, options),
+        outward=lambda host, key, method: _hub.written(host, method),
     )
-
-    def put(self, host: Carrier, name: str, site: Site, sites: Sequence[Site]) -> None:
-        """Wrap the norm behind the sublayer if there is one and it is to be read, else the sublayer."""
-        norm = site if site.kind == "norm" else _norm_behind(site, sites)
-        if norm is not None and self.reads == "sum":
-            raise AttachError(
-                f"reads='sum' is for blocks that normalise first, and {norm.path} normalises the sum. Take 'normed', "
-                "which reads what it returns."
-            )
-        if norm is None and self.reads == "sum":
-            key, width = tap(host, name, site, norm_before(site, sites)), width_of(site, sites)
-            host.wrap(name, site, TappedSum(self, site, width, width, host.state, key))
-        elif norm is None or (self.reads == "output" and norm is not site):
-            super().put(host, name, site, sites)
-        else:
-            host.wrap(name, norm, type(self).AtNorm(self, norm, width_of(norm, sites)))
 
     def start(self, down: Tensor, up: Tensor) -> None:
         """Normal."""
         for weight in (down, up):
             nn.init.normal_(weight, std=self.init_std)
-
-
-def _norm_behind(site: Site, sites: Sequence[Site]) -> Site | None:
-    """The norm of a module that holds nothing but one projection and one norm, as BERT's outputs do."""
-    parent = site.path.rpartition(".")[0]
-    beside = [s for s in sites if s.path.rpartition(".")[0] == parent and s.kind in ("linear", "norm")]
-    norms = [s for s in beside if s.kind == "norm"]
-    return norms[0] if site.kind == "linear" and len(beside) == 2 and len(norms) == 1 else None
-
-
-def _read(host: Carrier, options: Options) -> dict[str, Any]:
-    """What AdapterHub's adapter reads: where no norm follows the sum, its norm is left out and the sum is read."""
-    if options.get("leave_out") or options.get("residual_before_ln", True) is not True or options.get("cross_adapter"):
-        raise FormatError(
-            "Its options leave_out, cross_adapter and residual_before_ln=False have no form here. Use it with the "
-            "library `adapters` itself."
-        )
-    if not options.get("original_ln_before", False):
-        return {"reads": "output"}
-    sites = host.all_sites()
-    behind = [_norm_behind(site, sites) is not None for site in feed_forwards(sites)]
-    return {"reads": "normed" if all(behind) else "sum"}
-
-
-def _written(host: Carrier, key: str, method: AdapterPfeiffer) -> dict[str, Any]:
-    sites = host.all_sites()
-    follows = all(_norm_behind(site, sites) is not None for site in feed_forwards(sites))
-    _hub.refuse_unless(method.targets is None, method, "it stands at places of its own (targets)")
-    return {"original_ln_before": method.reads == "sum" or (follows and method.reads == "normed")}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, cast
 
 from pydantic import Field
-from torch import Tensor
 
 from adapterlab.core.carrier import Carrier
-from adapterlab.core.hub import HubCodec, Options
+from adapterlab.core.hub import HubCodec, union
 from adapterlab.core.method import Composite, Method
 from adapterlab.errors import FormatError
 from adapterlab.methods.bottleneck.adapter_parallel import AdapterParallel
@@ -61,14 +59,9 @@ class MAMAdapter(Composite):
         "input", description="what the adapter reads: the sublayer's input, or the residual stream before its norm"
     )
 
-    hub: ClassVar[HubCodec | None] = HubCodec(
-        options={"architecture": "union", "configs": None},
-        when={"architecture": "union"},
-        fields={},
-        ignores=("configs",),
-        derived=lambda host, options, tensors: _read(host, options, tensors),
-        outward=lambda host, key, method: _written(host, key),
-        inward=lambda host, key, tensors: _taken(host, key, tensors),
+    hub: ClassVar[HubCodec | None] = union(
+        {"prefix": cast(HubCodec, PrefixTuning.hub), "adapter": cast(HubCodec, AdapterParallel.hub)},
+        fields=lambda parts: _read(**parts),
     )
 
     def parts(self, host: Carrier) -> dict[str, Method]:
@@ -79,36 +72,10 @@ class MAMAdapter(Composite):
         }
 
 
-_PARTS = {"prefix": cast(HubCodec, PrefixTuning.hub), "adapter": cast(HubCodec, AdapterParallel.hub)}
-
-
-def _read(host: Carrier, options: Options, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read a union of AdapterHub's that is a prefix and a parallel adapter."""
-    configs = options["configs"]
-    found = {part: [c for c in configs if codec.claims(c)] for part, codec in _PARTS.items()}
-    if len(configs) != 2 or any(len(each) != 1 for each in found.values()):
-        raise FormatError(
-            "This union of AdapterHub's is another than a prefix and a parallel adapter beside the feed-forward "
-            "sublayer, and no method here is that. Save its parts apart, or use it with the library `adapters` itself."
-        )
-    prefix, adapter = (codec.settings(host, found[part][0], tensors) for part, codec in _PARTS.items())
+def _read(prefix: dict[str, Any], adapter: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a union of AdapterHub's that is a prefix and a parallel adapter."""
     if prefix.pop("dropout") or adapter.pop("activation") != "relu" or adapter.pop("learn_scale", False):
         raise FormatError(
             "Dropout on the prefix, other nonlinearities than relu and a learned scale have no form here."
         )
     return {"length": prefix["length"], "init": "zeros", **adapter}
-
-
-def _written(host: Carrier, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    configs, tensors = [], {}
-    for part, codec in _PARTS.items():
-        method = host.part_methods(key)[f"{key}/{part}"]
-        options, found = codec.outward(host, f"{key}/{part}", method)
-        configs.append({**codec.written(method), **options})
-        tensors.update(found)
-    return {"configs": configs}, tensors
-
-
-def _taken(host: Carrier, key: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    parts = {part: codec.inward(host, f"{key}/{part}", tensors) for part, codec in _PARTS.items()}
-    return {f"{part}/{ours}": value for part, found in parts.items() for ours, value in found.items()}

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.carrier import Carrier
+from adapterlab.core.hub import HubCodec
 from adapterlab.core.method import Composite, Method
 from adapterlab.core.site import Site
 from adapterlab.core.state import State
@@ -22,6 +23,7 @@ from adapterlab.errors import AttachError
 from adapterlab.foreign.model import is_causal
 from adapterlab.methods.bottleneck._bottleneck import After, AroundNorm
 from adapterlab.methods.bottleneck.adapter_pfeiffer import AdapterPfeiffer
+from adapterlab.methods.composite import _hub
 from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.methods.prompt.prefix_tuning import PrefixTuning
 from adapterlab.registry import register
@@ -35,8 +37,8 @@ class UniPELT(Composite):
     """Give every layer a prefix, LoRA and an adapter, and let a gate for each say how much of it is used.
 
     A gate reads h_t `[d]` at token t: g_t = σ(w · h_t + b). In a stack without causality G is the mean of g_t over the
-    real tokens of a row, the same for all of them. In a causal stack G_t = g_t: the mean would show later tokens to
-    earlier ones, and would be another one with a cache.
+    real tokens of a row, the same for all of them; with `padding=True` over all tokens, as in AdapterHub's library. In
+    a causal stack G_t = g_t: the mean would show later tokens to earlier ones, and would be another one with a cache.
 
     Prefix: K ← [G P_K ; K], V ← [G P_V ; V], gate on the attention's input (G_t of the query). LoRA on queries and
     values: y = W x + G · B A x, a gate on each module's own input in the place of alpha / r. Adapter behind the
@@ -77,6 +79,9 @@ class UniPELT(Composite):
     r: int = Field(8, ge=1, description="rank of LoRA")
     m: int | None = Field(None, ge=1, description="width of the bottleneck; default: the model's width / reduction")
     reduction: float = Field(16.0, ge=1, description="width of the model over that of the bottleneck, when m is unset")
+    padding: bool = Field(False, description="let the gates of a stack without causality count padding too")
+
+    hub: ClassVar[HubCodec | None] = _hub.codec()
 
     def parts(self, host: Carrier) -> dict[str, Method]:
         """The gated parts, and what shows the attention's input to the gate of the prefix."""
@@ -108,7 +113,7 @@ class UniPELT(Composite):
                 causal = stack is not None and is_causal(host.model.get_submodule(stack))
                 for part in adapter.modules():
                     if isinstance(part, Gate):
-                        part.connect(host.state, f"{name}:{stack}.{layer}", causal)
+                        part.connect(host.state, f"{name}:{stack}.{layer}", causal, self.padding)
                 if isinstance(adapter, View | GatedPrefix.Layer):
                     adapter.connect(host.state, f"{name}:{path}", causal)
 
@@ -142,17 +147,17 @@ class Gate(nn.Module):
         super().__init__()
         self.weight, self.bias = site.parameter(1, width), site.parameter(1)
         nn.init.normal_(self.weight, std=0.02)
-        self.opened, self.state, self.key, self.causal = None, State(), "", False
+        self.opened, self.state, self.key, self.causal, self.padding = None, State(), "", False, False
 
-    def connect(self, state: State, key: str, causal: bool) -> None:
-        """Learn where the real tokens of the layer are told."""
-        self.state, self.key, self.causal = state, key, causal
+    def connect(self, state: State, key: str, causal: bool, padding: bool) -> None:
+        """Learn where the real tokens of the layer are told, and whether they alone count."""
+        self.state, self.key, self.causal, self.padding = state, key, causal, padding
 
     def forward(self, h: Tensor) -> Tensor:
         """Return G `[..., tokens, 1]`, or `[..., 1, 1]` where it is a row's."""
         g = torch.sigmoid(F.linear(h.to(self.weight.dtype), self.weight, self.bias))
         if not self.causal:
-            g = over_tokens(g, self.state.taps.get(self.key))
+            g = over_tokens(g, None if self.padding else self.state.taps.get(self.key))
         if self.training:
             self.opened = g.detach().mean()
         return g
