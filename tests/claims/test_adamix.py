@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from adapterlab.errors import ConfigError, MergeError, TrainingError
 from adapterlab.hosts import attach, load
 from adapterlab.methods.bottleneck import adamix
+from adapterlab.methods.bottleneck._bottleneck import Pair
 from adapterlab.methods.bottleneck.adamix import AdaMix, Consistency
 
 NAME, PATH = "default", "bert.encoder.layer.0.output.dense"
-LAYER = AdaMix.Layer
+LAYER, LORA = AdaMix.Layer, AdaMix.Product
 
 
 def data(model: Any) -> dict[str, Tensor]:
@@ -137,6 +138,40 @@ def test_evaluation_and_the_end_have_the_mean(tiny: Any, batch_for: Any, logits:
     assert again.summary().trainable == 2 * (2 * 4 * 32 + 4 + 32)
 
 
+@torch.no_grad()
+def test_lora_has_experts_too_and_their_mean_merges(tiny: Any, batch_for: Any, logits: Any) -> None:
+    """In training one of each, scaled; then the mean of both, which is written into the base."""
+    torch.manual_seed(0)
+    model = tiny("bert-classes").double()
+    path = "bert.encoder.layer.0.attention.self.query"
+    host = attach(model, AdaMix(host="lora", m=4, experts=2, scale=0.5, share_up=False, init_std=0.3))
+    layer: Any = host.adapters(NAME)[path]
+    assert {p.rpartition(".")[2] for p in host.adapters(NAME)} == {"query", "value", ""}  # the model itself compares
+    assert float(layer.down.std()) == pytest.approx(0.3, rel=0.15)
+    assert not layer.up.any()
+    for value in host.tensors(NAME).values():
+        value.normal_()
+    x, module = torch.randn(3, 32).double(), model.get_submodule(path)
+    with host.using():
+        base = module(x)
+    pairs = {(i, j): base + 0.5 * x @ layer.down[i].T @ layer.up[j].T for i in range(2) for j in range(2)}
+    model.train()
+    made = [module(x) for _ in range(60)]
+    seen = Counter(pair for y in made for pair, wanted in pairs.items() if torch.allclose(y, wanted, atol=1e-12))
+    assert sum(seen.values()) == 60
+    assert len(seen) == 4
+    model.eval()
+    mean = base + 0.5 * x @ layer.down.mean(0).T @ layer.up.mean(0).T
+    assert torch.allclose(module(x), mean, atol=1e-12)
+    host.methods[NAME].finish(host, NAME)
+    assert torch.allclose(module(x), mean, atol=1e-12)
+    assert host.summary().trainable == 4 * 4 * (32 + 32)
+    batch = batch_for(model)
+    wanted = logits(model, batch)
+    host.merge()
+    assert torch.allclose(logits(model, batch), wanted, atol=1e-10)
+
+
 def test_divergence() -> None:
     """½ (KL(p ‖ q) + KL(q ‖ p)), whose gradient takes each first distribution as given."""
     draw = torch.Generator().manual_seed(0)
@@ -216,8 +251,8 @@ def test_refusals(tiny: Any) -> None:
 AROUND = Consistency.around
 
 
-def _same(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return weight[0], bias[0]
+def _same(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor[0] for tensor in tensors)
 
 
 def _tied(self: Any) -> Any:
@@ -243,11 +278,11 @@ BROKEN: dict[str, Mutation] = {
     "the mean in training too": (adamix, "drawn", adamix.mean),
     "one draw for all layers": (LAYER, "weights", lambda self: ONE.setdefault(len(self.down), WEIGHTS(self))),
     "an expert outside of training": (adamix, "mean", _same),
-    "the sum": (adamix, "mean", lambda weight, bias: (weight.sum(0), bias.sum(0))),
-    "biases are not averaged": (adamix, "mean", lambda weight, bias: (weight.mean(0), bias[0])),
+    "the sum": (adamix, "mean", lambda *tensors: tuple(t.sum(0) for t in tensors)),
+    "biases are not averaged": (adamix, "mean", lambda weight, *bias: (weight.mean(0), *(t[0] for t in bias))),
     "nothing is merged": (LAYER, "merge", lambda self: None),
     "the first expert is left": (LAYER, "merge", lambda self: [
-        setattr(self, key, torch.nn.Parameter(getattr(self, key).detach()[0])) for key in adamix.TENSORS]),
+        setattr(self, key, torch.nn.Parameter(value.detach()[0])) for key, value in list(self.named_parameters())]),
     "one pass": (Consistency, "around", _once),
     "c left out": (Consistency, "around", lambda self, run, *args, **kwargs: (
         setattr(self, "factor", 1.0), AROUND(self, run, *args, **kwargs))[1]),
@@ -258,6 +293,11 @@ BROKEN: dict[str, Mutation] = {
     "one divergence": (adamix, "divergence", lambda p, q: F.kl_div(
         q.log_softmax(-1), p.detach().log_softmax(-1), log_target=True, reduction="batchmean")),
     "gradients into both": (adamix, "divergence", _crosses),
+    "LoRA has the mean in training": (LORA, "product", Pair.product),
+    "LoRA has the first expert at last": (LORA, "factors", lambda self: (
+        (self.down, self.up) if self.down.dim() == 2 else (self.down[0], self.up[0]))),
+    "LoRA without its scale": begun(LORA, lambda part, method: setattr(part, "scale", 1.0)),
+    "LoRA starts off the base": begun(LORA, lambda part, method: part.up.fill_(0.1)),
     "experts start alike": begun(LAYER, lambda part, method: part.down.copy_(part.down[:1].expand_as(part.down))),
     "starts larger": begun(LAYER, lambda part, method: part.up.mul_(2)),
 }  # fmt: skip
@@ -267,6 +307,7 @@ test_the_claims_fail_when_a_line_is_broken = fails_without(
     test_evaluation_and_the_end_have_the_mean,
     test_divergence,
     functools.partial(test_emitted_loss, "llama"),
+    test_lora_has_experts_too_and_their_mean_merges,
     test_start,
     lines=BROKEN,
 )

@@ -105,20 +105,20 @@ def masks(host: Any) -> dict[str, Tensor]:
 GIVEN = batches(0, dtype=torch.float64)
 
 
-def loss_of(model: Any, dense: dict[str, Tensor]) -> Tensor:
-    """The toy's loss with these matrices written out."""
+def loss_of(model: Any, dense: dict[str, Tensor], host: str) -> Tensor:
+    """The toy's loss with these matrices written out, of adapters or of LoRA with s = 2."""
     total = torch.zeros((), dtype=torch.float64)
     for batch in GIVEN:
         x, wanted = batch["x"], model.wanted(batch["x"])
         for i, layer in enumerate(model.layers):
             down, up = (dense[f"adapter.layers.{i}.mlp.{key}"] for key in ("down", "up"))
             h = layer["mlp"](x)
-            x = x + h + F.relu(h @ down.T) @ up.T
+            x = x + h + (F.relu(h @ down.T) @ up.T if host == "adapter" else 2 * x @ down.T @ up.T)
         total = total + (x - wanted).square().mean()
     return total
 
 
-def reference(score: str, dense: dict[str, Tensor]) -> dict[str, Tensor]:
+def reference(score: str, dense: dict[str, Tensor], host: str = "adapter") -> dict[str, Tensor]:
     """Scores by their formulas, with the whole Hessian."""
     if score == "magnitude":
         return {key: value.abs() for key, value in dense.items()}
@@ -127,7 +127,7 @@ def reference(score: str, dense: dict[str, Tensor]) -> dict[str, Tensor]:
 
     def loss(vector: Tensor) -> Tensor:
         parts = vector.split([value.numel() for value in dense.values()])
-        return loss_of(model, {key: part.view_as(dense[key]) for key, part in zip(dense, parts, strict=True)})
+        return loss_of(model, {key: part.view_as(dense[key]) for key, part in zip(dense, parts, strict=True)}, host)
 
     g = torch.func.grad(loss)(flat)
     found = (flat * g).abs() if score == "snip" else flat * (torch.func.hessian(loss)(flat) @ g)
@@ -190,6 +190,35 @@ def test_formula_after_pruning() -> None:
     assert torch.allclose(got, h + F.relu(h @ down.T + layer.down_bias) @ up.T + layer.up_bias, atol=1e-12)
 
 
+@pytest.mark.parametrize("score", ["snip", "grasp"])
+def test_lora_is_pruned_alike(score: str) -> None:
+    """The same scores decide; what is left is a LoRA with zeros, which merges."""
+    model, host, dense = adapted(score, host="lora", scale=2.0)
+    scores, found = reference(score, dense, "lora"), masks(host)
+    kept, gone = (torch.cat([scores[key][m if keep else ~m] for key, m in found.items()]) for keep in (True, False))
+    assert kept.min() > gone.max() - 1e-9
+    assert len(gone) == -(-6 * (len(kept) + len(gone)) // 10)
+    assert all(torch.equal(host.tensors(NAME)[key], dense[key][mask]) for key, mask in found.items())
+    x = torch.randn(5, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    down, up = (dense[f"adapter.layers.0.mlp.{key}"] * found[f"adapter.layers.0.mlp.{key}"] for key in ("down", "up"))
+    with host.using():
+        wanted = model.layers[0]["mlp"](x) + 2 * x @ down.T @ up.T
+    assert torch.allclose(model.layers[0]["mlp"](x), wanted, atol=1e-12)
+    host.merge()
+    assert torch.allclose(model.layers[0]["mlp"](x), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert-classes"])
+def test_lora_stands_at_queries_and_values(kind: str, tiny: Any, batch_for: Any) -> None:
+    model = tiny(kind)
+    host = attach(model, SparseAdapter(host="lora", m=2, enlarge=4, score="magnitude"))
+    ends = {path.rpartition(".")[2] for path in host.adapters(NAME)}
+    assert ends == {"llama": {"q_proj", "v_proj"}, "gpt2": {"c_attn"}, "bert-classes": {"query", "value"}}[kind]
+    sizes = [sum(adapter.site.shape) for adapter in host.adapters(NAME).values()]
+    assert host.summary().trainable == 2 * sum(sizes)
+    host.verify(batch_for(model))
+
+
 def test_masks_are_kept_through_training_and_saving(tmp_path: Any) -> None:
     """Momentum and weight decay move nothing that was pruned; a saved adapter is the same to the bit."""
     model, host, _ = adapted("snip", torch.float32)
@@ -200,7 +229,7 @@ def test_masks_are_kept_through_training_and_saving(tmp_path: Any) -> None:
         optimizer.step()
         optimizer.zero_grad()
     layer: Any = host.adapters(NAME)["layers.1.mlp"]
-    zero = layer.whole("down")[~before["adapter.layers.1.mlp.down"]]
+    zero = layer.masked("down")[~before["adapter.layers.1.mlp.down"]]
     assert not zero.any()
     assert len(zero)
     saved = host.state_dict(NAME)
@@ -253,11 +282,14 @@ def test_refusals(tiny: Any, batch_for: Any) -> None:
         SparseAdapter(sparsity=1.0)
     with pytest.raises(MergeError, match="nonlinear function"):
         host.merge()
+    with pytest.raises(ConfigError, match="activation, attention: LoRA has no such thing"):
+        SparseAdapter(host="lora", attention=False, activation="gelu")
     assert [SparseAdapter(enlarge=c).share for c in (1, 2, 3)] == pytest.approx([0.4, 0.5, 2 / 3])
 
 
 SPARSE, LAYER = SparseAdapter, SparseAdapter.Layer
-KEPT, WHOLE, CUT = SPARSE.kept, LAYER.whole, LAYER.cut
+LORA = SPARSE.Product
+KEPT, MASKED, CUT = SPARSE.kept, LAYER.masked, LAYER.cut
 
 
 def _sums(host: Any, parameters: Any, given: Any, term: Any) -> dict[str, Tensor]:
@@ -281,11 +313,13 @@ BROKEN: dict[str, Mutation] = {
     "nothing kept in a quiet matrix": (sparse_adapter, "highest", lambda scores, k: [
         s >= torch.cat([t.flatten() for t in scores]).topk(k).values.min() for s in scores
     ]),
-    "the mask is not used": (LAYER, "whole", lambda self, key: WHOLE(self, key) + 0.01 * self.is_cut),
-    "biases are pruned": (LAYER, "weights", lambda self: (self.whole("down"), 0 * self.down_bias, self.whole("up"),
+    "the mask is not used": (LAYER, "masked", lambda self, key: MASKED(self, key) + 0.01 * self.is_cut),
+    "biases are pruned": (LAYER, "weights", lambda self: (self.masked("down"), 0 * self.down_bias, self.masked("up"),
                                                           self.up_bias)),
     "values start anew": (LAYER, "cut", lambda self, key, mask: (
         CUT(self, key, mask), nn.init.normal_(getattr(self, key), std=0.02))),
+    "LoRA without its mask": (LORA, "masked", lambda self, key: MASKED(self, key) + 0.01 * self.is_cut),
+    "LoRA without its scale": begun(LORA, lambda part, method: setattr(part, "scale", 1.0)),
     "starts larger": begun(LAYER, lambda part, method: part.down.mul_(2)),
     "one draw for every seed": (SPARSE, "scores", lambda self, *rest: SCORE(self.replace(seed=0), *rest)),
     "the same share of every matrix": (SPARSE, "kept", lambda self, scores: {
@@ -299,6 +333,7 @@ test_the_claims_fail_when_a_line_is_broken = fails_without(
     test_every_matrix_keeps_an_entry,
     test_random_scores_and_shares_of_matrices,
     test_formula_after_pruning,
+    functools.partial(test_lora_is_pruned_alike, "snip"),
     test_start,
     lines=BROKEN,
 )

@@ -18,14 +18,24 @@ from adapterlab.core.state import State
 from adapterlab.data.encoding import IGNORED
 from adapterlab.errors import TrainingError
 from adapterlab.foreign.model import is_causal, is_encoder_decoder
-from adapterlab.methods.bottleneck._bottleneck import Activation, After, Bottleneck, Weights
+from adapterlab.methods.bottleneck._bottleneck import Activation, After, Hosted, Pair, Weights
 from adapterlab.registry import register
 
-TENSORS = ("down", "down_bias", "up", "up_bias")
+
+class Experts(Adapter):
+    """Tensors that have a first dimension for experts until they are merged."""
+
+    down: nn.Parameter
+
+    def merge(self) -> None:
+        """Become one adapter."""
+        if self.down.dim() == 3:
+            for key, value in list(self.named_parameters()):
+                setattr(self, key, nn.Parameter(value.detach().mean(0)))
 
 
 @register
-class AdaMix(Bottleneck):
+class AdaMix(Hosted):
     """Train M experts for each projection of a bottleneck adapter, drawn at random, and average their weights at last.
 
     In training y = h + s · (W_u^(j) f(W_d^(i) h + b_d^(i)) + b_u^(j)), f = GELU, s = 1; i and j are drawn from 1..M
@@ -34,18 +44,22 @@ class AdaMix(Bottleneck):
     answers, q those of a second pass with other draws, and each divergence has a gradient in its second distribution
     alone; it is a mean over the answers that have a label (all, where there are none).
 
+    With `host="lora"` the projections are LoRA's, y = W x + s · W_u^(j) W_d^(i) x with s = α / r, 32 / 4 in the
+    authors' runs, and the mean of the experts is an ordinary LoRA.
+
     Outside of training the experts' mean is computed, W̄ = Σ_i W^(i) / M, and so for biases. After training it is all
     that is left: an ordinary adapter, which is what is saved. `method.merge(host, name)` does it earlier.
 
     Where it attaches: the feed-forward block, or its second projection where it is not a module of its own; the second
-    pass is made around the whole model, with a loss that needs the logits of all positions.
+    pass is made around the whole model, with a loss that needs the logits of all positions. LoRA: queries and values,
+    or the fused module that holds them.
 
-    Start: W_d and W_u of every expert from a normal distribution with deviation `init_std`, biases 0.
+    Start: W_d and W_u of every expert from a normal distribution with deviation `init_std`, biases 0; W_u of LoRA 0.
 
     Trainable parameters: M (m d + m) + m d + d for each block, M (2 m d + m + d) with `share_up=False`; at the end
-    2 m d + m + d.
+    2 m d + m + d. LoRA: M m in + m out for each module, at the end m (in + out).
 
-    Inference: not mergeable into the base, since f is not linear; what one bottleneck adapter costs.
+    Inference: not mergeable into the base, since f is not linear; what one bottleneck adapter costs. LoRA merges.
 
     Cost of a step: two forward and backward passes. A foreign trainer, which takes no losses from adapters, gets one
     pass and no consistency.
@@ -90,7 +104,7 @@ class AdaMix(Bottleneck):
         for adapter in list(host.adapters(name).values()):
             if isinstance(adapter, Consistency):
                 host.unwrap(name, adapter.site)
-            elif isinstance(adapter, self.Layer):
+            elif isinstance(adapter, Experts):
                 adapter.merge()
 
     def finish(self, host: Carrier, name: str) -> None:
@@ -98,16 +112,16 @@ class AdaMix(Bottleneck):
         self.merge(host, name)
 
     def start(self, down: Tensor, up: Tensor) -> None:
-        """Normal."""
-        for weight in (down, up):
+        """Normal; LoRA's second projection stays zero."""
+        for weight in (down, up) if self.host == "adapter" else (down,):
             nn.init.normal_(weight, std=self.init_std)
 
-    class Layer(After):
+    class Layer(Experts, After):
         """The experts at one block, or their mean."""
 
         def make(self, method: Any, width: int, m: int, out: int) -> None:
             """Make the experts of both projections."""
-            down, up = (1 if shared else method.experts for shared in (method.share_down, method.share_up))
+            down, up = counts(method)
             self.down, self.down_bias = self.site.parameter(down, m, width), self.site.parameter(down, m)
             self.up, self.up_bias = self.site.parameter(up, out, m), self.site.parameter(up, out)
             method.start(self.down, self.up)
@@ -117,13 +131,31 @@ class AdaMix(Bottleneck):
             if self.down.dim() == 2:
                 return self.down, self.down_bias, self.up, self.up_bias
             pick = drawn if self.training else mean
-            return (*pick(self.down, self.down_bias), *pick(self.up, self.up_bias))
+            (down, down_bias), (up, up_bias) = pick(self.down, self.down_bias), pick(self.up, self.up_bias)
+            return down, down_bias, up, up_bias
 
-        def merge(self) -> None:
-            """Become one adapter."""
-            if self.down.dim() == 3:
-                for key in TENSORS:
-                    setattr(self, key, nn.Parameter(getattr(self, key).detach().mean(0)))
+    class Product(Experts, Pair):
+        """The experts of LoRA at one module, or their mean."""
+
+        def make(self, method: Any, width: int, m: int, out: int) -> None:
+            """Make the experts of both projections."""
+            down, up = counts(method)
+            self.down, self.up = self.site.parameter(down, m, width), self.site.parameter(up, out, m)
+            method.start(self.down, self.up)
+
+        def factors(self) -> tuple[Tensor, Tensor]:
+            """Those of the mean, which is what merges."""
+            if self.down.dim() == 2:
+                return self.down, self.up
+            (down,), (up,) = mean(self.down), mean(self.up)
+            return down, up
+
+        def product(self, x: Tensor) -> Tensor:
+            """In training with two experts that are drawn."""
+            if self.down.dim() == 2 or not self.training:
+                return super().product(x)
+            (down,), (up,) = drawn(self.down), drawn(self.up)
+            return self.site.mix(self.site.op(x, down), self.scale * up)
 
 
 class Consistency(Adapter):
@@ -154,15 +186,20 @@ class Consistency(Adapter):
         return out
 
 
-def drawn(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of one expert, at random."""
-    one = torch.randint(len(weight), (1,), device=weight.device)
-    return weight.index_select(0, one)[0], bias.index_select(0, one)[0]
+def counts(method: Any) -> tuple[int, int]:
+    """How many experts there are for the first and the second projection."""
+    return (1 if method.share_down else method.experts), (1 if method.share_up else method.experts)
 
 
-def mean(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the mean expert."""
-    return weight.mean(0), bias.mean(0)
+def drawn(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of one expert, at random."""
+    one = torch.randint(len(tensors[0]), (1,), device=tensors[0].device)
+    return tuple(tensor.index_select(0, one)[0] for tensor in tensors)
+
+
+def mean(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of the mean expert."""
+    return tuple(tensor.mean(0) for tensor in tensors)
 
 
 def logits_of(out: Any) -> Tensor:

@@ -12,12 +12,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adapterlab.core.adapter import Adapter
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Batches
 from adapterlab.core.site import Site
 from adapterlab.engine.modes import dropout_off
 from adapterlab.errors import DataError, NotTrainingError, TrainingError
-from adapterlab.methods.bottleneck._bottleneck import After, Bottleneck, Weights, attention_outputs, feed_forwards
+from adapterlab.methods.bottleneck._bottleneck import After, Hosted, Pair, Weights, attention_outputs, feed_forwards
 from adapterlab.methods.in_place._chosen_parameters import accumulate
 from adapterlab.registry import register
 
@@ -28,8 +29,29 @@ MATRICES = ("down", "up")
 Matrices = dict[str, Tensor]  # by `<path>.<matrix>`
 
 
+class Cut(Adapter):
+    """A matrix that is pruned is a vector of what is left, and a mask."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether it is pruned."""
+        return "down_mask" in self._buffers
+
+    def cut(self, key: str, mask: Tensor) -> None:
+        """Keep the entries of a matrix for which the mask says so."""
+        whole: Any = getattr(self, key)
+        mask = mask.to(whole.device)
+        setattr(self, key, nn.Parameter(whole.detach()[mask]))
+        self.register_buffer(f"{key}_mask", mask)
+
+    def masked(self, key: str) -> Tensor:
+        """W ⊙ M of one matrix."""
+        values, mask = getattr(self, key), self._buffers.get(f"{key}_mask")
+        return values if mask is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
 @register
-class SparseAdapter(Bottleneck):
+class SparseAdapter(Hosted):
     """Prune the projections of bottleneck adapters at the start, by a score, and train what is left.
 
     y = h + s · ((W_u ⊙ M_u) f((W_d ⊙ M_d) h + b_d) + b_u), f = ReLU, s = 1; the masks M keep the share 1 − σ of all
@@ -37,22 +59,26 @@ class SparseAdapter(Bottleneck):
     θ · (H g) with the Hessian H of the loss (`grasp`), |θ| (`magnitude`) or a random number (`random`); the highest are
     kept. `erdos_renyi` prunes a share of each matrix that is proportional to 1 − (in + out) / (in · out), at random.
 
+    With `host="lora"` the pruned projections are LoRA's, y = W x + s · (W_u ⊙ M_u)(W_d ⊙ M_d) x with s = α / r.
+
     Large-Sparse: with `enlarge = c` the bottleneck is c times as wide and σ = 1 − 1 / c by default, so that as many
     entries train as in the dense adapter.
 
     Where it attaches: behind attention (its output projection) and behind the feed-forward block, or its second
-    projection where it is not a module of its own; `attention=False`: the latter alone.
+    projection where it is not a module of its own; `attention=False`: the latter alone. LoRA: queries and values, or
+    the fused module that holds them.
 
     Start: W_d and W_u from a normal distribution with deviation `init_std`, biases 0: nearly the base's output. A
     projection of zeros would give all entries the score 0.
 
-    Trainable parameters: (1 − σ) 2 m d + m + d for each sublayer, m being the enlarged width.
+    Trainable parameters: (1 − σ) 2 m d + m + d for each sublayer, m being the enlarged width; (1 − σ) m (in + out) for
+    each module with LoRA.
 
     Nothing trains until `prepare` has seen `samples` rows with labels, in evaluation mode; scores without data need
     none. At least one entry of each matrix is kept. What is left is a vector of values for each matrix, so nothing can
     move a pruned entry; it is saved with a mask of one byte an entry.
 
-    Inference: not mergeable, since f is not linear; as fast as a dense adapter of that width.
+    Inference: not mergeable, since f is not linear; as fast as a dense adapter of that width. LoRA merges.
 
     Rate: 1e-4, within the authors' 1e-5 to 2e-4.
 
@@ -65,6 +91,7 @@ class SparseAdapter(Bottleneck):
     """
 
     formula: ClassVar[str] = "(1 − σ) 2 m d + m + d for each sublayer"
+    of_adapters: ClassVar[tuple[str, ...]] = ("attention",)
     starts_at_base: ClassVar[bool] = False
 
     m: int | None = Field(64, ge=1, description="width of the bottleneck; None: the model's width / reduction")
@@ -127,9 +154,9 @@ class SparseAdapter(Bottleneck):
         for weight in (down, up):
             nn.init.normal_(weight, std=self.init_std)
 
-    def layers(self, host: Carrier, name: str) -> dict[str, SparseAdapter.Layer]:
+    def layers(self, host: Carrier, name: str) -> dict[str, Cut]:
         """Return the adapter's parts by path."""
-        return {path: a for path, a in host.adapters(name).items() if isinstance(a, SparseAdapter.Layer)}
+        return {path: a for path, a in host.adapters(name).items() if isinstance(a, Cut)}
 
     # ------------------------------------------------------------------ pruning
 
@@ -206,29 +233,19 @@ class SparseAdapter(Bottleneck):
     def _pruned(self, host: Carrier, name: str) -> bool:
         return all(layer.is_cut for layer in self.layers(host, name).values())
 
-    class Layer(After):
-        """One adapter; a matrix that is pruned is a vector of what is left, and a mask."""
-
-        @property
-        def is_cut(self) -> bool:
-            """Whether it is pruned."""
-            return "down_mask" in self._buffers
-
-        def cut(self, key: str, mask: Tensor) -> None:
-            """Keep the entries of a matrix for which the mask says so."""
-            whole: Any = getattr(self, key)
-            mask = mask.to(whole.device)
-            setattr(self, key, nn.Parameter(whole.detach()[mask]))
-            self.register_buffer(f"{key}_mask", mask)
-
-        def whole(self, key: str) -> Tensor:
-            """W ⊙ M of one matrix."""
-            values, mask = getattr(self, key), self._buffers.get(f"{key}_mask")
-            return values if mask is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
+    class Layer(Cut, After):
+        """One adapter."""
 
         def weights(self) -> Weights:
             """The pruned matrices and the biases."""
-            return self.whole("down"), self.down_bias, self.whole("up"), self.up_bias
+            return self.masked("down"), self.down_bias, self.masked("up"), self.up_bias
+
+    class Product(Cut, Pair):
+        """The projections of LoRA at one module."""
+
+        def factors(self) -> tuple[Tensor, Tensor]:
+            """The pruned matrices."""
+            return self.masked("down"), self.masked("up")
 
 
 def enough(batches: Batches, rows: int) -> Iterator[Mapping[str, Tensor]]:
