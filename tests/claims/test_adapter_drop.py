@@ -223,6 +223,14 @@ def test_dropped_layers_in_a_mixed_batch(randomise: Any) -> None:
             assert torch.allclose(mixed[i], model(ids).last_hidden_state[i], atol=1e-5)
 
 
+def test_tensors_of_the_adapters_keep_their_own_options(tiny: Any) -> None:
+    """Scales that start at one are not decayed, whatever drops them."""
+    host = attach(tiny("llama"), AdapterDrop(adapter="ia3"))
+    made = host.methods[NAME].optimizer(host, NAME, lambda groups: adamw(groups, lr=1e-3, weight_decay=0.1))
+    assert [group["weight_decay"] for group in made.param_groups] == [0.0]
+    assert {id(p) for group in made.param_groups for p in group["params"]} == {id(p) for p in host.parameters(NAME)}
+
+
 def test_refusals(tiny: Any) -> None:
     with pytest.raises(AttachError, match=r"drop = 2, and 2 layers.*Choose 0 to 1"):
         attach(tiny("llama"), AdapterDrop(drop=2))

@@ -146,6 +146,41 @@ def test_parallel_rows_equal_separate_runs(family: str, tiny: Any, randomise: An
     assert min(float((a - b).abs().max()) for i, a in enumerate(alone) for b in alone[:i]) > 1e-3
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert-tokens"])
+def test_parallel_computes_layers_without_adapters_once(
+    family: str, tiny: Any, randomise: Any, batch_for: Any, logits: Any
+) -> None:
+    """What the tasks share: layers in front of all adapters, those that are dropped among them."""
+    model = tiny(family)
+    host = al.attach(model, al.AdapterDrop(adapter="adapter_houlsby", settings={"m": 4, "norms": False}), "one")
+    host.attach(al.LoRA(r=4, targets={"include": ["all-linear"], "layers": "1"}), "two")
+    randomise(host, size=0.3)
+    batch = {"use_cache": False, **batch_for(model)} if family != "bert-tokens" else batch_for(model)
+    rows, layers = len(batch["input_ids"]), host.layers
+    seen: list[int] = []
+    for layer in layers:
+        inner = next(m for path, m in layer.named_modules() if path and hasattr(m, "weight"))
+        inner.register_forward_hook(lambda m, args, y: seen.append(len(y)))
+    for drop, wanted in ((0, [2 * rows, 2 * rows]), (1, [rows, 2 * rows])):
+        host.methods["one"].choose(host, "one", drop)
+        alone = []
+        for part in ("one", "two"):
+            with host.using(part):
+                alone.append(logits(model, batch))
+        seen.clear()
+        with torch.no_grad(), host.using(al.Parallel("one", "two")):
+            found = model(**batch).logits
+        assert seen == wanted
+        torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-5)
+        assert float((alone[0] - alone[1]).abs().max()) > 1e-3
+    if family != "bert-tokens":  # a cache holds rows of all layers alike
+        seen.clear()
+        with torch.no_grad(), host.using(al.Parallel("one", "two")):
+            found = model(**{**batch, "use_cache": True}).logits
+        assert seen == [2 * rows, 2 * rows]
+        torch.testing.assert_close(found, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
 def test_rows_may_be_compositions(hosted: Any) -> None:
     host = hosted("lora", "hra", "behind")
     rows = ["lora", al.Average("lora", "hra", weights=[2, -1]), al.Stack("hra", "behind")]

@@ -9,6 +9,7 @@ router chose, or tensors of another order, are refused.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from adapterlab.errors import AttachError
 from adapterlab.foreign.cache import NAMES as CACHES
 from adapterlab.foreign.calls import argument_names, swaps_rows
-from adapterlab.foreign.model import plain_class
+from adapterlab.foreign.model import ADAPTERS, plain_class, stacks
 
 if TYPE_CHECKING:
     from adapterlab.core.state import State
@@ -169,11 +170,70 @@ def repeated(model: nn.Module, state: State) -> Iterator[None]:
         state.rows = tuple(row for row in rows for _ in range(size))
         return tuple(map(spread, args)), {key: spread(value) for key, value in kwargs.items()}
 
-    handle = model.register_forward_pre_hook(repeat, with_kwargs=True, prepend=True)
+    handles: list[Any] = [model.register_forward_pre_hook(repeat, with_kwargs=True, prepend=True)]
+    for layer in _trunk(model):
+        once = _Once(len(rows), state)
+        handles.append(layer.register_forward_pre_hook(once.enter, with_kwargs=True))
+        handles.append(layer.register_forward_hook(once.leave))
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _trunk(model: nn.Module) -> Iterator[nn.Module]:
+    """The first layers of each stack, up to the first that has an adapter which is not passed over."""
+
+    def adapted(layer: nn.Module) -> bool:
+        held = (module._modules.get(ADAPTERS) for module in layer.modules())
+        return any(not getattr(adapter, "idle", False) for one in held if one is not None for adapter in one.children())
+
+    for stack in stacks(model).values():
+        yield from itertools.takewhile(lambda layer: not adapted(layer), stack)
+
+
+class _Once:
+    """Computes a layer for the rows of the first part alone, where those of all parts are the same as yet."""
+
+    def __init__(self, parts: int, state: State):
+        self.parts, self.state, self.cut = parts, state, False
+
+    def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Take the first rows of everything, if that is sure to be what the other parts have."""
+        rows = len(self.state.rows or ())
+        values = [inner for value in (*args, *kwargs.values()) for inner in (value if _is_tuple(value) else (value,))]
+        tensors = [value for value in values if isinstance(value, Tensor) and value.dim() > 1]
+        plain = all(value is None or isinstance(value, (Tensor, bool, int, float)) for value in values)  # no cache
+        square = any(t.dim() > 2 and t.shape[1] == rows for t in tensors)  # tokens cannot be told from rows
+        self.cut = plain and not square and any(len(t) == rows for t in tensors)
+        self.cut = self.cut and all(len(t) == 1 or (len(t) == rows and self._alike(t)) for t in tensors)
+        if not self.cut:
+            return None
+
+        def first(value: Any) -> Any:
+            if _is_tuple(value):
+                return tuple(map(first, value))
+            whole = isinstance(value, Tensor) and value.dim() > 1 and len(value) == rows
+            return value[: rows // self.parts] if whole else value
+
+        return tuple(map(first, args)), {key: first(value) for key, value in kwargs.items()}
+
+    def leave(self, module: nn.Module, args: Any, y: Any) -> Any:
+        """Give every part what came out."""
+        if not self.cut:
+            return y
+        self.cut = False
+        each = [torch.cat([t] * self.parts) if isinstance(t, Tensor) else t for t in (y if _is_tuple(y) else (y,))]
+        return tuple(each) if _is_tuple(y) else each[0]
+
+    def _alike(self, t: Tensor) -> bool:
+        first, *others = t.chunk(self.parts)
+        return all(torch.equal(first, other) for other in others)
+
+
+def _is_tuple(value: Any) -> bool:
+    return isinstance(value, tuple)
 
 
 def _prefixes(path: str) -> list[str]:
