@@ -29,13 +29,15 @@ GOOD = (
 BAD = (["bad", "terrible", "awful", "poor", "horrible", "boring", "sad"], ["dreadful", "miserable", "nasty", "stupid"])
 ANIMALS = (["dog", "cat", "horse", "cow", "sheep", "mouse"], ["tiger", "rabbit", "wolf", "pig"])
 CITIES = (["london", "paris", "berlin", "rome", "madrid", "vienna"], ["tokyo", "boston", "moscow", "lisbon"])
+# The head stays as it began, at random: by itself it would learn these tasks too.
+FIXED: dict[str, Any] = {"modules_to_save": ()}
 METHODS: dict[str, tuple[al.Method, float]] = {
-    "adapter_pfeiffer": (al.AdapterPfeiffer(), 3e-3),
-    "p_tuning_v2": (al.PTuningV2(length=8), 1e-2),
-    "prefix_tuning": (al.PrefixTuning(length=8, init="normal"), 1e-2),
-    "ln_tuning": (al.LNTuning(), 1e-2),
+    "adapter_pfeiffer": (al.AdapterPfeiffer(**FIXED), 3e-3),
+    "p_tuning_v2": (al.PTuningV2(length=8, head=False, **FIXED), 1e-1),
+    "prefix_tuning": (al.PrefixTuning(length=8, init="normal", **FIXED), 1e-1),
+    "ln_tuning": (al.LNTuning(**FIXED), 1e-2),
 }
-STEPS = 30
+STEPS = 25
 
 
 def folder() -> Path:
@@ -63,8 +65,8 @@ def rows(task: str, held: int) -> tuple[list[str], list[dict[str, int]]]:
         ]
     words = {**dict.fromkeys(ANIMALS[held], 1), **dict.fromkeys(CITIES[held], 2)}
     pairs = [(a, b) for a, b in itertools.permutations(words, 2) if (len(a) + len(b)) % 2]
-    return [f"they wrote about {a} and then {b} again" for a, b in pairs], [
-        {word: words[word] for word in pair} for pair in pairs
+    return [f"about {a} and then {b}" for a, b in pairs], [
+        {"about": 0, **{word: words[word] for word in pair}} for pair in pairs
     ]
 
 
@@ -74,7 +76,7 @@ def batch(task: str, held: int) -> dict[str, Tensor]:
     given = dict(tokenizer(texts, padding=True, return_tensors="pt"))
     if task == "Sequence":
         return {**given, "labels": torch.tensor([next(iter(words.values())) for words in meanings])}
-    labels = torch.where(given["attention_mask"].bool(), 0, -100)
+    labels = torch.full_like(given["input_ids"], -100)
     for row, words in enumerate(meanings):
         for word, label in words.items():
             labels[row][given["input_ids"][row] == tokenizer.convert_tokens_to_ids(word)] = label
@@ -93,21 +95,25 @@ def right(task: str, model: Any) -> float:
 @pytest.mark.parametrize("id", METHODS)
 @pytest.mark.parametrize("task", ["Sequence", "Token"])
 def test_new_words_of_a_kind_are_told_well_above_chance(task: str, id: str) -> None:
-    """Chance is a half for texts and a third for tokens; the head by itself starts at random."""
+    """Chance is a half for texts and a third for tokens, and about that is what the fixed head has before."""
     model, _ = model_of(task)
     method, lr = METHODS[id]
+    assert right(task, model) < 0.6
     torch.manual_seed(1)
     host = al.attach(model, method)
+    assert not any("classifier" in key or "pooler" in key for key in host.named_parameters("default"))
     given = batch(task, held=0)
     try:
         optimizer = torch.optim.Adam(host.parameters("default"), lr=lr)
         draw = torch.Generator().manual_seed(0)
+        model.train()
         for _ in range(STEPS):
             chosen = torch.randperm(len(given["labels"]), generator=draw)[:16]
             loss = model(**{key: value[chosen] for key, value in given.items()}).loss
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        assert right(task, model) >= 0.85
+        assert right(task, model.eval()) >= 0.75
     finally:
+        model.eval()
         host.detach("default")
