@@ -122,7 +122,8 @@ class S4(Composite):
     def prepare(self, host: Carrier, name: str, batches: Batches) -> None:
         """Search, if that is asked for; what has been found stays as it is."""
         if self._waits(host, name):
-            found = self.replace(groups=searched(self, host, list(batches)), search=0, candidates=())
+            looked = itertools.islice(batches, self.search + math.ceil(self.search / 3))  # a quarter judges
+            found = self.replace(groups=searched(self, host, list(looked)), search=0, candidates=())
             host.settle(name, found)
             found.attach(host, name)
             host.activate(*host.active)  # the parts are new
@@ -214,8 +215,8 @@ def searched(method: S4, host: Carrier, batches: Sequence[Mapping[str, Tensor]])
         losses = {}
         for kinds in method.candidates or every_set(layer for stack in stacks for layer in stack):
             groups[group] = kinds
-            losses[kinds] = loss_with(method.replace(groups=tuple(groups), search=0, candidates=()), host, tried,
-                                      behind, method.search)  # fmt: skip
+            tuned = method.replace(groups=tuple(groups), search=0, candidates=())
+            losses[kinds] = loss_with(tuned, host, tried, behind, method.search)
         groups[group] = min(losses, key=lambda kinds: losses[kinds])
         if not math.isfinite(losses[groups[group]]):
             raise TrainingError(
