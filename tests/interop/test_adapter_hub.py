@@ -220,6 +220,16 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path: Path) -> None:
         al.load(model_of("bert"), folder)
 
 
+def test_what_the_library_left_out_is_named(tmp_path: Path) -> None:
+    """It does not save what adapters share where the backbone is the whole model."""
+    folder = reference(tmp_path / "a", "bert", "compacter")
+    tensors = load_file(folder / "adapter.safetensors")
+    del tensors["bert.shared_parameters.task.phm_rule"]
+    save_file(tensors, folder / "adapter.safetensors")
+    with pytest.raises(FormatError, match=r"has no tensor bert\.shared_parameters\.phm_rule"):
+        al.load(model_of("bert"), folder)
+
+
 def test_factors_of_the_library_before_1_1_are_read_as_they_were_computed(tmp_path: Path) -> None:
     folder = reference(tmp_path / "a", "bert", "lora")
     config = json.loads((folder / "adapter_config.json").read_text())
