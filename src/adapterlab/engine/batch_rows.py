@@ -206,7 +206,8 @@ class _Once:
         tensors = [value for value in values if isinstance(value, Tensor) and value.dim() > 1]
         plain = all(value is None or isinstance(value, (Tensor, bool, int, float)) for value in values)  # no cache
         square = any(t.dim() > 2 and t.shape[1] == rows for t in tensors)  # tokens cannot be told from rows
-        self.cut = plain and not square and any(len(t) == rows for t in tensors)
+        self.cut = plain and not square and not module.training  # each part draws dropout of its own
+        self.cut = self.cut and any(len(t) == rows for t in tensors)
         self.cut = self.cut and all(len(t) == 1 or (len(t) == rows and self._alike(t)) for t in tensors)
         if not self.cut:
             return None
