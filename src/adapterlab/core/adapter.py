@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from adapterlab.core.site import Site
 from adapterlab.errors import AttachError
 from adapterlab.foreign.quantized import is_quantized
+
+READY, READY_FOR_ROWS = "_ready", "_ready_for_rows"  # attributes: factors that are kept cast while nobody trains them
 
 
 class Adapter(nn.Module):
@@ -147,6 +149,11 @@ class Delta(Adapter):
         super().__init_subclass__(**kwargs)
         own = cls.forward is not Delta.forward or cls.added is not Delta.added
         cls.is_its_factors = cls.additive and (not own if cls.fused is None else cls.fused)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch modes, and forget what was kept of the factors."""
+        self.__dict__[READY] = self.__dict__[READY_FOR_ROWS] = None
+        return super().train(mode)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Return (A `[r, in]`, B `[out, r]`) with ΔW = s · B A, or None for an update of another form."""

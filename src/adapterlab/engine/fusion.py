@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from adapterlab.core.adapter import Adapter, Delta
-from adapterlab.ops.low_rank import autocasts, low_rank_linear
+from adapterlab.core.adapter import READY, Adapter, Delta
+from adapterlab.engine.resting import behind, factors_at_rest, unchanged
+from adapterlab.ops.low_rank import autocasts, low_rank_linear, plus_low_rank, thin_dtype
 
 
 class Base:
@@ -28,11 +30,14 @@ class Base:
 def computed(adapter: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Compute an adapter around the rest of the computation: in one node with it, or by its own `around`."""
     alone = isinstance(run, Base) and len(args) == 1 and not kwargs
-    if alone and _only_adds(adapter) and may_fuse(adapter, args[0]):
-        found = adapter.factors() if adapter.is_its_factors else None
-        y = adapter.whole(args[0]) if found is None else _one_node(adapter, args[0], *found)
-        if y is not None:
+    if alone and only_adds(adapter):
+        if not torch.is_grad_enabled() and (y := without_gradient((adapter,), args[0])) is not None:
             return y
+        if may_fuse(adapter, args[0]):
+            found = adapter.factors() if adapter.is_its_factors else None
+            y = adapter.whole(args[0]) if found is None else _one_node(adapter, args[0], *found)
+            if y is not None:
+                return y
     return adapter.around(run, *args, **kwargs)
 
 
@@ -44,11 +49,11 @@ def may_fuse(adapter: Adapter, x: Any) -> bool:
 
 def why_apart(adapter: Any) -> str:
     """Return why training does not compute an adapter in one node with the module's own product, or ""."""
-    fuses = _only_adds(adapter) and adapter.is_its_factors and adapter.factors() is not None
+    fuses = only_adds(adapter) and adapter.is_its_factors and adapter.factors() is not None
     return str(adapter.site.why_apart() if fuses else adapter.slow_because())
 
 
-def _only_adds(adapter: Any) -> bool:
+def only_adds(adapter: Any) -> bool:
     """Say whether an adapter adds an update to the weight and does nothing else around the module's call."""
     return isinstance(adapter, Delta) and adapter.additive and "around" not in adapter.__dict__
 
@@ -59,3 +64,64 @@ def _one_node(adapter: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if shift is not None:
         bias = shift if bias is None else bias + shift
     return low_rank_linear(x, weight, bias, a, b, adapter.scale, adapter.p if adapter.training else 0.0, *again)
+
+
+# ---------------------------------------------------------------------- without gradients
+
+
+def without_gradient(live: tuple[Any, ...], x: Any) -> Tensor | None:
+    """Compute a module with the updates of several adapters as one low-rank product, with factors that are kept cast.
+
+    Args:
+        live: adapters of one module that only add.
+        x: its input.
+
+    Returns:
+        None where there is no such form; a compiler finds its own.
+    """
+    if type(x) is not Tensor or torch.compiler.is_compiling() or autocasts(x):
+        return None
+    ready: _Ready | None = live[0].__dict__.get(READY)
+    if ready is None or not ready.serves(live, x):
+        ready = live[0].__dict__[READY] = _Ready(live, x)
+    if ready.made_of is None:
+        return None
+    module: Any = live[0].site.module
+    weight = module.weight.T if ready.transposed else module.weight
+    return plus_low_rank(x, weight, module.bias, *ready.factors(thin_dtype(x)), ready.scale)
+
+
+class _Ready:
+    """The factors of a module's live adapters behind each other, cast; they serve while nothing writes to them.
+
+    Attributes:
+        made_of: what they were, or None where the module cannot be computed so.
+        scale: factor of the update.
+    """
+
+    def __init__(self, live: tuple[Any, ...], x: Tensor):
+        site = live[0].site
+        self.live, self.dtype, self.transposed = live, x.dtype, site.transposed
+        self.made_of = factors_at_rest(live) if may_fuse(live[0], x) and _has_bias_in(site.bias, x.dtype) else None
+        self.alike = all(adapter.scale == live[0].scale for adapter in live)
+        self.scale = live[0].scale if self.alike else 1.0
+        self.cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def serves(self, live: tuple[Any, ...], x: Tensor) -> bool:
+        """Say whether nothing has changed."""
+        if live != self.live or x.dtype is not self.dtype:
+            return False
+        return self.made_of is None or unchanged(self.made_of)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Aᵀ `[in, r]` and Bᵀ `[r, out]` in a dtype."""
+        if dtype not in self.cast:
+            held = self.made_of or []
+            pairs = [(a.detach(), b.detach() if self.alike else s * b.detach()) for _, a, _, b, _, s in held]
+            a, b = behind(pairs) or pairs[0]
+            self.cast[dtype] = a.to(dtype).T, b.to(dtype).T
+        return self.cast[dtype]
+
+
+def _has_bias_in(bias: Tensor | None, dtype: torch.dtype) -> bool:
+    return bias is None or bias.dtype == dtype

@@ -1,6 +1,6 @@
 """Many low-rank adapters in one batch without a loop over them: slots and a row map.
 
-Every module that any of the adapters touches gets stacked factors A `[slots, r, in]` and B `[slots, out, r]`, padded
+Every module that any of the adapters touches gets stacked factors A `[slots, r, in]` and Bᵀ `[slots, r, out]`, padded
 with zeros to the largest rank, and a tensor says for each row of the batch which slot is its own. Shapes do not depend
 on who is in the batch, so a compiled model keeps one graph for every mix; switching by name costs a graph for each set
 of names, up to the compiler's limit.
@@ -18,9 +18,10 @@ from torch import Tensor
 from adapterlab.core.adapter import Delta
 from adapterlab.core.site import Site
 from adapterlab.engine.batch_rows import followed, rows_given
+from adapterlab.engine.resting import Padded
 from adapterlab.engine.wrapping import put, take
 from adapterlab.errors import AttachError, nearest
-from adapterlab.foreign.quantized import compute_dtype
+from adapterlab.ops.low_rank import low_rank_by_row
 
 if TYPE_CHECKING:
     from adapterlab.core.state import State
@@ -35,31 +36,29 @@ class Slots(Delta):
     not_linear: ClassVar[str] = "each row of a batch has its own update"
 
     A: Tensor
-    B: Tensor
+    B: Tensor  # transposed
+    row_A: Tensor
+    row_B: Tensor
 
     def __init__(self, site: Site, parts: Sequence[tuple[Tensor, Tensor] | None], rows: Tensor, state: State):
         super().__init__(site)
-        out, in_ = site.shape
-        # In the dtype that the products run in: to cast the factors of all slots in every call costs more than these.
-        like = next(part[0] for part in parts if part is not None).to(compute_dtype(site.module))
-        rank = max(len(part[0]) for part in parts if part is not None)
-        self.register_buffer("A", like.new_zeros(len(parts) + 1, rank, in_), persistent=False)
-        self.register_buffer("B", like.new_zeros(len(parts) + 1, out, rank), persistent=False)
-        for slot, part in enumerate(parts, 1):
-            if part is not None:
-                a, b = part
-                self.A[slot, : len(a)] = a.detach()
-                self.B[slot, :, : len(a)] = b.detach()
-        self.rows, self.state = rows, state
+        padded = Padded([None, *parts])
+        self.register_buffer("A", padded.a, persistent=False)
+        self.register_buffer("B", padded.b, persistent=False)
+        self.state = state
+        self.choose(rows)
+
+    def choose(self, rows: Tensor) -> None:
+        """Give each row of the next batches its slot `[rows]`."""
+        self.rows = rows
+        self.register_buffer("row_A", self.A[rows], persistent=False)
+        self.register_buffer("row_B", self.B[rows], persistent=False)
 
     def added(self, x: Tensor) -> Tensor:
-        """(x Aᵀ) Bᵀ with each row's own factors, in the dtype of x: `[batch, ..., out]`."""
+        """(x Aᵀ) B with each row's own factors, in the dtype of x: `[batch, ..., out]`."""
         rows_given(self.site.path, x, self.state, len(self.rows))
-        repeats = x.shape[0] // len(self.rows)  # beam search repeats each row, and flattened tokens are runs of each
-        slot = self.rows.repeat_interleave(repeats) if repeats > 1 else self.rows
-        a, b = (factors.index_select(0, slot).to(x.dtype) for factors in (self.A, self.B))
-        flat = x.reshape(x.shape[0], -1, x.shape[-1])
-        return (flat @ a.mT @ b.mT).view(*x.shape[:-1], -1)
+        rows = x.reshape(len(self.rows), -1, x.shape[-1])  # beams and flattened tokens are runs of each row
+        return low_rank_by_row(rows, self.row_A, self.row_B).view(*x.shape[:-1], -1)
 
 
 class Stack:
@@ -80,7 +79,7 @@ class Stack:
         index = [0 if name is None else self.names.index(name) + 1 for name in names]
         rows = torch.tensor(index, device=self.device)
         for slot in self.slots:
-            slot.rows = rows
+            slot.choose(rows)
 
 
 @contextlib.contextmanager

@@ -12,12 +12,13 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.composition import entered
 from adapterlab.core.state import State
-from adapterlab.engine.fusion import Base, computed
+from adapterlab.engine.fusion import Base, computed, only_adds, without_gradient
 from adapterlab.engine.mixed_batch import mixed
 from adapterlab.foreign.model import ADAPTERS, PLAIN, plain_class
 from adapterlab.foreign.written_attention import written_out
@@ -44,10 +45,21 @@ def through(place: str, module: nn.Module, run: Callable[..., Any], *args: Any, 
         return mixed(here, state, run, *args, **kwargs) if here else run(*args, **kwargs)
     if state.together is not None:
         return entered(state.together, run, functools.partial(_live, held, place))(*args, **kwargs)
-    for name, adapter in held.items():
-        if name in state.active and adapter.place == place and not (adapter.is_merged or adapter.idle):
-            run = functools.partial(_around(adapter), run)
+    active = state.active
+    live = [a for name, a in held.items() if name in active and a.place == place and not (a.is_merged or a.idle)]
+    if len(live) > 1 and (y := _as_one(live, run, args, kwargs)) is not None:
+        return y
+    for adapter in live:
+        run = functools.partial(_around(adapter), run)
     return run(*args, **kwargs)
+
+
+def _as_one(live: list[Any], run: Any, args: Any, kwargs: Any) -> Any:
+    """Compute several adapters that add products of factors as one product, outside of training."""
+    if torch.is_grad_enabled() or not isinstance(run, Base) or len(args) != 1 or kwargs:
+        return None
+    plain = all(only_adds(adapter) and "_hf_hook" not in adapter.__dict__ for adapter in live)
+    return without_gradient(tuple(live), args[0]) if plain else None
 
 
 def _live(held: Any, place: str, name: str) -> Callable[..., Any] | None:

@@ -1,0 +1,187 @@
+"""Adapters outside of training: factors that are kept cast, several at once, and rows of one batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import adapterlab as al
+from adapterlab.engine import fusion, mixed_batch
+from adapterlab.ops.low_rank import low_rank_by_row
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which of the products without gradient were computed."""
+    seen: list[str] = []
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            seen.append(name)
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(fusion, "plus_low_rank", noted("one", fusion.plus_low_rank))
+    monkeypatch.setattr(mixed_batch, "low_rank_by_row", noted("rows", mixed_batch.low_rank_by_row))
+    return seen
+
+
+def updated(plain: Any, *adapters: dict[str, Any]) -> Any:
+    """Write the updates into a copy of the model."""
+    with torch.no_grad():
+        for held in adapters:
+            for path, layer in held.items():
+                module = plain.get_submodule(path)
+                a, b = layer.factors()
+                module.weight += layer.site.stored(layer.scale * (b @ a)).to(module.weight)
+    return plain
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_two_at_once_are_one_product(family: str, tiny: Any, batch_for: Any, randomise: Any, calls: Any) -> None:
+    """With different scales and ranks, and on transposed weights with a bias."""
+    model, plain = tiny(family).double(), tiny(family).double()
+    batch = batch_for(model)
+    host = al.attach(model, al.LoRA(r=2), "a")
+    host.attach(al.LoRA(r=3, alpha=5.0), "b")
+    randomise(host, "a", "b")
+    host.activate("a", "b")
+    with torch.no_grad():
+        found = model(**batch).logits
+    assert len(calls) == len(host.adapters("a"))
+    wanted = updated(plain, host.adapters("a"), host.adapters("b"))(**batch).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found, model(**batch).logits, rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_kept_follows_every_change(tiny: Any, batch_for: Any, randomise: Any, calls: Any) -> None:
+    """Of values, of what is live, of the mode, of the dtype; a wrong one would answer for another adapter."""
+    model = tiny("llama")
+    batch = batch_for(model)
+    host = al.attach(model, al.LoRA(r=2, dropout=0.5), "a")
+    host.attach(al.LoRA(r=2), "b")
+    randomise(host, "a", "b")
+
+    def agree() -> Tensor:
+        """Compare with what is computed where gradients are on, which keeps nothing."""
+        calls.clear()
+        with torch.no_grad():
+            found = model(**batch).logits
+        assert calls
+        with torch.enable_grad():
+            torch.testing.assert_close(found, model(**batch).logits.detach(), rtol=1e-5, atol=1e-5)
+        return found
+
+    host.activate("a")
+    seen = [agree()]
+    with torch.no_grad():
+        for parameter in host.parameters("a"):
+            parameter.mul_(-2)
+    seen.append(agree())
+    saved = host.state_dict("a")
+    host.load_state_dict("a", {key: 0.7 * value for key, value in saved.items()})
+    seen.append(agree())
+    for layer in host.adapters("a").values():
+        layer.scale = 0.25
+    seen.append(agree())
+    host.activate("b")
+    seen.append(agree())
+    host.activate("a", "b")
+    seen.append(agree())
+    optimizer = torch.optim.SGD([p for name in "ab" for p in host.parameters(name)], lr=1.0)
+    model(**batch).loss.backward()
+    optimizer.step()
+    seen.append(agree())
+    for parameter in host.parameters("b"):
+        parameter.data = parameter.data * 3  # goes unseen until the mode changes
+    model.eval()
+    seen.append(agree())
+    assert all((one - other).abs().max() > 1e-3 for i, one in enumerate(seen) for other in seen[:i])
+    model.double()
+    agree()
+    model.train()
+    calls.clear()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        dropped = model(**batch).logits
+    torch.manual_seed(0)
+    assert torch.equal(dropped, model(**batch).logits)  # with dropout, as training computes it
+    assert not calls
+
+
+def test_nothing_is_kept_of_what_moves(tiny: Any, batch_for: Any, calls: Any) -> None:
+    """Tensors of inference mode do not count their changes."""
+    with torch.inference_mode():
+        model = tiny("llama")
+        host = al.attach(model, al.LoRA(r=2))
+        first = model(**batch_for(model)).logits
+        for parameter in host.parameters("default"):
+            parameter.fill_(0.1)
+        assert not torch.allclose(model(**batch_for(model)).logits, first)
+    assert not calls
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("rows", [["a", "b", None, "a"], ["a", "a", "b", "b"], ["b", ("a", "b"), "c", None]])
+def test_rows_without_gradient(rows: Any, tokens: int, tiny: Any, randomise: Any, calls: Any) -> None:
+    """Few and many positions, neighbours and scattered rows, several adapters of a row; ranks and targets differ."""
+    model = tiny("llama").double()
+    host = al.attach(model, al.LoRA(r=2), "a")
+    host.attach(al.LoRA(r=3, alpha=5.0, targets=["q", "down"]), "b")
+    host.attach(al.LoRA(r=4, targets=["v"]), "c")
+    randomise(host, "a", "b", "c")
+    ids = torch.randint(3, 100, (len(rows), tokens), generator=torch.Generator().manual_seed(0))
+    with host.rows(rows):
+        with torch.no_grad():
+            found = model(ids).logits
+        assert "rows" in calls
+        mixed = model(ids).logits
+        mixed.sum().backward()
+    gradients = {name: [p.grad.clone() for p in host.parameters(name) if p.grad is not None] for name in "abc"}
+    model.zero_grad()
+    for row, name in enumerate(rows):
+        with host.using(*(name if isinstance(name, tuple) else [name] if name else [])):
+            alone = model(ids[row : row + 1]).logits
+        torch.testing.assert_close(found[row], alone[0], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(mixed[row], alone[0], rtol=1e-9, atol=1e-9)
+        if alone.requires_grad:
+            alone.sum().backward()
+    for name in "abc":
+        wanted = [p.grad for p in host.parameters(name) if p.grad is not None]
+        torch.testing.assert_close(gradients[name], wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_rows_in_half_precision(tiny: Any, randomise: Any, calls: Any) -> None:
+    """On a CPU few tokens are multiplied in float32, many in the dtype of the model; beams are runs of a row."""
+    model = tiny("llama").bfloat16()
+    host = al.attach(model, al.LoRA(r=2), "a")
+    host.attach(al.LoRA(r=3), "b")
+    randomise(host, "a", "b", size=0.1)
+    draw = torch.Generator().manual_seed(0)
+    for tokens in (1, 30):
+        ids = torch.randint(3, 100, (4, tokens), generator=draw)
+        for rows in (["a", None, "b", ("a", "b")], ["a", "b"]):
+            calls.clear()
+            with host.rows(rows), torch.no_grad():
+                found = model(ids).logits
+            assert found.dtype == torch.bfloat16
+            assert set(calls) == {"rows"}
+            for row, name in enumerate(rows if len(rows) == 4 else ["a", "a", "b", "b"]):
+                with host.using(*(name if isinstance(name, tuple) else [name] if name else [])):
+                    alone = model(ids[row : row + 1]).logits
+                assert (found[row] - alone[0]).float().norm() < 0.05 * alone.float().norm()
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_products_by_row(tokens: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    a, b, x = (torch.randn(*s, generator=draw, dtype=torch.float64) for s in ((3, 2, 5), (3, 2, 4), (3, tokens, 5)))
+    wanted = torch.stack([x[i] @ a[i].T @ b[i] for i in range(3)])
+    torch.testing.assert_close(low_rank_by_row(x, a, b), wanted, rtol=1e-12, atol=1e-12)
+    half = low_rank_by_row(x.bfloat16(), a.float(), b.float())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), wanted, rtol=0.05, atol=0.05)
