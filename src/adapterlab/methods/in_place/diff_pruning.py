@@ -53,10 +53,10 @@ class DiffPruning(Method):
 
     Inference: nothing to merge, no cost. Outside of training gates are z = clamp(σ(α) (r − l) + l, 0, 1).
 
-    Memory: the saving is in what is stored, not in training: w, α and the moments of both are 24 bytes for each entry
-    beside the base; leave modules out by `exclude`. Values of θ are made for one module at a time, and again in the
-    backward pass. Gates are drawn from `seed`, the tensor's name and the step, so they are the same for all parts of a
-    step, on all processes and after a stop.
+    Memory: the saving is in what is stored, not in training: w and α with their gradients and moments are 32 bytes for
+    each entry beside the base in the first phase, and half of that in the second; leave modules out by `exclude`.
+    Values of θ are made for one module at a time, and again in the backward pass. Gates are drawn from `seed`, the
+    tensor's name and the step, so they are the same for all parts of a step, on all processes and after a stop.
 
     The gates' rate is `gate_lr` and constant in the first phase: at the rate of w they would never close. They have no
     weight decay; that of w pulls towards the base.
