@@ -54,7 +54,7 @@ class DiffPruning(Method):
     Inference: nothing to merge, no cost. Outside of training gates are z = clamp(σ(α) (r − l) + l, 0, 1).
 
     Memory: the saving is in what is stored, not in training: w and α with their gradients and moments are 32 bytes for
-    each entry beside the base in the first phase, and half of that in the second; leave modules out by `exclude`.
+    each entry beside the base in the first phase, and 20 in the second; leave modules out by `exclude`.
     Values of θ are made for one module at a time, and again in the backward pass. Gates are drawn from `seed`, the
     tensor's name and the step, so they are the same for all parts of a step, on all processes and after a stop.
 
