@@ -237,7 +237,8 @@ def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
         status="finished", attempts=folder.attempts() + 1, lr=job.lr, trainable=trained.trainable, total=trained.total,
         memory=_memory(trained.memory), steps=trained.steps, tokens=trained.tokens, train_seconds=trained.seconds,
         wall_seconds=progress.elapsed, best_step=trained.best_step, best_loss=trained.best_loss,
-        final_loss=trained.eval_loss, train_loss=sum(last) / len(last), best=best, final=final, general_loss=general,
+        final_loss=trained.eval_loss, train_loss=statistics.fmean(last) if last else None,
+        best=best, final=final, general_loss=general,
         adapter_bytes=measuring.folder_bytes(trained.adapter), inference=cost,
         step_flops=step and step * mean, flops=step and step * trained.tokens, train_curve=train, eval_curve=held,
     ).model_dump(mode="json")  # fmt: skip

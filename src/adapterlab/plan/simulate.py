@@ -36,7 +36,7 @@ from adapterlab.plan.packed import pack
 from adapterlab.plan.setup import Setup
 from adapterlab.plan.tracker import Moment, Tracker, contentless
 from adapterlab.train import rng
-from adapterlab.train.loop import Loop
+from adapterlab.train.loop import Loop, nothing_to_train
 
 NAME = "default"
 BASE, ADAPTER, GRADIENTS, STATE, LOSS = "base weights", "adapter", "gradients", "optimizer state", "logits and loss"
@@ -119,6 +119,8 @@ class _Simulation:
 
     def run(self, steps: int) -> Trace:
         setup, tracker = self.setup, self.tracker
+        if setup.method.steps_of_run(1) == 0:
+            raise ConfigError(f"{nothing_to_train(setup.method.id)} There is no step to plan.")
         tracker.enter("setup", BASE)
         model = build(setup, tracker.fake is None)
         base = tracker.total
