@@ -70,7 +70,7 @@ def test_formula(kind: str, mix: Any, tiny: Any) -> None:
 
 
 def check_formula(model: Any, mix: Any, path: str) -> None:
-    adapters = put(model, THREE)
+    adapters = put(model, {part: {**fields, "targets": ["down"]} for part, fields in THREE.items()})
     host = al.attach(model, Arrow(adapters=adapters, top_k=2, temperature=0.7, mix=mix), "arrow")
     x = torch.randn(1, 6, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     factors = list(at(host, path, list(THREE)).values())

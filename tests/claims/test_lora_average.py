@@ -80,7 +80,8 @@ def test_rank(tiny: Any) -> None:
         error = torch.linalg.norm(part.delta().detach() - wanted)
         torch.testing.assert_close(error, values[rank:].norm(), rtol=1e-6, atol=1e-9)
         assert bool(error < 1e-9) == exact
-        torch.testing.assert_close(part.A.norm(), part.B.norm())  # the sizes are shared out equally
+        if not exact:  # the sizes are shared out equally
+            torch.testing.assert_close(part.A.norm(), part.B.norm())
 
 
 def sizes(count: int = 8) -> float:
@@ -231,7 +232,7 @@ test_broken_lines_are_caught = fails_without(test_deltas, test_factors, test_ran
 def test_the_parts_are_not_needed_any_more(tiny: Any, batch_for: Any, logits: Any, tmp_path: Path) -> None:
     """Saved and loaded without the adapters it was made of; merged it answers alike."""
     model = tiny("gpt2")
-    host = al.attach(model, LoRAAverage(adapters=put(model, {p: {"targets": ["q", "o"]} for p in "ab"})), "mean")
+    host = al.attach(model, LoRAAverage(adapters=put(model, {p: {"targets": ["qkv", "o"]} for p in "ab"})), "mean")
     host.activate("mean")
     batch = batch_for(model)
     wanted = logits(model, batch)

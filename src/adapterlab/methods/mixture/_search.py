@@ -33,12 +33,12 @@ class Search(torch.optim.Optimizer):
         super().__init__([self.point], {"lr": 0.0, "seed": torch.initial_seed()})
         self.state[self.point] = {
             "start": start.clone(), "best": torch.zeros_like(start), "value": math.inf, "sigma": sigma, "count": 0,
-            "first": math.inf, "moved": False,
+            "first": math.inf, "heard": math.inf, "moved": False,
         }  # fmt: skip
 
     @property
     def held(self) -> dict[str, Any]:
-        """What the search remembers: the best point and its value, the first value, σ, and the number of candidates."""
+        """What the search remembers: the best point and its value, the first one, σ, the number of candidates."""
         return self.state[self.point]
 
     @torch.no_grad()
@@ -70,18 +70,23 @@ class Search(torch.optim.Optimizer):
         assert self.point.grad is not None
         self.point.grad[0] += value if math.isfinite(value) else WORST
 
-    def judge(self) -> None:
-        """Take the value, which is complete now; nothing is left that could be taken for a gradient."""
+    def judge(self, extra: float = 0.0) -> None:
+        """Take what was heard, which is complete now, and what the candidate costs beside it.
+
+        Nothing is left that could be taken for a gradient.
+        """
         assert self.point.grad is not None
-        self.value = float(self.point.grad[0])
+        held, heard = self.held, float(self.point.grad[0])
+        self.value = heard + extra
+        if held["count"] == 0:
+            held["heard"], held["first"] = heard, self.value
+        held["moved"] = held["moved"] or heard != held["heard"]
         self.point.grad.zero_()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Keep the candidate if it is the best so far, and adapt σ."""
         held, better = self.held, self.value < self.held["value"]
-        held["first"] = self.value if held["count"] == 0 else held["first"]
-        held["moved"] = held["moved"] or self.value != held["first"]
         if held["count"] >= self.given:
             held["sigma"] *= self.widened(better)
         held["count"] += 1

@@ -170,15 +170,14 @@ class LoRAHub(MixedLibrary):
             search.hear(float(value))
         return value.nan_to_num(WORST, WORST, WORST)
 
-    def penalty(self, host: Carrier, name: str) -> Tensor | None:
-        """Weight · mean_i |w_i| of the candidate."""
-        search = self.search(host, name)
-        return None if search is None else self.penalty_weight * search.point.detach().abs().mean()
+    def size(self, point: Tensor) -> float:
+        """What a candidate costs beside its loss: weight · mean_i |w_i|."""
+        return self.penalty_weight * float(point.abs().mean())
 
     def after_backward(self, host: Carrier, name: str, step: int) -> None:
-        """The candidate's value is complete."""
+        """The candidate's loss is complete, and so is J."""
         if (search := self.search(host, name)) is not None:
-            search.judge()
+            search.judge(self.size(search.point.detach()))
 
     def after_step(self, host: Carrier, name: str, step: int, optimizer: Optimizer) -> None:
         """Between steps the adapter is the best one so far: that is what is saved and evaluated."""
@@ -197,7 +196,7 @@ class LoRAHub(MixedLibrary):
         search.rest()
         if search.held["count"] > 1 and not search.held["moved"]:
             raise NotTrainingError(
-                f"{self.id}: all {search.held['count']} candidates have the loss {search.held['first']:g}: the "
+                f"{self.id}: all {search.held['count']} candidates have the loss {search.held['heard']:g}: the "
                 "adapters change nothing here. Check that they are trained, and that the model runs what they adapt."
             )
 
