@@ -189,11 +189,12 @@ class Library(Method):
         root = tempfile.TemporaryDirectory()
         _EXAMPLES.append(root)
         draw = torch.Generator().manual_seed(0)
-        host = attach(plain_copy(model), LoRA(r=4, alpha=4.0), "one")
+        name = "example-of-a-part"  # the model may carry others
+        host = attach(plain_copy(model), LoRA(r=4, alpha=4.0), name)
         for part in ("one", "two"):
-            for p in host.parameters("one"):
+            for p in host.parameters(name):
                 p.data = 0.2 * torch.randn(p.shape, generator=draw).to(p)
-            host.save(Path(root.name) / part, "one")
+            host.save(Path(root.name) / part, name)
         return {"adapters": {part: f"{root.name}/{part}" for part in ("one", "two")}}
 
 
