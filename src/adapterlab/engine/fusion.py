@@ -1,6 +1,6 @@
-"""Base and update as one node: a frozen linear layer and the two factors beside it.
+"""Base and update as one node: a frozen linear layer and what is added to its output.
 
-An adapter gives its factors; whether they are computed together with the module's own product is decided here.
+An adapter gives its factors, or the node; whether it is computed with the module's own product is decided here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from adapterlab.core.adapter import Adapter, Delta
+from adapterlab.core.adapter import Adapter
 from adapterlab.ops.low_rank import autocasts, low_rank_linear
 
 
@@ -44,13 +44,17 @@ def may_fuse(adapter: Adapter, x: Any) -> bool:
 
 def why_apart(adapter: Any) -> str:
     """Return why training does not compute an adapter in one node with the module's own product, or ""."""
-    fuses = _only_adds(adapter) and adapter.is_its_factors and adapter.factors() is not None
+    fuses = _only_adds(adapter) and (_has_factors(adapter) or type(adapter).whole is not Adapter.whole)
     return str(adapter.site.why_apart() if fuses else adapter.slow_because())
 
 
 def _only_adds(adapter: Any) -> bool:
-    """Say whether an adapter adds an update to the weight and does nothing else around the module's call."""
-    return isinstance(adapter, Delta) and adapter.additive and "around" not in adapter.__dict__
+    """Say whether an adapter adds to what the module returns and does nothing else around its call."""
+    return bool(adapter.additive) and "around" not in adapter.__dict__
+
+
+def _has_factors(adapter: Any) -> bool:
+    return adapter.is_its_factors and adapter.factors() is not None
 
 
 def _one_node(adapter: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
