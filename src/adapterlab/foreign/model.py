@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from adapterlab.foreign.calls import calls
 from adapterlab.foreign.private_transformers import FILLED
@@ -85,6 +86,12 @@ def is_causal(model: nn.Module) -> bool:
 def is_encoder_decoder(model: Any) -> bool:
     """Say whether a model, or the model of a configuration, has an encoder whose output a decoder attends to."""
     return bool(getattr(config_of(model), "is_encoder_decoder", False))
+
+
+def shifts_labels(model: Any) -> bool:
+    """Say whether the loss of a model compares position t with the label of t + 1."""
+    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None))
+    return loss is ForCausalLMLoss and not is_encoder_decoder(model)
 
 
 def base_name(model: Any) -> str | None:

@@ -93,6 +93,7 @@ class Routed(Adapter):
     """
 
     not_linear = "its router weighs the experts anew for every token"
+    counts_tokens = True
 
     def __init__(
         self,
@@ -118,6 +119,7 @@ class Routed(Adapter):
             chosen = self.selection(z)
             w = self.mixture(z, chosen)
             self.routed(x, z, chosen)
+        self.state.observe(self.site.path, x, w)
         return w
 
     def scores(self, x: Tensor) -> Tensor:
