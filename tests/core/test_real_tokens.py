@@ -163,7 +163,7 @@ def test_encoder_and_decoder_each_have_their_own(kind: str, tiny: Any) -> None:
     host, batch = counting(model, "all-linear"), padded(3, 5)
     labels = torch.tensor([[4, 5, 6, 2, -100], [7, 2, -100, -100, -100]])
     encoder, decoder, memory = sides(host)
-    assert encoder and decoder and memory
+    assert all((encoder, decoder, memory))
     ids = torch.tensor([[0, 4, 5, 6, 0], [0, 7, 0, 0, 0]])
     real = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0]])
     cases: Sequence[tuple[dict[str, Tensor], Tensor]] = (

@@ -21,6 +21,7 @@ from rich.text import Text
 from torch import Tensor
 
 from adapterlab import yaml_text
+from adapterlab.core.usage import collapsed
 from adapterlab.data import Report, fingerprint, load_data, render_sample
 from adapterlab.data.formats import Columns
 from adapterlab.engine.attention import fast_attention
@@ -354,7 +355,7 @@ def _result(config: TrainConfig, loop: Loop) -> RunResult:
         proven=len(loop.proof.proven),
         trainable=summary.trainable,
         total=summary.total,
-        outcome=loop.method.outcome(loop.host, NAME),
+        outcome=loop.method.outcome(loop.host, NAME) | ({"routers": said} if (said := collapsed(loop.load)) else {}),
     )
 
 
