@@ -59,9 +59,9 @@ class Mixture(LayerMethod):
 
     def made(self, site: Site, host: Carrier, count: int) -> Adapter:
         """Make so many experts and their router for one site, or a plain update in place of one."""
+        refuse_tied(self.id, site)
         if count == 1:
             return Single(self, site)
-        refuse_tied(self.id, site)
         layer: Adapter = type(self).Layer(self, site, count, host.state)  # type: ignore[call-arg]
         return layer
 
@@ -117,7 +117,7 @@ class Routed(Adapter):
             z = self.scores(x)
             chosen = self.selection(z)
             w = self.mixture(z, chosen)
-            self.routed(x, z, chosen)
+            self.routed(x, z, chosen, w)
         return w
 
     def scores(self, x: Tensor) -> Tensor:
@@ -140,8 +140,13 @@ class Routed(Adapter):
             return z.masked_fill(~chosen, -math.inf).softmax(-1)
         return z.softmax(-1).masked_fill(~chosen, 0)
 
-    def routed(self, x: Tensor, z: Tensor, chosen: Tensor | None) -> None:
-        """Take note of how the tokens x were routed."""
+    def routed(self, x: Tensor, z: Tensor, chosen: Tensor | None, w: Tensor) -> None:
+        """Take note of how the tokens x were routed: by scores, choice and weights `[..., E]`."""
+
+    def real(self, x: Tensor) -> Tensor | None:
+        """Which of the tokens are no padding: `[...]`; None: all."""
+        asked = getattr(self.state, "real_tokens", None)
+        return None if asked is None else asked(x)
 
 
 class Experts(Routed):
