@@ -58,11 +58,11 @@ def scores(x: Tensor, router: Tensor) -> Tensor:
 def weighted_scales(u: Tensor, w: Tensor, scales: Tensor) -> Tensor:
     """Compute u + u ⊙ Σ_e w_e (l_e − 1), which keeps u and w and makes the sum again for the backward pass.
 
-    A small change of the scales survives in a half-precision u, unlike in u ⊙ Σ_e w_e l_e.
+    Where the weights sum to one it is u ⊙ Σ_e w_e l_e, but small changes of the scales survive in half precision.
 
     Args:
         u: `[..., heads, width]`.
-        w: `[..., heads, E]`, weights that sum to one.
+        w: `[..., heads, E]`.
         scales: l `[E, heads, width]`.
 
     Returns:

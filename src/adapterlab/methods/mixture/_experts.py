@@ -92,7 +92,8 @@ class Routed(Adapter):
         state: what the adapters of the model share.
     """
 
-    not_linear = "its router weighs the experts anew for every token"
+    not_linear: ClassVar[str] = "its router weighs the experts anew for every token"
+    counts_tokens: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -142,11 +143,7 @@ class Routed(Adapter):
 
     def routed(self, x: Tensor, z: Tensor, chosen: Tensor | None, w: Tensor) -> None:
         """Take note of how the tokens x were routed: by scores, choice and weights `[..., E]`."""
-
-    def real(self, x: Tensor) -> Tensor | None:
-        """Which of the tokens are no padding: `[...]`; None: all."""
-        asked = getattr(self.state, "real_tokens", None)
-        return None if asked is None else asked(x)
+        self.state.observe(self.site.path, x, w)
 
 
 class Experts(Routed):

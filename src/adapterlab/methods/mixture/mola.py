@@ -140,11 +140,12 @@ class MoLA(Mixture):
             self.balance = balance
 
         def routed(self, x: Tensor, z: Tensor, chosen: Tensor | None, w: Tensor) -> None:
-            """Add the module's part of the balance to the losses, in training."""
+            """Add the module's part of the balance to the losses."""
             super().routed(x, z, chosen, w)
-            if self.balance is not None and self.training and torch.is_grad_enabled():
+            if self.balance is not None and self.state.listening:
                 picked = torch.ones_like(z) if chosen is None else chosen.to(z.dtype)
-                self.state.emit(self.balance.more(self.site.path, picked, z.softmax(-1), self.real(x)))
+                real = self.state.real_tokens(x)
+                self.state.emit(self.balance.more(self.site.path, picked, z.softmax(-1), real))
 
 
 class Balance:

@@ -32,7 +32,8 @@ class MoV(IA3):
     u' = u ⊙ Σ_e p_e l_e, p = softmax(R u), for u = W_k x + b, u = W_v x + b and the u that W_down receives; l `[E, d]`,
     R `[E, d]`. The router reads what is scaled, not what the module receives. Keys and values are routed head by head:
     the heads share R `[E, d_head]`, and each has weights of its own. With `top_k` the smaller weights are set to 0,
-    without scaling up the others. No balancing loss. With one expert it is (IA)³, and merges.
+    without scaling up the others, and a vector of ones gets what is left, so that the start stays the base's (the
+    authors' code shrinks u by it). No balancing loss. With one expert it is (IA)³, and merges.
 
     Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too) whose weight is not tied. The default
     takes, of the roles k, v, qkv and down, those that the model has; a fused qkv is scaled as a whole.
