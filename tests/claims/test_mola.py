@@ -109,7 +109,12 @@ def emitted(host: Host, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Ten
     """The sum of what the layers emit, and its gradients."""
     with host.state.collect() as losses:
         host.model(**batch)
-    total = torch.stack(losses).sum()
+    return _with_gradients(host, torch.stack(losses).sum())
+
+
+def _with_gradients(host: Host, total: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    if not total.requires_grad:
+        return total, {}
     parameters = host.named_parameters("default")
     grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return total.detach(), {k: g for k, g in zip(parameters, grads, strict=True) if g is not None}
@@ -132,9 +137,7 @@ def reference(host: Host, batch: dict[str, Tensor], real: Tensor) -> tuple[Tenso
         p = logits.softmax(-1)
         counts = F.one_hot(p.topk(2).indices, p.shape[-1]).sum((0, 1))
         total = total + 0.01 * p.shape[-1] * (counts / counts.sum() * p.mean(0)).sum()
-    parameters = host.named_parameters("default")
-    grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    return total.detach(), {k: g for k, g in zip(parameters, grads, strict=True) if g is not None}
+    return _with_gradients(host, total)
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])

@@ -164,8 +164,8 @@ BROKEN: dict[str, Mutation] = {
     "vectors start at zero": begun(LAYER, lambda part, method: part.l.zero_()),
     "the router starts at zero": begun(LAYER, lambda part, method: part.router.zero_()),
     "scaled twice": (LAYER, "scaled", lambda self, u: SCALED(self, SCALED(self, u))),
-    "one vector for all": (mov, "weighted_scales", lambda u, w, l: u * w.sum(-1, keepdim=True) * l.mean(0)),
-    "one more than the scale": (mov, "weighted_scales", lambda u, w, l: u + u * torch.einsum("...he,ehd->...hd", w, l)),
+    "one vector for all": (mov, "weighted_scales", lambda u, w, v: u * w.sum(-1, keepdim=True) * v.mean(0)),
+    "one more than the scale": (mov, "weighted_scales", lambda u, w, v: u + u * torch.einsum("...he,ehd->...hd", w, v)),
 }
 test_the_claims_fail_when_a_line_is_broken = fails_without(
     functools.partial(test_formula, "llama", None),
