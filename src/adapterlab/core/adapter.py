@@ -86,8 +86,8 @@ class Adapter(nn.Module):
     def whole(self, x: Tensor) -> Tensor | None:
         """Compute base and what is added for x in one node, if there is such a form, else None.
 
-        Asked only of what adds and gives no factors, where the frozen weight (`Site.frozen_weight`) may be multiplied in
-        the module's place.
+        Asked only of what adds and gives no factors, and where the frozen weight (`Site.frozen_weight`) may be
+        multiplied in the module's place.
         """
         return None
 

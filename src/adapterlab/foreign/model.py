@@ -286,6 +286,13 @@ def weight_reads(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, bool]
     return {path: (by, path in called) for path, (by, torchs) in found.items() if torchs or path not in called}
 
 
+def head_width(attention: nn.Module) -> int | None:
+    """Return how wide a head of an attention module is, or None where it does not say."""
+    names = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+    found = (getattr(attention, name, None) for name in names)
+    return next((width for width in found if isinstance(width, int)), None)
+
+
 # ---------------------------------------------------------------------- layers
 
 

@@ -1,4 +1,4 @@
-"""A frozen linear layer and low-rank updates that are weighed token by token, in one autograd node; and a router."""
+"""Experts that are weighed token by token: low-rank updates beside a frozen layer, vectors of scales; and a router."""
 
 from __future__ import annotations
 
@@ -53,6 +53,23 @@ def scores(x: Tensor, router: Tensor) -> Tensor:
     """Compute x Rᵀ in the dtype of R for x `[..., in]` in any dtype and R `[E, in]`; keeps x as it came."""
     z: Tensor = _Scores.apply(x, router)
     return z
+
+
+def weighted_scales(u: Tensor, w: Tensor, scales: Tensor) -> Tensor:
+    """Compute u + u ⊙ Σ_e w_e (l_e − 1), which keeps u and w and makes the sum again for the backward pass.
+
+    Where the weights sum to one it is u ⊙ Σ_e w_e l_e, but small changes of the scales survive in half precision.
+
+    Args:
+        u: `[..., heads, width]`.
+        w: `[..., heads, E]`.
+        scales: l `[E, heads, width]`.
+
+    Returns:
+        As u.
+    """
+    y: Tensor = _WeightedScales.apply(u, w, scales)
+    return y
 
 
 def below(a: Tensor) -> Tensor:
@@ -169,3 +186,28 @@ class _Scores(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         grouter = rows.T @ x.reshape(-1, x.shape[-1]).to(router.dtype) if need_router else None
         return (grad @ router).to(x.dtype) if need_x else None, grouter
+
+
+class _WeightedScales(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, w: Tensor, scales: Tensor) -> Tensor:
+        ctx.save_for_backward(u, w, scales)
+        return torch.addcmul(u, u, _change(w, scales, u.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        u, w, scales = ctx.saved_tensors
+        need_u, need_w, need_scales = ctx.needs_input_grad
+        gu = torch.addcmul(grad, grad, _change(w, scales, u.dtype)) if need_u else None
+        if not need_w and not need_scales:
+            return gu, None, None
+        gm = grad * u
+        gw = torch.einsum("...hd,ehd->...he", gm, (scales - 1).to(gm.dtype)).to(w.dtype) if need_w else None
+        rows, weights = (t.reshape(-1, *t.shape[-2:]) for t in (gm, w.to(gm.dtype)))
+        gl = torch.einsum("the,thd->ehd", weights, rows).to(scales.dtype) if need_scales else None
+        return gu, gw, gl
+
+
+def _change(w: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Σ_e w_e (l_e − 1): `[..., heads, width]`."""
+    return torch.einsum("...he,ehd->...hd", w.to(dtype), (scales - 1).to(dtype))

@@ -59,9 +59,9 @@ class Mixture(LayerMethod):
 
     def made(self, site: Site, host: Carrier, count: int) -> Adapter:
         """Make so many experts and their router for one site, or a plain update in place of one."""
+        refuse_tied(self.id, site)
         if count == 1:
             return Single(self, site)
-        refuse_tied(self.id, site)
         layer: Adapter = type(self).Layer(self, site, count, host.state)  # type: ignore[call-arg]
         return layer
 
@@ -92,8 +92,8 @@ class Routed(Adapter):
         state: what the adapters of the model share.
     """
 
-    not_linear = "its router weighs the experts anew for every token"
-    counts_tokens = True
+    not_linear: ClassVar[str] = "its router weighs the experts anew for every token"
+    counts_tokens: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -118,8 +118,7 @@ class Routed(Adapter):
             z = self.scores(x)
             chosen = self.selection(z)
             w = self.mixture(z, chosen)
-            self.routed(x, z, chosen)
-        self.state.observe(self.site.path, x, w)
+            self.routed(x, z, chosen, w)
         return w
 
     def scores(self, x: Tensor) -> Tensor:
@@ -142,8 +141,9 @@ class Routed(Adapter):
             return z.masked_fill(~chosen, -math.inf).softmax(-1)
         return z.softmax(-1).masked_fill(~chosen, 0)
 
-    def routed(self, x: Tensor, z: Tensor, chosen: Tensor | None) -> None:
-        """Take note of how the tokens x were routed."""
+    def routed(self, x: Tensor, z: Tensor, chosen: Tensor | None, w: Tensor) -> None:
+        """Take note of how the tokens x were routed: by scores, choice and weights `[..., E]`."""
+        self.state.observe(self.site.path, x, w)
 
 
 class Experts(Routed):
