@@ -2,8 +2,8 @@
 
 run.json          configuration and where it came from, versions, data, model summary, results
 config.yaml       the same configuration, ready to be run again
-metrics.jsonl     one line a step and one an evaluation; where tokens are routed, every `log_every` steps with `load`: for
-                  each module by its path the share of the weight that each expert got in that step
+metrics.jsonl     one line a step and one an evaluation; where tokens are routed, every `log_every` steps with `load`,
+                  for each module by its path the share of the weight that each expert got in that step
 best/, last/      adapters
 trackers/         what trackers such as tensorboard write
 checkpoint/       the state for `--resume`; one file with its checksum, replaced when the next one is complete

@@ -221,7 +221,7 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
     if config.precision == "fp16" and next(model.parameters()).device.type == "cpu":
         raise ConfigError("precision=fp16 trains on a GPU only, and there is none. Set precision to bf16 or fp32.")
     seq2seq = is_encoder_decoder(model)
-    splits = load_data(config.data)
+    splits = load_data(config.data, config.make_method().columns)
     trained = rows_for(model, tokenizer, splits.train, config.data)
     held = rows_for(model, tokenizer, splits.eval, config.data) if splits.eval else None
     unshown = trained.report.unshown + (held.report.unshown if held else ())
