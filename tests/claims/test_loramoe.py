@@ -102,7 +102,7 @@ def test_formula(kind: str, tiny: Any, randomise: Any) -> None:
 
 
 def test_count_and_start(tiny: Any) -> None:
-    model, host = loaded(tiny)
+    host = loaded(tiny)[1]
     sizes = [(48, 32), (48, 32), (32, 48)]
     assert host.summary().trainable == 2 * sum(4 * (2 * (o + i) + i) for o, i in sizes)
     part: Any = host.adapters("default")["model.layers.0.mlp.down_proj"]

@@ -6,7 +6,6 @@ tells from the shape of what a module gets whose tokens they are.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,7 +31,7 @@ def watch(model: nn.Module, path: str, state: State) -> None:
         watched = any(isinstance(hook, _Enter) for hook in module._forward_pre_hooks.values())
         # Parts of transformers' models that are models themselves say what their batch is called.
         if not watched and (not around or hasattr(module, "main_input_name")):
-            module.register_forward_pre_hook(_Enter(state), with_kwargs=True)
+            module.register_forward_pre_hook(_Enter(state, module), with_kwargs=True)
             module.register_forward_hook(_Leave(state), always_call=True)
 
 
@@ -54,8 +53,10 @@ def leave(model: nn.Module, state: State) -> None:
 class _Enter:
     """Notes what a call says about its tokens."""
 
-    def __init__(self, state: State):
-        self.state = state
+    def __init__(self, state: State, module: nn.Module):
+        cls, config = plain_class(module), text_config(module)
+        self.state, self.names, self.swaps = state, argument_names(cls), swaps_rows(cls)
+        self.filler, self.config = getattr(config, "pad_token_id", None), config
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         calls = self.state.calls
@@ -63,8 +64,54 @@ class _Enter:
             return
         outer = calls[-1] if calls else None
         calls.append(outer)  # what fails here fails the call, and `_Leave` is called for it all the same
-        given = {**dict(zip(argument_names(plain_class(module)), args, strict=False)), **kwargs}
-        calls[-1] = _called(module, given, outer)
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        calls[-1] = self.decoded(given) if "decoder_input_ids" in self.names else self.called(given, outer)
+
+    def called(self, given: Mapping[str, Any], outer: Any) -> Tokens:
+        """What the call of a model says, of an encoder, or of a decoder."""
+        shape, asked = _shape(given, "input_ids", "inputs_embeds"), given.get("logits_to_keep")
+        tokens = Tokens(shape, self.mask(given, shape), 0 if asked is None else asked, self.swaps)
+        states = given.get("encoder_hidden_states")
+        if not isinstance(states, Tensor):
+            return tokens
+        if tokens.mask is None and isinstance(outer, Tokens) and outer.shape == shape:
+            tokens.mask = outer.mask
+        there = tuple(states.shape[:2])
+        tokens.memory, tokens.states = Tokens(there, _plain(given.get("encoder_attention_mask"), there)), states
+        return tokens
+
+    def decoded(self, given: Mapping[str, Any]) -> Tokens:
+        """What a call around an encoder and a decoder says about the decoder's tokens.
+
+        Those without a label train nothing, and fill the row.
+        """
+        labels, ids = given.get("labels"), given.get("decoder_input_ids")
+        shape = _shape(given, "decoder_input_ids", "decoder_inputs_embeds")
+        if not shape and isinstance(labels, Tensor) and labels.dim() == 2:
+            shape = tuple(labels.shape)
+        mask = given.get("decoder_attention_mask")
+        if mask is not None:
+            return Tokens(shape, _plain(mask, shape))
+        if isinstance(labels, Tensor) and tuple(labels.shape) == shape:
+            return Tokens(shape, lambda: labels != IGNORED)
+        if not isinstance(ids, Tensor) or self.filler is None:
+            return Tokens(shape)
+        return Tokens(shape, lambda: _before_filling(ids, self.filler))
+
+    def mask(self, given: Mapping[str, Any], shape: tuple[int, ...]) -> Callable[[], Tensor | None] | None:
+        """The mask of a call, of which the last tokens are those that it brings; others are in the cache."""
+        mask = given.get("attention_mask")
+        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2) or not shape:
+            return _plain(mask, shape)
+        # Now, since the first layer adds to it; a compiled call, which generates, has no use for it.
+        held = 0 if torch.compiler.is_compiling() else held_tokens(cache_in(given))
+        rest = without_cache(given)
+
+        def found() -> Tensor | None:
+            plain = plain_mask(rest, self.config, virtual=-held)
+            return None if plain is None else plain[:, -shape[1] :].bool()
+
+        return found
 
 
 class _Leave:
@@ -78,45 +125,9 @@ class _Leave:
             self.state.calls.pop()
 
 
-def _called(module: nn.Module, given: Mapping[str, Any], outer: Any) -> Tokens:
-    """What a call says about its tokens."""
-    names = argument_names(plain_class(module))
-    if "decoder_input_ids" in names:  # around an encoder and a decoder, which are called by themselves
-        return _decoded(module, given)
-    shape = _shape(given, "input_ids", "inputs_embeds")
-    asked, swaps = given.get("logits_to_keep"), swaps_rows(plain_class(module))
-    tokens = Tokens(shape, _mask(module, given, shape), 0 if asked is None else asked, swaps)
-    states = given.get("encoder_hidden_states")
-    if not isinstance(states, Tensor):
-        return tokens
-    if tokens.mask is None and isinstance(outer, Tokens) and outer.shape == shape:
-        tokens.mask = outer.mask
-    there = tuple(states.shape[:2])
-    tokens.memory, tokens.states = Tokens(there, _plain(given.get("encoder_attention_mask"), there)), states
-    return tokens
-
-
-def _decoded(module: nn.Module, given: Mapping[str, Any]) -> Tokens:
-    """The tokens of the decoder; what has no label trains nothing, and fills the row."""
-    labels = given.get("labels")
-    shape = _shape(given, "decoder_input_ids", "decoder_inputs_embeds")
-    if not shape and isinstance(labels, Tensor) and labels.dim() == 2:
-        shape = tuple(labels.shape)
-    mask = given.get("decoder_attention_mask")
-    if mask is not None:
-        return Tokens(shape, _plain(mask, shape))
-    if isinstance(labels, Tensor) and tuple(labels.shape) == shape:
-        return Tokens(shape, functools.partial(torch.ne, labels, IGNORED))
-    ids = given.get("decoder_input_ids")
-    filler = getattr(text_config(module), "pad_token_id", None)
-    return Tokens(shape, functools.partial(_before_filling, ids, filler) if shape and ids is not None else None)
-
-
-def _before_filling(ids: Tensor, filler: int | None) -> Tensor | None:
+def _before_filling(ids: Tensor, filler: int | None) -> Tensor:
     """Everything up to the last token that is no filling; the first one always, with which some models begin."""
-    if filler is None:
-        return None
-    last = (ids != filler).flip(1).cummax(1).values.flip(1)
+    last = (ids != filler).flip(1).long().cummax(1).values.flip(1).bool()
     last[:, 0] = True
     return last
 
@@ -124,21 +135,6 @@ def _before_filling(ids: Tensor, filler: int | None) -> Tensor | None:
 def _shape(given: Mapping[str, Any], ids: str, embedded: str) -> tuple[int, ...]:
     found = given.get(ids) if given.get(embedded) is None else given[embedded]
     return tuple(found.shape[:2]) if isinstance(found, Tensor) and found.dim() > 1 else ()
-
-
-def _mask(module: nn.Module, given: Mapping[str, Any], shape: tuple[int, ...]) -> Callable[[], Tensor | None] | None:
-    """The mask of a call, of which the last tokens are those that it brings; others are in the cache."""
-    mask = given.get("attention_mask")
-    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2) or not shape:
-        return _plain(mask, shape)
-    held = 0 if torch.compiler.is_compiling() else held_tokens(cache_in(given))  # now: the first layer adds to it
-    rest = without_cache(given)
-
-    def found() -> Tensor | None:
-        plain = plain_mask(rest, text_config(module), virtual=-held)
-        return None if plain is None else plain[:, -shape[1] :].bool()
-
-    return found
 
 
 def _plain(mask: Any, shape: tuple[int, ...]) -> Callable[[], Tensor | None] | None:
