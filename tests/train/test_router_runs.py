@@ -1,4 +1,4 @@
-"""Runs of methods that route tokens: columns that they read, and what their experts are used, from metrics to pictures."""
+"""Runs of methods that route tokens: columns that they read, and what their experts are used, down to pictures."""
 
 from __future__ import annotations
 

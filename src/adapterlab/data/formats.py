@@ -294,9 +294,8 @@ def _numbers(row: Row, numbers: Numbers) -> dict[str, int]:
     for column, allowed in numbers.items():
         value = row.get(column)
         if value is None:
-            raise RowProblem(
-                f"there is nothing in column {column!r}, which the method reads; it has {nearest(column, row)}"
-            )
+            others = nearest(column, [str(name) for name in row if name != column])
+            raise RowProblem(f"there is nothing in column {column!r}, which the method reads. {others}")
         try:
             found[column] = int(value) if float(value) == int(float(value)) else None
         except (TypeError, ValueError):
