@@ -290,20 +290,27 @@ def examples_from(
 
 def _numbers(row: Row, numbers: Numbers) -> dict[str, int]:
     """What a row has in the columns that a method reads."""
-    found = {}
+    found: dict[str, int] = {}
     for column, allowed in numbers.items():
         value = row.get(column)
         if value is None:
             others = nearest(column, [str(name) for name in row if name != column])
             raise RowProblem(f"there is nothing in column {column!r}, which the method reads. {others}")
-        try:
-            found[column] = int(value) if float(value) == int(float(value)) else None
-        except (TypeError, ValueError):
-            found[column] = None
-        if found[column] is None or (allowed and found[column] not in allowed):
+        number = _whole(value)
+        if number is None or (allowed and number not in allowed):
             wanted = f"one of {', '.join(map(str, allowed))}" if allowed else "a whole number"
             raise RowProblem(f"column {column!r} is {value!r}, and the method reads {wanted} there")
+        found[column] = number
     return found
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, written in whatever way, or None."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return int(number) if number.is_integer() else None
 
 
 def _example(source: SourceRow, known: Format, cfg: DataConfig) -> Example:
