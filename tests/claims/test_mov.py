@@ -17,7 +17,7 @@ from adapterlab.core.method import Method
 from adapterlab.errors import AttachError, ConfigError, MergeError
 from adapterlab.hosts import Host, attach
 from adapterlab.methods.mixture import mov
-from adapterlab.methods.mixture.mov import MoV
+from adapterlab.methods.mixture.mov import MoV, Vectors
 from adapterlab.methods.multiplicative.ia3 import IA3
 
 WIDTH = 16
@@ -141,17 +141,11 @@ def test_refusals(tiny: Any) -> None:
         attach(tiny("llama-tied"), MoV(targets=["head"]))
 
 
-LAYER, WEIGHTS, SCALED = MoV.Layer, MoV.Layer.weights, MoV.Layer.scaled
+LAYER, WEIGHTS, SCALED = Vectors, Vectors.weights, Vectors.scaled
 
 
 def _weights(change: Callable[[Any, Tensor, Tensor], Tensor]) -> Mutation:
     return (LAYER, "weights", lambda self, u: change(self, u, WEIGHTS(self, u)))
-
-
-def _around(self: Any, run: Any, x: Tensor) -> Tensor:
-    """Routed by what the module receives."""
-    y = run(x)
-    return y * (WEIGHTS(self, x) @ self.l) if not self.on_input and x.shape == y.shape else self.scaled(y)
 
 
 BROKEN: dict[str, Mutation] = {

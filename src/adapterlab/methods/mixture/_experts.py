@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -17,66 +18,6 @@ from adapterlab.core.state import State
 from adapterlab.errors import AttachError
 from adapterlab.ops.experts import scores, weighted_low_rank
 from adapterlab.ops.low_rank import autocasts
-
-
-class Mixture(LayerMethod):
-    """Low-rank experts and a router at each module: y = W x + b + s · Σ_e w_e(x) B_e A_e drop(x).
-
-    A module that has one expert has no router, and is adapted by a plain low-rank update that merges.
-
-    Class attributes:
-        renormalised: the weights of the experts that a token selects sum to one.
-        shifted: the router has a bias.
-    """
-
-    renormalised: ClassVar[bool] = False
-    shifted: ClassVar[bool] = False
-
-    r: int = Field(4, ge=1, description="rank of each update")
-    alpha: float = Field(16.0, gt=0, description="scale numerator")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the updates' input, one mask for all")
-
-    @property
-    def scaling(self) -> float:
-        """The factor s."""
-        return self.alpha / self.r
-
-    def count(self, site: Site) -> int:
-        """Experts at a module."""
-        raise NotImplementedError
-
-    def selected(self) -> int | None:
-        """How many experts a token selects; None: all."""
-        return None
-
-    def build(self, site: Site, host: Carrier, name: str) -> Adapter:
-        """Make the experts and the router for one site.
-
-        Raises:
-            AttachError: the weight is tied to another module, which has no input to route on.
-        """
-        return self.made(site, host, self.count(site))
-
-    def made(self, site: Site, host: Carrier, count: int) -> Adapter:
-        """Make so many experts and their router for one site, or a plain update in place of one."""
-        refuse_tied(self.id, site)
-        if count == 1:
-            return Single(self, site)
-        layer: Adapter = type(self).Layer(self, site, count, host.state)  # type: ignore[call-arg]
-        return layer
-
-
-def refuse_tied(id: str, site: Site) -> None:
-    """Refuse to route at a module whose weight another one uses too.
-
-    Raises:
-        AttachError: it is such a module.
-    """
-    if site.tied:
-        raise AttachError(
-            f"{id} cannot adapt {site.path}: its weight is tied to another module's, and the choice of experts "
-            "belongs to one module's input. Leave it out of the targets, for example targets=['all-linear']."
-        )
 
 
 class Routed(Adapter):
@@ -95,22 +36,18 @@ class Routed(Adapter):
     not_linear: ClassVar[str] = "its router weighs the experts anew for every token"
     counts_tokens: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        site: Site,
-        experts: int,
-        width: int,
-        state: State,
-        *,
-        top_k: int | None = None,
-        renormalised: bool = False,
-        shifted: bool = False,
-    ):
+    def __init__(self, site: Site, state: State):
         super().__init__(site)
-        self.router = site.parameter(experts, width)
-        self.shift = site.parameter(experts) if shifted else None
+        self.state = state
+
+    def route(
+        self, experts: int, width: int, *, top_k: int | None, renormalised: bool = False, shifted: bool = False
+    ) -> None:
+        """Make the router; after the experts, so that their tensors come first."""
+        self.router = self.site.parameter(experts, width)
+        self.shift = self.site.parameter(experts) if shifted else None
         self.top_k = None if top_k is None or top_k >= experts else top_k
-        self.renormalised, self.state = renormalised, state
+        self.renormalised = renormalised
 
     def weights(self, x: Tensor) -> Tensor:
         """What each expert counts for each token: `[..., width]` to `[..., E]`, in the router's dtype."""
@@ -154,10 +91,11 @@ class Experts(Routed):
     """
 
     def __init__(self, method: Mixture, site: Site, count: int, state: State):
-        form: dict[str, Any] = {"top_k": method.selected(), "renormalised": method.renormalised}
-        super().__init__(site, count, site.shape[1], state, shifted=method.shifted, **form)
-        self.A = site.parameter(count, method.r, site.shape[1])
-        self.B = site.parameter(count, site.shape[0], method.r)
+        super().__init__(site, state)
+        out, in_ = site.shape
+        self.A, self.B = site.parameter(count, method.r, in_), site.parameter(count, out, method.r)
+        form = {"renormalised": method.renormalised, "shifted": method.shifted}
+        self.route(count, in_, top_k=method.selected(), **form)
         self.scale, self.p = method.scaling, method.dropout
         self.begin()
 
@@ -200,6 +138,66 @@ class Single(Delta):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B as they are."""
         return self.A[0], self.B[0]
+
+
+class Mixture(LayerMethod):
+    """Low-rank experts and a router at each module: y = W x + b + s · Σ_e w_e(x) B_e A_e drop(x).
+
+    A module that has one expert has no router, and is adapted by a plain low-rank update that merges.
+
+    Class attributes:
+        renormalised: the weights of the experts that a token selects sum to one.
+        shifted: the router has a bias.
+    """
+
+    renormalised: ClassVar[bool] = False
+    shifted: ClassVar[bool] = False
+    Layer: ClassVar[Callable[..., Adapter]] = Experts
+
+    r: int = Field(4, ge=1, description="rank of each update")
+    alpha: float = Field(16.0, gt=0, description="scale numerator")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the updates' input, one mask for all")
+
+    @property
+    def scaling(self) -> float:
+        """The factor s."""
+        return self.alpha / self.r
+
+    def count(self, site: Site) -> int:
+        """Experts at a module."""
+        raise NotImplementedError
+
+    def selected(self) -> int | None:
+        """How many experts a token selects; None: all."""
+        return None
+
+    def build(self, site: Site, host: Carrier, name: str) -> Adapter:
+        """Make the experts and the router for one site.
+
+        Raises:
+            AttachError: the weight is tied to another module, which has no input to route on.
+        """
+        return self.made(site, host, self.count(site))
+
+    def made(self, site: Site, host: Carrier, count: int) -> Adapter:
+        """Make so many experts and their router for one site, or a plain update in place of one."""
+        refuse_tied(self.id, site)
+        if count == 1:
+            return Single(self, site)
+        return type(self).Layer(self, site, count, host.state)
+
+
+def refuse_tied(id: str, site: Site) -> None:
+    """Refuse to route at a module whose weight another one uses too.
+
+    Raises:
+        AttachError: it is such a module.
+    """
+    if site.tied:
+        raise AttachError(
+            f"{id} cannot adapt {site.path}: its weight is tied to another module's, and the choice of experts "
+            "belongs to one module's input. Leave it out of the targets, for example targets=['all-linear']."
+        )
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from adapterlab.core.carrier import Carrier
 from adapterlab.core.site import Site
 from adapterlab.core.targets import matcher
 from adapterlab.errors import TargetError
-from adapterlab.methods.mixture._experts import Experts, Mixture, Routed
+from adapterlab.methods.mixture._experts import Mixture, Routed
 from adapterlab.registry import register
 
 
@@ -95,5 +95,3 @@ class MingMoE(Mixture):
                 f"ming_moe: none of the {len(adapted)} adapted modules is one of routed={list(self.routed)}, so there "
                 "would be no experts. Name modules among the targets in routed, or take the method lora."
             )
-
-    Layer: ClassVar[type[Experts]] = Experts

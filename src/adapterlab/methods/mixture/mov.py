@@ -22,7 +22,7 @@ from adapterlab.methods.multiplicative.ia3 import IA3
 from adapterlab.ops.experts import weighted_scales
 from adapterlab.registry import register
 
-SELF_MADE = ("q", "k", "v", "qkv")  # roles whose outputs are split into heads
+BY_HEAD = ("q", "k", "v", "qkv")  # roles whose outputs are split into heads
 
 
 @register
@@ -86,36 +86,38 @@ class MoV(IA3):
         """
         refuse_tied(self.id, site)
         if self.experts == 1:
-            return IA3.Layer(self, site)
+            return super().build(site, host, name)
         on_input = any(matcher(entry)(site) for entry in self.feedforward)
-        by_head = self.router_scope == "head" and site.role in SELF_MADE and not on_input
-        return MoV.Layer(self, site, host.state, on_input, _heads(site, host) if by_head else 1)
+        by_head = self.router_scope == "head" and site.role in BY_HEAD and not on_input
+        return Vectors(self, site, host.state, on_input, _heads(site, host) if by_head else 1)
 
-    class Layer(Routed):
-        """The vectors `[E, d]` and the router of one module.
 
-        Attributes:
-            on_input: the input is scaled instead of the output.
-            heads: how many parts of the vector are routed each by itself.
-        """
+class Vectors(Routed):
+    """The vectors `[E, d]` and the router of one module.
 
-        def __init__(self, method: MoV, site: Site, state: State, on_input: bool, heads: int):
-            width = site.shape[1 if on_input else 0]
-            super().__init__(site, method.experts, width // heads, state, top_k=method.top_k)
-            self.on_input, self.heads = on_input, heads
-            self.l = site.parameter(method.experts, width)
-            nn.init.ones_(self.l)
-            nn.init.normal_(self.router, std=0.02)
+    Attributes:
+        on_input: the input is scaled instead of the output.
+        heads: how many parts of the vector are routed each by itself.
+    """
 
-        def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            """Scale the input or the output."""
-            return run(self.scaled(x), *args, **kwargs) if self.on_input else self.scaled(run(x, *args, **kwargs))
+    def __init__(self, method: MoV, site: Site, state: State, on_input: bool, heads: int):
+        width = site.shape[1 if on_input else 0]
+        super().__init__(site, state)
+        self.on_input, self.heads = on_input, heads
+        self.l = site.parameter(method.experts, width)
+        self.route(method.experts, width // heads, top_k=method.top_k)
+        nn.init.ones_(self.l)
+        nn.init.normal_(self.router, std=0.02)
 
-        def scaled(self, u: Tensor) -> Tensor:
-            """U ⊙ Σ_e p_e l_e, head by head."""
-            apart = u.unflatten(-1, (self.heads, -1))
-            scales = self.l.unflatten(1, (self.heads, -1))
-            return weighted_scales(apart, self.weights(apart), scales).flatten(-2)
+    def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Scale the input or the output."""
+        return run(self.scaled(x), *args, **kwargs) if self.on_input else self.scaled(run(x, *args, **kwargs))
+
+    def scaled(self, u: Tensor) -> Tensor:
+        """U ⊙ Σ_e p_e l_e, head by head."""
+        apart = u.unflatten(-1, (self.heads, -1))
+        scales = self.l.unflatten(1, (self.heads, -1))
+        return weighted_scales(apart, self.weights(apart), scales).flatten(-2)
 
 
 def _heads(site: Site, host: Carrier) -> int:
