@@ -162,7 +162,7 @@ def test_balance(mode: Any, tiny: Any, batch_for: Any, randomise: Any) -> None:
         found, ours = emitted(host, batch)
         assert torch.allclose(found, wanted)
         for key in ours.keys() | grads.keys():
-            one, other = (given.get(key, torch.zeros(())) for given in (ours, grads))
+            one, other = (given.get(key, torch.zeros((), dtype=torch.float64)) for given in (ours, grads))
             assert torch.allclose(one, other, atol=1e-12), key
 
 
