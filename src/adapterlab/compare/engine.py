@@ -92,7 +92,7 @@ def compare(
         MissingDependencyError: Ray is asked for and not installed.
     """
     contenders = config.contenders()
-    facts, judge, train, held = preparing.read_rows(config)
+    facts, judge, train, held = preparing.read_rows(config, contenders)
     preparing.check_attach(config, contenders)
     if engine not in ("local", "ray"):
         raise ConfigError(f"engine={engine!r} is unknown. Use local or ray.")

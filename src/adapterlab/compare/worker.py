@@ -274,6 +274,8 @@ def _step_flops(host: Host, paper: Paper, tokenizer: Any) -> float | None:
     """Work of training on one token, from one batch."""
     rows = paper.rows[:8]
     batch = collator_for(host.model, tokenizer)(rows)
+    for column, allowed in host.methods["best"].columns.items():
+        batch[column] = batch["input_ids"].new_full((len(rows),), (allowed or (0,))[0])
     device = next(host.model.parameters()).device
     found = measuring.step_flops(host, "best", placed(batch, device))
     return None if found is None else found / int(batch["attention_mask"].sum())

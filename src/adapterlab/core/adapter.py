@@ -31,6 +31,7 @@ class Adapter(nn.Module):
             None: at a linear layer, an embedding or a norm and inside the attention it does not, elsewhere it may.
         additive: the output is run(x) plus something, so a mixed batch needs the base's product once; what follows from
             having no `around` of its own.
+        counts_tokens: it asks `state.real_tokens`; only models with such an adapter are watched for that.
         is_its_factors: what it adds is a product of two factors, which the engine computes; see `Delta`.
         alike: it is one of several of its name that stand at every module with a certain weight and change it alike, so
             that the modules stay tied when it is merged; one of them may be the only one that is called.
@@ -46,6 +47,7 @@ class Adapter(nn.Module):
     outlives: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
     tokenwise: ClassVar[bool | None] = None
+    counts_tokens: ClassVar[bool] = False
     additive: bool = True
     is_its_factors: bool = False
     alike: bool = False
@@ -84,8 +86,8 @@ class Adapter(nn.Module):
     def whole(self, x: Tensor) -> Tensor | None:
         """Compute base and what is added for x in one node, if there is such a form, else None.
 
-        Asked only of what adds and gives no factors, where the frozen weight (`Site.frozen_weight`) may be multiplied in
-        the module's place.
+        Asked only of what adds and gives no factors, and where the frozen weight (`Site.frozen_weight`) may be
+        multiplied in the module's place.
         """
         return None
 

@@ -108,6 +108,14 @@ class Method(Settings):
             f"{self.id} learns nothing from adapters of other tasks: it has one phase. Train it on rows as it is."
         )
 
+    @property
+    def columns(self) -> Mapping[str, tuple[int, ...]]:
+        """Columns of the training rows that the method reads beside the text, and the numbers that may stand there.
+
+        Each comes to the model as an argument of that name `[rows]`, which an adapter around the whole model takes.
+        """
+        return {}
+
     def brief(self) -> Self:
         """Return the same method with the shortest `prepare`: plans simulate it on tensors that hold no numbers."""
         return self

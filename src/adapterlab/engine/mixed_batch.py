@@ -54,7 +54,7 @@ def mixed(adapters: Mapping[str, Adapter], state: State, run: Callable[..., Any]
     owner = torch.arange(len(rows)).repeat_interleave(size // len(rows))
     groups = {row: owner_of(here, row)[owner].nonzero()[:, 0] for row in dict.fromkeys(here)}
     if all(adapter.additive for adapter in used.values()) and all(isinstance(row, tuple) for row in here):
-        return _added(adapters, groups, run, *args, **kwargs)
+        return _added(adapters, groups, state, run, *args, **kwargs)
     split = _Split(size, batch, x, [rows[i] for i in owner.tolist()])
     return _gathered(adapters, groups, split, state, run, args, kwargs)
 
@@ -95,6 +95,7 @@ def owner_of(here: Rows, wanted: Row) -> Tensor:
 def _added(
     adapters: Mapping[str, Any],
     groups: Mapping[Any, Tensor],
+    state: State,
     run: Callable[..., Any],
     x: Tensor,
     *args: Any,
@@ -106,8 +107,9 @@ def _added(
         x, y = x.expand(size, *x.shape[1:]), y.expand(size, *y.shape[1:])
     for names, index in groups.items():
         index = index.to(x.device)
-        for name in names:
-            y = y.index_add(0, index, adapters[name].added(x[index]).to(y.dtype))
+        with state.seeing(x, index):
+            for name in names:
+                y = y.index_add(0, index, adapters[name].added(x[index]).to(y.dtype))
     return y
 
 
@@ -126,7 +128,8 @@ def _gathered(
         call = entered(row if isinstance(row, Composition) else Stack(*row), run, around) if names_of(row) else run
         part_args, part_kwargs = (_take(value, index, split) for value in (args, kwargs))
         batch = dataclasses.replace(split.batch, rows=split.batch.rows * len(index) // split.size)
-        with state.showing([split.rows[i] for i in index.tolist()], batch):  # inside are the rows of the group alone
+        inside = state.showing([split.rows[i] for i in index.tolist()], batch)  # the rows of the group alone
+        with inside, state.seeing(split.x, index):
             results.append(_spread(call(*part_args, **part_kwargs), len(index)))
         order.append(index)
     back = torch.cat(order).argsort()

@@ -160,7 +160,9 @@ class _Simulation:
         vocabulary = text_config(setup).vocab_size
         ids = [i % vocabulary for i in range(1, setup.length + 1)]
         bare = round((1 - setup.labelled) * setup.length)
-        rows = [{"input_ids": ids, "labels": [-100] * bare + ids[bare:]}] * (setup.batch * setup.accumulation)
+        read = {column: torch.tensor((allowed or (0,))[0]) for column, allowed in setup.method.columns.items()}
+        rows: list[Any] = [{"input_ids": ids, "labels": [-100] * bare + ids[bare:], **read}]
+        rows *= setup.batch * setup.accumulation
         seq2seq = is_encoder_decoder(setup)
         # The rows are those of one step; a method's schedule must find the room that it has in the run.
         training = setup.training.model_copy(update={"steps": setup.training.steps or _MANY, "epochs": None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, gather_object, set_seed
 from torch import Tensor, nn
 
+from adapterlab.core.usage import LOAD, shares
 from adapterlab.data import Collator, placed
 from adapterlab.data.vocabulary import check_ids
 from adapterlab.engine.attention import fast_attention
@@ -108,6 +110,7 @@ class Loop:
         loss: how the loss is computed.
         proof: that everything trains.
         meter: of memory.
+        load: shares of the parts of mixtures when they were last looked at, by the path of the module.
     """
 
     def __init__(
@@ -162,6 +165,7 @@ class Loop:
         self.total = self._length()
         self.eval_every = training.eval_every or math.ceil(self.total / 10)
         self.status = Status()
+        self.load: dict[str, list[float]] = {}
         self.method.begin(host, name, self.total)
         self._prepare(prepare)
 
@@ -262,7 +266,8 @@ class Loop:
             raise DataError(f"Step {index + 1} has no token with a label. Check the labels of the rows.")
         self.method.before_step(self.host, self.name, index, self._raw)
         self.proof.begin(self._raw)
-        value = self._sum(sum(self._backward(batch, labels, i == 0) for i, batch in enumerate(batches)))
+        with self._looking(index + 1) as used:
+            value = self._sum(sum(self._backward(batch, labels, i == 0) for i, batch in enumerate(batches)))
         self._check_finite("loss", value, index)
         self._share_gradients()
         self.method.after_backward(self.host, self.name, index)
@@ -283,8 +288,25 @@ class Loop:
         return {
             "step": status.step, "epoch": round(self.sampler.epoch(status.step), 4), "loss": value, "lr": rate,
             "grad_norm": norm, "tokens": status.tokens, "seconds": round(status.seconds, 3),
-            "memory": self.meter.sample(),
+            "memory": self.meter.sample(), **self._usage(used),
         }  # fmt: skip
+
+    @contextlib.contextmanager
+    def _looking(self, step: int) -> Iterator[dict[str, Tensor] | None]:
+        """Look at what parts of mixtures are used, in the steps that are shown, if somebody is told."""
+        if not self.listeners or (step % self.training.log_every and step != self.total):
+            yield None
+            return
+        with self.host.state.observing() as used:
+            yield used
+
+    def _usage(self, used: dict[str, Tensor] | None) -> Record:
+        """The shares of the parts over all processes, for the line of a step."""
+        if used is None:
+            return {}
+        found = {path: sums.tolist() for path, sums in used.items()}
+        self.load = shares(gather_object([found]) if self.accelerator.num_processes > 1 else [found])
+        return {LOAD: self.load} if self.load else {}
 
     def evaluate(self) -> float:
         """Compute the exact mean token loss of the evaluation rows, note it and return it."""

@@ -22,6 +22,7 @@ from rich.text import Text
 from torch import Tensor
 
 from adapterlab import yaml_text
+from adapterlab.core.usage import collapsed
 from adapterlab.data import Report, fingerprint, load_data, render_sample
 from adapterlab.data.formats import Columns
 from adapterlab.engine.attention import fast_attention
@@ -226,7 +227,7 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
     if config.precision == "fp16" and next(model.parameters()).device.type == "cpu":
         raise ConfigError("precision=fp16 trains on a GPU only, and there is none. Set precision to bf16 or fp32.")
     seq2seq = is_encoder_decoder(model)
-    splits = load_data(config.data)
+    splits = load_data(config.data, config.make_method().columns)
     trained = rows_for(model, tokenizer, splits.train, config.data)
     held = rows_for(model, tokenizer, splits.eval, config.data) if splits.eval else None
     unshown = trained.report.unshown + (held.report.unshown if held else ())
@@ -362,7 +363,7 @@ def _result(config: TrainConfig, loop: Loop) -> RunResult:
         proven=len(loop.proof.proven),
         trainable=summary.trainable,
         total=summary.total,
-        outcome=loop.method.outcome(loop.host, NAME),
+        outcome=loop.method.outcome(loop.host, NAME) | ({"routers": said} if (said := collapsed(loop.load)) else {}),
     )
 
 
