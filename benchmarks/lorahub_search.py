@@ -21,7 +21,7 @@ import _bench as bench
 from _bench import Figures, Job
 
 LENGTH, LETTERS, MODEL = 6, 10, {"vocabulary": 16, "hidden": 64, "layers": 2}
-EXAMPLES, BUDGET, HELD, DRAWS = 5, 40, 256, 5
+EXAMPLES, BUDGET, HELD, DRAWS = 5, 40, 256, 4
 Word = list[int]
 
 
@@ -64,8 +64,8 @@ SIDES = (BASE, SINGLE, ORACLE, *FIXED, *SEARCHED, TAUGHT)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=1200, help="of the model's own training")
-    parser.add_argument("--lora-steps", type=int, default=150, help="of each LoRA")
+    parser.add_argument("--steps", type=int, default=600, help="of the model's own training")
+    parser.add_argument("--lora-steps", type=int, default=80, help="of each LoRA")
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
@@ -99,7 +99,7 @@ def work(job: dict[str, Any]) -> Figures:
         before = loss_of(model, rows_of(task, HELD, (part, "held")))
         torch.manual_seed(seed)
         host = al.attach(model, al.LoRA(r=4, alpha=8), part.replace(" ", "_"))
-        fit(host, part.replace(" ", "_"), rows_of(task, 2000, (seed, part)), job["lora_steps"], 32, 5e-3, seed)
+        fit(host, part.replace(" ", "_"), rows_of(task, 2000, (seed, part)), job["lora_steps"], 16, 5e-3, seed)
         library[part] = (before, loss_of(model, rows_of(task, HELD, (part, "held"))))
         host.activate()
     adapters = {part.replace(" ", "_"): part.replace(" ", "_") for part in parts}

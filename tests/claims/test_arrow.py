@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import adapterlab as al
 from adapterlab.errors import AttachError, ConfigError, MergeError
 from adapterlab.methods.mixture import arrow
-from adapterlab.methods.mixture._experts import Experts
 from adapterlab.methods.mixture._library import Update
 from adapterlab.methods.mixture.arrow import Arrow
 from adapterlab.train.loop import train
@@ -192,54 +191,57 @@ def test_refusals(tiny: Any) -> None:
         Arrow(adapters={"a": "a"}, general={"a": "b"})
 
 
-def _renormalised_late(self: Any, z: Tensor, chosen: Tensor | None) -> Tensor:
-    p = z.softmax(-1)
-    return p if chosen is None else p.masked_fill(~chosen, 0)
+def _as(mix: str) -> Mutation:
+    """The other way of mixing."""
+
+    def added(self: Any, x: Tensor) -> Tensor:
+        kept, self.mix = self.mix, mix
+        try:
+            return _added(self, x)
+        finally:
+            self.mix = kept
+
+    return (LAYER, "added", added)
 
 
-_mixture, _mixed, _purified = LAYER.mixture, LAYER.mixed, Arrow.purified
+def _scores(change: Any) -> Mutation:
+    return (LAYER, "scores", lambda self, x: change(self, x, x @ self.directions().T))
+
+
+def _weights(change: Any) -> Mutation:
+    return (LAYER, "weights", lambda self, x: change(self.scores(x), _weigh(self, x)))
+
+
+_added, _weigh, _purified = LAYER.added, LAYER.weights, Arrow.purified
 LINES: dict[str, Mutation] = {
-    "no absolute value": (LAYER, "scores", lambda self, x: x @ self.directions().T / self.temperature),
-    "no temperature": (LAYER, "scores", lambda self, x: (x @ self.directions().T).abs()),
-    "x is normalised": (
-        LAYER, "scores",
-        lambda self, x: (x @ self.directions().T).abs() / self.temperature / x.norm(dim=-1, keepdim=True),
-    ),
-    "softmax before the choice": (LAYER, "mixture", _renormalised_late),
-    "all experts": (LAYER, "mixture", lambda self, z, chosen: z.softmax(-1)),
-    "equal shares": (LAYER, "mixture", lambda self, z, chosen: _mixture(self, 0 * z, chosen)),
+    "no absolute value": _scores(lambda self, x, z: z / self.temperature),
+    "no temperature": _scores(lambda self, x, z: z.abs()),
+    "x is normalised": _scores(lambda self, x, z: z.abs() / self.temperature / x.norm(dim=-1, keepdim=True)),
+    "softmax before the choice": _weights(lambda z, w: torch.where(w > 0, z.softmax(-1), 0)),
+    "all experts": _weights(lambda z, w: z.softmax(-1)),
+    "equal shares": _weights(lambda z, w: (w > 0) / (w > 0).sum(-1, keepdim=True)),
+    "the least aligned": _weights(lambda z, w: w.flip(-1)),
     "directions of A alone": (arrow, "amplified", lambda a, b: torch.linalg.svd(a, full_matrices=False).Vh[:, 0]),
     "the last direction": (arrow, "amplified", lambda a, b: arrow.thin_svd(a, b)[2][:, -1]),
-    "what comes out most": (arrow, "amplified", lambda a, b: torch.nn.functional.normalize(a.sum(1), dim=-1)),
-    "factors where outputs are mixed": (Experts, "mixed", lambda self, x, w, *base: _as(self, "factors", x, w)),
-    "outputs where factors are mixed": (
-        LAYER, "mixed", lambda self, x, w, *base: Experts.mixed(self, x, w, *base)
-    ),
-    "no scales": (
-        Arrow, "purified", lambda self, u, every: _purified(self, u, every)._replace(scale=1.0)
-    ),
+    "the mean of A's rows": (arrow, "amplified", lambda a, b: torch.nn.functional.normalize(a.sum(1), dim=-1)),
+    "factors where outputs are mixed": _as("factors"),
+    "outputs where factors are mixed": _as("outputs"),
+    "no scales": (Arrow, "purified", lambda self, u, every: _purified(self, u, every)._replace(scale=1.0)),
     "nothing is subtracted": (Arrow, "purified", lambda self, u, every: u),
     "the sum is subtracted": (
-        Arrow, "purified",
+        Arrow,
+        "purified",
         lambda self, u, every: Update(
             u.A - sum(every[g].A for g in self.general), u.B - sum(every[g].B for g in self.general), u.scale
         ),
     ),
-    "only A is purified": (
-        Arrow, "purified", lambda self, u, every: u._replace(A=_purified(self, u, every).A)
-    ),
+    "only A is purified": (Arrow, "purified", lambda self, u, every: u._replace(A=_purified(self, u, every).A)),
     "directions are never found anew": (
-        LAYER, "directions", lambda self: self.__dict__.setdefault("held", arrow.amplified(self.A, self.B))
+        LAYER,
+        "directions",
+        lambda self: self.__dict__.setdefault("held", arrow.amplified(self.A, self.B)),
     ),
-}  # fmt: skip
-
-
-def _as(layer: Any, mix: str, x: Tensor, w: Tensor) -> Tensor:
-    kept, layer.mix = layer.mix, mix
-    try:
-        return _mixed(layer, x, w)
-    finally:
-        layer.mix = kept
+}
 
 
 test_broken_lines_are_caught = fails_without(

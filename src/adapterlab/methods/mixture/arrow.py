@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapterlab.core.adapter import Adapter
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.kept import Kept
 from adapterlab.core.site import Site
 from adapterlab.core.state import State
-from adapterlab.methods.mixture._experts import Experts, refuse_tied
+from adapterlab.methods.mixture._experts import Routed, refuse_tied
 from adapterlab.methods.mixture._library import (
     Library,
     Place,
@@ -139,7 +138,7 @@ class Arrow(Library):
         a, b = (torch.stack([getattr(updates[part], key) for part in self.general]).mean(0) for key in "AB")
         return Update(update.A - a, update.B - b, update.scale)
 
-    class Layer(Experts):
+    class Layer(Routed):
         """The experts at one module, and the directions that they amplify.
 
         Attributes:
@@ -148,13 +147,13 @@ class Arrow(Library):
         """
 
         def __init__(self, method: Arrow, site: Site, experts: int, rank: int, state: State):
-            Adapter.__init__(self, site)  # without a router that is trained: the directions are made of the experts
+            super().__init__(site, state)
             self.A = site.parameter(experts, rank, site.shape[1])
             self.B = site.parameter(experts, site.shape[0], rank)
             self.requires_grad_(False)
             self.top_k = None if method.selected >= experts else method.selected
-            self.temperature, self.mix, self.state = method.temperature, method.mix, state
-            self.scale, self.p, self.renormalised, self.shift = 1.0, 0.0, True, None
+            self.renormalised = True
+            self.temperature, self.mix = method.temperature, method.mix
             self.kept = Kept()
 
         def directions(self) -> Tensor:
@@ -168,22 +167,22 @@ class Arrow(Library):
             self.kept.clear()
             return super().train(mode)
 
+        def weights(self, x: Tensor) -> Tensor:
+            """What each expert counts for each token: `[..., in]` to `[..., E]`, in the experts' dtype."""
+            with torch.autocast(x.device.type, enabled=False):
+                return self.note(x, self.scores(x))
+
         def scores(self, x: Tensor) -> Tensor:
             """|P x| / temperature: `[..., E]`."""
             return scores(x, self.directions()).abs() / self.temperature
 
-        def mixed(self, x: Tensor, w: Tensor, *base: Any) -> Tensor:
-            """Σ_e w_e B_e A_e x, or (Σ_e w_e B_e) (Σ_e w_e A_e) x, and with the weight of the base W x + b."""
-            if self.mix == "outputs":
-                return super().mixed(x, w, *base)
-            w = w.to(x.dtype)
-            each = torch.einsum("...i,eri->...er", x, self.A.to(x.dtype))
-            h = torch.einsum("...e,...er->...r", w, each)
-            return torch.einsum("...e,...r,eor->...o", w, h, self.B.to(x.dtype))
-
-        def whole(self, x: Tensor) -> Tensor | None:
-            """Base and experts together, where their outputs are mixed."""
-            return super().whole(x) if self.mix == "outputs" else None
+        def added(self, x: Tensor) -> Tensor:
+            """Σ_e w_e B_e A_e x, or (Σ_e w_e B_e) (Σ_e w_e A_e) x, in two products with the weights between."""
+            w = self.weights(x).to(x.dtype)[..., None]
+            h = self.site.op(x, self.A.to(x.dtype).flatten(0, 1)).unflatten(-1, self.A.shape[:2])
+            if self.mix == "factors":
+                h = (w * h).sum(-2, keepdim=True)
+            return self.site.mix((w * h).flatten(-2), self.B.to(x.dtype).transpose(0, 1).flatten(1))
 
 
 @torch.no_grad()
