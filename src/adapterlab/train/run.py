@@ -290,12 +290,15 @@ def _story(job: Job, loop: Loop) -> dict[str, str]:
         "trained tokens": f"{report.trained_tokens:,} of {report.tokens:,} ({100 * report.trained_share:.1f} %), "
         f"found by {report.mask_by}; {report.template}{unknown}",
         "loss": f"{loop.loss.path}: {loop.loss.why}",
-        "steps": "none"
-        if not loop.total
-        else f"{loop.total:,} of {loop.sampler.per_step} rows: {loop.sampler.epoch(loop.total):.2f} epochs",
+        "steps": _steps(loop),
         "device": f"{loop.device}, {loop.accelerator.num_processes} process(es)",
         "fast paths": "\n".join(map(str, fast_paths(loop))),
     }
+
+
+def _steps(loop: Loop) -> str:
+    epochs = loop.sampler.epoch(loop.total)
+    return f"{loop.total:,} of {loop.sampler.per_step} rows: {epochs:.2f} epochs" if loop.total else "none"
 
 
 def _identity(config: TrainConfig, job: Job) -> dict[str, Any]:
