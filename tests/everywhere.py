@@ -22,7 +22,10 @@ from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import adapterlab as al
+from adapterlab.core.adapter import Adapter
+from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Method
+from adapterlab.core.site import Site
 from adapterlab.data import Collator
 from adapterlab.foreign.model import ADAPTERS
 from adapterlab.hosts import Host
@@ -90,6 +93,31 @@ def state_of(host: Host) -> State:
             change[patch.index] = values - patch.original.to(values.dtype)
             found[f"{module}.{lead}values.{leaf}"] = change
     return found
+
+
+class Emitting(al.LoRA):
+    """A LoRA whose updates are to be small: c times the mean square over the real tokens is a loss at each module."""
+
+    id = "emitting"
+    hf = None
+    weight: float = 3.0
+
+    def build(self, site: Site, host: Carrier, name: str) -> Adapter:
+        layer = self.Layer(self, site)
+        layer.state, layer.weight = host.state, self.weight
+        return layer
+
+    class Layer(al.LoRA.Layer):
+        counts_tokens = True
+        state: al.State
+        weight: float
+
+        def added(self, x: Tensor) -> Tensor:
+            y = super().added(x)
+            if self.state.listening:
+                real, square = self.state.real_tokens(x), y.square().mean(-1)
+                self.state.emit(self.weight * (square if real is None else square[real]).mean())
+            return y
 
 
 # ---------------------------------------------------------------------- loops

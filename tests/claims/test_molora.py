@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from clusters import CLUSTERS, RANK, fitted, updates
 from mutations import Mutation, begun, fails_without
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 import adapterlab as al
 from adapterlab.core.method import Method
@@ -17,44 +19,19 @@ from adapterlab.errors import AttachError, ConfigError, MergeError, TargetError
 from adapterlab.hosts import Host, attach
 from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.methods.mixture.molora import MoLoRA
-
-CLUSTERS, WIDTH, RANK = 4, 16, 2
-
-
-def data(seed: int) -> tuple[Tensor, Tensor, nn.Sequential]:
-    """Four clusters of inputs; within each the target is W x plus a rank-2 update of its own."""
-    draw = torch.Generator().manual_seed(seed)
-    linear = nn.Linear(WIDTH, WIDTH, bias=False)
-    with torch.no_grad():
-        linear.weight.copy_(torch.randn(WIDTH, WIDTH, generator=draw) / 4)
-    centres = 2 * torch.randn(CLUSTERS, WIDTH, generator=draw)
-    deltas = torch.randn(CLUSTERS, WIDTH, RANK, generator=draw) @ torch.randn(CLUSTERS, RANK, WIDTH, generator=draw) / 4
-    which = torch.arange(1024) % CLUSTERS
-    x = centres[which] + torch.randn(1024, WIDTH, generator=draw)
-    y = x @ linear.weight.detach().T + torch.einsum("ni,noi->no", x, deltas[which])
-    return x, y, nn.Sequential(linear)
-
-
-def fitted(method: Method, seed: int = 0, steps: int = 400) -> float:
-    """Held-out mean squared error after training on three quarters."""
-    x, y, model = data(seed)
-    torch.manual_seed(seed)
-    host = attach(model, method)
-    optimizer = torch.optim.Adam(host.parameters("default"), lr=1e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (model(x[:768]) - y[:768]).square().mean().backward()
-        optimizer.step()
-    with torch.no_grad():
-        return float((model(x[768:]) - y[768:]).square().mean())
+from adapterlab.ops import experts
 
 
 def measure() -> dict[str, float]:
     """Errors, summed over two seeds, of the mixture and of one update of the same size."""
     return {
-        "lora": sum(fitted(LoRA(r=CLUSTERS * RANK, alpha=16.0), seed) for seed in range(2)),
-        "mixture": sum(fitted(MoLoRA(experts=CLUSTERS, r=RANK, alpha=4.0), seed) for seed in range(2)),
+        "lora": error(LoRA(r=CLUSTERS * RANK, alpha=16.0)),
+        "mixture": error(MoLoRA(experts=CLUSTERS, r=RANK, alpha=4.0)),
     }
+
+
+def error(method: Method) -> float:
+    return sum(fitted(method, *updates(seed), seed=seed) for seed in range(2))
 
 
 def holds(errors: dict[str, float]) -> bool:
@@ -90,6 +67,7 @@ def test_count(tiny: Any) -> None:
     host = attach(tiny("llama"), MoLoRA(experts=3, r=2, targets=["v", "down"]))
     sizes = [(32, 16), (48, 32)] * 2
     assert host.summary().trainable == sum(3 * 2 * (i + o) + 3 * i for i, o in sizes)
+    assert {key.rpartition(".")[2] for key in host.tensors("default")} == {"A", "B", "router"}, "as it was always saved"
 
 
 def test_router_stays_in_float32(tiny: Any) -> None:
@@ -125,30 +103,30 @@ def test_where_it_starts(tiny: Any) -> None:
     assert not torch.equal(part.A[0], part.A[1])
 
 
-LAYER, WEIGHTS, ADDED = MoLoRA.Layer, MoLoRA.Layer.weights, MoLoRA.Layer.added
+LAYER, MIXTURE = MoLoRA.Layer, experts.mixture
 
 
-def _weights(change: Callable[[Any, Tensor, Tensor], Tensor]) -> Mutation:
-    """Other weights, made of the input and the right ones."""
-    return (LAYER, "weights", lambda self, x: change(self, x, WEIGHTS(self, x)))
+def _mixture(change: Callable[[Tensor, Tensor], Tensor]) -> Mutation:
+    """Other weights, made of the scores and the right ones."""
+    return (experts, "mixture", lambda z, *how: change(z, MIXTURE(z, *how)))
 
 
-def _factors_mixed(self: Any, x: Tensor) -> Tensor:
+def _factors_mixed(self: Any, x: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
     """The factors mixed instead of the experts' outputs, as some implementations have it."""
-    p = WEIGHTS(self, x)
+    p = self.weights(x)
     a, b = (torch.einsum("...e,eij->...ij", p, t) for t in (self.A, self.B))
-    return self.scale * (b @ (a @ x[..., None]))[..., 0]
+    return F.linear(x, weight, bias) + self.scale * (b @ (a @ x[..., None]))[..., 0]
 
 
 BROKEN: dict[str, Mutation] = {
-    "equal weights": _weights(lambda self, x, p: torch.full_like(p, 1 / p.shape[-1])),
-    "weights over tokens": _weights(lambda self, x, p: (x @ self.router.T).softmax(0)),
-    "no softmax": _weights(lambda self, x, p: x @ self.router.T),
-    "the others are not left out": _weights(lambda self, x, p: (x @ self.router.T).softmax(-1)),
-    "the chosen ones sum to one": _weights(lambda self, x, p: p / p.sum(-1, keepdim=True)),
-    "one router for all tokens": _weights(lambda self, x, p: p.flatten(0, -2).mean(0).expand_as(p)),
-    "factors mixed, not outputs": (LAYER, "added", _factors_mixed),
-    "s left out": (LAYER, "added", lambda self, x: ADDED(self, x) / self.scale),
+    "equal weights": _mixture(lambda z, p: torch.full_like(p, 1 / p.shape[-1])),
+    "weights over tokens": _mixture(lambda z, p: z.softmax(0)),
+    "no softmax": _mixture(lambda z, p: z),
+    "the others are not left out": _mixture(lambda z, p: z.softmax(-1)),
+    "the chosen ones sum to one": _mixture(lambda z, p: p / p.sum(-1, keepdim=True)),
+    "one router for all tokens": _mixture(lambda z, p: p.flatten(0, -2).mean(0).expand_as(p)),
+    "factors mixed, not outputs": (LAYER, "mixed", _factors_mixed),
+    "s left out": begun(LAYER, lambda part, method: setattr(part, "scale", 1.0)),
     "B does not start at zero": begun(LAYER, lambda part, method: part.B.normal_()),
     "experts start alike": begun(LAYER, lambda part, method: part.A.copy_(part.A[:1].expand_as(part.A).clone())),
     "the router starts larger": begun(LAYER, lambda part, method: part.router.mul_(3)),

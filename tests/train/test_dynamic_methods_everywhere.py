@@ -1,6 +1,7 @@
 """Methods that act while they train do the same in every loop, over parts of a step, over processes and after a stop.
 
 Which methods these are is told by what they override; of several that override the same by the same, the first counts.
+One more emits losses on activations.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ ACTIVE = [
     for m in CLASSES
     if any(map(m.overrides, ACTING)) and not (m.overrides("gradient") or m.overrides("example_batch"))
 ]
-DYNAMIC = list({THEIRS[m]: m for m in reversed(ACTIVE)}.values())[::-1]
+DYNAMIC = [*list({THEIRS[m]: m for m in reversed(ACTIVE)}.values())[::-1], everywhere.Emitting]
 dynamic = pytest.mark.parametrize("cls", DYNAMIC, ids=lambda cls: cls.id)
 
 

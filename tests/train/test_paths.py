@@ -53,7 +53,7 @@ def kernels(host: Any) -> int:
         ("dora", {"dropout": 0.1}, "fp32", 0),
         ("adapter_pfeiffer", {}, "fp32", 0),
         ("lora_dropout", {}, "fp32", 14),
-        ("molora", {}, "fp32", 0),
+        ("molora", {}, "fp32", 14),
     ],
 )
 def test_what_is_called_fused_is_fused(

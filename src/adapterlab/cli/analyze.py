@@ -15,6 +15,7 @@ from adapterlab.errors import ConfigError
 if TYPE_CHECKING:
     from adapterlab.convert.analysis import Analysis
     from adapterlab.convert.changes import Changes
+    from adapterlab.core.usage import Load
     from adapterlab.evaluate.opening import Place
 
 
@@ -34,7 +35,11 @@ def analyze(
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what training changed: spectra, ranks, and magnitude against direction, for one or two adapters."""
+    """Show what training changed: spectra, ranks, and magnitude against direction, for one or two adapters.
+
+    Of a run whose method routes tokens to experts: the share of the weight that each expert got, module by module.
+    """
+    from adapterlab.core.usage import described
     from adapterlab.io.atomic import Kind, check_free, new_folder, write_json
 
     places = _places([target] if other is None else [target, other], base, checkpoint, trust_remote_code)
@@ -46,8 +51,12 @@ def analyze(
             from adapterlab.convert.picture import check_drawing
 
             check_drawing()
-    found, cosines = _analyses(places, device, precision)
+    names = _names(places)
+    used = _used(dict(zip(names, places, strict=True)))
+    rest = {name: place for name, place in zip(names, places, strict=True) if name not in used}
+    found, cosines = _analyses(rest, device, precision) if rest else ({}, {})
     report: dict[str, Any] = {name: analysis.to_dict() for name, analysis in found.items()}
+    report |= {name: {"load": described(history)} for name, history in used.items()}
     if other is not None:
         report = {**report, "cosine": cosines}
     if output is not None:
@@ -56,12 +65,13 @@ def analyze(
             if picture:
                 from adapterlab.convert.picture import draw
 
-                draw(found, work / "analysis.png", rank)
+                loads = {name: list(history.values())[-1] for name, history in used.items()}
+                draw(found, work / "analysis.png", rank, loads)
     if as_json:
         print_json(report)
         return
-    adapters = [name for name, place in zip(found, places, strict=True) if place.adapter is not None]
-    _show(found, cosines, output, rank, adapters)
+    adapters = [name for name, place in rest.items() if place.adapter is not None]
+    _show(found, cosines, output, rank, adapters, used)
 
 
 def _places(targets: list[str], base: str | None, checkpoint: str, trust_remote_code: bool) -> list[Place]:
@@ -80,19 +90,28 @@ def _places(targets: list[str], base: str | None, checkpoint: str, trust_remote_
     return [p if p.adapter is not None else dataclasses.replace(p, run=Path(p.base), base=base) for p in places]
 
 
-def _analyses(places: list[Place], device: str | None, precision: str) -> tuple[dict[str, Analysis], dict[str, float]]:
+def _used(places: dict[str, Place]) -> dict[str, dict[int, Load]]:
+    """What the experts were used in runs that have some, step by step."""
+    from adapterlab.train.folder import read_load
+
+    found = {name: read_load(p.run) for name, p in places.items() if p.kind == "run" and p.run is not None}
+    return {name: history for name, history in found.items() if history}
+
+
+def _analyses(
+    places: dict[str, Place], device: str | None, precision: str
+) -> tuple[dict[str, Analysis], dict[str, float]]:
     from adapterlab.convert import analyze as describe
     from adapterlab.convert.analysis import cosine
     from adapterlab.evaluate.opening import open_target
     from adapterlab.hosts import Host, host
 
-    first = dataclasses.replace(places[0], adapter=None)
+    first = dataclasses.replace(next(iter(places.values())), adapter=None)
     model = open_target(first, device=device, precision=precision).model
-    names = _names(places)
-    changes = [_changes(model, place, name, device, precision) for place, name in zip(places, names, strict=True)]
+    changes = [_changes(model, place, name, device, precision) for name, place in places.items()]
     attached = host(model) or Host(model)
     with attached.using(), bars() as progress:
-        made = {name: describe(one, progress) for name, one in zip(names, changes, strict=True)}
+        made = {name: describe(one, progress) for name, one in zip(places, changes, strict=True)}
         return made, cosine(*changes) if len(changes) == 2 else {}
 
 
@@ -117,8 +136,14 @@ def _names(places: list[Place]) -> list[str]:
 
 
 def _show(
-    found: dict[str, Analysis], cosines: dict[str, float], output: Path | None, rank: int, adapters: list[str]
+    found: dict[str, Analysis],
+    cosines: dict[str, float],
+    output: Path | None,
+    rank: int,
+    adapters: list[str],
+    used: dict[str, dict[int, Load]],
 ) -> None:
+    from adapterlab.core.usage import collapsed
     from adapterlab.foreign.roles import ranks_by_role
     from adapterlab.terminal import Terminal
 
@@ -138,6 +163,10 @@ def _show(
             console.print(f"{name}: correlation of ΔM and ΔD {analysis.correlation:+.3f}{more}", soft_wrap=True)
         if analysis.others:
             console.print(f"{name}: {len(analysis.others)} other parameters changed too.", soft_wrap=True)
+    for name, history in used.items():
+        console.print(_load_table(name, history))
+        if said := collapsed(list(history.values())[-1]):
+            console.print(f"{name}: {said}", soft_wrap=True)
     where = f"Written: {output}" if output is not None else "Module by module: --json, or --output FOLDER."
     console.print(where, soft_wrap=True)
 
@@ -170,4 +199,33 @@ def _table(name: str, analysis: Analysis, cosines: dict[str, float], rank: int) 
             values = [value for i in places if (value := read(analysis.spectra[i])) is not None]
             cells.append(format(median(values), form) if values else "-")
         table.add_row(role, *cells)
+    return table
+
+
+def _load_table(name: str, history: dict[int, Load]) -> Any:
+    """For each role the shares of experts in its modules, and how many experts that amounts to."""
+    from statistics import median
+
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from adapterlab.core.usage import even
+
+    steps = list(history.items())
+    (first, before), (last, load) = steps[0], steps[-1]
+    title = f"{name}: share of the weight that experts got at step {last}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("modules", no_wrap=True)
+    for column in ("experts", "least", "median", "most", f"effective: step {first}", f"step {last}"):
+        table.add_column(column, justify="right")
+    paths = list(load)
+    for role, places in by_role(paths).items():
+        here = [paths[i] for i in places]
+        every = [value for path in here for value in load[path]]
+        sizes = sorted({len(load[path]) for path in here})
+        effective = [median(even(one[path]) for path in here if path in one) for one in (before, load)]
+        cells = [f"{value:.1%}" for value in (min(every), median(every), max(every))]
+        table.add_row(
+            role, "-".join(map(str, sizes[:: max(1, len(sizes) - 1)])), *cells, *map("{:.2f}".format, effective)
+        )
     return table

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import psutil
 
+from adapterlab import registry
 from adapterlab.compare import preparing
 from adapterlab.compare.config import DATA, CompareConfig, Contender
 from adapterlab.compare.jobs import JOB, LOG, Job, JobFolder
@@ -28,6 +29,7 @@ ATTEMPTS = 2  # failures are tried once more
 _POLL = 0.3
 _GROWTH = 3.0  # what training is taken to need, in units of the untrained model's process, until a run says better
 _MARGIN = 1.2
+_ANY = 1000  # steps of a run that ends when its method says so, with a budget of time
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def compare(
         MissingDependencyError: Ray is asked for and not installed.
     """
     contenders = config.contenders()
-    facts, judge, train, held = preparing.read_rows(config)
+    facts, judge, train, held = preparing.read_rows(config, contenders)
     preparing.check_attach(config, contenders)
     if engine not in ("local", "ray"):
         raise ConfigError(f"engine={engine!r} is unknown. Use local or ray.")
@@ -222,12 +224,13 @@ class _Work:
 
     def _jobs_of(self, contender: Contender) -> Iterator[Job]:
         make = {"contender": contender, "config": self.plain}
-        if self.config.budget.minutes is not None:
+        trains = registry.method(contender.method).trains
+        if self.config.budget.minutes is not None and trains:
             yield Job(kind="probe", **make)
         steps = self.steps(contender)
         if steps is None:
             return
-        if contender.lr == "auto":
+        if contender.lr == "auto" and trains:
             yield Job(kind="search", steps=steps, **make)
         lr = self.lr(contender)
         if lr is not None:
@@ -249,6 +252,8 @@ class _Work:
             base = self.result(Job(kind="untrained"))
             rows = self.training.batch_size * self.training.accumulation
             return max(1, round(budget.tokens / (rows * base["tokens_per_row"]))) if base else None
+        if not registry.method(contender.method).trains:
+            return _ANY
         probe = self.result(Job(kind="probe", contender=contender))
         return max(1, int(60 * (budget.minutes or 0) / probe["step_seconds"])) if probe else None
 
@@ -256,6 +261,8 @@ class _Work:
         """The learning rate; None when it is not known (yet)."""
         if contender.lr != "auto":
             return float(contender.lr)
+        if not registry.method(contender.method).trains:
+            return self.training.min_lr  # there is no rate to look for
         found = self.result(Job(kind="search", contender=contender))
         return found["chosen"] if found else None
 
@@ -341,8 +348,8 @@ class _Work:
 
     def _searches(self) -> Iterator[Search]:
         for contender in self.contenders:
-            if contender.lr != "auto":
-                yield Search(label=contender.label, auto=False, chosen=float(contender.lr))
+            if contender.lr != "auto" or not registry.method(contender.method).trains:
+                yield Search(label=contender.label, auto=False, chosen=self.lr(contender))
             elif found := self.result(Job(kind="search", contender=contender)):
                 yield Search(**found)
 

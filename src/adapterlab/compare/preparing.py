@@ -15,6 +15,7 @@ from adapterlab.compare.config import DATA, HELD, TRAIN, CompareConfig, Contende
 from adapterlab.compare.jobs import CONFIG
 from adapterlab.compare.results import FILE, UNTRAINED
 from adapterlab.data import Example, fingerprint, load_data, scorer_for
+from adapterlab.data.formats import Numbers
 from adapterlab.errors import AttachError, ConfigError, DataError, FormatError, OutputError
 from adapterlab.io import successor
 from adapterlab.io.atomic import write_json, write_text
@@ -69,7 +70,19 @@ def _attach_weightless(config: CompareConfig, train: TrainConfig) -> None:
             return
 
 
-def read_rows(config: CompareConfig) -> tuple[dict[str, Any], Literal["score", "loss"], list[Example], list[Example]]:
+def _numbers(config: CompareConfig, contenders: Sequence[Contender]) -> Numbers:
+    """The columns that some of the methods read beside the text."""
+    found: dict[str, tuple[int, ...]] = {}
+    for contender in contenders:
+        with contextlib.suppress(ConfigError):  # told with all others, by `check_attach`
+            train = TrainConfig(**config.train_fields(contender, steps=1, seed=0, lr=0.0, output=Path("unused")))
+            found.update(train.make_method().columns)
+    return found
+
+
+def read_rows(
+    config: CompareConfig, contenders: Sequence[Contender] = ()
+) -> tuple[dict[str, Any], Literal["score", "loss"], list[Example], list[Example]]:
     """Read all rows and set some training rows apart.
 
     Returns:
@@ -78,7 +91,7 @@ def read_rows(config: CompareConfig) -> tuple[dict[str, Any], Literal["score", "
     Raises:
         DataError: rows are missing, there is nothing to evaluate on, or answers cannot be scored although they judge.
     """
-    splits = load_data(config.data)
+    splits = load_data(config.data, _numbers(config, contenders))
     asked = splits.eval[: config.evaluation.limit]
     if len(asked) < 2:
         raise DataError(
@@ -203,7 +216,7 @@ def _write_rows(
 
 def _line(example: Example) -> str:
     if example.messages is None:
-        return json.dumps({"text": example.text}, ensure_ascii=False) + "\n"
+        return json.dumps({"text": example.text, **example.numbers}, ensure_ascii=False) + "\n"
     learnt = example.trained or [True] * len(example.messages)
     messages = [
         {**m, "train": False} if m["role"] == "assistant" and not told else m
@@ -211,5 +224,10 @@ def _line(example: Example) -> str:
     ]
     beside = {name: example.context[name] for name in ("tools", "documents") if name in example.context}
     settings = {name: value for name, value in example.context.items() if name not in beside}
-    row = {"messages": messages, **beside, **({"chat_template_kwargs": settings} if settings else {})}
+    row = {
+        "messages": messages,
+        **beside,
+        **({"chat_template_kwargs": settings} if settings else {}),
+        **example.numbers,
+    }
     return json.dumps(row, ensure_ascii=False) + "\n"

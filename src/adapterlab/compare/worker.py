@@ -237,7 +237,8 @@ def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
         status="finished", attempts=folder.attempts() + 1, lr=job.lr, trainable=trained.trainable, total=trained.total,
         memory=_memory(trained.memory), steps=trained.steps, tokens=trained.tokens, train_seconds=trained.seconds,
         wall_seconds=progress.elapsed, best_step=trained.best_step, best_loss=trained.best_loss,
-        final_loss=trained.eval_loss, train_loss=sum(last) / len(last), best=best, final=final, general_loss=general,
+        final_loss=trained.eval_loss, train_loss=statistics.fmean(last) if last else None,
+        best=best, final=final, general_loss=general,
         adapter_bytes=measuring.folder_bytes(trained.adapter), inference=cost,
         step_flops=step and step * mean, flops=step and step * trained.tokens, train_curve=train, eval_curve=held,
     ).model_dump(mode="json")  # fmt: skip
@@ -273,6 +274,8 @@ def _step_flops(host: Host, paper: Paper, tokenizer: Any) -> float | None:
     """Work of training on one token, from one batch."""
     rows = paper.rows[:8]
     batch = collator_for(host.model, tokenizer)(rows)
+    for column, allowed in host.methods["best"].columns.items():
+        batch[column] = batch["input_ids"].new_full((len(rows),), (allowed or (0,))[0])
     device = next(host.model.parameters()).device
     found = measuring.step_flops(host, "best", placed(batch, device))
     return None if found is None else found / int(batch["attention_mask"].sum())

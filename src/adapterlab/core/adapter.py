@@ -33,6 +33,8 @@ class Adapter(nn.Module):
             None: at a linear layer, an embedding or a norm and inside the attention it does not, elsewhere it may.
         additive: the output is run(x) plus something, so a mixed batch needs the base's product once; what follows from
             having no `around` of its own.
+        counts_tokens: it asks `state.real_tokens`; only models with such an adapter are watched for that.
+        is_its_factors: what it adds is a product of two factors, which the engine computes; see `Delta`.
         alike: it is one of several of its name that stand at every module with a certain weight and change it alike, so
             that the modules stay tied when it is merged; one of them may be the only one that is called.
         site: where it is attached.
@@ -47,7 +49,9 @@ class Adapter(nn.Module):
     outlives: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
     tokenwise: ClassVar[bool | None] = None
+    counts_tokens: ClassVar[bool] = False
     additive: bool = True
+    is_its_factors: bool = False
     alike: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -80,6 +84,14 @@ class Adapter(nn.Module):
     def added(self, x: Tensor) -> Tensor:
         """What is added for an input as the module received it; it depends on x alone."""
         raise NotImplementedError(f"{type(self).__qualname__} gives neither `around` nor `added`")
+
+    def whole(self, x: Tensor) -> Tensor | None:
+        """Compute base and what is added for x in one node, if there is such a form, else None.
+
+        Asked only of what adds and gives no factors, and where the frozen weight (`Site.frozen_weight`) may be
+        multiplied in the module's place.
+        """
+        return None
 
     def covers(self, other: Adapter) -> str:
         """Say what of another adapter at the same module has no effect beside this one, or ""."""
@@ -192,13 +204,6 @@ class Delta(Adapter):
         if self.site.grouped:
             return self.site.op(x, b @ a)
         return self.site.mix(self.site.op(x, a), b, None if self.added_bias is None else self.added_bias.to(dtype))
-
-    def whole(self, x: Tensor) -> Tensor | None:
-        """Compute base and update of x in one node, if there is such a form of an update without factors, else None.
-
-        Asked only where the frozen weight (`Site.frozen_weight`) may be multiplied in the module's place.
-        """
-        return None
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         """Return (A, s · B) if the adapter adds exactly x Aᵀ (s B)ᵀ in evaluation, else None."""

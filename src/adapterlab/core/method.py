@@ -38,7 +38,7 @@ class Method(Settings):
         hf: how HF PEFT stores it, or None.
         hub: how AdapterHub's library stores it, or None.
         starts_at_base: the model computes what the base does until a step is made.
-        trains: it has tensors that train.
+        trains: it has tensors that train by gradients.
         typical_lr: a learning rate to begin a search with.
         scaffold: parts of the names of tensors that a run needs and nobody after it: they are in checkpoints and not
             in saved adapters.
@@ -108,6 +108,14 @@ class Method(Settings):
             f"{self.id} learns nothing from adapters of other tasks: it has one phase. Train it on rows as it is."
         )
 
+    @property
+    def columns(self) -> Mapping[str, tuple[int, ...]]:
+        """Columns of the training rows that the method reads beside the text, and the numbers that may stand there.
+
+        Each comes to the model as an argument of that name `[rows]`, which an adapter around the whole model takes.
+        """
+        return {}
+
     def brief(self) -> Self:
         """Return the same method with the shortest `prepare`: plans simulate it on tensors that hold no numbers."""
         return self
@@ -122,6 +130,27 @@ class Method(Settings):
     def turns(self) -> int:
         """In how many steps each trained number has its turn; more than one where a step trains a part of a tensor."""
         return 1
+
+    def steps_of_run(self, asked: int | None) -> int | None:
+        """How many steps a run has where the method decides that: none if nothing trains.
+
+        Args:
+            asked: as many as the settings of training say; None if they leave it open.
+
+        Returns:
+            As many; None: as training says.
+        """
+        return None if type(self).trains else 0
+
+    def rows_of_run(self, count: int) -> int | None:
+        """Return of how many training rows each step consists, always the same; None: of batches of all in turn.
+
+        For methods that compare the losses of steps with each other.
+
+        Args:
+            count: of the training rows.
+        """
+        return None
 
     def begin(self, host: Carrier, name: str, steps: int) -> None:
         """Called before the first step of a run, also of one that continues: the run has so many steps in all.

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from adapterlab.core.composition import Composition
+from adapterlab.errors import AttachError
 
 
 @dataclass
@@ -21,32 +23,123 @@ class State:
         together: how they are put together, by keys; None: they nest in order of attachment.
         rows: of a mixed batch, what each row goes through, keys or a composition of them; or None.
         losses: sink for auxiliary losses while someone collects them, else None.
+        listening: someone collects them, or did in the pass that is computed again now. An adapter inside a block asks
+            this before it computes a loss, since both passes have to compute the same.
+        share: of the batch that is being computed, where a module gets it in portions.
+        observed: sink for what the parts of mixtures are used while someone looks, else None.
         taps: tensors that one adapter leaves for another during a forward pass.
         carrier: what the adapters were attached with, to be found from a wrapped module.
         batches: while a mixed batch is computed, what each of the modules around the current one was given.
+        calls: what the calls around say about their tokens, the innermost last; None where no adapter counts tokens.
     """
 
     active: tuple[str, ...] = ()
     together: Composition | None = None
     rows: tuple[tuple[str, ...] | Composition, ...] | None = None
     losses: list[Tensor] | None = None
+    listening: bool = False
+    share: float = 1.0
+    observed: dict[str, Tensor] | None = None
     taps: dict[str, Any] = field(default_factory=dict)
     carrier: Any = field(default=None, repr=False, compare=False)
     batches: list[Any] = field(default_factory=list)
+    calls: list[Any] | None = None
+
+    def real_tokens(self, x: Tensor) -> Tensor | None:
+        """Say which tokens of what a module gets are no padding; for adapters that set `counts_tokens`.
+
+        Right for padding on either side, packed rows (they have none), encoders and decoders (a decoder's tokens
+        without a label fill its row), cross-attention, caches, rows with adapters of their own, and when a block is
+        computed again. A head that sees the tokens with labels alone sees real ones.
+
+        Args:
+            x: `[..., width]`, as the module is given it.
+
+        Returns:
+            A boolean `[...]`, or None where all are real, or nothing says otherwise.
+
+        Raises:
+            AttachError: the batch has padding, and where it is in x cannot be told; or the adapter does not set
+                `counts_tokens`.
+        """
+        if self.calls is None:
+            raise AttachError(
+                "Nobody watches which tokens are real: an adapter that asks for real_tokens sets counts_tokens = True "
+                "in its class."
+            )
+        found: Tensor | None = self.calls[-1].of(x) if self.calls and self.calls[-1] is not None else None
+        return found
+
+    @contextlib.contextmanager
+    def seeing(self, like: Tensor | None, index: Tensor) -> Iterator[None]:
+        """Let `real_tokens` speak of some entries of the first dimension of what a module is given."""
+        if not self.calls or self.calls[-1] is None:
+            yield
+            return
+        self.calls.append(self.calls[-1].part(like, index))
+        try:
+            yield
+        finally:
+            self.calls.pop()
 
     def emit(self, loss: Tensor) -> None:
-        """Add an auxiliary loss to the forward pass; dropped when nobody collects."""
+        """Add an auxiliary loss to the forward pass, a mean over what the module is given; dropped if nobody collects.
+
+        It counts as the task's loss of the batch does, whatever a step is made of.
+        """
         if self.losses is not None:
-            self.losses.append(loss)
+            self.losses.append(loss if self.share == 1 else self.share * loss)
+
+    @contextlib.contextmanager
+    def portion(self, share: float) -> Iterator[None]:
+        """Take what a module is given inside the context to be a share of the batch."""
+        before, self.share = self.share, share
+        try:
+            yield
+        finally:
+            self.share = before
 
     @contextlib.contextmanager
     def collect(self) -> Iterator[list[Tensor]]:
         """Collect what `emit` receives inside the context."""
-        before, self.losses = self.losses, []
+        before = self.losses, self.listening
+        self.losses, self.listening = [], True
         try:
             yield self.losses
         finally:
-            self.losses = before
+            self.losses, self.listening = before
+
+    def observe(self, path: str, x: Tensor, weights: Tensor) -> None:
+        """Add to what the parts of a mixture are used, for people to see; dropped when nobody looks.
+
+        Padding does not count. A module of which `real_tokens` cannot tell it is not shown.
+
+        Args:
+            path: of the module.
+            x: what it was given `[..., width]`.
+            weights: of the parts for each token `[..., parts]`.
+        """
+        if self.observed is None:
+            return
+        try:
+            real = self.real_tokens(x)
+        except AttachError:
+            if self.calls is None:
+                raise
+            return
+        weights = weights.detach() if real is None else weights.detach()[real]
+        load = weights.flatten(0, -2).sum(0, dtype=torch.float64 if weights.dtype == torch.float64 else torch.float32)
+        before = self.observed.get(path)
+        self.observed[path] = load if before is None else before + load
+
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[dict[str, Tensor]]:
+        """Look inside the context: sums `[parts]` of the weights of real tokens, by the path of the module."""
+        before, self.observed = self.observed, {}
+        try:
+            yield self.observed
+        finally:
+            self.observed = before
 
     @contextlib.contextmanager
     def showing(self, rows: Sequence[tuple[str, ...] | Composition], batch: Any) -> Iterator[None]:
@@ -61,13 +154,17 @@ class State:
 
     def snapshot(self) -> dict[str, Any]:
         """Record what a later recomputation of the same forward pass must see."""
-        return {"active": self.active, "together": self.together, "rows": self.rows, "taps": dict(self.taps)}
+        calls = None if self.calls is None else list(self.calls)
+        return {
+            "active": self.active, "together": self.together, "rows": self.rows, "taps": dict(self.taps),
+            "calls": calls, "listening": self.listening,
+        }  # fmt: skip
 
     @contextlib.contextmanager
     def replay(self, snapshot: dict[str, Any]) -> Iterator[None]:
-        """Show a recorded state again; auxiliary losses are dropped, since the first pass emitted them."""
-        now = {**self.snapshot(), "losses": self.losses}
-        self.__dict__.update(snapshot, losses=None)
+        """Show a recorded state again; what is emitted and observed is dropped, since the first pass did it."""
+        now = {**self.snapshot(), "calls": self.calls, "losses": self.losses, "observed": self.observed}
+        self.__dict__.update(snapshot, losses=None, observed=None)
         try:
             yield
         finally:

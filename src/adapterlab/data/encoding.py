@@ -75,7 +75,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token rows, each with `input_ids` and `labels` (-100 where nothing is trained), and the report on them.
+    """Token rows, each with `input_ids`, `labels` (-100 where nothing is trained) and what else the example brings.
 
     Attributes:
         rows: what was kept, in order.
@@ -83,7 +83,7 @@ class Encoded:
         kept: which of the examples each row is made of.
     """
 
-    rows: list[dict[str, Ids]]
+    rows: list[dict[str, Any]]
     report: Report
     kept: list[int]
 
@@ -131,7 +131,9 @@ def encode(
     chunks = (examples[i : i + _CHUNK] for i in range(0, len(examples), _CHUNK))
     rows = [row for chunk in _with_progress(chunks, len(examples)) for row in work(chunk)]
     fitting = _fitting(rows, limit, window, cfg, seq2seq)
-    cut = [{"input_ids": row.ids[:limit], "labels": row.labels[:limit]} for row in fitting]
+    cut: list[dict[str, Any]] = [
+        {"input_ids": row.ids[:limit], "labels": row.labels[:limit], **_tensors(row.example.numbers)} for row in fitting
+    ]
     lengths = [len(row["input_ids"]) for row in cut]
     trained = sum(len(row["labels"]) - row["labels"].count(IGNORED) for row in cut)
     report = Report(
@@ -151,6 +153,15 @@ def encode(
     )
     place = {id(row): i for i, row in enumerate(rows)}
     return Encoded(cut, report, [place[id(row)] for row in fitting])
+
+
+def _tensors(numbers: Mapping[str, int]) -> dict[str, Any]:
+    """Columns beside the text, as a batch takes them."""
+    if not numbers:
+        return {}
+    import torch
+
+    return {column: torch.tensor(number) for column, number in numbers.items()}
 
 
 def prompt_of(example: Example, tokenizer: Any, cfg: DataConfig, *, seq2seq: bool = False) -> Ids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from adapterlab.data.turns import (
 )
 from adapterlab.errors import DataError, nearest
 
+Numbers = Mapping[str, tuple[int, ...]]  # columns that hold whole numbers, and which of them; (): any
+
 
 @dataclass(frozen=True)
 class Example:
@@ -42,6 +45,7 @@ class Example:
         row: number of the row in its source, counted from 1 (for JSON Lines the line).
         context: what the template gets besides the messages, such as `tools`.
         trained: for each message whether it is learnt; None: all of the assistant's are.
+        numbers: what a method reads beside the text, by the column.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -51,6 +55,7 @@ class Example:
     row: int = 0
     context: dict[str, Any] = field(default_factory=dict, hash=False)
     trained: tuple[bool, ...] | None = None
+    numbers: dict[str, int] = field(default_factory=dict, hash=False)
 
     @property
     def prompt(self) -> str:
@@ -240,12 +245,15 @@ def _check_renaming(rows: Sequence[SourceRow], columns: Mapping[str, str]) -> No
             )
 
 
-def examples_from(rows: Sequence[SourceRow], cfg: DataConfig) -> tuple[list[Example], str, Columns]:
+def examples_from(
+    rows: Sequence[SourceRow], cfg: DataConfig, numbers: Numbers | None = None
+) -> tuple[list[Example], str, Columns]:
     """Turn raw rows into examples.
 
     Args:
         rows: at least one raw row.
         cfg: format, column names and system message.
+        numbers: further columns that every row has to have, and the numbers that may stand there.
 
     Returns:
         The examples, the format's name, and which columns were read.
@@ -257,13 +265,15 @@ def examples_from(rows: Sequence[SourceRow], cfg: DataConfig) -> tuple[list[Exam
     rows = [_without(source, cfg.ignore) for source in rows] if cfg.ignore else rows
     _check_renaming(rows, cfg.columns)
     rows = [renamed(source, cfg.columns) for source in rows]
-    name = detect(rows, cfg)
+    name, numbers = detect(rows, cfg), numbers or {}
     examples: list[Example] = []
     bad: list[str] = []
     seen: dict[str, None] = {}
     for source in rows:
         try:
-            examples.append(_example(source, FORMATS[name], cfg))
+            rest = SourceRow(source.file, source.number, {k: v for k, v in source.values.items() if k not in numbers})
+            example = _example(rest, FORMATS[name], cfg)
+            examples.append(dataclasses.replace(example, numbers=_numbers(source.values, numbers)))
             seen |= dict.fromkeys(str(c) for c, value in source.values.items() if filled(value))
         except RowProblem as problem:
             bad.append(f"  row {source.number} of {source.file}: {problem}")
@@ -274,8 +284,33 @@ def examples_from(rows: Sequence[SourceRow], cfg: DataConfig) -> tuple[list[Exam
             "Mend or remove these rows; if the columns are the wrong ones, set data.format or data.columns; name what "
             "may be left out, columns or fields of turns, in data.ignore."
         )
-    read = FORMATS[name].read
+    read = (*FORMATS[name].read, *numbers)
     return examples, name, Columns(tuple(c for c in seen if c in read), tuple(c for c in seen if c not in read))
+
+
+def _numbers(row: Row, numbers: Numbers) -> dict[str, int]:
+    """What a row has in the columns that a method reads."""
+    found: dict[str, int] = {}
+    for column, allowed in numbers.items():
+        value = row.get(column)
+        if value is None:
+            others = nearest(column, [str(name) for name in row if name != column])
+            raise RowProblem(f"there is nothing in column {column!r}, which the method reads. {others}")
+        number = _whole(value)
+        if number is None or (allowed and number not in allowed):
+            wanted = f"one of {', '.join(map(str, allowed))}" if allowed else "a whole number"
+            raise RowProblem(f"column {column!r} is {value!r}, and the method reads {wanted} there")
+        found[column] = number
+    return found
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, written in whatever way, or None."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return int(number) if number.is_integer() else None
 
 
 def _example(source: SourceRow, known: Format, cfg: DataConfig) -> Example:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapterlab.data.config import TASK_ROWS, DataConfig
-from adapterlab.data.formats import Columns, Example, examples_from
+from adapterlab.data.formats import Columns, Example, Numbers, examples_from
 from adapterlab.data.sources import read_rows
 from adapterlab.data.tasks import generate
 from adapterlab.errors import DataError
@@ -43,11 +43,12 @@ class Splits:
     columns: Columns = field(default_factory=Columns)
 
 
-def load_data(cfg: DataConfig) -> Splits:
+def load_data(cfg: DataConfig, numbers: Numbers | None = None) -> Splits:
     """Load or generate the rows that a configuration names.
 
     Args:
         cfg: the data settings.
+        numbers: columns of the training rows that a method reads beside the text, and the numbers that may be there.
 
     Returns:
         Training and evaluation examples in a fixed order.
@@ -57,8 +58,14 @@ def load_data(cfg: DataConfig) -> Splits:
         ConfigError: a task or its arguments are unknown.
     """
     if cfg.task is not None:
+        if numbers:
+            raise DataError(
+                f"The method reads the column {', '.join(numbers)} of each row, and generated rows have none. Write "
+                "the rows to a file with that column, and name it in data.path."
+            )
         return _generated(cfg)
-    rows, name, columns = examples_from(read_rows(str(cfg.path), split=cfg.split, name=cfg.name, limit=cfg.limit), cfg)
+    raw = read_rows(str(cfg.path), split=cfg.split, name=cfg.name, limit=cfg.limit)
+    rows, name, columns = examples_from(raw, cfg, numbers)
     if cfg.eval_path or cfg.eval_split:
         held, _, more = _eval_rows(cfg)
         train, source, columns = rows, _eval_source(cfg), columns.joined(more)
@@ -117,7 +124,7 @@ def fingerprint(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         content: list[Any] = [example.messages, example.text, example.answer, example.meta]
-        content += [part for part in (example.context, example.trained) if part]
+        content += [part for part in (example.context, example.trained, example.numbers) if part]
         digest.update(json.dumps(content, sort_keys=True, default=_plain).encode())
         digest.update(b"\n")
     return digest.hexdigest()

@@ -12,6 +12,7 @@ from adapterlab.core.adapter import Adapter, Copy
 from adapterlab.core.method import Method
 from adapterlab.core.site import Site
 from adapterlab.core.targets import Targets
+from adapterlab.engine import real_tokens
 from adapterlab.engine.attention import bridge
 from adapterlab.engine.heads import check_whole, say_random, without_home
 from adapterlab.engine.intact import Place, check_intact
@@ -116,6 +117,7 @@ class Attachments(Switching):
                     del self.model._modules[SHARED]
         self._parts.pop(name, None)
         del self.methods[name]
+        real_tokens.leave(self.model, self.state)
         if not self.methods:
             self.model.__dict__.pop(HOST, None)
             stop_watching(self.model)
@@ -160,7 +162,10 @@ class Attachments(Switching):
         if name in adapters_of(module):
             raise AttachError(f"{name!r} is attached to {self.path_of(module)} already: one adapter a module and name.")
         put(module, name, adapter.train(module.training), self.state)
-        self.places[name][self.path_of(module)] = Place(module, adapter)
+        path = self.path_of(module)
+        self.places[name][path] = Place(module, adapter)
+        if adapter.counts_tokens:
+            real_tokens.watch(self.model, path, self.state)
 
     def attend(self, name: str, module: nn.Module, adapter: Adapter) -> None:
         """Let an adapter stand around the attention core of an attention module.
@@ -246,6 +251,7 @@ class Attachments(Switching):
         module = unwrapped(where.module if isinstance(where, Site) else where)
         take(module, name)
         self.places[name].pop(self.path_of(module), None)
+        real_tokens.leave(self.model, self.state)
 
     def _base_parameter(self, path: str) -> tuple[nn.Parameter, list[str]]:
         """A base parameter whose value may be changed, and every name it has in the model."""

@@ -1,6 +1,6 @@
-"""Base and update as one node: a frozen linear layer and the two factors beside it.
+"""Base and update as one node: a frozen linear layer and what is added to its output.
 
-An adapter gives its factors; whether they are computed together with the module's own product is decided here.
+An adapter gives its factors, or the node; whether it is computed with the module's own product is decided here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterlab.core.adapter import READY, Adapter, Delta
+from adapterlab.core.adapter import READY, Adapter
 from adapterlab.engine.resting import behind, factors_at_rest, unchanged
 from adapterlab.ops.low_rank import autocasts, low_rank_linear, plus_low_rank, thin_dtype
 
@@ -31,7 +31,8 @@ def computed(adapter: Any, run: Callable[..., Any], *args: Any, **kwargs: Any) -
     """Compute an adapter around the rest of the computation: in one node with it, or by its own `around`."""
     alone = isinstance(run, Base) and len(args) == 1 and not kwargs
     if alone and only_adds(adapter):
-        if not torch.is_grad_enabled() and (y := without_gradient((adapter,), args[0])) is not None:
+        asked = adapter.is_its_factors and not torch.is_grad_enabled()
+        if asked and (y := without_gradient((adapter,), args[0])) is not None:
             return y
         if may_fuse(adapter, args[0]):
             found = adapter.factors() if adapter.is_its_factors else None
@@ -49,13 +50,17 @@ def may_fuse(adapter: Adapter, x: Any) -> bool:
 
 def why_apart(adapter: Any) -> str:
     """Return why training does not compute an adapter in one node with the module's own product, or ""."""
-    fuses = only_adds(adapter) and adapter.is_its_factors and adapter.factors() is not None
+    fuses = only_adds(adapter) and (_has_factors(adapter) or type(adapter).whole is not Adapter.whole)
     return str(adapter.site.why_apart() if fuses else adapter.slow_because())
 
 
 def only_adds(adapter: Any) -> bool:
-    """Say whether an adapter adds an update to the weight and does nothing else around the module's call."""
-    return isinstance(adapter, Delta) and adapter.additive and "around" not in adapter.__dict__
+    """Say whether an adapter adds to what the module returns and does nothing else around its call."""
+    return bool(adapter.additive) and "around" not in adapter.__dict__
+
+
+def _has_factors(adapter: Any) -> bool:
+    return adapter.is_its_factors and adapter.factors() is not None
 
 
 def _one_node(adapter: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -73,7 +78,7 @@ def without_gradient(live: tuple[Any, ...], x: Any) -> Tensor | None:
     """Compute a module with the updates of several adapters as one low-rank product, with factors that are kept cast.
 
     Args:
-        live: adapters of one module that only add.
+        live: adapters of one module that are their factors.
         x: its input.
 
     Returns:
@@ -103,8 +108,9 @@ class _Ready:
         site = live[0].site
         self.live, self.dtype, self.transposed = live, x.dtype, site.transposed
         self.made_of = factors_at_rest(live) if may_fuse(live[0], x) and _has_bias_in(site.bias, x.dtype) else None
-        self.alike = all(adapter.scale == live[0].scale for adapter in live)
-        self.scale = live[0].scale if self.alike else 1.0
+        scales = {held[-1] for held in self.made_of or ()}
+        self.alike = len(scales) == 1
+        self.scale = scales.pop() if self.alike else 1.0
         self.cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def serves(self, live: tuple[Any, ...], x: Tensor) -> bool:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import noop_context_fn
 
 from adapterlab.core.adapter import Entrance
 from adapterlab.engine.attachments import attachments
@@ -113,8 +112,17 @@ class Loss:
         if type(head) is nn.Linear and not hooked:
             return linear_cross_entropy(hidden.to(head.weight.dtype), head.weight, head.bias, labels, self.form)
         carrier = attachments(self.model)
-        contexts = noop_context_fn if carrier is None else functools.partial(recomputation, carrier)
-        return module_cross_entropy(hidden, head, labels, head.out_features, contexts, self.form)
+        if carrier is None:
+            return module_cross_entropy(hidden, head, labels, head.out_features, form=self.form)
+        state, whole = carrier.state, max(1, len(hidden))
+
+        def portion(h: Tensor) -> Tensor:
+            with state.portion(len(h) / whole):
+                logits: Tensor = head(h)
+                return logits
+
+        again = functools.partial(recomputation, carrier)
+        return module_cross_entropy(hidden, portion, labels, head.out_features, again, self.form)
 
     def _entrances(self) -> list[Entrance]:
         """What changes the arguments of the whole model, the outermost first."""

@@ -58,7 +58,7 @@ def mixed(adapters: Mapping[str, Adapter], state: State, run: Callable[..., Any]
     size = batch.rows if x is None or len(x) == 1 else len(x)
     groups = here.groups(size)
     if here.plain and all(adapter.additive for adapter in used.values()):
-        return _added(used, here, groups, run, *args, **kwargs)
+        return _added(used, here, groups, state, run, *args, **kwargs)
     split = _Split(size, batch, x, here.spread(size))
     return _gathered(adapters, groups, split, state, run, args, kwargs)
 
@@ -165,6 +165,7 @@ def _added(
     used: Mapping[str, Any],
     here: Here,
     groups: Mapping[Any, Tensor],
+    state: State,
     run: Callable[..., Any],
     x: Tensor,
     *args: Any,
@@ -183,8 +184,9 @@ def _added(
     for names, index in groups.items():
         part = _run_or_index(index, x.device)
         piece = y[part]
-        for name in names:
-            piece = piece + used[name].added(x[part]).to(y.dtype)
+        with state.seeing(x, index):
+            for name in names:
+                piece = piece + used[name].added(x[part]).to(y.dtype)
         pieces.append(piece)
     back = here.back(size, x.device)
     return torch.cat(pieces) if back is None else torch.cat(pieces)[back]
@@ -255,7 +257,8 @@ def _gathered(
         call = entered(row if isinstance(row, Composition) else Stack(*row), run, around) if names_of(row) else run
         part_args, part_kwargs = (_take(value, index, split) for value in (args, kwargs))
         batch = dataclasses.replace(split.batch, rows=split.batch.rows * len(index) // split.size)
-        with state.showing([split.rows[i] for i in index.tolist()], batch):  # inside are the rows of the group alone
+        inside = state.showing([split.rows[i] for i in index.tolist()], batch)  # the rows of the group alone
+        with inside, state.seeing(split.x, index):
             results.append(_spread(call(*part_args, **part_kwargs), len(index)))
         order.append(index)
     back = torch.cat(order).argsort()

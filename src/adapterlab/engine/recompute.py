@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from adapterlab.errors import ConfigError, nearest
 from adapterlab.foreign.private_torch import DispatchKey, StorageWeakRef, TorchDispatchMode, _SetExcludeDispatchKeyGuard
+from adapterlab.foreign.private_transformers import change_checkpoints
 from adapterlab.foreign.process_memory import Heap
 
 if TYPE_CHECKING:
@@ -61,6 +62,29 @@ def recompute(host: Attachments, mode: Mode, *, compiled: bool = False) -> None:
     _release_inputs(model)
     _switch(model, "enable")(kwargs)
     _release_inputs(model)  # enabling may set the hook anew, and would then forget an earlier one
+
+
+def keep_record(host: Attachments) -> None:
+    """Let checkpointing that others have switched on show each recomputation what its first pass saw.
+
+    It becomes non-reentrant, as ours is: what a block emits needs a gradient.
+    """
+
+    def recorded(options: dict[str, Any]) -> dict[str, Any]:
+        theirs = options.get("context_fn")
+        if getattr(getattr(theirs, "func", None), "__module__", None) == __name__:
+            return options
+        how = functools.partial(recomputation, host) if theirs is None else functools.partial(_beside, host, theirs)
+        return {**options, "use_reentrant": False, "context_fn": how}
+
+    change_checkpoints(host.model, recorded)
+
+
+def _beside(host: Attachments, theirs: Callable[[], tuple[Context, Context]]) -> tuple[Context, Context]:
+    """Contexts of others for `torch.utils.checkpoint`, with the record of the state beside them."""
+    first, again = theirs()
+    seen = recomputation(host)[1]
+    return first, Repeated(lambda: seen, lambda: again)
 
 
 def recomputation(host: Attachments) -> tuple[Context, Context]:

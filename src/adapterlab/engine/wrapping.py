@@ -58,7 +58,7 @@ def _as_one(live: list[Any], run: Any, args: Any, kwargs: Any) -> Any:
     """Compute several adapters that add products of factors as one product, outside of training."""
     if torch.is_grad_enabled() or not isinstance(run, Base) or len(args) != 1 or kwargs:
         return None
-    plain = all(only_adds(adapter) and "_hf_hook" not in adapter.__dict__ for adapter in live)
+    plain = all(only_adds(a) and a.is_its_factors and "_hf_hook" not in a.__dict__ for a in live)
     return without_gradient(tuple(live), args[0]) if plain else None
 
 

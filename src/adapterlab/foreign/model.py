@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from adapterlab.foreign.calls import calls
 from adapterlab.foreign.private_transformers import FILLED
@@ -88,6 +89,12 @@ def is_causal(model: nn.Module) -> bool:
 def is_encoder_decoder(model: Any) -> bool:
     """Say whether a model, or the model of a configuration, has an encoder whose output a decoder attends to."""
     return bool(getattr(config_of(model), "is_encoder_decoder", False))
+
+
+def shifts_labels(model: Any) -> bool:
+    """Say whether the loss of a model compares position t with the label of t + 1."""
+    loss = LOSS_MAPPING.get(getattr(model, "loss_type", None))
+    return loss is ForCausalLMLoss and not is_encoder_decoder(model)
 
 
 def base_name(model: Any) -> str | None:
@@ -280,6 +287,13 @@ def weight_reads(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, bool]
             if lead + name in modules:
                 found[lead + name] = (by.__name__, by.__module__.startswith("torch."))
     return {path: (by, path in called) for path, (by, torchs) in found.items() if torchs or path not in called}
+
+
+def head_width(attention: nn.Module) -> int | None:
+    """Return how wide a head of an attention module is, or None where it does not say."""
+    names = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+    found = (getattr(attention, name, None) for name in names)
+    return next((width for width in found if isinstance(width, int)), None)
 
 
 # ---------------------------------------------------------------------- layers

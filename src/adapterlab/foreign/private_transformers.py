@@ -12,8 +12,10 @@ Nobody else imports one (tests/core/test_private.py). Names of caches are in `ca
 | `kept_in_float32` | modules that quantization leaves out | the quantizer's own list |
 | `forget_accelerate` | a second run in one process starts afresh | a process for each run |
 | `FILLED` | which parameters a checkpoint filled, so that a new head is known | `output_loading_info` of `from_pretrained`, where we load |
+| `change_checkpoints` | checkpointing that a trainer switched on gets contexts | contexts in a trainer's settings |
 | `trl_reference` | the base under adapters is the reference model of TRL's trainers, instead of a second copy | their argument `ref_model`, where they have one |
 | `trl_head` | the fused head of TRL's trainers, which reads the head's weight, sees the adapters there | their refusing it, as they do for PEFT's |
+| `trl_tokens` | what that head returns for each token, of which a trainer makes its loss | its taking the model's loss |
 | `TRAINABLE_FLAG` | Trainer lets a model with packed weights train | none: Trainer refuses such models unless they are PEFT's |
 """  # noqa: E501
 
@@ -35,9 +37,9 @@ from transformers.utils import chat_template_utils
 from adapterlab.foreign.templates import bounded
 
 __all__ = [
-    "FILLED", "TRAINABLE_FLAG", "attention_implementation", "attention_mapping", "forget_accelerate", "kept_in_float32",
-    "no_init_weights", "render_jinja_template", "sdpa_attention_forward", "trl_head",
-    "trl_reference",
+    "FILLED", "TRAINABLE_FLAG", "attention_implementation", "attention_mapping", "change_checkpoints",
+    "forget_accelerate", "kept_in_float32", "no_init_weights", "render_jinja_template", "sdpa_attention_forward",
+    "trl_head", "trl_reference", "trl_tokens",
 ]  # fmt: skip
 
 TRAINABLE_FLAG = "_hf_peft_config_loaded"
@@ -94,6 +96,17 @@ def forget_accelerate() -> None:
 _TRL_LOADS = "create_model_from_path"
 
 
+_CHECKPOINTS = "_gradient_checkpointing_func"
+
+
+def change_checkpoints(model: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change the options with which the blocks of a model call `torch.utils.checkpoint`, where it is switched on."""
+    for module in model.modules():
+        called = vars(module).get(_CHECKPOINTS)
+        if isinstance(called, functools.partial) and getattr(module, "gradient_checkpointing", False):
+            setattr(module, _CHECKPOINTS, functools.partial(called.func, *called.args, **change(called.keywords)))
+
+
 @contextlib.contextmanager
 def trl_reference(model: Any, make: Callable[[], Any]) -> Iterator[None]:
     """Let trainers of TRL that are made inside take `make()` where they would load the model's base once more.
@@ -147,6 +160,12 @@ def trl_head(model: Any, seen: Callable[[Any, Any], tuple[Any, Any] | None]) -> 
 
     setattr(forward, _SEEING, True)
     model.forward = MethodType(forward, model)
+
+
+def trl_tokens(out: Any) -> tuple[str, Any] | None:
+    """The name of the log-probabilities in what the fused head returns, and which of them have a label; or None."""
+    bears = out.get("label_mask")
+    return None if bears is None or out.get("log_probs") is None else ("log_probs", bears)
 
 
 def _layers(function: Any) -> Iterator[Any]:

@@ -36,7 +36,7 @@ from adapterlab.plan.packed import pack
 from adapterlab.plan.setup import Setup
 from adapterlab.plan.tracker import Moment, Tracker, contentless
 from adapterlab.train import rng
-from adapterlab.train.loop import Loop
+from adapterlab.train.loop import Loop, nothing_to_train
 
 NAME = "default"
 BASE, ADAPTER, GRADIENTS, STATE, LOSS = "base weights", "adapter", "gradients", "optimizer state", "logits and loss"
@@ -119,6 +119,8 @@ class _Simulation:
 
     def run(self, steps: int) -> Trace:
         setup, tracker = self.setup, self.tracker
+        if setup.method.steps_of_run(1) == 0:
+            raise ConfigError(f"{nothing_to_train(setup.method.id)} There is no step to plan.")
         tracker.enter("setup", BASE)
         model = build(setup, tracker.fake is None)
         base = tracker.total
@@ -158,7 +160,9 @@ class _Simulation:
         vocabulary = text_config(setup).vocab_size
         ids = [i % vocabulary for i in range(1, setup.length + 1)]
         bare = round((1 - setup.labelled) * setup.length)
-        rows = [{"input_ids": ids, "labels": [-100] * bare + ids[bare:]}] * (setup.batch * setup.accumulation)
+        read = {column: torch.tensor((allowed or (0,))[0]) for column, allowed in setup.method.columns.items()}
+        rows: list[Any] = [{"input_ids": ids, "labels": [-100] * bare + ids[bare:], **read}]
+        rows *= setup.batch * setup.accumulation
         seq2seq = is_encoder_decoder(setup)
         # The rows are those of one step; a method's schedule must find the room that it has in the run.
         training = setup.training.model_copy(update={"steps": setup.training.steps or _MANY, "epochs": None})

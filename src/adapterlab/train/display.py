@@ -72,11 +72,13 @@ def result_table(result: RunResult) -> Table:
     """Show what came out."""
     table = Table("what", "is", title="Result", title_justify="left", show_header=False)
     table.add_row("steps", f"{result.steps} ({result.epochs:.2f} epochs)")
-    table.add_row("train loss", f"{result.train_loss:.4f} at the last step, on rows it trains on")
+    if result.steps:
+        table.add_row("train loss", f"{result.train_loss:.4f} at the last step, on rows it trains on")
     if result.eval_loss is not None:
         table.add_row("evaluation loss", f"{result.eval_loss:.4f} at the end, on rows set apart")
         table.add_row("best", f"{result.best_loss:.4f} at step {result.best_step}")
-    table.add_row("training time", f"{result.seconds:.1f} s, {result.tokens_per_second:,.0f} tokens/s")
+    if result.steps:
+        table.add_row("training time", f"{result.seconds:.1f} s, {result.tokens_per_second:,.0f} tokens/s")
     gpu = result.memory["gpu_peak"]
     peak = f"{_mib(gpu)} on the GPU" if gpu else f"{_mib(result.memory['peak'])}"
     table.add_row("peak memory", f"{peak}, {_mib(result.memory['peak_beyond_loaded'])} beyond the loaded model")

@@ -2,7 +2,8 @@
 
 run.json          configuration and where it came from, versions, data, model summary, results
 config.yaml       the same configuration, ready to be run again
-metrics.jsonl     one line a step and one an evaluation
+metrics.jsonl     one line a step and one an evaluation; where tokens are routed, every `log_every` steps with `load`,
+                  for each module by its path the share of the weight that each expert got in that step
 best/, last/      adapters
 trackers/         what trackers such as tensorboard write
 checkpoint/       the state for `--resume`; one file with its checksum, replaced when the next one is complete
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 
 from adapterlab import io
+from adapterlab.core.usage import LOAD, Load
 from adapterlab.errors import ConfigError, FormatError, OutputError
 from adapterlab.io import successor
 from adapterlab.io.atomic import new_file, write_json, write_text
@@ -124,6 +126,22 @@ def read_run(folder: Path) -> dict[str, Any]:
         return dict(parsed(file.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise FormatError(f"{file} cannot be read ({error}). Start again with --overwrite.") from None
+
+
+def read_load(folder: Path) -> dict[int, Load]:
+    """Return what the experts of a run were used, by the step; nothing where its method routes no tokens.
+
+    Raises:
+        FormatError: the metrics are damaged.
+    """
+    file = folder / METRICS
+    if not file.is_file():
+        return {}
+    try:
+        lines = [parsed(line) for line in file.read_text(encoding="utf-8").splitlines() if f'"{LOAD}"' in line]
+        return {line["step"]: line[LOAD] for line in lines}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FormatError(f"{file} cannot be read ({error}). Train again with --overwrite.") from None
 
 
 def write_state(file: Path, state: Mapping[str, Any]) -> None:

@@ -7,10 +7,10 @@
 A model of transformers saves its adapters by itself, whoever asks it to. Of any other module `Trainer` writes the whole
 state; the callback puts the adapters beside it in each checkpoint.
 
-What a callback cannot give: a method's own `optimizer` (pass `optimizers=` yourself) and `gradient`, and losses that
-adapters emit. A method with its own gradient is refused. The gradient of a penalty is there before the backward passes
-of a step, which add theirs, so that it is accumulated, averaged over processes and clipped as in our own loop; the loss
-that the trainer reports does not hold the penalty.
+What a callback cannot give: a method's own `optimizer` (pass `optimizers=` yourself) and `gradient`. A method with its
+own gradient is refused. Losses that adapters emit join the model's, see `train.joined`. The gradient of a penalty is
+there before the backward passes of a step, which add theirs, so that it is accumulated, averaged over processes and
+clipped as in our own loop; the loss that the trainer reports does not hold the penalty.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from adapterlab.engine.recompute import keep_record
 from adapterlab.engine.verify import check_gradient_passes
 from adapterlab.engine.wrapping import STATE, adapters_of
 from adapterlab.errors import ConfigError
+from adapterlab.foreign.model import unwrapped
 from adapterlab.foreign.private_transformers import TRAINABLE_FLAG, trl_head, trl_reference
 from adapterlab.foreign.saving import is_saved
 from adapterlab.hosts import Host
 from adapterlab.io.pretrained import save_adapters
+from adapterlab.train.joined import Joined
 from adapterlab.train.reference import reference_model
 
 
@@ -51,6 +54,7 @@ class AdapterlabCallback(TrainerCallback):
         self._plain: list[Callable[[float], float]] = []
         self._rates: list[float] = []
         self._waiting: list[nn.Parameter] | None = None
+        self._joined: Joined | None = None
         if type(self.method).overrides("gradient"):
             raise ConfigError(
                 f"{self.method.id} has its own gradient, which a callback cannot give to a foreign trainer. Train it "
@@ -86,6 +90,12 @@ class AdapterlabCallback(TrainerCallback):
             p.requires_grad_(False)
         self._waiting = []
         trl_head(self.host.model, _head_seen)
+        if not getattr(args, "torch_compile", False):
+            keep_record(self.host)
+        if self._joined is not None:
+            self._joined.end()
+        plain = getattr(args, "loss_type", None) == "nll"
+        self._joined = Joined(unwrapped(more.get("model") or self.host.model), self.host.state, plain, self.method.id)
         self.method.begin(self.host, self.name, state.max_steps)
         if type(self.method).overrides("rate"):
             self._plain = _factors(more["lr_scheduler"], self.method.id)
@@ -99,6 +109,8 @@ class AdapterlabCallback(TrainerCallback):
         # As in our own loop the method sees the rates of the step, and may give a group another one.
         self.method.before_step(self.host, self.name, state.global_step, optimizer)
         self._begin_gradients(optimizer)
+        if self._joined is not None:
+            self._joined.begin()
 
     def _begin_gradients(self, optimizer: Any) -> None:
         """Let gradients start from those of the penalty, multiplied as loss scaling multiplies the loss."""
@@ -117,7 +129,14 @@ class AdapterlabCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        """Gradients are complete (and clipped already)."""
+        """Gradients are complete (and clipped already).
+
+        Raises:
+            TrainingError: the trainer does without what adapters emit.
+        """
+        if self._joined is not None:
+            self._joined.end()
+            self._joined.check()
         self.method.after_backward(self.host, self.name, state.global_step)
 
     def on_optimizer_step(
@@ -135,6 +154,8 @@ class AdapterlabCallback(TrainerCallback):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Training is over."""
+        if self._joined is not None:
+            self._joined.end()
         self.method.finish(self.host, self.name)
 
 

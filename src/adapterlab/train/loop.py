@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast, gather_object, set_seed
 from torch import Tensor, nn
 
+from adapterlab.core.usage import LOAD, shares
 from adapterlab.data import Collator, placed
 from adapterlab.data.vocabulary import check_ids
 from adapterlab.engine.attention import fast_attention
@@ -32,7 +34,7 @@ from adapterlab.train import rng
 from adapterlab.train.config import Training
 from adapterlab.train.memory import Meter
 from adapterlab.train.proof import Proof
-from adapterlab.train.sampler import Sampler
+from adapterlab.train.sampler import Sampler, order
 from adapterlab.train.signals import Interrupted, stop_on_signals
 
 Row = Mapping[str, Sequence[int]]
@@ -108,6 +110,7 @@ class Loop:
         loss: how the loss is computed.
         proof: that everything trains.
         meter: of memory.
+        load: shares of the parts of mixtures when they were last looked at, by the path of the module.
     """
 
     def __init__(
@@ -130,10 +133,15 @@ class Loop:
                 f"The adapter {name!r} is not active, so it would not train. host.activate({name!r}) first."
             )
         check_ids(host.model, [*rows, *eval_rows])
-        check_gradient_passes(host)
         self.host, self.name, self.method = host, name, host.methods[name]
-        self.rows, self.eval_rows, self.listeners = rows, eval_rows, listeners
+        if self.method.trains:
+            check_gradient_passes(host)
         self.training = training = training or Training()
+        self.eval_rows, self.listeners = eval_rows, listeners
+        fixed = self.method.rows_of_run(len(rows))
+        if fixed is not None:
+            rows = [rows[i] for i in sorted(order([1] * len(rows), training.seed, 0)[:fixed])]
+        self.rows = rows
         self.accelerator = accelerator or Accelerator(cpu=_device(host.model).type == "cpu")
         if self.accelerator.distributed_type not in _SIMPLE:
             raise ConfigError(
@@ -149,15 +157,24 @@ class Loop:
             training.seed,
             training.batch_size,
             training.accumulation * self.accelerator.num_processes,
-            None if training.steps else training.row_limit(len(rows)),
+            None if training.steps or fixed is not None else training.row_limit(len(rows)),
             training.group_by_length,
+            fixed is not None,
         )
         _check_step(self.sampler.per_step, len(rows))
-        self.total = training.total_steps(len(rows), self.sampler.per_step)
+        self.total = self._length()
         self.eval_every = training.eval_every or math.ceil(self.total / 10)
         self.status = Status()
+        self.load: dict[str, list[float]] = {}
         self.method.begin(host, name, self.total)
         self._prepare(prepare)
+
+    def _length(self) -> int:
+        """Number of steps: what training says, unless the method decides."""
+        total = self.training.total_steps(len(self.rows), self.sampler.per_step)
+        asked = None if self.training.steps is None and self.training.epochs is None else total
+        own = self.method.steps_of_run(asked)
+        return total if own is None else own
 
     def _prepare(self, from_data: bool) -> None:
         training, host, model = self.training, self.host, self.host.model
@@ -178,15 +195,15 @@ class Loop:
         make = functools.partial(
             adamw, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps
         )
-        self._raw = self.method.optimizer(host, self.name, make)
+        self._raw = self.method.optimizer(host, self.name, make) if self.total else _idle()
         if self.accelerator.scaler is not None and any(p.dtype is torch.float16 for p in self.parameters()):
             raise ConfigError("float16 parameters cannot be trained with loss scaling. Set precision to bf16 or fp32.")
         self.optimizer = self.accelerator.prepare_optimizer(self._raw, device_placement=False)
         plain = functools.partial(
             factor,
-            total=self.total,
+            total=max(1, self.total),
             kind=training.schedule,
-            warmup=training.warmup_steps(self.total),
+            warmup=training.warmup_steps(self.total) if self.method.trains else 0,
             floor=training.min_lr / training.lr if training.lr else 0.0,
         )
         self.schedule = schedule(self._raw, lambda step: self.method.rate(step, self.total, plain))
@@ -210,6 +227,8 @@ class Loop:
             self._tell("started")
             # Entered here once: each step finds it on, without a walk over the modules.
             with stop_on_signals() as asked, fast_attention(self.host.model), lean_norms(self.host.model):
+                if not self.total and self.eval_rows:
+                    self.evaluate()
                 while status.step < self.total and not self.out_of_patience:
                     record = self.step()
                     self._tell("stepped", record)
@@ -247,7 +266,8 @@ class Loop:
             raise DataError(f"Step {index + 1} has no token with a label. Check the labels of the rows.")
         self.method.before_step(self.host, self.name, index, self._raw)
         self.proof.begin(self._raw)
-        value = self._sum(sum(self._backward(batch, labels, i == 0) for i, batch in enumerate(batches)))
+        with self._looking(index + 1) as used:
+            value = self._sum(sum(self._backward(batch, labels, i == 0) for i, batch in enumerate(batches)))
         self._check_finite("loss", value, index)
         self._share_gradients()
         self.method.after_backward(self.host, self.name, index)
@@ -268,8 +288,25 @@ class Loop:
         return {
             "step": status.step, "epoch": round(self.sampler.epoch(status.step), 4), "loss": value, "lr": rate,
             "grad_norm": norm, "tokens": status.tokens, "seconds": round(status.seconds, 3),
-            "memory": self.meter.sample(),
+            "memory": self.meter.sample(), **self._usage(used),
         }  # fmt: skip
+
+    @contextlib.contextmanager
+    def _looking(self, step: int) -> Iterator[dict[str, Tensor] | None]:
+        """Look at what parts of mixtures are used, in the steps that are shown, if somebody is told."""
+        if not self.listeners or (step % self.training.log_every and step != self.total):
+            yield None
+            return
+        with self.host.state.observing() as used:
+            yield used
+
+    def _usage(self, used: dict[str, Tensor] | None) -> Record:
+        """The shares of the parts over all processes, for the line of a step."""
+        if used is None:
+            return {}
+        found = {path: sums.tolist() for path, sums in used.items()}
+        self.load = shares(gather_object([found]) if self.accelerator.num_processes > 1 else [found])
+        return {LOAD: self.load} if self.load else {}
 
     def evaluate(self) -> float:
         """Compute the exact mean token loss of the evaluation rows, note it and return it."""
@@ -424,10 +461,27 @@ def train(host: Host, name: str, rows: Sequence[Row], training: Training | None 
         How it went.
 
     Raises:
+        ConfigError: the method has nothing to train.
         TrainingError: training cannot go on, or something does not train.
         DataError: there is nothing to train on.
     """
-    return Loop(host, name, rows, training, **options).run()
+    loop = Loop(host, name, rows, training, **options)
+    if not loop.total:
+        raise ConfigError(nothing_to_train(loop.method.id))
+    return loop.run()
+
+
+def nothing_to_train(id: str) -> str:
+    """Say that a method is ready as it is, and what can be done with it."""
+    return (
+        f"{id} has nothing to train: attached it is ready. Evaluate it (adapterlab evaluate, compare), save it with "
+        "host.save, or train adapters that it is made of."
+    )
+
+
+def _idle() -> torch.optim.Optimizer:
+    """An optimizer of nothing."""
+    return torch.optim.SGD([torch.zeros(0, requires_grad=True)], lr=0.0)
 
 
 def _check_step(per_step: int, rows: int) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import math
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from rich.text import Text
 from torch import Tensor
 
 from adapterlab import yaml_text
+from adapterlab.core.usage import collapsed
 from adapterlab.data import Report, fingerprint, load_data, render_sample
 from adapterlab.data.formats import Columns
 from adapterlab.engine.attention import fast_attention
@@ -39,7 +41,7 @@ from adapterlab.train.config import provenance as provenance_of
 from adapterlab.train.display import Display, config_table, proof_table, result_table
 from adapterlab.train.fast_paths import fast_paths
 from adapterlab.train.folder import RunFolder
-from adapterlab.train.loop import Listener, Loop, Row
+from adapterlab.train.loop import Listener, Loop, Row, nothing_to_train
 from adapterlab.train.result import RunResult
 from adapterlab.train.signals import Interrupted
 from adapterlab.train.trackers import Trackers, check_trackers
@@ -146,12 +148,17 @@ def _loaded(
         job = load(config, accelerator, saved=state["adapter"] if state else None)
         loop = _loop(config, job, accelerator, prepare=state is None)
     console.print(proof_table(job.host.summary(NAME), _story(job, loop), _sample(job)))
+    if not loop.total:
+        console.print(f"{nothing_to_train(loop.method.id)} It is written as it is.", highlight=False)
     return job, loop
 
 
 def _try_out(config: TrainConfig, accelerator: Accelerator, console: Terminal, *, force: bool) -> None:
     """Run one batch forward and backward, and write nothing."""
     job, loop = _loaded(config, accelerator, console, force=force, state=None)
+    if not loop.method.trains:
+        console.print("Nothing trains by gradients, so there are none to check.", style="green")
+        return
     with fast_attention(job.host.model):
         job.host.verify(loop.batch(loop.sampler.step(0)[0][:2]))
     console.print("Every adapted module is reached, and every trainable tensor gets a gradient.", style="green")
@@ -220,7 +227,7 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
     if config.precision == "fp16" and next(model.parameters()).device.type == "cpu":
         raise ConfigError("precision=fp16 trains on a GPU only, and there is none. Set precision to bf16 or fp32.")
     seq2seq = is_encoder_decoder(model)
-    splits = load_data(config.data)
+    splits = load_data(config.data, config.make_method().columns)
     trained = rows_for(model, tokenizer, splits.train, config.data)
     held = rows_for(model, tokenizer, splits.eval, config.data) if splits.eval else None
     unshown = trained.report.unshown + (held.report.unshown if held else ())
@@ -283,10 +290,15 @@ def _story(job: Job, loop: Loop) -> dict[str, str]:
         "trained tokens": f"{report.trained_tokens:,} of {report.tokens:,} ({100 * report.trained_share:.1f} %), "
         f"found by {report.mask_by}; {report.template}{unknown}",
         "loss": f"{loop.loss.path}: {loop.loss.why}",
-        "steps": f"{loop.total:,} of {loop.sampler.per_step} rows: {loop.sampler.epoch(loop.total):.2f} epochs",
+        "steps": _steps(loop),
         "device": f"{loop.device}, {loop.accelerator.num_processes} process(es)",
         "fast paths": "\n".join(map(str, fast_paths(loop))),
     }
+
+
+def _steps(loop: Loop) -> str:
+    epochs = loop.sampler.epoch(loop.total)
+    return f"{loop.total:,} of {loop.sampler.per_step} rows: {epochs:.2f} epochs" if loop.total else "none"
 
 
 def _identity(config: TrainConfig, job: Job) -> dict[str, Any]:
@@ -354,7 +366,7 @@ def _result(config: TrainConfig, loop: Loop) -> RunResult:
         proven=len(loop.proof.proven),
         trainable=summary.trainable,
         total=summary.total,
-        outcome=loop.method.outcome(loop.host, NAME),
+        outcome=loop.method.outcome(loop.host, NAME) | ({"routers": said} if (said := collapsed(loop.load)) else {}),
     )
 
 
@@ -365,4 +377,5 @@ def _finished(config: TrainConfig) -> RunResult | None:
         return None
     result = dict(facts["result"])
     paths = {key: Path(result[key]) if result[key] else None for key in ("folder", "best", "last")}
-    return RunResult(**{**result, **paths})
+    loss = math.nan if result["train_loss"] is None else result["train_loss"]  # JSON has no NaN
+    return RunResult(**{**result, **paths, "train_loss": loss})

@@ -43,6 +43,7 @@ class Sampler:
         batches: batches of a step, over all processes.
         limit: rows after which the stream ends, or None.
         group: keep rows of like length together in a step.
+        whole: every step consists of all rows, in as many batches as that takes.
     """
 
     lengths: Sequence[int]
@@ -51,12 +52,13 @@ class Sampler:
     batches: int
     limit: int | None = None
     group: bool = False
+    whole: bool = False
     _epochs: dict[int, list[int]] = field(default_factory=dict, repr=False)
 
     @property
     def per_step(self) -> int:
         """Rows of a whole step."""
-        return self.batch_size * self.batches
+        return len(self.lengths) if self.whole else self.batch_size * self.batches
 
     def epoch(self, step: int) -> float:
         """Passes over the data when `step` steps are done."""

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from adapterlab.core.usage import LOAD, means
 from adapterlab.errors import MissingDependencyError, TrainingError, require
 from adapterlab.train.loop import Listener, Loop, Record
 
@@ -65,7 +66,9 @@ class Trackers(Listener):
     def stepped(self, loop: Loop, record: Record) -> None:
         """Send the metrics of a step now and then."""
         if record["step"] % loop.training.log_every == 0:
-            self._send({f"train/{k}": v for k, v in record.items() if k != "step"}, record["step"])
+            load = record.get(LOAD)
+            values = {k: v for k, v in record.items() if k not in ("step", LOAD)} | (means(load) if load else {})
+            self._send({f"train/{k}": v for k, v in values.items()}, record["step"])
 
     def evaluated(self, loop: Loop, record: Record, improved: bool) -> None:
         """Send the evaluation loss."""

@@ -61,8 +61,7 @@ class AdaMix(Hosted):
 
     Inference: not mergeable into the base, since f is not linear; what one bottleneck adapter costs. LoRA merges.
 
-    Cost of a step: two forward and backward passes. A foreign trainer, which takes no losses from adapters, gets one
-    pass and no consistency.
+    Cost of a step: two forward and backward passes.
 
     Rate: 3e-4, as in the authors' runs with RoBERTa.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -10,10 +11,14 @@ from torch import Tensor
 from adapterlab.core.adapter import Copy
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Method
-from adapterlab.errors import ConfigError
+from adapterlab.errors import AdapterlabError, ConfigError, FormatError
+from adapterlab.io.folder import CONFIG, METHOD, read_info
+from adapterlab.models.catalogue import public_name
+from adapterlab.paths import user_path
 from adapterlab.registry import method as method_by_id
 
 Entry = str | dict[str, Any]  # of a setting: a folder, the name of an attached adapter, or settings with a `name`
+_IN_A_RUN = ("best", "last")  # adapters of a run's folder; the first that is there is taken
 
 
 class Part(NamedTuple):
@@ -69,20 +74,74 @@ def compose_saved(host: Carrier, name: str, entries: Mapping[str, Entry], tensor
         host.compose(name, part, _made(part, entry), tensors)
 
 
-def _parts(host: Carrier, name: str, entries: Mapping[str, Entry]) -> Iterator[Part]:
+def opened(host: Carrier, name: str, entries: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Yield each part with the name of its adapter on the model, where one from a folder stays for its turn alone.
+
+    A folder is an adapter's or a run's, whose best adapter is taken, or the last where nothing was evaluated.
+
+    Args:
+        host: of the model.
+        name: of the adapter that consists of them.
+        entries: folders, or names of adapters on the model, by the name of the part.
+
+    Raises:
+        FormatError: a folder holds no adapter, or one that does not fit the model, or two are of different models.
+    """
     from adapterlab.hosts import load
 
+    _check_bases({p: e for p, e in entries.items() if e not in host.methods or e == name})
+    for part, entry in entries.items():
+        if entry in host.methods and entry != name:
+            yield part, entry
+            continue
+        passing = f"{name}-{part}-from-its-folder"
+        try:
+            load(host.model, _adapter_in(entry), passing, active=False)
+        except AdapterlabError as error:
+            raise type(error)(f"adapters[{part!r}]: {error}") from None
+        try:
+            yield part, passing
+        finally:
+            host.detach(passing)
+
+
+def _adapter_in(entry: str) -> Path:
+    """The folder of an adapter, or that of the one to use in a run's folder."""
+    folder = user_path(entry)
+    places = (folder, *(folder / inner for inner in _IN_A_RUN))
+    return next((place for place in places if _holds_adapter(place)), folder)
+
+
+def _holds_adapter(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in (METHOD, CONFIG))
+
+
+def _check_bases(entries: Mapping[str, str]) -> None:
+    """Require that adapters from folders do not name different base models.
+
+    Raises:
+        FormatError: they do.
+    """
+    folders = {part: place for part, entry in entries.items() if _holds_adapter(place := _adapter_in(entry))}
+    bases = {part: base for part, place in folders.items() if (base := read_info(place).base_model)}
+    first = next(iter(bases), None)
+    for part, base in bases.items():
+        if first is not None and public_name(base).lower() != public_name(bases[first]).lower():
+            raise FormatError(
+                f"adapters[{first!r}] was made for the base model {bases[first]!r} and adapters[{part!r}] for "
+                f"{base!r}: a change of one means nothing in the other. Choose adapters of one model; if these are "
+                f"names of the same one, let base_model say so in {folders[part]}."
+            )
+
+
+def _parts(host: Carrier, name: str, entries: Mapping[str, Entry]) -> Iterator[Part]:
     for part, entry in entries.items():
         if not isinstance(entry, str):
             yield Part(part, _made(part, entry), None)
-        elif entry in host.methods and entry != name:
-            yield _taken(host, part, entry)
-        else:
-            passing = f"{name}-{part}-from-its-folder"
-            load(host.model, entry, passing, active=False)
-            taken = _taken(host, part, passing)
-            host.detach(passing)
-            yield taken
+            continue
+        for _, source in opened(host, name, {part: entry}):
+            taken = _taken(host, part, source)
+        yield taken
 
 
 def _taken(host: Carrier, part: str, source: str) -> Part:

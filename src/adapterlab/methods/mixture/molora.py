@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from adapterlab.core.adapter import Adapter
-from adapterlab.core.carrier import Carrier
-from adapterlab.core.method import LayerMethod
 from adapterlab.core.site import Site
-from adapterlab.errors import AttachError
+from adapterlab.methods.mixture._experts import Experts, Mixture
 from adapterlab.registry import register
 
 
 @register
-class MoLoRA(LayerMethod):
+class MoLoRA(Mixture):
     """Learn several low-rank updates for each weight, and a router that weighs their outputs token by token.
 
     y = W x + b + s · Σ_e p_e(x) B_e A_e drop(x), p = softmax(R x), s = alpha / r; A `[E, r, in]`, B `[E, out, r]`,
@@ -52,9 +47,6 @@ class MoLoRA(LayerMethod):
     formula: ClassVar[str] = "E r (in + out) + E in"
 
     experts: int = Field(10, ge=2, description="number of low-rank updates; with one the method is plain LoRA")
-    r: int = Field(4, ge=1, description="rank of each update")
-    alpha: float = Field(16.0, gt=0, description="scale numerator")
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the updates' input, one mask for all")
     top_k: int | None = Field(None, ge=1, description="experts used for a token; None: all, which works better")
 
     @model_validator(mode="after")
@@ -63,70 +55,18 @@ class MoLoRA(LayerMethod):
             raise ValueError(f"top_k={self.top_k} is more than experts={self.experts}; lower it, or leave it out")
         return self
 
-    @property
-    def scaling(self) -> float:
-        """The factor s."""
-        return self.alpha / self.r
+    def count(self, site: Site) -> int:
+        """As many everywhere."""
+        return self.experts
 
-    def build(self, site: Site, host: Carrier, name: str) -> Adapter:
-        """Make the experts and the router for one site.
+    def selected(self) -> int | None:
+        """As the setting says."""
+        return self.top_k
 
-        Raises:
-            AttachError: the weight is tied to another module, which has no input to route on.
-        """
-        if site.tied:
-            raise AttachError(
-                f"molora cannot adapt {site.path}: its weight is tied to another module's, and the choice of experts "
-                "belongs to one module's input. Leave it out of the targets, for example targets=['all-linear']."
-            )
-        return super().build(site, host, name)
-
-    class Layer(Adapter):
+    class Layer(Experts):
         """The experts and the router at one module."""
 
-        not_linear: ClassVar[str] = "its router weighs the experts anew for every token"
-
-        def __init__(self, method: MoLoRA, site: Site):
-            super().__init__(site)
-            out, in_ = site.shape
-            self.A = site.parameter(method.experts, method.r, in_)
-            self.B = site.parameter(method.experts, out, method.r)
-            self.router = site.parameter(method.experts, in_)
-            self.scale, self.p, self.top_k = method.scaling, method.dropout, method.top_k
+        def begin(self) -> None:
+            """Start A and the router from the normal distribution of the authors' code; B is 0."""
             nn.init.normal_(self.A, std=0.02)
             nn.init.normal_(self.router, std=0.02)
-
-        def weights(self, x: Tensor) -> Tensor:
-            """What each expert counts for each token: `[..., in]` to `[..., E]`, in the router's dtype."""
-            with torch.autocast(x.device.type, enabled=False):
-                scores: Tensor = _Scores.apply(x, self.router)
-                p = scores.softmax(-1)
-            if self.top_k is None:
-                return p
-            top = p.topk(self.top_k, -1)
-            return torch.zeros_like(p).scatter(-1, top.indices, top.values)
-
-        def added(self, x: Tensor) -> Tensor:
-            """S · Σ_e p_e B_e A_e drop(x), with one product for all A_e and one for all B_e."""
-            p = (self.scale * self.weights(x)).to(x.dtype)
-            x = F.dropout(x, self.p, self.training)
-            h = self.site.op(x, self.A.to(x.dtype).flatten(0, 1)).unflatten(-1, self.A.shape[:2])
-            wide = self.B.to(x.dtype).transpose(0, 1).flatten(1)
-            return self.site.mix((h * p[..., None]).flatten(-2), wide)
-
-
-class _Scores(torch.autograd.Function):
-    """X Rᵀ in the dtype of R, which keeps x as it came: its copy in that dtype is made again for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, router: Tensor) -> Tensor:
-        ctx.save_for_backward(x, router)
-        return x.to(router.dtype) @ router.T
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, router = ctx.saved_tensors
-        need_x, need_router = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
-        grouter = rows.T @ x.reshape(-1, x.shape[-1]).to(router.dtype) if need_router else None
-        return (grad @ router).to(x.dtype) if need_x else None, grouter

@@ -22,7 +22,7 @@ from adapterlab.engine.attention import prepend
 from adapterlab.engine.positions import Positions, position_sites
 from adapterlab.errors import AttachError, FormatError
 from adapterlab.foreign.cache import cache_argument
-from adapterlab.foreign.model import attention_limits, config_of, is_encoder_decoder, vocabulary
+from adapterlab.foreign.model import attention_limits, config_of, head_width, is_encoder_decoder, vocabulary
 from adapterlab.foreign.roles import role_of
 from adapterlab.methods.prompt import _hub
 from adapterlab.methods.prompt._virtual_tokens import (
@@ -237,8 +237,7 @@ def kv_shape(module: nn.Module) -> tuple[int, int]:
         AttachError: keys and values differ in shape, or their shape cannot be found.
     """
     config = getattr(module, "config", None)
-    names = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
-    width = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+    width = head_width(module)
     outs = {role_of(n): c.out_features for n, c in module.named_children() if isinstance(c, nn.Linear)}
     if width is not None and "k" in outs and outs["k"] == outs.get("v", outs["k"]):
         return outs["k"] // width, width
