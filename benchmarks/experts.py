@@ -112,28 +112,31 @@ def _gathered(width: int, tokens: int, experts: int, r: int, top_k: int) -> list
     """Times of a layer's experts with tokens gathered by expert, against the node that computes all of them."""
     import torch
 
-    from adapterlab.ops.experts import weighted_low_rank
+    from adapterlab.ops.experts import mixture, routed_low_rank, scores, selection
 
     torch.manual_seed(bench.SEED)
     x = torch.randn(tokens, width, dtype=torch.bfloat16, requires_grad=True)
-    a = torch.randn(experts, r, width, requires_grad=True)
-    b = torch.randn(experts, width, r, requires_grad=True)
-    chosen = torch.rand(tokens, experts).topk(top_k, -1).indices
-    w = torch.zeros(tokens, experts).scatter(1, chosen, 1 / top_k).requires_grad_()
+    a, b, router = (
+        torch.randn(size) / width**0.5 for size in ((experts, r, width), (experts, width, r), (experts, width))
+    )
+    trained = [x, *(tensor.requires_grad_() for tensor in (a, b, router))]
 
     def sparse() -> Any:
+        z = scores(x, router)
+        chosen = selection(z, top_k)
+        w = mixture(z, chosen, renormalised=False).to(x.dtype)
         y = x.new_zeros(tokens, width)
         for e in range(experts):
-            rows = (chosen == e).any(-1).nonzero()[:, 0]
-            h = x[rows] @ a[e].to(x.dtype).T * w[rows, e, None].to(x.dtype)
+            rows = chosen[:, e].nonzero()[:, 0]
+            h = x[rows] @ a[e].to(x.dtype).T * w[rows, e, None]
             y = y.index_add(0, rows, h @ b[e].to(x.dtype).T)
         return y
 
     def dense() -> Any:
-        return weighted_low_rank(x, w, a, b, 1.0)
+        return routed_low_rank(*trained, top_k=top_k)[0]
 
-    assert torch.allclose(sparse(), dense(), rtol=0.05, atol=0.5)
-    forms = [lambda form=form: form().sum().backward() for form in (sparse, dense)]
+    assert torch.allclose(sparse(), dense(), rtol=0.05, atol=0.05)
+    forms = [lambda form=form: torch.autograd.grad(form().sum(), trained) for form in (sparse, dense)]
     times = [[bench.timed(form, 1, warm=0)[0] for form in forms] for _ in range(12)][2:]
     return [one / other for one, other in times]
 

@@ -17,6 +17,7 @@ from adapterlab.errors import AttachError, ConfigError, DataError, MergeError
 from adapterlab.hosts import Host, attach
 from adapterlab.methods.mixture import loramoe
 from adapterlab.methods.mixture.loramoe import LoRAMoE, Types, importance, used
+from adapterlab.ops import experts
 from adapterlab.train import Training, train
 
 TYPES = torch.arange(6) % 2
@@ -225,8 +226,8 @@ def _importance(change: Callable[[Tensor, int, float], Tensor]) -> Mutation:
 BROKEN: dict[str, Mutation] = {
     "s left out": begun(LAYER, lambda part, method: setattr(part, "scale", 1.0)),
     "B does not start at zero": begun(LAYER, lambda part, method: part.B.normal_()),
-    "weights that sum to N": (LAYER, "mixture", lambda self, z, chosen: 4 * z.softmax(-1)),
-    "equal weights": (LAYER, "mixture", lambda self, z, chosen: torch.full_like(z, 0.25) + 0 * z),
+    "weights that sum to N": (experts, "mixture", lambda z, *how: 4 * z.softmax(-1)),
+    "equal weights": (experts, "mixture", lambda z, *how: torch.full_like(z, 0.25) + 0 * z),
     "own group gets more": _importance(lambda types, n, delta: importance(1 - types, n, delta)),
     "no groups": _importance(lambda types, n, delta: importance(types, n, 0.0)),
     "groups in turn": _importance(lambda types, n, delta: importance(types, n, delta)[:, torch.arange(n).roll(1)]),

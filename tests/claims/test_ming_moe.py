@@ -20,6 +20,7 @@ from adapterlab.hosts import Host, attach
 from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.methods.mixture._experts import Experts, Single
 from adapterlab.methods.mixture.ming_moe import MingMoE
+from adapterlab.ops import experts
 
 
 def measure() -> dict[str, float]:
@@ -120,20 +121,20 @@ def test_refusals(tiny: Any) -> None:
         attach(tiny("llama-tied"), MingMoE(targets=["head"]))
 
 
-SCORES, MIXTURE = Experts.scores, Experts.mixture
+PRODUCT, MIXTURE = experts._product, experts.mixture
 
 
 def _mixture(change: Callable[[Tensor, Any, Tensor], Tensor]) -> Mutation:
     """Other weights, made of the scores, the choice and the right weights."""
-    return (Experts, "mixture", lambda self, z, chosen: change(z, chosen, MIXTURE(self, z, chosen)))
+    return (experts, "mixture", lambda z, chosen, how: change(z, chosen, MIXTURE(z, chosen, how)))
 
 
 BROKEN: dict[str, Mutation] = {
     "equal weights": _mixture(lambda z, chosen, w: chosen / chosen.sum(-1, keepdim=True)),
     "softmax over all": _mixture(lambda z, chosen, w: z.softmax(-1).masked_fill(~chosen, 0)),
     "no expert is left out": _mixture(lambda z, chosen, w: z.softmax(-1)),
-    "the smallest scores": (Experts, "selection", lambda self, z: z <= z.sort(-1).values[..., 1:2]),
-    "no bias": (Experts, "scores", lambda self, x: SCORES(self, x) - self.shift),
+    "the smallest scores": (experts, "selection", lambda z, k: z <= z.sort(-1).values[..., k - 1 : k]),
+    "no bias": (experts, "_product", lambda x, router, shift: PRODUCT(x, router)),
     "alpha / r": (MingMoE, "scaling", property(lambda self: self.alpha / self.r)),
     "routed everywhere": (MingMoE, "count", lambda self, site: self.experts),
     "s left out of the plain updates": begun(Single, lambda part, method: setattr(part, "scale", 1.0)),

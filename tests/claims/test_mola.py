@@ -18,6 +18,7 @@ import adapterlab as al
 from adapterlab.errors import AttachError, ConfigError, MergeError
 from adapterlab.hosts import Host, attach
 from adapterlab.methods.mixture.mola import Balance, MoLA
+from adapterlab.ops import experts
 
 
 class Tower(nn.Module):
@@ -180,11 +181,11 @@ def test_refusals(tiny: Any) -> None:
     assert len(stacks) == 2
 
 
-LAYER, MORE, MIXTURE = MoLA.Layer, Balance.more, MoLA.Layer.mixture
+LAYER, MORE, MIXTURE = MoLA.Layer, Balance.more, experts.mixture
 
 
 def _mixture(change: Callable[[Tensor, Any, Tensor], Tensor]) -> Mutation:
-    return (LAYER, "mixture", lambda self, z, chosen: change(z, chosen, MIXTURE(self, z, chosen)))
+    return (experts, "mixture", lambda z, chosen, how: change(z, chosen, MIXTURE(z, chosen, how)))
 
 
 def _more(change: Callable[..., tuple[Any, ...]]) -> Mutation:

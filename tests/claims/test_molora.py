@@ -19,6 +19,7 @@ from adapterlab.errors import AttachError, ConfigError, MergeError, TargetError
 from adapterlab.hosts import Host, attach
 from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.methods.mixture.molora import MoLoRA
+from adapterlab.ops import experts
 
 
 def measure() -> dict[str, float]:
@@ -102,27 +103,28 @@ def test_where_it_starts(tiny: Any) -> None:
     assert not torch.equal(part.A[0], part.A[1])
 
 
-LAYER, WEIGHTS = MoLoRA.Layer, MoLoRA.Layer.weights
+LAYER, MIXTURE = MoLoRA.Layer, experts.mixture
 
 
-def _weights(change: Callable[[Any, Tensor, Tensor], Tensor]) -> Mutation:
-    """Other weights, made of the input and the right ones."""
-    return (LAYER, "weights", lambda self, x: change(self, x, WEIGHTS(self, x)))
+def _mixture(change: Callable[[Tensor, Tensor], Tensor]) -> Mutation:
+    """Other weights, made of the scores and the right ones."""
+    return (experts, "mixture", lambda z, *how: change(z, MIXTURE(z, *how)))
 
 
-def _factors_mixed(self: Any, x: Tensor, p: Tensor, *base: Any) -> Tensor:
+def _factors_mixed(self: Any, x: Tensor, weight: Tensor, bias: Tensor, **_: Any) -> Tensor:
     """The factors mixed instead of the experts' outputs, as some implementations have it."""
+    p = self.weights(x)
     a, b = (torch.einsum("...e,eij->...ij", p, t) for t in (self.A, self.B))
-    return F.linear(x, *base) + self.scale * (b @ (a @ x[..., None]))[..., 0]
+    return F.linear(x, weight, bias) + self.scale * (b @ (a @ x[..., None]))[..., 0]
 
 
 BROKEN: dict[str, Mutation] = {
-    "equal weights": _weights(lambda self, x, p: torch.full_like(p, 1 / p.shape[-1])),
-    "weights over tokens": _weights(lambda self, x, p: (x @ self.router.T).softmax(0)),
-    "no softmax": _weights(lambda self, x, p: x @ self.router.T),
-    "the others are not left out": _weights(lambda self, x, p: (x @ self.router.T).softmax(-1)),
-    "the chosen ones sum to one": _weights(lambda self, x, p: p / p.sum(-1, keepdim=True)),
-    "one router for all tokens": _weights(lambda self, x, p: p.flatten(0, -2).mean(0).expand_as(p)),
+    "equal weights": _mixture(lambda z, p: torch.full_like(p, 1 / p.shape[-1])),
+    "weights over tokens": _mixture(lambda z, p: z.softmax(0)),
+    "no softmax": _mixture(lambda z, p: z),
+    "the others are not left out": _mixture(lambda z, p: z.softmax(-1)),
+    "the chosen ones sum to one": _mixture(lambda z, p: p / p.sum(-1, keepdim=True)),
+    "one router for all tokens": _mixture(lambda z, p: p.flatten(0, -2).mean(0).expand_as(p)),
     "factors mixed, not outputs": (LAYER, "mixed", _factors_mixed),
     "s left out": begun(LAYER, lambda part, method: setattr(part, "scale", 1.0)),
     "B does not start at zero": begun(LAYER, lambda part, method: part.B.normal_()),

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import adapterlab as al
 from adapterlab.methods.mixture.molora import MoLoRA
-from adapterlab.ops.experts import scores, weighted_low_rank, weighted_scales
+from adapterlab.ops.experts import mixture, routed_low_rank, scores, selection, weighted_scales
 
 EXPERTS, RANK, IN, OUT = 3, 2, 5, 4
 
@@ -21,20 +21,31 @@ def normal(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def plain(x: Tensor, w: Tensor, a: Tensor, b: Tensor, scale: float, *base: Any) -> Tensor:
+FORMS: dict[str, dict[str, Any]] = {
+    "soft": {},
+    "cut": {"top_k": 2},
+    "renormalised": {"top_k": 2, "renormalised": True},
+}
+
+
+def plain(
+    x: Tensor, a: Tensor, b: Tensor, router: Tensor, shift: Tensor, scale: float, *base: Any, **form: Any
+) -> tuple[Tensor, Tensor]:
     """One expert after the other."""
+    z = x @ router.T + shift
+    w = mixture(z, selection(z, form.get("top_k")), form.get("renormalised", False))
     y = F.linear(x, *base) if base else 0
-    return y + scale * sum(w[..., e, None] * (x @ a[e].T @ b[e].T) for e in range(len(a)))
+    return y + scale * sum(w[..., e, None] * (x @ a[e].T @ b[e].T) for e in range(len(a))), z
 
 
 def leaves(shape: tuple[int, ...]) -> list[Tensor]:
-    found = [
-        normal(*shape, IN, seed=1),
-        normal(*shape, EXPERTS, seed=2),
-        normal(EXPERTS, RANK, IN, seed=3),
-        normal(EXPERTS, OUT, RANK, seed=4),
-    ]
-    return [leaf.requires_grad_() for leaf in found]
+    sizes = [(*shape, IN), (EXPERTS, RANK, IN), (EXPERTS, OUT, RANK), (EXPERTS, IN), (EXPERTS,)]
+    return [normal(*size, seed=i + 1).requires_grad_() for i, size in enumerate(sizes)]
+
+
+def loss(y: Tensor, z: Tensor) -> Tensor:
+    """One that asks for the scores as well."""
+    return y.sin().sum() + z.square().sum()
 
 
 BASES: dict[str, tuple[Tensor, ...]] = {
@@ -46,13 +57,16 @@ BASES: dict[str, tuple[Tensor, ...]] = {
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (0,)])
 @pytest.mark.parametrize("base", BASES)
-def test_value_and_gradients(shape: tuple[int, ...], base: str) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_value_and_gradients(shape: tuple[int, ...], base: str, form: str) -> None:
     given = leaves(shape)
-    wanted, found = plain(*given, 1.7, *BASES[base]), weighted_low_rank(*given, 1.7, 0.0, *BASES[base])
-    assert found.shape == wanted.shape
-    assert torch.allclose(found, wanted)
-    out = torch.randn_like(wanted)
-    grads = [torch.autograd.grad((y * out).sum(), given) for y in (wanted, found)]
+    more = dict(zip(("weight", "bias"), BASES[base], strict=False))
+    wanted = plain(*given, 1.7, *BASES[base], **FORMS[form])
+    found = routed_low_rank(*given, scale=1.7, **more, **FORMS[form])
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape
+        assert torch.allclose(one, other)
+    grads = [torch.autograd.grad(loss(*result), given) for result in (wanted, found)]
     assert all(torch.allclose(p, q) for p, q in zip(*grads, strict=True))
 
 
@@ -63,32 +77,36 @@ def test_gradcheck(p: float, base: str, packed: bool) -> None:
     again = (lambda: BASES["plain"][0].clone()) if packed and base == "plain" else None
     shift = normal(OUT, seed=6).requires_grad_()
 
-    def run(*given: Tensor) -> Tensor:
+    def run(*given: Tensor) -> tuple[Tensor, Tensor]:
         torch.manual_seed(3)
-        weight, bias = (BASES[base][0], given[4]) if base == "plain" else (None, None)
-        return weighted_low_rank(*given[:4], 0.3, p, weight, bias, again)
+        more = {"weight": BASES[base][0], "bias": given[5], "again": again} if base == "plain" else {}
+        return routed_low_rank(*given[:5], scale=0.3, p=p, **more)
 
     assert torch.autograd.gradcheck(run, (*leaves((2, 3)), shift))
 
 
-@pytest.mark.parametrize("left", range(4))
+@pytest.mark.parametrize("left", range(5))
 def test_only_the_gradients_that_are_needed(left: int) -> None:
     given = leaves((4,))
-    wanted = torch.autograd.grad(plain(*given, 1.0).square().sum(), given)
+    wanted = torch.autograd.grad(loss(*plain(*given, 1.0)), given)
     for i, leaf in enumerate(given):
         leaf.requires_grad_(i == left)
-    weighted_low_rank(*given, 1.0).square().sum().backward()
-    assert [leaf.grad is not None for leaf in given] == [i == left for i in range(4)]
+    loss(*routed_low_rank(*given)).backward()
+    assert [leaf.grad is not None for leaf in given] == [i == left for i in range(5)]
     found = given[left].grad
     assert found is not None
     assert torch.allclose(found, wanted[left])
 
 
 def test_the_operator_says_what_it_returns() -> None:
-    x, w, a, b = (leaf.detach() for leaf in leaves((4,)))
-    for seed, base in ((None, BASES["plain"]), (torch.tensor(3), (None, None))):
-        given = (x, w, a, b, *base, 0.5, 0.5 if seed is not None else 0.0, seed)
-        torch.library.opcheck(torch.ops.adapterlab.weighted_low_rank.default, given)
+    given = [leaf.detach() for leaf in leaves((4,))]
+    low = (given[0].bfloat16(), *(t.float() for t in given[1:]), None, None)
+    for tensors, dtype, seed in (
+        ((*given, normal(OUT), normal(OUT, IN)), torch.float64, None),
+        (low, torch.bfloat16, torch.tensor(3)),
+    ):
+        form = (dtype, 0.5, 2, True, 0.5 if seed is not None else 0.0, seed)
+        torch.library.opcheck(torch.ops.adapterlab.routed_low_rank.default, (*tensors, *form))
 
 
 def test_scores_are_those_of_float32() -> None:
@@ -112,21 +130,20 @@ def test_a_layer_keeps_its_input_the_thin_product_and_the_weights(dtype: torch.d
     x = torch.randn(10, 32, dtype=dtype, requires_grad=True)
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = saved_bytes(lambda: site.module(x), parameters)
-    weights = [10 * 5 * 4] if top_k is None else [10 * 5 * 4, 10 * 5 * 4, 10 * 5]  # p, what is left of it, and which
-    assert sorted(kept.values()) == sorted([10 * 32 * dtype.itemsize, 10 * 20 * dtype.itemsize, 8, *weights])
+    sizes = [10 * 32 * dtype.itemsize, 10 * 20 * dtype.itemsize, 10 * 5 * 4, 8]  # x, x Aᵀ, the scores, the seed
+    assert sorted(kept.values()) == sorted(sizes)
     assert x.untyped_storage().data_ptr() in kept  # the input itself, not a copy
 
 
-def test_half_precision_input_with_float32_experts(tiny: Any, randomise: Any) -> None:
-    x, w, a, b = (leaf.detach().float() for leaf in leaves((6,)))
-    low = x.bfloat16().requires_grad_()
-    given = [low, *(leaf.requires_grad_() for leaf in (w, a, b))]
-    y = weighted_low_rank(*given, 0.5)
-    assert y.dtype == torch.bfloat16
-    found = torch.autograd.grad(y.float().square().sum(), given)
+def test_half_precision_input_with_float32_experts() -> None:
+    x, *rest = (leaf.detach().float() for leaf in leaves((6,)))
+    given = [x.bfloat16().requires_grad_(), *(leaf.requires_grad_() for leaf in rest)]
+    y, z = routed_low_rank(*given, scale=0.5)
+    assert (y.dtype, z.dtype) == (torch.bfloat16, torch.float32)
+    found = torch.autograd.grad(loss(y.float(), z), given)
     exact = [leaf.detach().double().requires_grad_() for leaf in given]
-    wanted = torch.autograd.grad(plain(*exact, 0.5).square().sum(), exact)
-    assert [g.dtype for g in found] == [torch.bfloat16, *[torch.float32] * 3]
+    wanted = torch.autograd.grad(loss(*plain(*exact, 0.5)), exact)
+    assert [g.dtype for g in found] == [torch.bfloat16, *[torch.float32] * 4]
     for one, other in zip(found, wanted, strict=True):
         assert (one.double() - other).abs().max() < 0.05 * other.abs().max()
 
@@ -140,8 +157,9 @@ def test_the_layer_is_the_same_with_the_base_and_apart(
     randomise(host)
     layer: Any = host.adapters("default")["model.layers.0.self_attn.q_proj"]
     x = torch.randn(2, 5, 32, requires_grad=True)
-    site, p = layer.site, torch.softmax(x @ layer.router.T, -1)
-    wanted = plain(x, p, layer.A, layer.B, layer.scale, site.module.weight, site.module.bias)
+    site = layer.site
+    given = (x, layer.A, layer.B, layer.router, torch.zeros(3), layer.scale)
+    wanted, _ = plain(*given, site.module.weight, site.module.bias)
     if base == "apart":
         monkeypatch.setattr("adapterlab.engine.fusion.may_fuse", lambda adapter, x: False)
     with torch.autocast("cpu", torch.bfloat16, enabled=base == "autocast"):

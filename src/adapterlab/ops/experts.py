@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,50 +10,86 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapterlab.ops.low_rank import dropout_mask, kept, thin_added, unfolded
+from adapterlab.ops.low_rank import dropout_mask, kept, unfolded
 from adapterlab.ops.operator import operator
 
 
-def weighted_low_rank(
+def routed_low_rank(
     x: Tensor,
-    w: Tensor,
     a: Tensor,
     b: Tensor,
-    scale: float,
+    router: Tensor,
+    shift: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    top_k: int | None = None,
+    renormalised: bool = False,
     p: float = 0.0,
+    dtype: torch.dtype | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     again: Callable[[], Tensor] | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Compute y = x Wᵀ + bias + scale · Σ_e w_e B_e A_e drop(x) with a frozen W, or the sum alone.
 
-    A weight of one token commutes with B_e, so all A_e are one product and all B_e another, with the weights between:
-    (w ⊙ (x Aᵀ)) Bᵀ, A `[E r, in]`, B `[out, E r]`. The node keeps x, x Aᵀ and the weights; x is never copied to another
-    dtype, and what is as wide as x or y is added in place. The mask of the dropout is drawn again from its seed.
+    w = `mixture`(z) of the scores z = x Rᵀ + shift. A weight of one token commutes with B_e, so all A_e are one product
+    and all B_e another, with the weights between: (w ⊙ (x Aᵀ)) Bᵀ, A `[E r, in]`, B `[out, E r]`. With few experts for
+    each token those left out count 0: to gather the tokens of each expert takes longer on a CPU.
+
+    The node keeps x, x Aᵀ and z. Scores and weights are in the router's dtype. In the backward pass the router is E
+    more rows of A: its gradient and its share of that of x come from the products of A, in their dtype. The mask of the
+    dropout is drawn again from its seed.
 
     Args:
         x: `[..., in]`.
-        w: `[..., E]`, in any dtype.
         a: A `[E, r, in]`.
         b: B `[E, out, r]`.
+        router: R `[E, in]`.
+        shift: `[E]` or None.
         scale: factor of the updates.
+        top_k: experts that a token uses; None: all.
+        renormalised: see `mixture`.
         p: share of the elements of x that the updates do not see; the others are divided by 1 − p.
+        dtype: of the products and of y; default: that of x.
         weight: W `[out, in]`, may be a transposed view; gets no gradient. None: without x Wᵀ and bias.
         bias: `[out]` or None.
         again: makes `weight` once more for the backward pass, so that a weight unpacked for this call is not kept.
 
     Returns:
-        `[..., out]` in x's dtype.
+        y `[..., out]` and z `[..., E]`, which may be used for losses.
     """
     seed = torch.randint(2**62, (), device="cpu") if p else None
-    y: Tensor = _WeightedLowRank.apply(x, w, a, b, weight, bias, scale, p, seed, again)
-    return y
+    form = (dtype or x.dtype, scale, top_k or 0, renormalised, p, seed)
+    y, z = _RoutedLowRank.apply(x, a, b, router, shift, bias, weight, again, *form)
+    return y, z
 
 
-def scores(x: Tensor, router: Tensor) -> Tensor:
-    """Compute x Rᵀ in the dtype of R for x `[..., in]` in any dtype and R `[E, in]`; keeps x as it came."""
+def selection(z: Tensor, top_k: int | None) -> Tensor | None:
+    """Say which experts each token uses, those with the largest scores: `[..., E]`, or None for all."""
+    if not top_k:
+        return None
+    return torch.zeros_like(z, dtype=torch.bool).scatter_(-1, z.topk(top_k, -1).indices, True)
+
+
+def mixture(z: Tensor, chosen: Tensor | None, renormalised: bool) -> Tensor:
+    """Return weights of experts: softmax over all, of which those not chosen count 0, or over the chosen ones alone.
+
+    Args:
+        z: scores `[..., E]`.
+        chosen: which are used, or None.
+        renormalised: the weights of those sum to one.
+    """
+    if chosen is None:
+        return z.softmax(-1)
+    if renormalised:
+        return z.masked_fill(~chosen, -math.inf).softmax(-1)
+    return z.softmax(-1).masked_fill(~chosen, 0)
+
+
+def scores(x: Tensor, router: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Compute x Rᵀ + shift in the dtype of R `[E, in]`, for x `[..., in]` in any dtype; keeps x as it came."""
     z: Tensor = _Scores.apply(x, router)
-    return z
+    return z if shift is None else z + shift
 
 
 def weighted_scales(u: Tensor, w: Tensor, scales: Tensor) -> Tensor:
@@ -72,103 +109,145 @@ def weighted_scales(u: Tensor, w: Tensor, scales: Tensor) -> Tensor:
     return y
 
 
-def below(a: Tensor) -> Tensor:
+def _below(a: Tensor) -> Tensor:
     """See A `[E, r, in]` as `[E r, in]`."""
     return a.flatten(0, 1)
 
 
-def beside(b: Tensor, dtype: torch.dtype) -> Tensor:
+def _beside(b: Tensor, dtype: torch.dtype) -> Tensor:
     """Lay B `[E, out, r]` out as `[out, E r]`."""
     return b.to(dtype).transpose(0, 1).flatten(1)
 
 
-def weighed(h: Tensor, w: Tensor) -> Tensor:
+def _weighed(h: Tensor, w: Tensor) -> Tensor:
     """Multiply the blocks of r columns of h `[tokens, E r]` by w `[tokens, E]`."""
     return (h.unflatten(1, (w.shape[1], -1)) * w.to(h.dtype).unsqueeze(-1)).flatten(1)
 
 
-def _fake(x: Tensor, w: Tensor, a: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), b.shape[1]), x.new_empty(len(x), a.shape[0] * a.shape[1])
+def _product(x: Tensor, router: Tensor, shift: Tensor | None = None) -> Tensor:
+    z = x.to(router.dtype) @ router.T
+    return z if shift is None else z.add_(shift)
+
+
+def _fake(x: Tensor, a: Tensor, b: Tensor, router: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    low = x.new_empty(0, dtype=rest[3])
+    tokens, (experts, r, _) = len(x), a.shape
+    return low.new_empty(tokens, b.shape[1]), low.new_empty(tokens, experts * r), router.new_empty(tokens, experts)
 
 
 @operator(
-    "weighted_low_rank(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? weight, Tensor? bias, float scale, float p,"
-    " Tensor? seed) -> (Tensor, Tensor)",
+    "routed_low_rank(Tensor x, Tensor a, Tensor b, Tensor router, Tensor? shift, Tensor? bias, Tensor? weight,"
+    " ScalarType dtype, float scale, int top_k, bool renormalised, float p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
     _fake,
 )
-def weighted(
+def routed(
     x: Tensor,
-    w: Tensor,
     a: Tensor,
     b: Tensor,
-    weight: Tensor | None,
+    router: Tensor,
+    shift: Tensor | None,
     bias: Tensor | None,
+    weight: Tensor | None,
+    dtype: torch.dtype,
     scale: float,
+    top_k: int,
+    renormalised: bool,
     p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Compute y and the thin product drop(x) Aᵀ, without its factor 1 / (1 − p), for x `[tokens, in]`."""
-    h = (x if seed is None else x * dropout_mask(x, x.shape[1], p, seed)) @ below(a).to(x.dtype).T
-    thin, wide = weighed(h, w), beside(b, x.dtype).T
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute y, the thin product drop(x) Aᵀ, without its factor 1 / (1 − p), and z, for x `[tokens, in]`."""
+    z, low = _product(x, router, shift), x.to(dtype)
+    h = (low if seed is None else low * dropout_mask(low, low.shape[1], p, seed)) @ _below(a).to(dtype).T
+    thin = _weighed(h, mixture(z, selection(z, top_k), renormalised))
+    wide = _beside(b, dtype).T
     if weight is None:
-        return (thin @ wide).mul_(scale / kept(p)), h
-    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return y.addmm_(thin, wide, alpha=scale / kept(p)), h
+        return (thin @ wide).mul_(scale / kept(p)), h, z
+    y = F.linear(low, weight, None if bias is None else bias.to(dtype))
+    return y.addmm_(thin, wide, alpha=scale / kept(p)), h, z
 
 
-class _WeightedLowRank(torch.autograd.Function):
+class _RoutedLowRank(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        w: Tensor,
         a: Tensor,
         b: Tensor,
-        weight: Tensor | None,
+        router: Tensor,
+        shift: Tensor | None,
         bias: Tensor | None,
+        weight: Tensor | None,
+        again: Callable[[], Tensor] | None,
+        dtype: torch.dtype,
         scale: float,
+        top_k: int,
+        renormalised: bool,
         p: float,
         seed: Tensor | None,
-        again: Callable[[], Tensor] | None,
-    ) -> Tensor:
-        flat, rows = x.reshape(-1, x.shape[-1]), w.reshape(-1, w.shape[-1])
-        y, h = weighted(flat, rows, a, b, weight, bias, scale, p, seed)
-        _, need_w, need_a, need_b = ctx.needs_input_grad[:4]
-        held = None if again else weight
-        ctx.save_for_backward(flat if need_a else None, h if need_w or need_b else None, rows, held, a, b, seed)
+    ) -> tuple[Tensor, Tensor]:
+        flat = x.reshape(-1, x.shape[-1])
+        y, h, z = routed(flat, a, b, router, shift, bias, weight, dtype, scale, top_k, renormalised, p, seed)
+        trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        ctx.save_for_backward(flat if trained else None, h, z, None if again else weight, a, b, router, seed)
         ctx.scale, ctx.p, ctx.again = scale / kept(p), p, again
+        ctx.top_k, ctx.renormalised, ctx.x_dtype = top_k, renormalised, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return unfolded(y, x)
+        return unfolded(y, x), unfolded(z, x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat, h, w, weight, a, b, seed = ctx.saved_tensors
-        need_x, need_w, need_a, need_b, _, need_bias = ctx.needs_input_grad[:6]
-        g = grad.reshape(-1, grad.shape[-1])
-        gx = gw = ga = gb = gbias = None
-        if need_x or need_w or need_a:
-            gh = (g @ beside(b, g.dtype)).mul_(ctx.scale)
-            if need_w:
-                gw = _by_expert(gh, h, w).view(*grad.shape[:-1], -1)
-            gh = weighed(gh, w)
-            mask = None if seed is None else dropout_mask(g, a.shape[-1], ctx.p, seed)
-            if need_x:
-                weight = ctx.again() if ctx.again else weight
-                wide = g.new_zeros(len(g), a.shape[-1]) if weight is None else g @ weight
-                gx = thin_added(wide, gh, below(a), mask).view(*grad.shape[:-1], -1)
-            if need_a:
-                ga = (gh.T @ (flat if mask is None else flat * mask)).to(a.dtype).view(a.shape)
+    def backward(ctx: Any, grad: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
+        flat, h, z, weight, a, b, router, seed = ctx.saved_tensors
+        need_x, need_a, need_b, need_router, need_shift, need_bias = ctx.needs_input_grad[:6]
+        g, chosen = grad.reshape(-1, grad.shape[-1]), selection(z, ctx.top_k)
+        w = mixture(z, chosen, ctx.renormalised)
+        gh = (g @ _beside(b, g.dtype)).mul_(ctx.scale)
+        gz = _into_scores(z, w, (gh * h).unflatten(1, (len(a), -1)).sum(-1, dtype=z.dtype), chosen, ctx.renormalised)
+        gz = gz.add_(grad_z.reshape(gz.shape))
+        gh = _weighed(gh, w)
+        gx = ga = gb = grouter = None
+        mask = None if seed is None else dropout_mask(g, a.shape[-1], ctx.p, seed)
+        if need_x:
+            weight = ctx.again() if ctx.again else weight
+            wide = g.new_zeros(len(g), a.shape[-1]) if weight is None else g @ weight
+            wide = _into_input(wide, gh, gz, _below(a).to(g.dtype), router.to(g.dtype), mask)
+            gx = wide.to(ctx.x_dtype).view(*grad.shape[:-1], a.shape[-1])
+        if need_a or need_router:
+            ga, grouter = _into_rows(flat.to(g.dtype), gh, gz, mask)
+            ga, grouter = ga.to(a.dtype).view(a.shape), grouter.to(router.dtype)
         if need_b:
-            wide = (g.T @ weighed(h, w)).mul_(ctx.scale)
+            wide = (g.T @ _weighed(h, w)).mul_(ctx.scale)
             gb = wide.to(b.dtype).unflatten(1, (len(b), -1)).transpose(0, 1)
-        if need_bias:
-            gbias = g.sum(0).to(ctx.bias_dtype)
-        return gx, gw, ga, gb, None, gbias, None, None, None, None
+        gshift = gz.sum(0) if need_shift else None
+        gbias = g.sum(0).to(ctx.bias_dtype) if need_bias else None
+        rest = (None,) * 8
+        return gx, ga if need_a else None, gb, grouter if need_router else None, gshift, gbias, *rest
 
 
-def _by_expert(one: Tensor, other: Tensor, w: Tensor) -> Tensor:
-    """Sum the products of two `[tokens, E r]` over the columns of each expert: `[tokens, E]` in the dtype of w."""
-    return (one * other).unflatten(1, (w.shape[1], -1)).sum(-1, dtype=w.dtype)
+def _into_scores(z: Tensor, w: Tensor, gw: Tensor, chosen: Tensor | None, renormalised: bool) -> Tensor:
+    """The gradient of the scores from that of the weights: what reaches one weight, less its share of what reaches all.
+
+    The shares are those of the softmax, which are not the weights where some of them were set to 0 afterwards.
+    """
+    gw = gw * w
+    shares = w if chosen is None or renormalised else z.softmax(-1)
+    return gw.addcmul_(shares, gw.sum(-1, keepdim=True), value=-1)
+
+
+def _into_input(wide: Tensor, gh: Tensor, gz: Tensor, a: Tensor, router: Tensor, mask: Tensor | None) -> Tensor:
+    """Add gh A, where the mask has ones, and gz R to `wide` in place."""
+    gz = gz.to(wide.dtype)
+    if mask is None:
+        return wide.addmm_(torch.cat([gh, gz], 1), torch.cat([a, router]))
+    return wide.addcmul_(gh @ a, mask).addmm_(gz, router)
+
+
+def _into_rows(x: Tensor, gh: Tensor, gz: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradients of A `[E r, in]` and R `[E, in]`."""
+    gz = gz.to(x.dtype)
+    if mask is None:
+        rows = torch.cat([gh, gz], 1).T @ x
+        return rows[: gh.shape[1]], rows[gh.shape[1] :]
+    return gh.T @ (x * mask), gz.T @ x
 
 
 class _Scores(torch.autograd.Function):
@@ -177,15 +256,15 @@ class _Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, router: Tensor) -> Tensor:
         ctx.save_for_backward(x, router)
-        return x.to(router.dtype) @ router.T
+        return _product(x, router)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, router = ctx.saved_tensors
         need_x, need_router = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
-        grouter = rows.T @ x.reshape(-1, x.shape[-1]).to(router.dtype) if need_router else None
-        return (grad @ router).to(x.dtype) if need_x else None, grouter
+        low, rows = grad.to(x.dtype), x.reshape(-1, x.shape[-1])
+        grouter = (low.reshape(-1, grad.shape[-1]).T @ rows).to(router.dtype) if need_router else None
+        return low @ router.to(x.dtype) if need_x else None, grouter
 
 
 class _WeightedScales(torch.autograd.Function):

@@ -16,7 +16,7 @@ from adapterlab.core.method import LayerMethod
 from adapterlab.core.site import Site
 from adapterlab.core.state import State
 from adapterlab.errors import AttachError
-from adapterlab.ops.experts import scores, weighted_low_rank
+from adapterlab.ops import experts as ops
 from adapterlab.ops.low_rank import autocasts
 
 
@@ -52,31 +52,14 @@ class Routed(Adapter):
     def weights(self, x: Tensor) -> Tensor:
         """What each expert counts for each token: `[..., width]` to `[..., E]`, in the router's dtype."""
         with torch.autocast(x.device.type, enabled=False):
-            z = self.scores(x)
-            chosen = self.selection(z)
-            w = self.mixture(z, chosen)
-            self.routed(x, z, chosen, w)
+            return self.note(x, ops.scores(x, self.router, self.shift))
+
+    def note(self, x: Tensor, z: Tensor) -> Tensor:
+        """The weights that the scores z of the tokens x give; whoever wants to know of them is told."""
+        chosen = ops.selection(z, self.top_k)
+        w = ops.mixture(z, chosen, self.renormalised)
+        self.routed(x, z, chosen, w)
         return w
-
-    def scores(self, x: Tensor) -> Tensor:
-        """Z = R x + shift: `[..., E]`."""
-        z = scores(x, self.router)
-        return z if self.shift is None else z + self.shift
-
-    def selection(self, z: Tensor) -> Tensor | None:
-        """Which experts each token uses, those with the largest scores: `[..., E]`, or None for all."""
-        if self.top_k is None:
-            return None
-        top = z.topk(self.top_k, -1).indices
-        return torch.zeros_like(z, dtype=torch.bool).scatter_(-1, top, True)
-
-    def mixture(self, z: Tensor, chosen: Tensor | None) -> Tensor:
-        """Softmax over all experts, of which those not chosen count 0, or over the chosen ones alone."""
-        if chosen is None:
-            return z.softmax(-1)
-        if self.renormalised:
-            return z.masked_fill(~chosen, -math.inf).softmax(-1)
-        return z.softmax(-1).masked_fill(~chosen, 0)
 
     def routed(self, x: Tensor, z: Tensor, chosen: Tensor | None, w: Tensor) -> None:
         """Take note of how the tokens x were routed: by scores, choice and weights `[..., E]`."""
@@ -86,8 +69,7 @@ class Routed(Adapter):
 class Experts(Routed):
     """Stacked low-rank experts: A `[E, r, in]`, B `[E, out, r]`.
 
-    Also with few experts for each token all of them are computed, in two products with the weights between. To gather
-    the tokens of each expert copies x as often as a token has experts and makes many small products of few large ones.
+    Also with few experts for each token all of them are computed, in two products with the weights between.
     """
 
     def __init__(self, method: Mixture, site: Site, count: int, state: State):
@@ -108,20 +90,23 @@ class Experts(Routed):
 
     def added(self, x: Tensor) -> Tensor:
         """S · Σ_e w_e B_e A_e drop(x)."""
-        w = self.weights(x)
-        if autocasts(x):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
         with torch.autocast(x.device.type, enabled=False):
-            return self.mixed(x, w)
+            return self.mixed(x, dtype=dtype)
 
     def whole(self, x: Tensor) -> Tensor | None:
         """Base and experts together."""
         weight, *again = self.site.frozen_weight(x.dtype)
-        return self.mixed(x, self.weights(x), weight, self.site.bias, *again)
+        return self.mixed(x, weight=weight, bias=self.site.bias, again=again[0] if again else None)
 
-    def mixed(self, x: Tensor, w: Tensor, *base: Any) -> Tensor:
+    def mixed(self, x: Tensor, **more: Any) -> Tensor:
         """S · Σ_e w_e B_e A_e drop(x) and, given the weight and the bias of the base, W x + b."""
-        return weighted_low_rank(x, w, self.A, self.B, self.scale, self.p if self.training else 0.0, *base)
+        form = {"scale": self.scale, "top_k": self.top_k, "renormalised": self.renormalised}
+        p = self.p if self.training else 0.0
+        y, z = ops.routed_low_rank(x, self.A, self.B, self.router, self.shift, p=p, **form, **more)
+        if self.state.listening or self.state.observed is not None:
+            self.note(x, z)
+        return y
 
 
 class Single(Delta):
