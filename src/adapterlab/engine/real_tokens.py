@@ -129,7 +129,8 @@ class _Leave:
 
 def _before_filling(ids: Tensor, filler: int | None) -> Tensor:
     """Everything up to the last token that is no filling; the first one always, with which some models begin."""
-    last = (ids != filler).flip(1).long().cummax(1).values.flip(1).bool()
+    told: Tensor = ids != filler
+    last = told.flip(1).long().cummax(1).values.flip(1).bool()
     last[:, 0] = True
     return last
 
