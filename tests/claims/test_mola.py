@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from clusters import RANK, WIDTH, fitted, updates
+from clusters import CLUSTERS, WIDTH, fitted
 from mutations import Mutation, begun, fails_without
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,15 +20,15 @@ from adapterlab.hosts import Host, attach
 from adapterlab.methods.mixture.mola import Balance, MoLA
 from adapterlab.ops import experts
 
+NARROW = 4
+
 
 class Tower(nn.Module):
-    """Two linear layers in a stack."""
+    """Two linear layers in a stack, the first of which makes few numbers."""
 
-    def __init__(self, upper: nn.Module):
+    def __init__(self) -> None:
         super().__init__()
-        lower = nn.Linear(WIDTH, WIDTH, bias=False)
-        nn.init.eye_(lower.weight)
-        self.layers = nn.ModuleList([lower, upper])
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, NARROW, bias=False), nn.Linear(NARROW, WIDTH, bias=False)])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -37,24 +37,31 @@ class Tower(nn.Module):
 
 
 def measure() -> dict[str, float]:
-    """Errors with more experts below and with more above, where what differs between inputs is decided above.
+    """Errors with more experts above and with more below, as large in all but for the routers.
 
-    The lower layer has to learn one change for all inputs, the upper one another for each cluster.
+    In each of four clusters another update of the upper layer is right, and it leads out of what the lower one, which
+    sees the same clusters, can reach through the frozen weight above.
     """
+    draw = torch.Generator().manual_seed(1)
+    which = torch.arange(512) % CLUSTERS
+    x = 4 * torch.randn(CLUSTERS, WIDTH, generator=draw)[which] + torch.randn(512, WIDTH, generator=draw)
+    deltas = torch.randn(CLUSTERS, WIDTH, NARROW, generator=draw)
     found = {}
     for pattern in ("24", "42"):
-        x, y, model = updates(0)
-        turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(9))).Q
-        tower = Tower(model[0])
-        tower.layers[0].weight.data = turn
-        method = MoLA(experts=pattern, r=RANK, alpha=4.0, balance=0.0, targets=["all-linear"])
-        found[pattern] = fitted(method, x @ turn, y, tower, steps=300)
+        torch.manual_seed(0)
+        tower = Tower()
+        with torch.no_grad():
+            update = torch.einsum("ni,noi->no", tower.layers[0](x), deltas[which])
+            y = (tower(x) + update) / update.std()
+            tower.layers[1].weight /= update.std()
+        method = MoLA(experts=pattern, r=NARROW, alpha=8.0, balance=0.0)
+        found[pattern] = fitted(method, x, y, tower, steps=200, lr=3e-2)
     return found
 
 
 def holds(errors: dict[str, float]) -> bool:
     """The claim: experts pay where they are needed."""
-    return errors["24"] <= 0.7 * errors["42"]
+    return errors["24"] <= 0.5 * errors["42"]
 
 
 def test_claim() -> None:
@@ -136,7 +143,7 @@ def reference(host: Host, batch: dict[str, Tensor], real: Tensor) -> tuple[Tenso
     total = torch.zeros(())
     for logits in (torch.cat(found) for found in rows.values()):
         p = logits.softmax(-1)
-        counts = F.one_hot(p.topk(2).indices, p.shape[-1]).sum((0, 1))
+        counts = F.one_hot(p.topk(2).indices, p.shape[-1]).sum((0, 1)).double()
         total = total + 0.01 * p.shape[-1] * (counts / counts.sum() * p.mean(0)).sum()
     return _with_gradients(host, total)
 
@@ -149,13 +156,14 @@ def test_balance(mode: Any, tiny: Any, batch_for: Any, randomise: Any) -> None:
     randomise(host)
     batch = batch_for(model)
     wanted, grads = reference(host, batch, batch["attention_mask"].bool())
-    assert len(grads) > 0
+    assert any(key.endswith(".A") for key in grads), "what comes before a router matters to it"
     host.recompute(mode)
     for _ in range(2):  # a second pass begins anew
         found, ours = emitted(host, batch)
         assert torch.allclose(found, wanted)
-        assert ours.keys() == grads.keys()
-        assert all(torch.allclose(ours[key], grads[key], atol=1e-12) for key in grads)
+        for key in ours.keys() | grads.keys():
+            one, other = (given.get(key, torch.zeros((), dtype=torch.float64)) for given in (ours, grads))
+            assert torch.allclose(one, other, atol=1e-12), key
 
 
 def test_what_the_balance_says() -> None:

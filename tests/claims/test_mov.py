@@ -73,6 +73,7 @@ def test_formula(case: str, top_k: int | None, tiny: Any, randomise: Any) -> Non
     parts: Any = host.adapters("default")
     path = next(path for path in parts if path.endswith(end))
     part, module = parts[path], model.get_submodule(path)
+    assert part.on_input == (case == "down")
     x = torch.randn(2, 3, 48 if case == "down" else 32, dtype=torch.float64)
     with host.using():
         base = module(x)

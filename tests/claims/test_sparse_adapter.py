@@ -200,7 +200,7 @@ def test_masks_are_kept_through_training_and_saving(tmp_path: Any) -> None:
         optimizer.step()
         optimizer.zero_grad()
     layer: Any = host.adapters(NAME)["layers.1.mlp"]
-    zero = layer.whole("down")[~before["adapter.layers.1.mlp.down"]]
+    zero = layer.dense("down")[~before["adapter.layers.1.mlp.down"]]
     assert not zero.any()
     assert len(zero)
     saved = host.state_dict(NAME)
@@ -257,7 +257,7 @@ def test_refusals(tiny: Any, batch_for: Any) -> None:
 
 
 SPARSE, LAYER = SparseAdapter, SparseAdapter.Layer
-KEPT, WHOLE, CUT = SPARSE.kept, LAYER.whole, LAYER.cut
+KEPT, DENSE, CUT = SPARSE.kept, LAYER.dense, LAYER.cut
 
 
 def _sums(host: Any, parameters: Any, given: Any, term: Any) -> dict[str, Tensor]:
@@ -281,8 +281,8 @@ BROKEN: dict[str, Mutation] = {
     "nothing kept in a quiet matrix": (sparse_adapter, "highest", lambda scores, k: [
         s >= torch.cat([t.flatten() for t in scores]).topk(k).values.min() for s in scores
     ]),
-    "the mask is not used": (LAYER, "whole", lambda self, key: WHOLE(self, key) + 0.01 * self.is_cut),
-    "biases are pruned": (LAYER, "weights", lambda self: (self.whole("down"), 0 * self.down_bias, self.whole("up"),
+    "the mask is not used": (LAYER, "dense", lambda self, key: DENSE(self, key) + 0.01 * self.is_cut),
+    "biases are pruned": (LAYER, "weights", lambda self: (self.dense("down"), 0 * self.down_bias, self.dense("up"),
                                                           self.up_bias)),
     "values start anew": (LAYER, "cut", lambda self, key, mask: (
         CUT(self, key, mask), nn.init.normal_(getattr(self, key), std=0.02))),

@@ -221,14 +221,14 @@ class SparseAdapter(Bottleneck):
             setattr(self, key, nn.Parameter(whole.detach()[mask]))
             self.register_buffer(f"{key}_mask", mask)
 
-        def whole(self, key: str) -> Tensor:
+        def dense(self, key: str) -> Tensor:
             """W ⊙ M of one matrix."""
             values, mask = getattr(self, key), self._buffers.get(f"{key}_mask")
             return values if mask is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
 
         def weights(self) -> Weights:
             """The pruned matrices and the biases."""
-            return self.whole("down"), self.down_bias, self.whole("up"), self.up_bias
+            return self.dense("down"), self.down_bias, self.dense("up"), self.up_bias
 
 
 def enough(batches: Batches, rows: int) -> Iterator[Mapping[str, Tensor]]:

@@ -101,9 +101,8 @@ class Experts(Routed):
 
     def mixed(self, x: Tensor, **more: Any) -> Tensor:
         """S · Σ_e w_e B_e A_e drop(x) and, given the weight and the bias of the base, W x + b."""
-        form = {"scale": self.scale, "top_k": self.top_k, "renormalised": self.renormalised}
-        p = self.p if self.training else 0.0
-        y, z = ops.routed_low_rank(x, self.A, self.B, self.router, self.shift, p=p, **form, **more)
+        more |= {"p": self.p if self.training else 0.0, "top_k": self.top_k, "renormalised": self.renormalised}
+        y, z = ops.routed_low_rank(x, self.A, self.B, self.router, self.shift, scale=self.scale, **more)
         if self.state.listening or self.state.observed is not None:
             self.note(x, z)
         return y
