@@ -129,7 +129,7 @@ class _Leave:
 
 def _before_filling(ids: Tensor, filler: int | None) -> Tensor:
     """Everything up to the last token that is no filling; the first one always, with which some models begin."""
-    told: Tensor = ids != filler
+    told = torch.ones_like(ids, dtype=torch.bool) if filler is None else ids.ne(filler)
     last = told.flip(1).long().cummax(1).values.flip(1).bool()
     last[:, 0] = True
     return last
