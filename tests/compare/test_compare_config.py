@@ -15,7 +15,8 @@ import yaml
 
 from adapterlab import registry
 from adapterlab.cli import main
-from adapterlab.compare import CompareConfig, compare, load_config
+from adapterlab.compare import CompareConfig, compare, load_config, preparing
+from adapterlab.compare.config import DATA, TRAIN
 from adapterlab.errors import ConfigError, DataError, OutputError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -107,6 +108,22 @@ def test_rows_that_cannot_judge(
     with pytest.raises(DataError, match=words):
         compare(CompareConfig(**{**fields, **change, "data": data}))
     assert not pool.started
+
+
+def test_columns_that_a_method_reads_stand_in_the_rows_of_all_runs(fields: dict[str, Any]) -> None:
+    file = Path(fields["data"]["path"])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**row, "type": i % 2}) + "\n" for i, row in enumerate(rows)))
+    config = CompareConfig(**{**fields, "methods": ["lora", "loramoe"]})
+    facts, _, train, held = preparing.read_rows(config, config.contenders())
+    assert all(example.numbers["type"] in (0, 1) for example in (*train, *held))
+    with preparing.claimed(config, overwrite=False):
+        preparing.write_rows(config, facts, train, held)
+    written = [json.loads(line) for line in (config.output / DATA / TRAIN).read_text().splitlines()]
+    assert [row["type"] for row in written] == [example.numbers["type"] for example in train]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="nothing in column 'type'"):
+        preparing.read_rows(config, config.contenders())
 
 
 def test_another_comparison_in_the_folder_stays(fields: dict[str, Any], inline: Callable[..., Any]) -> None:

@@ -35,7 +35,8 @@ ACTIVE = [
     for m in CLASSES
     if any(map(m.overrides, ACTING)) and not (m.overrides("gradient") or m.overrides("example_batch"))
 ]
-DYNAMIC = [*list({THEIRS[m]: m for m in reversed(ACTIVE)}.values())[::-1], everywhere.Emitting]
+ALIKE = list({THEIRS[m]: m for m in reversed(ACTIVE)}.values())[::-1]  # whatever the batches of a step are
+DYNAMIC = [*ALIKE, everywhere.Emitting]
 dynamic = pytest.mark.parametrize("cls", DYNAMIC, ids=lambda cls: cls.id)
 
 
@@ -64,7 +65,7 @@ def alone(cls: type[Method]) -> State:
     return state_of(loop.host)
 
 
-@dynamic
+@pytest.mark.parametrize("cls", ALIKE, ids=lambda cls: cls.id)
 def test_our_own_loop_tells_events_once_a_step_and_parts_change_nothing(
     cls: type[Method], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,13 +84,12 @@ def test_kinds_that_are_wrong_or_missing_are_refused_before_training(config: Con
 
 def test_a_router_that_collapsed_is_named(config: Config, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layer: Any = al.method("loramoe").Layer
-    plain, alone = layer.mixture, torch.tensor([0.0, 1.0, 0.0, 0.0])
+    plain, alone = layer.routed, torch.tensor([0.0, 1.0, 0.0, 0.0])
 
-    def mixture(self: Any, z: torch.Tensor, chosen: Any) -> torch.Tensor:
-        w = plain(self, z, chosen)
-        return 0.02 * w + 0.98 * alone if self.site.role == "down" else w
+    def routed(self: Any, x: Any, z: Any, chosen: Any, w: torch.Tensor) -> None:
+        plain(self, x, z, chosen, 0.02 * w + 0.98 * alone if self.site.role == "down" else w)
 
-    monkeypatch.setattr(layer, "mixture", mixture)
+    monkeypatch.setattr(layer, "routed", routed)
     result = fit(fields(config, root), quiet=True)
     assert result is not None
     assert "95% of the weight in 2 of 4 modules: model.layers.0.mlp.down_proj (1), " in result.outcome["routers"]

@@ -65,7 +65,7 @@ class _Enter:
         outer = calls[-1] if calls else None
         calls.append(outer)  # what fails here fails the call, and `_Leave` is called for it all the same
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        calls[-1] = self.decoded(given) if "decoder_input_ids" in self.names else self.called(given, outer)
+        calls[-1] = self.decoded(given, outer) if "decoder_input_ids" in self.names else self.called(given, outer)
 
     def called(self, given: Mapping[str, Any], outer: Any) -> Tokens:
         """What the call of a model says, of an encoder, or of a decoder."""
@@ -80,7 +80,7 @@ class _Enter:
         tokens.memory, tokens.states = Tokens(there, _plain(given.get("encoder_attention_mask"), there)), states
         return tokens
 
-    def decoded(self, given: Mapping[str, Any]) -> Tokens:
+    def decoded(self, given: Mapping[str, Any], outer: Any) -> Tokens:
         """What a call around an encoder and a decoder says about the decoder's tokens.
 
         Those without a label train nothing, and fill the row.
@@ -94,6 +94,8 @@ class _Enter:
             return Tokens(shape, _plain(mask, shape))
         if isinstance(labels, Tensor) and tuple(labels.shape) == shape:
             return Tokens(shape, lambda: labels != IGNORED)
+        if isinstance(outer, Tokens) and outer.shape == shape:  # the head's call knew the labels
+            return Tokens(shape, outer.mask)
         if not isinstance(ids, Tensor) or self.filler is None:
             return Tokens(shape)
         return Tokens(shape, lambda: _before_filling(ids, self.filler))
@@ -127,7 +129,8 @@ class _Leave:
 
 def _before_filling(ids: Tensor, filler: int | None) -> Tensor:
     """Everything up to the last token that is no filling; the first one always, with which some models begin."""
-    last = (ids != filler).flip(1).long().cummax(1).values.flip(1).bool()
+    told: Tensor = ids != filler
+    last = told.flip(1).long().cummax(1).values.flip(1).bool()
     last[:, 0] = True
     return last
 

@@ -94,6 +94,11 @@ def shifts_labels(model: Any) -> bool:
     return loss is ForCausalLMLoss and not is_encoder_decoder(model)
 
 
+def divides_by_count(model: Any) -> bool:
+    """Say whether the loss of a model is divided by the number of labels that its caller gives; some ignore it."""
+    return "loss_function" in calls(plain_class(unwrapped(model))).called
+
+
 def base_name(model: Any) -> str | None:
     """Return the hub id or folder that a model was loaded from, or None."""
     return getattr(config_of(model), "_name_or_path", None) or None

@@ -141,7 +141,7 @@ def check_detach(case: Case) -> None:
     tensors = {key: value.clone() for key, value in model.state_dict().items()}
     found = case.attach(model=model)
     if case.method.trains:
-        gradients(found, "one", [batch])
+        gradients(found, "one", [case.batch(model)])
     logits(model, batch)
     found.detach("one")
     same(model.state_dict(), tensors, "base tensors after detach")

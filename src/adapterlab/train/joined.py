@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from adapterlab.core.state import State
 from adapterlab.data.encoding import IGNORED
 from adapterlab.errors import TrainingError
-from adapterlab.foreign.model import shifts_labels
+from adapterlab.foreign.model import divides_by_count, shifts_labels
 from adapterlab.foreign.private_transformers import trl_tokens
 
 
@@ -83,15 +83,15 @@ class Joined:
             self._waiting += 1
             extra.register_hook(self._arrived)
         named = isinstance(out, Mapping)
-        if named and (tokens := trl_tokens(out)) is not None:
+        tokens = trl_tokens(out) if named else None
+        if tokens is not None:
             if not self.plain:
                 raise TrainingError(self._refusal("makes a loss of its own of the probabilities of tokens"))
             log_probs, bears = tokens
             out[log_probs] = out[log_probs] - extra * bears
+            return out
         loss = out.get("loss") if named else out[0]
         if not isinstance(loss, Tensor) or loss.dim():
-            if named and trl_tokens(out) is not None:
-                return out
             raise TrainingError(self._refusal("asks the model for no loss"))
         loss = loss + extra.to(loss.device) * self._share(given)
         if not named:
@@ -102,7 +102,7 @@ class Joined:
     def _share(self, given: Mapping[str, Any]) -> float | Tensor:
         """What the mean over the batch counts in the loss of the batch."""
         total = given.get("num_items_in_batch")
-        if total is None:
+        if total is None or not divides_by_count(self.model):
             return 1.0
         labels = given.get("shift_labels")
         if labels is None:

@@ -27,11 +27,11 @@ Form = Literal["code", "paper"]
 class LoRAMoE(Mixture):
     """Learn low-rank updates for each feed-forward weight in two groups, which two types of samples use unevenly.
 
-    y = W x + b + s · Σ_n w_n(x) B_n A_n drop(x), w = softmax(G x), s = alpha / r; A `[N, r, in]`, B `[N, out, r]`,
-    G `[N, in]`. All N experts take part; the first half is one group (of knowledge that must not be lost), the second
+    y = W x + b + s · Σ_e w_e(x) B_e A_e drop(x), w = softmax(G x), s = alpha / r; A `[E, r, in]`, B `[E, out, r]`,
+    G `[E, in]`. All E experts take part; the first half is one group (of knowledge that must not be lost), the second
     half the other (of the tasks that are learnt).
 
-    Balance: for each module, beta times how uneven Z `[samples, N]` is over all its entries is added to the loss.
+    Balance: for each module, beta times how uneven Z `[samples, E]` is over all its entries is added to the loss.
     Z = I · Q; Q is the mean of w over the real tokens of a sample, I is 1 + delta where a sample of type 1 meets the
     first group or one of type 0 the second, and 1 − delta elsewhere. Uneven is var(Z) / (mean(Z)² + 1e-10) in the
     authors' code (`lbc_form="code"`), var(Z) / mean(Z) in their paper; beta means another thing in each. (The authors
@@ -50,12 +50,12 @@ class LoRAMoE(Mixture):
 
     Start: B = 0, so the first output equals the base's; A and G as linear layers start, between ±1/√in.
 
-    Trainable parameters: N (r (in + out) + in) for each module.
+    Trainable parameters: E (r (in + out) + in) for each module.
 
     Inference: not mergeable, since the weights depend on the token. It sees one token at a time, so caches, padding
     and mixed batches change nothing.
 
-    Cost of a step: the thin products are those of a LoRA of rank N r, 6 t N r (out + in) operations for t tokens,
+    Cost of a step: the thin products are those of a LoRA of rank E r, 6 t E r (out + in) operations for t tokens,
     beside the large ones of 4 t out in; and the router's.
 
     Rate: 2e-4, as in the authors' runs.
@@ -69,11 +69,11 @@ class LoRAMoE(Mixture):
         {'is_knowledge': (0, 1)}
     """
 
-    formula: ClassVar[str] = "N (r (in + out) + in)"
+    formula: ClassVar[str] = "E (r (in + out) + in)"
 
     r: int = Field(4, ge=1, description="rank of each update")
     alpha: float = Field(32.0, gt=0, description="scale numerator")
-    experts: int = Field(6, ge=2, description="number N of low-rank updates, half of them in each group")
+    experts: int = Field(6, ge=2, description="number E of low-rank updates, half of them in each group")
     delta: float = Field(0.1, ge=0, lt=1, description="how differently the two groups are weighed in the balance")
     beta: float = Field(0.1, ge=0, description="factor of the balance in the loss; 0: none, and no types are read")
     lbc_form: Form = Field(
@@ -212,7 +212,7 @@ class Types(Entrance):
 
 
 def used(w: Tensor, real: Tensor | None) -> Tensor:
-    """Q: the mean of w `[rows, tokens, N]` over the real tokens of each row, `[rows, N]`."""
+    """Q: the mean of w `[rows, tokens, E]` over the real tokens of each row, `[rows, E]`."""
     if real is None:
         return w.mean(1)
     counted = real.to(w.dtype)
@@ -220,7 +220,7 @@ def used(w: Tensor, real: Tensor | None) -> Tensor:
 
 
 def importance(types: Tensor, experts: int, delta: float) -> Tensor:
-    """I `[rows, N]`: 1 + delta at the group of a row's own type, 1 − delta at the other."""
+    """I `[rows, E]`: 1 + delta at the group of a row's own type, 1 − delta at the other."""
     second = torch.arange(experts, device=types.device) >= experts // 2
     own = types.bool()[:, None] != second
     return torch.where(own, 1 + delta, 1 - delta)
