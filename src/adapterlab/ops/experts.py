@@ -34,11 +34,11 @@ def routed_low_rank(
 
     w = `mixture`(z) of the scores z = x Rᵀ + shift. A weight of one token commutes with B_e, so all A_e are one product
     and all B_e another, with the weights between: (w ⊙ (x Aᵀ)) Bᵀ, A `[E r, in]`, B `[out, E r]`. With few experts for
-    each token those left out count 0: to gather the tokens of each expert takes longer on a CPU.
+    each token those left out count 0: to gather the tokens of each expert takes longer on a CPU (see the benchmarks).
 
-    The node keeps x, x Aᵀ and z. Scores and weights are in the router's dtype. In the backward pass the router is E
-    more rows of A: its gradient and its share of that of x come from the products of A, in their dtype. The mask of the
-    dropout is drawn again from its seed.
+    The node keeps x, x Aᵀ and w, and z where some weights are cut. Scores and weights are in the router's dtype. In the
+    backward pass the router is E more rows of A: its gradient and its share of that of x come from the products of A,
+    in their dtype. The mask of the dropout is drawn again from its seed.
 
     Args:
         x: `[..., in]`.
@@ -119,9 +119,9 @@ def _beside(b: Tensor, dtype: torch.dtype) -> Tensor:
     return b.to(dtype).transpose(0, 1).flatten(1)
 
 
-def _weighed(h: Tensor, w: Tensor) -> Tensor:
-    """Multiply the blocks of r columns of h `[tokens, E r]` by w `[tokens, E]`."""
-    return (h.unflatten(1, (w.shape[1], -1)) * w.to(h.dtype).unsqueeze(-1)).flatten(1)
+def _spread(w: Tensor, h: Tensor) -> Tensor:
+    """Repeat the weights `[tokens, E]` for the columns of each expert, in the shape and dtype of h `[tokens, E r]`."""
+    return w.to(h.dtype).repeat_interleave(h.shape[1] // w.shape[1], 1)
 
 
 def _product(x: Tensor, router: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -129,15 +129,15 @@ def _product(x: Tensor, router: Tensor, shift: Tensor | None = None) -> Tensor:
     return z if shift is None else z.add_(shift)
 
 
-def _fake(x: Tensor, a: Tensor, b: Tensor, router: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    low = x.new_empty(0, dtype=rest[3])
-    tokens, (experts, r, _) = len(x), a.shape
-    return low.new_empty(tokens, b.shape[1]), low.new_empty(tokens, experts * r), router.new_empty(tokens, experts)
+def _fake(x: Tensor, a: Tensor, b: Tensor, router: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    low, z = x.new_empty(0, dtype=rest[3]), router.new_empty(len(x), len(router))
+    return low.new_empty(len(x), b.shape[1]), low.new_empty(len(x), a.shape[0] * a.shape[1]), z, torch.empty_like(z)
 
 
 @operator(
     "routed_low_rank(Tensor x, Tensor a, Tensor b, Tensor router, Tensor? shift, Tensor? bias, Tensor? weight,"
-    " ScalarType dtype, float scale, int top_k, bool renormalised, float p, Tensor? seed) -> (Tensor, Tensor, Tensor)",
+    " ScalarType dtype, float scale, int top_k, bool renormalised, float p, Tensor? seed)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 def routed(
@@ -154,16 +154,16 @@ def routed(
     renormalised: bool,
     p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute y, the thin product drop(x) Aᵀ, without its factor 1 / (1 − p), and z, for x `[tokens, in]`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute y, the thin product drop(x) Aᵀ, without its factor 1 / (1 − p), z and w, for x `[tokens, in]`."""
     z, low = _product(x, router, shift), x.to(dtype)
     h = (low if seed is None else low * dropout_mask(low, low.shape[1], p, seed)) @ _below(a).to(dtype).T
-    thin = _weighed(h, mixture(z, selection(z, top_k), renormalised))
-    wide = _beside(b, dtype).T
+    w = mixture(z, selection(z, top_k), renormalised)
+    thin, wide = h * _spread(w, h), _beside(b, dtype).T
     if weight is None:
-        return (thin @ wide).mul_(scale / kept(p)), h, z
+        return (thin @ wide).mul_(scale / kept(p)), h, z, w
     y = F.linear(low, weight, None if bias is None else bias.to(dtype))
-    return y.addmm_(thin, wide, alpha=scale / kept(p)), h, z
+    return y.addmm_(thin, wide, alpha=scale / kept(p)), h, z, w
 
 
 class _RoutedLowRank(torch.autograd.Function):
@@ -186,56 +186,55 @@ class _RoutedLowRank(torch.autograd.Function):
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         flat = x.reshape(-1, x.shape[-1])
-        y, h, z = routed(flat, a, b, router, shift, bias, weight, dtype, scale, top_k, renormalised, p, seed)
+        y, h, z, w = routed(flat, a, b, router, shift, bias, weight, dtype, scale, top_k, renormalised, p, seed)
         trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        ctx.save_for_backward(flat if trained else None, h, z, None if again else weight, a, b, router, seed)
-        ctx.scale, ctx.p, ctx.again = scale / kept(p), p, again
-        ctx.top_k, ctx.renormalised, ctx.x_dtype = top_k, renormalised, x.dtype
+        cut = z if top_k and not renormalised else None  # weights that do not tell the softmax they were taken from
+        ctx.save_for_backward(flat if trained else None, h, cut, w, None if again else weight, a, b, router, seed)
+        ctx.scale, ctx.p, ctx.again, ctx.x_dtype = scale / kept(p), p, again, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return unfolded(y, x), unfolded(z, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_z: Tensor) -> tuple[Tensor | None, ...]:
-        flat, h, z, weight, a, b, router, seed = ctx.saved_tensors
+        flat, h, cut, w, weight, a, b, router, seed = ctx.saved_tensors
         need_x, need_a, need_b, need_router, need_shift, need_bias = ctx.needs_input_grad[:6]
-        g, chosen = grad.reshape(-1, grad.shape[-1]), selection(z, ctx.top_k)
-        w = mixture(z, chosen, ctx.renormalised)
+        g, spread = grad.reshape(-1, grad.shape[-1]), _spread(w, h)
         gh = (g @ _beside(b, g.dtype)).mul_(ctx.scale)
-        gz = _into_scores(z, w, (gh * h).unflatten(1, (len(a), -1)).sum(-1, dtype=z.dtype), chosen, ctx.renormalised)
-        gz = gz.add_(grad_z.reshape(gz.shape))
-        gh = _weighed(gh, w)
+        gz = _into_scores(gh * h, w, w if cut is None else cut.softmax(-1)).add_(grad_z.reshape(w.shape))
+        gh = gh.mul_(spread)
         gx = ga = gb = grouter = None
         mask = None if seed is None else dropout_mask(g, a.shape[-1], ctx.p, seed)
         if need_x:
             weight = ctx.again() if ctx.again else weight
-            wide = g.new_zeros(len(g), a.shape[-1]) if weight is None else g @ weight
-            wide = _into_input(wide, gh, gz, _below(a).to(g.dtype), router.to(g.dtype), mask)
-            gx = wide.to(ctx.x_dtype).view(*grad.shape[:-1], a.shape[-1])
+            gx = g.new_zeros(len(g), a.shape[-1]) if weight is None else g @ weight
+            gx = _into_input(gx, gh, gz, a, router, mask).to(ctx.x_dtype).view(*grad.shape[:-1], a.shape[-1])
         if need_a or need_router:
             ga, grouter = _into_rows(flat.to(g.dtype), gh, gz, mask)
             ga, grouter = ga.to(a.dtype).view(a.shape), grouter.to(router.dtype)
         if need_b:
-            wide = (g.T @ _weighed(h, w)).mul_(ctx.scale)
+            wide = (g.T @ (h * spread)).mul_(ctx.scale)
             gb = wide.to(b.dtype).unflatten(1, (len(b), -1)).transpose(0, 1)
-        gshift = gz.sum(0) if need_shift else None
-        gbias = g.sum(0).to(ctx.bias_dtype) if need_bias else None
-        rest = (None,) * 8
-        return gx, ga if need_a else None, gb, grouter if need_router else None, gshift, gbias, *rest
+        sums = gz.sum(0) if need_shift else None, g.sum(0).to(ctx.bias_dtype) if need_bias else None
+        return gx, ga if need_a else None, gb, grouter if need_router else None, *sums, *(None,) * 8
 
 
-def _into_scores(z: Tensor, w: Tensor, gw: Tensor, chosen: Tensor | None, renormalised: bool) -> Tensor:
-    """The gradient of the scores from that of the weights: what reaches one weight, less its share of what reaches all.
+def _into_scores(parts: Tensor, w: Tensor, shares: Tensor) -> Tensor:
+    """The gradient of the scores: what reaches one weight, less its share of what reaches all.
 
     The shares are those of the softmax, which are not the weights where some of them were set to 0 afterwards.
+
+    Args:
+        parts: of the gradients of the weights `[tokens, E r]`, to be summed over the columns of each expert.
+        w: the weights `[tokens, E]`.
+        shares: likewise.
     """
-    gw = gw * w
-    shares = w if chosen is None or renormalised else z.softmax(-1)
+    gw = parts.unflatten(1, (w.shape[1], -1)).sum(-1, dtype=w.dtype).mul_(w)
     return gw.addcmul_(shares, gw.sum(-1, keepdim=True), value=-1)
 
 
 def _into_input(wide: Tensor, gh: Tensor, gz: Tensor, a: Tensor, router: Tensor, mask: Tensor | None) -> Tensor:
     """Add gh A, where the mask has ones, and gz R to `wide` in place."""
-    gz = gz.to(wide.dtype)
+    a, router, gz = (t.to(wide.dtype) for t in (_below(a), router, gz))
     if mask is None:
         return wide.addmm_(torch.cat([gh, gz], 1), torch.cat([a, router]))
     return wide.addcmul_(gh @ a, mask).addmm_(gz, router)

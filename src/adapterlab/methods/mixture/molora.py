@@ -31,7 +31,8 @@ class MoLoRA(Mixture):
     The router runs in float32 whatever the dtype of x; the products run in the dtype of x.
 
     Cost of a step: the thin products are those of a LoRA of rank E r, 6 t E r (out + in) operations for t tokens,
-    beside the large ones of 4 t out in; and the router's.
+    beside the large ones of 4 t out in; and the router's. On SmolLM2-135M with 512 tokens a step of E = 10, r = 4 took
+    1.28 (1.25 to 1.50) times as long as one of a LoRA of rank 40, and kept 1 % more for the backward pass.
 
     Rate: 3e-4, as in the authors' runs, which use Adafactor.
 
