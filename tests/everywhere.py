@@ -24,6 +24,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 import adapterlab as al
 from adapterlab.core.method import Method
 from adapterlab.data import Collator
+from adapterlab.foreign.model import ADAPTERS
 from adapterlab.hosts import Host
 from adapterlab.optim import adamw
 from adapterlab.testing.models import tiny
@@ -74,8 +75,21 @@ def quick() -> Iterator[None]:
 
 
 def state_of(host: Host) -> State:
-    """Everything that the model holds: adapters, and the base with what was changed in it."""
-    return {key: value.detach().clone() for key, value in host.model.state_dict().items()}
+    """Everything that the model holds: adapters, and the base with what was changed in it.
+
+    Entries that train are told by what they change of their parameter: positions are no numbers to be compared.
+    """
+    found = {key: value.detach().clone() for key, value in host.model.state_dict().items()}
+    lead = f"{ADAPTERS}.{NAME}."
+    for path, patch in host.patches[NAME].items():
+        if patch.index is not None and patch.original is not None:
+            module, _, leaf = path.rpartition(".")
+            del found[f"{module}.{lead}index.{leaf}"]
+            values = found[f"{module}.{lead}values.{leaf}"]
+            change = values.new_zeros(host.model.get_parameter(path).numel())
+            change[patch.index] = values - patch.original.to(values.dtype)
+            found[f"{module}.{lead}values.{leaf}"] = change
+    return found
 
 
 # ---------------------------------------------------------------------- loops

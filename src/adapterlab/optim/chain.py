@@ -56,13 +56,21 @@ class Chain(Optimizer):
         super().__init__(params, {"lr": lr})  # type: ignore[arg-type]
 
     @classmethod
-    def like(cls, plain: Optimizer, around: Sequence[Sequence[Transform]], *, masters: bool = True) -> Chain:
+    def like(
+        cls,
+        plain: Optimizer,
+        around: Sequence[Sequence[Transform]],
+        *,
+        outside: Sequence[Sequence[Transform]] = (),
+        masters: bool = True,
+    ) -> Chain:
         """Do what an AdamW does, with other transforms around its Adam.
 
         Args:
             plain: an optimizer with `lr`, `betas`, `eps` and `weight_decay` in its groups; it is not used any more.
             around: for each of its groups, the transforms between weight decay and Adam; one that ends with an Adam
                 brings its own.
+            outside: for each of its groups, transforms that see weight decay too, such as masks; default: none.
             masters: as for `Chain`.
 
         Raises:
@@ -78,9 +86,9 @@ class Chain(Optimizer):
             {
                 "params": group["params"],
                 "lr": group["lr"],
-                "transforms": (WeightDecay(group["weight_decay"]), *_with_adam(inner, group)),
+                "transforms": (*outer, WeightDecay(group["weight_decay"]), *_with_adam(inner, group)),
             }
-            for group, inner in zip(plain.param_groups, around, strict=True)
+            for group, inner, outer in zip(plain.param_groups, around, outside or [()] * len(around), strict=True)
         ]
         return cls(groups, lr=plain.defaults["lr"], masters=masters)
 

@@ -93,10 +93,11 @@ class AdapterlabCallback(TrainerCallback):
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         """Before the forward passes of a step."""
         optimizer = more["optimizer"]
-        self.method.before_step(self.host, self.name, state.global_step, optimizer)
         self._rates = [group["lr"] for group in optimizer.param_groups]
         for group, plain in zip(optimizer.param_groups, self._plain, strict=False):
             group["lr"] = group["initial_lr"] * self.method.rate(state.global_step, state.max_steps, plain)
+        # As in our own loop the method sees the rates of the step, and may give a group another one.
+        self.method.before_step(self.host, self.name, state.global_step, optimizer)
         self._begin_gradients(optimizer)
 
     def _begin_gradients(self, optimizer: Any) -> None:

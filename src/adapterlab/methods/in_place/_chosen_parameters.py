@@ -15,16 +15,71 @@ from torch import Tensor, nn
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Batches
 from adapterlab.engine.modes import dropout_off
-from adapterlab.errors import AttachError, DataError, TrainingError
+from adapterlab.errors import AttachError, DataError, NotTrainingError, TrainingError
+from adapterlab.foreign.quantized import is_plain
 
 Losses = Callable[[nn.Module, Mapping[str, Tensor]], Iterator[tuple[Tensor, float]]]
 Score = Callable[[str], Tensor]  # parameter's name -> flat float32 scores of its entries, not negative
+Budget = tuple[list[str], int]  # parameters, and how many of their entries are chosen
 
 _HIGH, _LOW = 1 << 15, 1 << 16  # number of patterns of the high and low half of a non-negative float32
 _INFINITE = 0x7F80  # high half of the first pattern that is not a finite number
 
 
 # ---------------------------------------------------------------------- what may be chosen
+
+
+def eligible(host: Carrier, method: str, exclude: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Return the base parameters that entries may be chosen from.
+
+    Args:
+        host: of the model.
+        method: its id, for messages.
+        exclude: modules whose parameters are left out.
+
+    Raises:
+        AttachError: some are stored packed.
+    """
+    parameters = host.base_parameters(exclude)
+    for path, p in parameters.items():
+        if not is_plain(p) or not p.dtype.is_floating_point:
+            raise AttachError(
+                f"{path} is stored packed ({type(p).__name__}, {p.dtype}), and {method} trains entries in place. "
+                "Load the base without quantization, exclude the packed modules (exclude=['all-linear']), or "
+                "choose a method that adds tensors beside the weights."
+            )
+    return parameters
+
+
+def share_of_each(parameters: Mapping[str, nn.Parameter], share: float) -> list[Budget]:
+    """Budgets of ⌊share · n⌋ entries for each parameter; one that gets none is left out."""
+    counts = [([path], int(share * p.numel())) for path, p in parameters.items()]
+    return [budget for budget in counts if budget[1]]
+
+
+def choose(host: Carrier, name: str, budgets: Iterable[Budget], score: Score) -> None:
+    """Train the entries with the highest scores, as many as each budget says."""
+    for paths, k in budgets:
+        own_entries(host, name, top(paths, score, k))
+
+
+def is_chosen(host: Carrier, name: str) -> bool:
+    """Say whether an adapter has its entries."""
+    return any(patch.index is not None for patch in host.patches[name].values())
+
+
+def check_chosen(host: Carrier, name: str, method: str) -> None:
+    """Require that an adapter has its entries.
+
+    Raises:
+        NotTrainingError: it has none.
+    """
+    if not is_chosen(host, name):
+        raise NotTrainingError(
+            f"The {method} adapter {name!r} has not chosen its entries yet, so nothing would train. Call "
+            f"host.methods[{name!r}].prepare(host, {name!r}, batches) with labelled batches before training; the "
+            "training loop of adapterlab does it by itself."
+        )
 
 
 def own_entries(host: Carrier, name: str, chosen: Mapping[str, Tensor]) -> None:
@@ -56,8 +111,8 @@ def saved_entries(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------- scores
 
 
-def rows(batches: Batches, count: int | None = None) -> Iterator[dict[str, Tensor]]:
-    """Yield single rows that bear a label, as batches of one, `count` at most.
+def labelled(batches: Batches, count: int | None = None) -> Iterator[Mapping[str, Tensor]]:
+    """Yield the batches that bear a label, `count` at most.
 
     Raises:
         DataError: a batch has no labels, or no row bears one.
@@ -66,15 +121,28 @@ def rows(batches: Batches, count: int | None = None) -> Iterator[dict[str, Tenso
     for batch in batches:
         if "labels" not in batch:
             raise DataError(f"Scoring needs batches with labels; one has only {', '.join(batch)}.")
-        for i in range(len(batch["labels"])):
-            row = {key: value[i : i + 1] for key, value in batch.items()}
-            if bool((row["labels"] != -100).any()):
-                yield row
-                given += 1
-                if given == count:
-                    return
+        if bool((batch["labels"] != -100).any()):
+            yield batch
+            given += 1
+            if given == count:
+                return
     if not given:
         raise DataError("There is no row with a label to compute scores from. Give batches with labels.")
+
+
+def rows(batches: Batches, count: int | None = None) -> Iterator[Mapping[str, Tensor]]:
+    """Yield single rows that bear a label, as batches of one, `count` at most.
+
+    Raises:
+        DataError: a batch has no labels, or no row bears one.
+    """
+    return labelled(_single(batches), count)
+
+
+def _single(batches: Batches) -> Iterator[Mapping[str, Tensor]]:
+    for batch in batches:
+        for i in range(len(batch["labels"]) if "labels" in batch else 1):
+            yield {key: value[i : i + 1] for key, value in batch.items()}
 
 
 def own_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, float]]:
@@ -90,10 +158,11 @@ def accumulate(
     *,
     losses: Losses = own_loss,
     device: torch.device | None = None,
+    clip: float | None = None,
 ) -> dict[str, Tensor]:
     """Sum `weight · term(gradient)` over batches, in eval mode, without dropout.
 
-    One dense gradient is alive at a time.
+    One dense gradient is alive at a time. What to clip by is therefore measured in a backward pass of its own.
 
     Args:
         host: of the model.
@@ -102,6 +171,7 @@ def accumulate(
         term: for example `torch.square`; receives a float32 gradient.
         losses: the losses of a batch with their weights.
         device: where the sums are kept; default: beside their parameter.
+        clip: norm over all parameters that the gradient of a loss is clipped to.
 
     Returns:
         For each parameter float32 sums in its shape.
@@ -112,10 +182,15 @@ def accumulate(
     sums = {
         path: torch.zeros(p.shape, dtype=torch.float32, device=device or p.device) for path, p in parameters.items()
     }
-    weight = 1.0
+    squares: list[Tensor] = []
+    weight = shrunk = 1.0
+    measuring = False
 
     def receive(path: str, gradient: Tensor) -> None:
-        sums[path].add_(term(gradient.float()).to(sums[path].device), alpha=weight)
+        if measuring:
+            squares.append(gradient.double().square().sum().cpu())
+        else:
+            sums[path].add_(term(gradient.float() * shrunk).to(sums[path].device), alpha=weight)
 
     with dropout_off(host.model), _streamed(parameters, receive):
         for number, batch in enumerate(batches):
@@ -126,8 +201,17 @@ def accumulate(
                         "labels, and that the base weights are finite."
                     )
                 weight = factor  # what `receive` sees
+                if clip is not None:
+                    squares, measuring = [], True
+                    loss.backward(inputs=list(parameters.values()), retain_graph=True)
+                    shrunk, measuring = clipped(clip, math.sqrt(float(sum(squares)))), False
                 loss.backward(inputs=list(parameters.values()), retain_graph=True)
     return sums
+
+
+def clipped(most: float, norm: float) -> float:
+    """The factor that clips a gradient of some norm, as torch does."""
+    return min(1.0, most / (norm + 1e-6))
 
 
 @contextlib.contextmanager

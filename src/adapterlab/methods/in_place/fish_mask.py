@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Batches, MakeOptimizer, Method
-from adapterlab.errors import AttachError, ConfigError, NotTrainingError
-from adapterlab.foreign.quantized import is_plain
+from adapterlab.errors import AttachError, ConfigError
 from adapterlab.methods.in_place import _chosen_parameters as chosen
 from adapterlab.registry import register
 from adapterlab.terminal import Terminal
@@ -77,11 +76,11 @@ class FishMask(Method):
     def attach(self, host: Carrier, name: str) -> None:
         """Check that there is something to choose, and choose at once if no data is needed."""
         parameters = self.eligible(host)
-        self.budgets(host, parameters)
+        budgets = self.budgets(host, parameters)
         if self.selection == "magnitude":
-            self._choose(host, name, parameters, chosen.magnitude(parameters))
+            chosen.choose(host, name, budgets, chosen.magnitude(parameters))
         elif self.selection == "random":
-            self._choose(host, name, parameters, chosen.noise(parameters, self.seed))
+            chosen.choose(host, name, budgets, chosen.noise(parameters, self.seed))
 
     def attach_saved(self, host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Train the entries that were chosen when the adapter was saved."""
@@ -92,7 +91,7 @@ class FishMask(Method):
 
     def prepare(self, host: Carrier, name: str, batches: Batches) -> None:
         """Score all entries and choose; an adapter that has its entries keeps them."""
-        if self._chosen(host, name):
+        if chosen.is_chosen(host, name):
             return
         parameters = self.eligible(host)
         given = chosen.rows(batches, self.samples)
@@ -105,69 +104,40 @@ class FishMask(Method):
             losses=_every_class if self.target == "expect" else chosen.own_loss,
             device=torch.device("cpu") if self.offload_scores else None,
         )
-        self._choose(host, name, parameters, lambda path: scores[path])
+        chosen.choose(host, name, self.budgets(host, parameters), lambda path: scores[path])
 
     def optimizer(self, host: Carrier, name: str, make: MakeOptimizer) -> Optimizer:
         """The usual one, over vectors of the chosen entries."""
-        self._check_chosen(host, name)
+        chosen.check_chosen(host, name, self.id)
         return make(host.parameters(name))
 
     def before_step(self, host: Carrier, name: str, step: int, optimizer: Optimizer) -> None:
         """Refuse to train a head alone, in a loop that did not call `prepare`."""
-        self._check_chosen(host, name)
+        chosen.check_chosen(host, name, self.id)
 
     def eligible(self, host: Carrier) -> dict[str, nn.Parameter]:
-        """Return the parameters that entries are chosen from.
+        """Return the parameters that entries are chosen from."""
+        return chosen.eligible(host, self.id, (*self.exclude, *self.modules_to_save))
 
-        Raises:
-            AttachError: some are stored packed.
-        """
-        parameters = host.base_parameters((*self.exclude, *self.modules_to_save))
-        for path, p in parameters.items():
-            if not is_plain(p) or not p.dtype.is_floating_point:
-                raise AttachError(
-                    f"{path} is stored packed ({type(p).__name__}, {p.dtype}), and {self.id} trains entries in place. "
-                    "Load the base without quantization, exclude the packed modules (exclude=['all-linear']), or "
-                    "choose a method that adds tensors beside the weights."
-                )
-        return parameters
-
-    def budgets(self, host: Carrier, parameters: Mapping[str, nn.Parameter]) -> list[tuple[list[str], int]]:
+    def budgets(self, host: Carrier, parameters: Mapping[str, nn.Parameter]) -> list[chosen.Budget]:
         """Return groups of parameters with the number of entries to choose in each.
 
         Raises:
             AttachError: that leaves no entry.
         """
-        sizes = {path: p.numel() for path, p in parameters.items()}
+        free = sum(p.numel() for p in parameters.values())
         if self.scope == "tensor":
-            shares = [([path], int(self.density * size)) for path, size in sizes.items()]
-            left = [share for share in shares if share[1]]
+            left = chosen.share_of_each(parameters, self.density)
         else:
             every = sum(p.numel() for p in host.base_parameters(self.exclude).values())
-            free = sum(sizes.values())
             k = int(self.density * every) - (every - free) if self.charge_head else int(self.density * free)
-            left = [(list(sizes), k)] if k > 0 else []
+            left = [(list(parameters), k)] if k > 0 else []
         if not left:
             raise AttachError(
-                f"{self.id}: density={self.density} of {sum(sizes.values()):,} entries leaves none to train. Raise "
+                f"{self.id}: density={self.density} of {free:,} entries leaves none to train. Raise "
                 "density, or set charge_head=False so that modules_to_save are not counted."
             )
         return left
-
-    def _choose(self, host: Carrier, name: str, parameters: Mapping[str, nn.Parameter], score: chosen.Score) -> None:
-        for paths, k in self.budgets(host, parameters):
-            chosen.own_entries(host, name, chosen.top(paths, score, k))
-
-    def _chosen(self, host: Carrier, name: str) -> bool:
-        return any(patch.index is not None for patch in host.patches[name].values())
-
-    def _check_chosen(self, host: Carrier, name: str) -> None:
-        if not self._chosen(host, name):
-            raise NotTrainingError(
-                f"The {self.id} adapter {name!r} has not chosen its entries yet, so nothing would train. Call "
-                f"host.methods[{name!r}].prepare(host, {name!r}, batches) with labelled batches before training; the "
-                "training loop of adapterlab does it by itself."
-            )
 
 
 def _every_class(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, float]]:
