@@ -108,6 +108,20 @@ class Method(Settings):
             f"{self.id} learns nothing from adapters of other tasks: it has one phase. Train it on rows as it is."
         )
 
+    def with_entries(self, host: Carrier, entries: Mapping[str, tuple[Tensor, Tensor]]) -> Mapping[str, Tensor] | None:
+        """Return the tensors of an adapter of this method that holds these entries of the base, as saving gives them.
+
+        Methods that own entries say so, and what was made of several adapters can then be one of theirs.
+
+        Args:
+            host: of the model.
+            entries: by the parameter's name: flat ascending positions `[k]`, and float32 values `[k]`.
+
+        Returns:
+            The tensors; None: the method holds no such entries.
+        """
+        return None
+
     def brief(self) -> Self:
         """Return the same method with the shortest `prepare`: plans simulate it on tensors that hold no numbers."""
         return self

@@ -72,9 +72,9 @@ def _check_places(host: Any, missing: set[str]) -> None:
     moved = [p.path for p in every if p.entries is not None and p.moved()]
     if moved:
         raise AttachError(
-            f"The state that is loaded holds {moved[0]} with entries trained in place that are not those of the adapter "
-            "here, so their original values would be lost. Load a state of the adapters alone, or the adapter folder "
-            "with al.load onto the base."
+            f"The state that is loaded holds {moved[0]} with entries trained in place that are not those of the "
+            "adapter here, so their original values would be lost. Load a state of the adapters alone, or the adapter "
+            "folder with al.load onto the base."
         )
 
 

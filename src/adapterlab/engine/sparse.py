@@ -133,7 +133,7 @@ class _Placed(torch.autograd.Function):
 
 
 class Vector(nn.Module):
-    """Entries of many parameters in one vector of a fixed length, so that they can be chosen anew in the middle of a run.
+    """Entries of many parameters in one vector of a fixed length, so that they can be chosen in the middle of a run.
 
     Which parameters they belong to may change; optimizers, trainers, processes and checkpoints see one tensor of one
     shape. A position counts through all the parameters, one after another.

@@ -96,9 +96,10 @@ def check_only_declared(case: Case) -> None:
     found = case.attach()
     before = base_tensors(found)
     loop = _loop(case, found, steps=3, weight_decay=0.1)
-    owned = {path: patch.index for key in found.parts("one") for path, patch in found.patches[key].items()}
     began = found.state_dict("one")
     loop.run()
+    # A method may choose anew what it owns; what it does not own any more must be as it was.
+    owned = {path: patch.index for key in found.parts("one") for path, patch in found.patches[key].items()}
     after = base_tensors(found)
     tied = {id(found.model.get_parameter(path)): index for path, index in owned.items()}
     for path, parameter in found.model.named_parameters(remove_duplicate=False):
@@ -127,7 +128,12 @@ def check_save_load(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         found.save(Path(folder) / "adapter")
         again = load(case.model(), Path(folder) / "adapter")
-    same(again.state_dict("one"), found.state_dict("one"), "saved and loaded tensors")
+    lasting = {
+        key: value
+        for key, value in found.state_dict("one").items()
+        if not set(case.method.scaffold).intersection(key.split("."))
+    }
+    same(again.state_dict("one"), lasting, "saved and loaded tensors")
     close(logits(again.model, batch), logits(found.model, batch), "loaded and saved adapter", 1e-6)
     require(again.methods["one"] == found.methods["one"], "the loaded method has other settings")
 

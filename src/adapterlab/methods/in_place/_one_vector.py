@@ -58,14 +58,20 @@ def attach_saved(
     return vector
 
 
-def saved_with(chosen: Mapping[str, tuple[Tensor, Tensor]], parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return the tensors of an adapter that holds these entries: flat positions and values by parameter."""
-    vector = Vector(parameters, sum(len(index) for index, _ in chosen.values()))
-    index = vector.positions({path: found for path, (found, _) in chosen.items()})
-    ordered = {path: chosen[path] for path in vector.paths if path in chosen}
-    values = torch.cat([held[found.argsort()].float() for found, held in ordered.values()])
-    vector.choose(index, values.to(index.device))
-    return {f"{_LEAD}{key}": value for key, value in vector.state_dict().items()}
+def saved_with(
+    parameters: Mapping[str, nn.Parameter], entries: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, Tensor] | None:
+    """Return the tensors of an adapter that holds these entries, by parameter ascending positions and values.
+
+    None where they are of other parameters.
+    """
+    if not entries.keys() <= parameters.keys():
+        return None
+    vector = Vector(parameters, sum(len(index) for index, _ in entries.values()))
+    ordered = [entries[path][1].float() for path in vector.paths if path in entries]
+    index = vector.positions({path: index for path, (index, _) in entries.items()})
+    vector.choose(index, torch.cat([values.to(index.device) for values in ordered]))
+    return {f"{_LEAD}{key}": value.detach() for key, value in vector.state_dict().items()}
 
 
 def of(host: Carrier, name: str) -> Vector:

@@ -1,4 +1,4 @@
-"""Runs of two phases: parameters train whole, then the part of them that is chosen by how the first phase moved them."""
+"""Runs of two phases: parameters train whole, then the part of them that is chosen by how the first moved them."""
 
 from __future__ import annotations
 
@@ -95,14 +95,18 @@ class TwoPhases(Method):
             if step < self.first(steps):
                 return
             self.choose(host, name)
-            optimizer.state.clear()
+            self.forget(optimizer)
         if self.is_whole(host, name):  # also in a run that goes on, on a model that was attached to anew
             self.turn(host, name)
 
+    def forget(self, optimizer: Optimizer) -> None:
+        """Let the optimizer begin anew."""
+        optimizer.state.clear()
+
     def is_whole(self, host: Carrier, name: str) -> bool:
         """Say whether the parameters still train whole."""
-        whole = self.whole(host)
-        return any(patch.entire and whole[path].requires_grad for path, patch in host.patches[name].items())
+        patches = host.patches[name].items()
+        return any(patch.entire and host.model.get_parameter(path).requires_grad for path, patch in patches)
 
     def turn(self, host: Carrier, name: str) -> None:
         """Let the chosen part train and nothing else."""

@@ -31,9 +31,9 @@ _ROLES = ("gate", "up", "gate_up", "down")
 class FAR(TwoPhases):
     """Prime for a few steps, keep the output nodes of the feed-forward layers that moved most, freeze the others.
 
-    After `priming` node j of W `[out, in]`, b `[out]` scores Σᵢ |W₁ⱼᵢ − W₀ⱼᵢ| + |b₁ⱼ − b₀ⱼ|. The ⌈ρ out⌉ best nodes T of each
-    layer train on, y = W x + b with gradients of W_T and b_T alone; the nodes F never have a gradient of their weights
-    or a state of the optimizer. Gate and up projection of one block choose one set of nodes, by the sum of their scores.
+    After `priming` node j of W `[out, in]`, b `[out]` scores Σᵢ |W₁ⱼᵢ − W₀ⱼᵢ| + |b₁ⱼ − b₀ⱼ|. The ⌈ρ out⌉ best nodes
+    of each layer train on; the others have neither gradients of their weights nor a state of the optimizer. Gate and up
+    projection of one block choose one set of nodes, by the sum of their scores.
 
     Where it attaches: the linear layers of the feed-forward networks in all blocks, or `targets`. Everything else is
     frozen; heads belong in `modules_to_save`.
@@ -64,7 +64,6 @@ class FAR(TwoPhases):
     """
 
     formula: ClassVar[str] = "⌈ρ out⌉ (in + 1) for each layer"
-    typical_lr: ClassVar[float] = 5e-5
 
     retention: float = Field(0.1, gt=0, le=1, description="share ρ of the nodes of a layer that train")
     priming: Span = Field(
@@ -117,6 +116,17 @@ class FAR(TwoPhases):
         self._own(host, name, layers, entire=any(key.startswith("base.") for key in tensors))
         if layers and self.is_chosen(host, name):
             self.turn(host, name)
+
+    def with_entries(self, host: Carrier, entries: Mapping[str, tuple[Tensor, Tensor]]) -> Mapping[str, Tensor] | None:
+        """Whole rows of the layers."""
+        left, found = dict(entries), dict[str, Tensor]()
+        for site in self.sites(host):
+            own = {leaf: left.pop(f"{site.path}.{leaf}") for leaf in _parameters(site) if f"{site.path}.{leaf}" in left}
+            rows = _as_rows(site, own) if own else {}
+            if rows is None:
+                return None
+            found |= {f"adapter.{site.path}.{key}": value for key, value in rows.items()}
+        return None if left else found
 
     def sites(self, host: Carrier) -> list[Site]:
         """Return the layers.
@@ -230,3 +240,21 @@ class FAR(TwoPhases):
 def _parameters(site: Site) -> dict[str, nn.Parameter]:
     """Weight and bias of a linear layer."""
     return {leaf: p for leaf, p in site.module._parameters.items() if p is not None and leaf in ("weight", "bias")}
+
+
+def _as_rows(site: Site, entries: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor] | None:
+    """Entries of a layer as its rows; None where they are none."""
+    shown, values = {}, {}
+    for leaf, p in _parameters(site).items():
+        index, held = entries.get(leaf, (torch.empty(0, dtype=torch.int64), torch.empty(0)))
+        there, value = torch.zeros(p.numel(), dtype=torch.bool), p.detach().float().flatten().clone()
+        there[index], value[index] = True, held.float()
+        seen = site.matrix if leaf == "weight" else lambda stored: stored
+        shown[leaf], values[leaf] = seen(there.view(p.shape)), seen(value.view(p.shape))
+    rows = shown["weight"].any(1)
+    if "bias" in shown:
+        rows |= shown["bias"]
+    if not shown["weight"][rows].all() and shown["weight"].any():
+        return None
+    kept = rows.nonzero().flatten()
+    return {"rows": kept, **{f"values.{leaf}": value[kept] for leaf, value in values.items()}}

@@ -56,11 +56,11 @@ class LTSFT(TwoPhases):
     """
 
     formula: ClassVar[str] = "all parameters, then ⌊ρ N⌋"
-    typical_lr: ClassVar[float] = 5e-5
 
     density: float = Field(0.05, gt=0, lt=1, description="share ρ of the entries that train in the second phase")
     dense: Span = Field(
-        0.5, description="steps of the first phase, in which all entries train: a number, or a share of the run (below 1)"
+        0.5,
+        description="steps of the first phase, in which all entries train: a number, or a share of the run (below 1)",
     )
     l1: float = Field(0.0, ge=0, description="strength λ of the pull of all that trains towards the base")
     norms: bool = Field(False, description="let the normalisation layers take part; the authors freeze them")
@@ -92,6 +92,10 @@ class LTSFT(TwoPhases):
     def attach_saved(self, host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Attach in the phase that it was saved in."""
         one_vector.attach_saved(host, name, self.whole(host), tensors)
+
+    def with_entries(self, host: Carrier, entries: Mapping[str, tuple[Tensor, Tensor]]) -> Mapping[str, Tensor] | None:
+        """Any entries of the parameters that may be chosen from."""
+        return one_vector.saved_with(self.whole(host), entries)
 
     def whole(self, host: Carrier) -> dict[str, nn.Parameter]:
         """Return the parameters that entries are chosen from."""
@@ -127,6 +131,10 @@ class LTSFT(TwoPhases):
         vector = one_vector.of(host, name)
         found = chosen.top(vector.paths, self.moved(host, name), len(vector.values))
         vector.choose(vector.positions(found), one_vector.original(host, name, vector, found))
+        self.rewind_heads(host, name)
+
+    def rewind_heads(self, host: Carrier, name: str) -> None:
+        """What trains whole begins again where it began."""
         for adapter in host.adapters(name).values():
             if isinstance(adapter, Copy):
                 adapter.copy.load_state_dict(adapter.site.module.state_dict(), strict=False)
