@@ -55,7 +55,7 @@ class Patch:
     def touches(self, index: Tensor | None) -> bool:
         """Say whether any of these entries of the parameter, or of all, is among those of the patch."""
         own = self.index
-        return own is None or index is None or bool(torch.isin(own, index).any())
+        return own is None or index is None or bool(torch.isin(own, index.to(own.device)).any())
 
     def value(self, model: nn.Module) -> Tensor:
         """The adapter's value, wherever it is now: the parameter itself while it is live and whole."""
@@ -87,7 +87,7 @@ class Patch:
         if self.entries is None or self.at is None:
             return False
         self.entries.renew()
-        return not torch.equal(self.entries.places(), self.at)
+        return not torch.equal(self.entries.places().to(self.at.device), self.at)
 
     @torch.no_grad()
     def narrow(self, model: nn.Module) -> None:
@@ -132,10 +132,10 @@ class Patch:
     def _place(self, model: nn.Module, entries: Chosen) -> None:
         """Write the entries, and keep what was there: with all others switched off, that is the base's."""
         parameter = model.get_parameter(self.path)
-        places, view = entries.places(), entries.seen(parameter)
+        places, view = entries.places().to(parameter.device), entries.seen(parameter)
         if self.original is not None:
             self.original, self.at = view[places], places.clone()
-        view[places] = entries.values().to(parameter.dtype)
+        view[places] = entries.values().to(parameter.device, parameter.dtype)
 
     def _restore(self, model: nn.Module) -> None:
         """Write the original entries."""

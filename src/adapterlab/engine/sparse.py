@@ -163,10 +163,11 @@ class Vector(nn.Module):
         self.register_buffer("left_index", None)
         self.register_buffer("left_values", None)
         self.steps: int | None = None
-        self._bounds: list[int] = []
-        self._left: list[int] = []
+        self._bounds, self._left = (
+            [count] * len(self.offsets),
+            [0] * len(self.offsets),
+        )  # none: all lie before the first
         self._carriers: tuple[Any, tuple[Tensor, ...]] | None = None
-        self.renew()
 
     @property
     def chosen(self) -> bool:
@@ -262,7 +263,8 @@ class _Carriers(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, skipped: int, counts: Sequence[int]) -> tuple[Tensor, ...]:
-        ctx.skipped, ctx.counts, ctx.length = skipped, counts, len(values)
+        ctx.skipped, ctx.counts = skipped, counts
+        ctx.set_materialize_grads(False)
         return tuple(values.new_zeros(1).expand(count) for count in counts)
 
     @staticmethod
@@ -336,7 +338,7 @@ class Lines(Adapter):
         self.write()
         y = run(*args, **kwargs)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.values.values())
-        return _Outputs.apply(y, args[0], self.rows, *self.values.values()) if trains else y
+        return _Outputs.apply(y, args[0], self.rows, *(self.values[name] for name in self.names)) if trains else y
 
     def _stored(self, name: str) -> Tensor:
         found: Any = self.site.module._parameters[name]

@@ -96,16 +96,14 @@ def check_only_declared(case: Case) -> None:
     found = case.attach()
     before = base_tensors(found)
     loop = _loop(case, found, steps=3, weight_decay=0.1)
-    began = found.state_dict("one")
+    began, owned = found.state_dict("one"), _owned(found)
     loop.run()
-    # A method may choose anew what it owns; what it does not own any more must be as it was.
-    owned = {path: patch.index for key in found.parts("one") for path, patch in found.patches[key].items()}
     after = base_tensors(found)
-    tied = {id(found.model.get_parameter(path)): index for path, index in owned.items()}
-    for path, parameter in found.model.named_parameters(remove_duplicate=False):
-        if id(parameter) in tied and path in before:
-            for tensors in (before, after):
-                tensors[path] = _not_owned(tensors[path], tied[id(parameter)])
+    for held in (owned, _owned(found)):  # a method may choose anew in between
+        for path, parameter in found.model.named_parameters(remove_duplicate=False):
+            if id(parameter) in held and path in before:
+                for tensors in (before, after):
+                    tensors[path] = _without(tensors[path], held[id(parameter)])
     same(after, before, "base tensors after training")
     moved = found.state_dict("one")
     require(changed(moved, began), "no tensor of the adapter changed")
@@ -287,11 +285,17 @@ def _completed(method: type[Method], model: Any, rows: Any) -> dict[str, Tensor]
     return method.example_batch(model, Collator(0)(rows))
 
 
-def _not_owned(tensor: Tensor, index: Tensor | None) -> Tensor:
-    """What of a base tensor an adapter must leave alone."""
-    kept = torch.ones(tensor.numel(), dtype=torch.bool)
-    kept[slice(None) if index is None else index] = False
-    return tensor.flatten()[kept]
+def _owned(found: Host) -> dict[int, Tensor | None]:
+    """The entries of base parameters that the adapter owns, by the parameter's identity; None: all."""
+    every = [patch for key in found.parts("one") for patch in found.patches[key].values()]
+    return {id(found.model.get_parameter(patch.path)): patch.index for patch in every}
+
+
+def _without(tensor: Tensor, index: Tensor | None) -> Tensor:
+    """A base tensor with what an adapter may change at zero."""
+    kept = tensor.clone()
+    kept.view(-1)[slice(None) if index is None else index] = 0
+    return kept
 
 
 def _fingerprint(model: Any) -> dict[str, object]:

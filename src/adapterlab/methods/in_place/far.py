@@ -78,8 +78,8 @@ class FAR(TwoPhases):
 
     @classmethod
     def example(cls, model: nn.Module) -> dict[str, Any]:
-        """Prime for two steps, then train one node in four."""
-        return {"retention": 0.25, "priming": 2}
+        """Prime for one step, then train one node in four."""
+        return {"retention": 0.25, "priming": 1}
 
     # ------------------------------------------------------------------ structure
 

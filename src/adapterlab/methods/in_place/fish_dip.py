@@ -82,8 +82,8 @@ class FishDip(Method):
 
     @classmethod
     def example(cls, model: nn.Module) -> dict[str, Any]:
-        """Train one entry in twenty, chosen anew every other step from few rows."""
-        return {"density": 0.05, "every": 2, "pool": 8}
+        """Train one entry in fifty, chosen anew every other step from few rows."""
+        return {"density": 0.02, "every": 2, "pool": 8}
 
     def hardest(self, batches: int) -> int:
         """Number n of rows that are scored."""

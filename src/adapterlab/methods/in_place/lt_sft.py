@@ -68,8 +68,8 @@ class LTSFT(TwoPhases):
 
     @classmethod
     def example(cls, model: nn.Module) -> dict[str, Any]:
-        """Keep one entry in twenty, chosen after few steps."""
-        return {"dense": 2}
+        """Keep few entries, those that moved clearly more than others in one step."""
+        return {"density": 0.002, "dense": 1}
 
     # ------------------------------------------------------------------ structure
 
