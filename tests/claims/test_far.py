@@ -105,12 +105,12 @@ def test_claim_the_run_is_the_written_one() -> None:
 COUNT, MOVED, GROUPS = FAR.count, FAR.moved, FAR.groups
 
 
-def _signed(self: Any, host: Any, name: str, site: Any) -> Tensor:
+def _signed(self: Any, host: Any, name: str, site: Any, _: Any) -> Tensor:
     change = site.module.weight.detach() - host.patches[name][f"{site.path}.weight"].original
     return site.matrix(change).sum(1).abs()
 
 
-def _without_bias(self: Any, host: Any, name: str, site: Any) -> Tensor:
+def _without_bias(self: Any, host: Any, name: str, site: Any, _: Any) -> Tensor:
     change = site.module.weight.detach() - host.patches[name][f"{site.path}.weight"].original
     return site.matrix(change).abs().sum(1) * (1 if site.bias is None else 0)
 

@@ -150,7 +150,7 @@ MUTATIONS: dict[str, Mutation] = {
     "those that moved least": (_select, "top", lambda p, score, k: TOP(p, lambda path: 1 / (1e-9 + score(path)), k)),
     "a share of each tensor": (_select, "top", _each_alone),
     "the largest": (
-        LTSFT, "moved", lambda self, host, name: lambda path: host.model.get_parameter(path).detach().abs().flatten()
+        LTSFT, "moved", lambda self, host, name, _: lambda path: host.model.get_parameter(path).detach().abs().flatten()
     ),
     "no way back": (one_vector, "original", _where_it_was),
     "heads go on": (LTSFT, "rewind_heads", lambda self, host, name: None),
@@ -171,7 +171,7 @@ def test_the_penalty_is_there_in_both_phases(l1: str) -> None:
         with torch.no_grad():
             for p in host.parameters("default"):
                 p.add_(torch.randn_like(p))
-        method.choose(host, "default")
+        method.choose(host, "default", make(host.parameters("default")))
         method.turn(host, "default")
     assert method.penalty(host, "default") == 0
     with torch.no_grad():

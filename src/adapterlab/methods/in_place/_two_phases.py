@@ -36,8 +36,11 @@ class TwoPhases(Method):
         """Return what keeps the chosen values."""
         raise NotImplementedError
 
-    def choose(self, host: Carrier, name: str) -> None:
-        """Choose by what the first phase did, and say from which values the second begins."""
+    def choose(self, host: Carrier, name: str, optimizer: Optimizer) -> None:
+        """Choose by what the first phase did, and say from which values the second begins.
+
+        The optimizer is that of the first phase, which knows parameters in half precision more exactly.
+        """
         raise NotImplementedError
 
     def keeps_whole(self) -> bool:
@@ -94,7 +97,7 @@ class TwoPhases(Method):
         if not begun:
             if step < self.first(steps):
                 return
-            self.choose(host, name)
+            self.choose(host, name, optimizer)
             self.forget(optimizer)
         if self.is_whole(host, name):  # also in a run that goes on, on a model that was attached to anew
             self.turn(host, name)

@@ -18,7 +18,7 @@ from adapterlab.engine.sparse import Lines
 from adapterlab.errors import AttachError
 from adapterlab.foreign.quantized import is_plain
 from adapterlab.methods.in_place._two_phases import TwoPhases
-from adapterlab.optim import Span, steps_of
+from adapterlab.optim import Span, master, steps_of
 from adapterlab.registry import register
 
 if TYPE_CHECKING:
@@ -196,23 +196,25 @@ class FAR(TwoPhases):
         return not self.rewind
 
     @torch.no_grad()
-    def choose(self, host: Carrier, name: str) -> None:
+    def choose(self, host: Carrier, name: str, optimizer: Optimizer) -> None:
         """The nodes whose weights moved most train on."""
         patches = host.patches[name]
         layers = {layer.site.path: layer for layer in self.held(host, name)}
         for group in self.groups([layer.site for layer in layers.values()]):
-            scores = torch.stack([self.moved(host, name, site) for site in group]).sum(0)
+            scores = torch.stack([self.moved(host, name, site, optimizer) for site in group]).sum(0)
             rows = scores.topk(len(layers[group[0].path].rows)).indices.sort().values
             for site in group:
-                now = _parameters(site)
+                now = {leaf: master(optimizer, p) for leaf, p in _parameters(site).items()}
                 start = {leaf: patches[f"{site.path}.{leaf}"].original for leaf in now}
                 layers[site.path].choose(rows, start if self.rewind else now)
 
-    def moved(self, host: Carrier, name: str, site: Site) -> Tensor:
+    def moved(self, host: Carrier, name: str, site: Site, optimizer: Optimizer) -> Tensor:
         """Σᵢ |W₁ⱼᵢ − W₀ⱼᵢ| + |b₁ⱼ − b₀ⱼ| of each node `[out]`."""
         found = []
         for leaf, p in _parameters(site).items():
-            change = (p.detach().float() - host.patches[name][f"{site.path}.{leaf}"].original.float()).abs()
+            change = (
+                master(optimizer, p).detach().float() - host.patches[name][f"{site.path}.{leaf}"].original.float()
+            ).abs()
             found.append(site.matrix(change).sum(1) if leaf == "weight" else change)
         return torch.stack(found).sum(0)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -16,8 +16,11 @@ from adapterlab.errors import AttachError
 from adapterlab.methods.in_place import _chosen_parameters as chosen
 from adapterlab.methods.in_place import _one_vector as one_vector
 from adapterlab.methods.in_place._two_phases import TwoPhases
-from adapterlab.optim import Span, steps_of
+from adapterlab.optim import Span, master, steps_of
 from adapterlab.registry import register
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 
 @register
@@ -126,10 +129,10 @@ class LTSFT(TwoPhases):
         return plain((step - start) * steps / length)
 
     @torch.no_grad()
-    def choose(self, host: Carrier, name: str) -> None:
+    def choose(self, host: Carrier, name: str, optimizer: Optimizer) -> None:
         """The entries that moved most begin again where they began, and heads too."""
         vector = one_vector.of(host, name)
-        found = chosen.top(vector.paths, self.moved(host, name), len(vector.values))
+        found = chosen.top(vector.paths, self.moved(host, name, optimizer), len(vector.values))
         vector.choose(vector.positions(found), one_vector.original(host, name, vector, found))
         self.rewind_heads(host, name)
 
@@ -139,12 +142,12 @@ class LTSFT(TwoPhases):
             if isinstance(adapter, Copy):
                 adapter.copy.load_state_dict(adapter.site.module.state_dict(), strict=False)
 
-    def moved(self, host: Carrier, name: str) -> chosen.Score:
+    def moved(self, host: Carrier, name: str, optimizer: Optimizer) -> chosen.Score:
         """|θ₁ − θ₀| of each entry."""
 
         def score(path: str) -> Tensor:
-            start = host.patches[name][path].original
-            return (host.model.get_parameter(path).detach().float() - start.float()).abs().flatten()
+            now = master(optimizer, host.model.get_parameter(path)).detach().float()
+            return (now - host.patches[name][path].original.float()).abs().flatten()
 
         return score
 
