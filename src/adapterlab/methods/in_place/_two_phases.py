@@ -56,14 +56,14 @@ class TwoPhases(Method):
             ConfigError: one of them has no step.
         """
         super().begin(host, name, steps)
-        for held in self.held(host, name):
-            held.steps = steps
         if not self.is_chosen(host, name) and not 0 < self.first(steps) < steps:
             raise ConfigError(
                 f"{self.id}: of this run's {steps} steps {min(self.first(steps), steps)} are in the first phase and "
                 f"{max(steps - self.first(steps), 0)} in the second, and each needs one. Train longer, or choose "
                 f"another share (now {self.span()})."
             )
+        for held in self.held(host, name):
+            held.steps = steps
 
     def span(self) -> str:
         """The setting that says how long the first phase is, for messages."""
