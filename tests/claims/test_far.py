@@ -134,7 +134,6 @@ MUTATIONS: dict[str, Mutation] = {
     "never rewound": (FAR, "keeps_whole", lambda self: True),
     "always rewound": (FAR, "keeps_whole", lambda self: False),
     "longer priming": (FAR, "first", lambda self, steps: FIRST + 1),
-    "the optimizer remembers": (FAR, "forget", lambda self, optimizer: None),
     "gradients of other rows": (sparse._Outputs, "backward", _gradients(lambda w, *b: (w.flip(0), *b))),
     "no gradient of the bias": (sparse._Outputs, "backward", _gradients(lambda w, *b: (w, *(0 * g for g in b)))),
     "values stay outside of the weight": (Lines, "write", lambda self: None),
@@ -178,14 +177,28 @@ def test_claim_at_four_tenths_of_the_nodes_gradients_and_moments_are_four_tenths
     assert saved == pytest.approx(0.6, abs=0.02)
 
 
+test_the_cost_is_more_when_a_line_is_broken = fails_without(
+    test_claim_at_four_tenths_of_the_nodes_gradients_and_moments_are_four_tenths,
+    lines={
+        "the optimizer remembers the first phase": (FAR, "forget", lambda self, optimizer: None),
+        "more rows than asked for": (FAR, "count", lambda self, out: COUNT(self, out) + 2),
+        "the rest goes on training": (
+            FAR,
+            "turn",
+            lambda self, host, name: [p.requires_grad_(True) for a in self.held(host, name) for p in a.parameters()],
+        ),
+    },
+)
+
+
 def test_few_nodes_end_near_all_of_them() -> None:
     """Chosen nodes learn nearly what all do, from the same rows in as many steps after priming."""
     model = tiny("llama").train()
     batch = batch_for(model, rows=4)
-    first = float(model(**batch).loss)
+    first = float(model(**batch).loss.detach())
     few = train(al.attach(model, al.FAR(retention=0.4, priming=2)), batch, 32)
     every = train(al.attach(tiny("llama").train(), al.FAR(retention=1.0, priming=2)), batch, 32)
-    assert first - few > 0.9 * (first - every), (first, few, every)
+    assert first - few > 0.85 * (first - every), (first, few, every)
 
 
 @pytest.mark.parametrize("selection", ["movement", "random"])

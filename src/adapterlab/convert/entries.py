@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterlab.convert.blending import SUMS, blend
+from adapterlab.convert.blending import SUMS, joined, thinned
 from adapterlab.convert.changes import exact
 from adapterlab.core.adapter import Copy
 from adapterlab.core.method import Method
@@ -87,15 +87,18 @@ def unite(
         AttachError: the name `into` is taken.
     """
 
+    def thin(change: Tensor) -> Tensor:
+        return thinned(change, how, density, generator)
+
     def mix(changes: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-        return blend(changes, shares, how, density, generator)
+        return joined(changes, shares, how)
 
     changes = {name: _changes(host, name) for name in names}
     paths = list(dict.fromkeys(path for found in changes.values() for path in found))
     entries: dict[str, Sparse] = {}
     for done, path in enumerate(paths):
         here = [(w, changes[n][path]) for n, w in zip(names, weights, strict=True) if path in changes[n]]
-        index, change = _on_union(here, mix)
+        index, change = _on_union([(w, (own, thin(found))) for w, (own, found) in here], mix)
         kept = slice(None) if how in SUMS else change != 0
         values = exact(host.model.get_parameter(path)).view(-1)[index] + change
         entries[path] = index[kept], values[kept]
@@ -103,7 +106,7 @@ def unite(
             progress("combining", done + 1, len(paths))
     if not any(len(index) for index, _ in entries.values()):
         raise MergeError(f"{', '.join(names)} have no entries yet: adapters that were never trained change nothing.")
-    copies = _copies(host, names, weights, mix)
+    copies = _copies(host, names, weights, thin, mix)
     _check_apart(entries, copies)
     found = _holding(host, names, tuple(copies), entries)
     if found is None:
@@ -139,7 +142,9 @@ def _on_union(here: Sequence[tuple[float, Sparse]], mix: Mix) -> Sparse:
     return index, mix(wide, [w for w, _ in here])
 
 
-def _copies(host: Host, names: Sequence[str], weights: Sequence[float], mix: Mix) -> dict[str, dict[str, Tensor]]:
+def _copies(
+    host: Host, names: Sequence[str], weights: Sequence[float], thin: Callable[[Tensor], Tensor], mix: Mix
+) -> dict[str, dict[str, Tensor]]:
     """New values of all parameters and buffers of the modules that some of the adapters train whole."""
     found: dict[str, list[tuple[float, Copy]]] = {}
     for name, weight in zip(names, weights, strict=True):
@@ -154,7 +159,7 @@ def _copies(host: Host, names: Sequence[str], weights: Sequence[float], mix: Mix
         for leaf, _ in held[0][1].copy.named_parameters():
             base = exact(module.get_parameter(leaf))
             changes = [exact(adapter.copy.get_parameter(leaf)).to(base) - base for _, adapter in held]
-            made[path][leaf] = base + mix(changes, [w for w, _ in held])
+            made[path][leaf] = base + mix([thin(change) for change in changes], [w for w, _ in held])
     return made
 
 

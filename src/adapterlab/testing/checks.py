@@ -226,12 +226,13 @@ def check_resume(case: Case) -> None:
     loop = _loop(case, whole, steps=4, batch_size=2)
     for step in range(4):
         if step == 2:
-            state = pickle.dumps(loop.state_dict())
+            saved = pickle.dumps(loop.state_dict())
         loop.step()
     torch.manual_seed(99)  # the new process has other random numbers
-    rest = case.attach(fresh=True)
-    again = _loop(case, rest, steps=4, batch_size=2)
-    again.load_state_dict(pickle.loads(state))
+    state, rest = pickle.loads(saved), Host(case.model())
+    rest.attach(case.make(rest.model), "one", saved=state["adapter"])  # with the structure that training gave it
+    again = _loop(case, rest, steps=4, batch_size=2, prepare=False)
+    again.load_state_dict(state)
     for _ in range(2):
         again.step()
     same(rest.state_dict("one"), whole.state_dict("one"), "the continued and the uninterrupted run")
@@ -269,7 +270,9 @@ def _check_gradients(found: Host, batch: dict[str, Tensor]) -> dict[str, Tensor]
     return arrived
 
 
-def _loop(case: Case, found: Host, steps: int, batch_size: int = 4, weight_decay: float = 0.0) -> Loop:
+def _loop(
+    case: Case, found: Host, steps: int, batch_size: int = 4, weight_decay: float = 0.0, prepare: bool = True
+) -> Loop:
     """Training on four fixed rows with a constant rate."""
     training = Training(
         steps=steps, batch_size=batch_size, lr=1e-2, schedule="constant", warmup=0, weight_decay=weight_decay, clip=None
@@ -277,7 +280,7 @@ def _loop(case: Case, found: Host, steps: int, batch_size: int = 4, weight_decay
     collate = None
     if case.method.overrides("example_batch"):
         collate = functools.partial(_completed, case.method, found.model)
-    return Loop(found, "one", models.token_rows(), training, collate=collate)
+    return Loop(found, "one", models.token_rows(), training, collate=collate, prepare=prepare)
 
 
 def _completed(method: type[Method], model: Any, rows: Any) -> dict[str, Tensor]:
