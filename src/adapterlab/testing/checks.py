@@ -229,9 +229,11 @@ def check_resume(case: Case) -> None:
             saved = pickle.dumps(loop.state_dict())
         loop.step()
     torch.manual_seed(99)  # the new process has other random numbers
-    state, rest = pickle.loads(saved), Host(case.model())
-    rest.attach(case.make(rest.model), "one", saved=state["adapter"])  # with the structure that training gave it
-    again = _loop(case, rest, steps=4, batch_size=2, prepare=False)
+    state, rest = pickle.loads(saved), case.attach(fresh=True)
+    if rest.tensors("one").keys() != state["adapter"].keys():  # training has given it another structure
+        rest = Host(case.model())
+        rest.attach(case.make(rest.model), "one", saved=state["adapter"])
+    again = _loop(case, rest, steps=4, batch_size=2)
     again.load_state_dict(state)
     for _ in range(2):
         again.step()
@@ -270,9 +272,7 @@ def _check_gradients(found: Host, batch: dict[str, Tensor]) -> dict[str, Tensor]
     return arrived
 
 
-def _loop(
-    case: Case, found: Host, steps: int, batch_size: int = 4, weight_decay: float = 0.0, prepare: bool = True
-) -> Loop:
+def _loop(case: Case, found: Host, steps: int, batch_size: int = 4, weight_decay: float = 0.0) -> Loop:
     """Training on four fixed rows with a constant rate."""
     training = Training(
         steps=steps, batch_size=batch_size, lr=1e-2, schedule="constant", warmup=0, weight_decay=weight_decay, clip=None
@@ -280,7 +280,7 @@ def _loop(
     collate = None
     if case.method.overrides("example_batch"):
         collate = functools.partial(_completed, case.method, found.model)
-    return Loop(found, "one", models.token_rows(), training, collate=collate, prepare=prepare)
+    return Loop(found, "one", models.token_rows(), training, collate=collate)
 
 
 def _completed(method: type[Method], model: Any, rows: Any) -> dict[str, Tensor]:
