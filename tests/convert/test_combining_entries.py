@@ -135,6 +135,23 @@ def test_others_join_and_what_was_never_chosen_is_refused(tiny: Any) -> None:
         combine(host, ["blank"], into="none")
 
 
+def test_adapters_of_two_methods_become_one_of_the_first(tiny: Any, batch_for: Any) -> None:
+    model = tiny("llama")
+    host = Host(model)
+    methods = {"a": al.SAMSecondOrder(batches=1, density=0.05), "b": al.FishMask(samples=2, density=0.02)}
+    for name, method in methods.items():
+        host.activate()
+        host.attach(method, name)
+        host.methods[name].prepare(host, name, [batch_for(model)])
+        with torch.no_grad():
+            for p in host.parameters(name):
+                p.add_(0.1)
+    host.activate()
+    made = combine(host, ["a", "b"], [1.0, 1.0], into="c")
+    assert made.method == "sam_second_order"
+    assert made.entries == sum(len(index) for index, _ in held(host, "c").values()) < sum(made.sources.values())
+
+
 def test_rows_stay_rows(tiny: Any) -> None:
     model = tiny("llama")
     host = Host(model)

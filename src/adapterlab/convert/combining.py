@@ -51,8 +51,7 @@ def combine(
     Biases, norms and modules trained in full are combined in the same way, and kept exactly.
 
     The result is a LoRA. Of adapters that all own entries of the base it is one that owns the union of these instead,
-    exactly, unless `rank`, `cat` or `svd` asks for factors; `density` is then a share of each
-    one's entries.
+    exactly, unless `rank`, `cat` or `svd` asks for factors; `density` is then a share of each one's entries.
 
     Args:
         host: of the model that carries the adapters.

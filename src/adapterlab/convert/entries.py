@@ -14,6 +14,7 @@ from adapterlab.convert.blending import SUMS, joined, thinned
 from adapterlab.convert.changes import exact
 from adapterlab.core.adapter import Copy
 from adapterlab.core.method import Method
+from adapterlab.engine.sparse import OwnVector, as_saved
 from adapterlab.errors import MergeError
 from adapterlab.hosts import Host
 
@@ -180,6 +181,9 @@ def _holding(
     for name in names:
         method = host.methods[name].model_copy(update={"modules_to_save": copied})
         tensors = method.with_entries(host, entries)
+        owned = [patch.chosen for patch in host.patches[name].values()]
+        if tensors is None and owned and all(isinstance(chosen, OwnVector) for chosen in owned):
+            tensors = as_saved(entries)
         if tensors is not None:
             return method, dict(tensors)
     return None

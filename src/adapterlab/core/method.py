@@ -111,7 +111,8 @@ class Method(Settings):
     def with_entries(self, host: Carrier, entries: Mapping[str, tuple[Tensor, Tensor]]) -> Mapping[str, Tensor] | None:
         """Return the tensors of an adapter of this method that holds these entries of the base, as saving gives them.
 
-        Methods that own entries say so, and what was made of several adapters can then be one of theirs.
+        What is made of several adapters can then be one of theirs. Methods that own entries by their index need not say
+        it: their form is known.
 
         Args:
             host: of the model.

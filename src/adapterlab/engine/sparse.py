@@ -70,7 +70,7 @@ class Entries(Adapter):
         index = index.to(base.device, torch.int64).flatten()
         self.index.register_buffer(parameter, index)
         self.values[parameter] = nn.Parameter(base.detach().reshape(-1)[index].float())
-        self.held[parameter] = _OwnVector(self, parameter)
+        self.held[parameter] = OwnVector(self, parameter)
         return self.held[parameter]
 
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +94,9 @@ class Trained(Chosen):
         raise NotImplementedError
 
 
-class _OwnVector(Trained):
+class OwnVector(Trained):
+    """Entries that one `Entries` holds by itself, under the names that `as_saved` gives them."""
+
     def __init__(self, entries: Entries, name: str):
         self.entries, self.name = entries, name
 
@@ -108,6 +110,16 @@ class _OwnVector(Trained):
     def trained(self) -> tuple[Tensor, Tensor, Tensor]:
         vector = self.entries.values[self.name]
         return vector, vector.detach(), self.places()
+
+
+def as_saved(entries: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of an adapter that holds these entries, by parameter positions and values, as `Entries` do."""
+    found = {}
+    for path, (index, values) in entries.items():
+        module, _, parameter = path.rpartition(".")
+        found[f"adapter.{module}.index.{parameter}"] = index
+        found[f"adapter.{module}.values.{parameter}"] = values
+    return found
 
 
 class _Placed(torch.autograd.Function):

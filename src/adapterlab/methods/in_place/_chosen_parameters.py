@@ -108,16 +108,6 @@ def saved_entries(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def saved_with(entries: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors of an adapter that trains these entries, by parameter their positions and values."""
-    found = {}
-    for path, (index, values) in entries.items():
-        module, _, parameter = path.rpartition(".")
-        found[f"adapter.{module}.index.{parameter}"] = index
-        found[f"adapter.{module}.values.{parameter}"] = values
-    return found
-
-
 # ---------------------------------------------------------------------- scores
 
 

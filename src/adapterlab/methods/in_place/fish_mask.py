@@ -115,10 +115,6 @@ class FishMask(Method):
         """Refuse to train a head alone, in a loop that did not call `prepare`."""
         chosen.check_chosen(host, name, self.id)
 
-    def with_entries(self, host: Carrier, entries: Mapping[str, tuple[Tensor, Tensor]]) -> Mapping[str, Tensor] | None:
-        """Any entries."""
-        return chosen.saved_with(entries)
-
     def eligible(self, host: Carrier) -> dict[str, nn.Parameter]:
         """Return the parameters that entries are chosen from."""
         return chosen.eligible(host, self.id, (*self.exclude, *self.modules_to_save))
