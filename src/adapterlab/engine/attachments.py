@@ -210,9 +210,10 @@ class Attachments(Switching):
         self._check_conflict(name, path, index)
         if chosen is None and index is not None:
             chosen = self._entries(name, holders[0]).add(holders[0].rpartition(".")[2], index)
-        # Every module that holds the tensor must see the entries: a tied weight has two.
-        for holder in holders if isinstance(chosen, Trained) else ():
-            self._entries(name, holder).held[holder.rpartition(".")[2]] = chosen
+        if isinstance(chosen, Trained):
+            # Every module that holds the tensor must see the entries: a tied weight has two.
+            for holder in holders:
+                self._entries(name, holder).held[holder.rpartition(".")[2]] = chosen
         original = parameter.detach().clone() if whole else parameter.new_empty(0)
         patch = Patch(path, original if keep else None, chosen, entire, live=whole)
         self.patches[name].setdefault(path, patch)
