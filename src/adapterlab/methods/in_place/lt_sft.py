@@ -44,7 +44,8 @@ class LTSFT(TwoPhases):
 
     Trainable parameters: N in phase 1, then K = ⌊ρ N⌋.
 
-    Memory: phase 1 that of full fine-tuning; phase 2 20 bytes for each entry, and the gradient of one tensor at a time.
+    Memory: phase 1 that of full fine-tuning, and the original values; phase 2 36 bytes for each entry (value, gradient,
+    moments, place, original), and the gradient of one tensor at a time.
 
     Inference: nothing to merge, no cost.
 
