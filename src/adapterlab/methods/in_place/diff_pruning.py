@@ -95,6 +95,11 @@ class DiffPruning(Method):
         """Half of the gates are open, so that the cut takes them all; the search ends in a run of a few steps."""
         return {"density": 0.6, "start": 0.0, "search": 0.6, "sparsity": 1e-5}
 
+    def turns(self) -> int:
+        """In three times as many steps the gate of a tensor is open once, but for a chance of one in a thousand."""
+        closed = 1 / (1 + math.exp(self.start - math.log(-self.low / self.high)))
+        return max(1, math.ceil(math.log(1e-3) / math.log(closed) / 3)) if closed > 0 else 1
+
     # ------------------------------------------------------------------ attaching
 
     def attach(self, host: Carrier, name: str) -> None:
@@ -161,13 +166,17 @@ class DiffPruning(Method):
             layer.steps = steps
 
     def optimizer(self, host: Carrier, name: str, make: MakeOptimizer) -> Optimizer:
-        """One group for the changes, and one for the gates, also when those are frozen already."""
-        gates = [p for layer in self.layers(host, name).values() for p in layer.gates()]
-        known = {id(p) for p in gates}
+        """One group for the changes, and one for the gates, also when some are frozen already."""
+        layers = self.layers(host, name).values()
+        if not layers:
+            return make(host.parameters(name))
+        gates, diffs = ([p for layer in layers for p in held(layer)] for held in (Gated.gates, Gated.diffs))
+        known = {id(p) for p in (*gates, *diffs)}
         rest = [p for p in host.parameters(name) if id(p) not in known]
-        if not gates:
-            return make(rest)
-        groups: list[dict[str, Any]] = [{"params": rest}, {"params": gates, "lr": self.gate_lr, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [
+            {"params": [*diffs, *rest]},
+            {"params": gates, "lr": self.gate_lr, "weight_decay": 0.0},
+        ]
         return make(groups)
 
     def rate(self, step: int, steps: int, plain: Callable[[float], float]) -> float:
@@ -313,6 +322,10 @@ class Gated(Substitute):
         """All α."""
         return [*self.gate.values(), *self.group.values()]
 
+    def diffs(self) -> list[nn.Parameter]:
+        """All w."""
+        return list(self.diff.values())
+
     def values(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """θ₀ + δ, added in the precision of w and rounded once."""
         found = {}
@@ -368,11 +381,14 @@ class Gated(Substitute):
             self.group[leaf].fill_(_CERTAIN)
 
     def freeze(self, fixed: bool = True) -> None:
-        """Train no gates any more, or again."""
+        """Train no gates any more, and no parameter of which nothing is kept; or again."""
         self.fixed = fixed
         for alpha in self.gates():
             alpha.requires_grad_(not fixed)
             alpha.grad = None
+        for leaf, diff in self.diff.items():
+            diff.requires_grad_(not fixed or bool((self.gate[leaf] > 0).any()))
+            diff.grad = None
 
     def entries(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Positions of what is kept of each parameter, and the values of θ there."""
