@@ -51,8 +51,8 @@ class FishDip(Method):
     chooses alike, and not of a saved adapter. A choice costs a forward pass for each of its rows and n backward passes,
     in eval mode. The loss of a row is the mean over its target tokens, whatever its length.
 
-    Memory: 40 bytes for each entry that trains (value, gradient, moments, steps, place, original), 24 for each that did;
-    the gradient of one tensor at a time. While it chooses 4 bytes for each entry of the base.
+    Memory: 40 bytes for each entry that trains (value, gradient, moments, steps, place, original) and 24 for each that
+    did; the gradient of one tensor at a time. While it chooses 4 bytes for each entry of the base.
 
     Inference: nothing to merge, no cost.
 
