@@ -27,7 +27,7 @@ from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Method
 from adapterlab.core.site import Site
 from adapterlab.data import Collator
-from adapterlab.foreign.model import ADAPTERS
+from adapterlab.foreign.model import ADAPTERS, SHARED
 from adapterlab.hosts import Host
 from adapterlab.optim import adamw
 from adapterlab.testing.models import tiny
@@ -82,16 +82,15 @@ def state_of(host: Host) -> State:
 
     Entries that train are told by what they change of their parameter: positions are no numbers to be compared.
     """
-    found = {key: value.detach().clone() for key, value in host.model.state_dict().items()}
-    lead = f"{ADAPTERS}.{NAME}."
+    places = (f"{ADAPTERS}.{NAME}.index.", f"{ADAPTERS}.{NAME}.values.", f"{SHARED}.{NAME}.entries.")
+    state = host.model.state_dict().items()
+    found = {key: value.detach().clone() for key, value in state if not any(place in key for place in places)}
     for path, patch in host.patches[NAME].items():
         if patch.index is not None and patch.original is not None:
-            module, _, leaf = path.rpartition(".")
-            del found[f"{module}.{lead}index.{leaf}"]
-            values = found[f"{module}.{lead}values.{leaf}"]
+            values = patch.value(host.model).flatten()
             change = values.new_zeros(host.model.get_parameter(path).numel())
-            change[patch.index] = values - patch.original.to(values.dtype)
-            found[f"{module}.{lead}values.{leaf}"] = change
+            change[patch.index] = values - patch.original.flatten().to(values.dtype)
+            found[f"change of {path}"] = change
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterlab.errors import ConfigError
-from adapterlab.optim import adamw, factor, master, schedule
+from adapterlab.optim import adamw, factor, master, moments, reorder, schedule
 from adapterlab.optim.chain import Chain
 from adapterlab.optim.transforms import Adam, Mask, Project, Transform, WeightDecay
 
@@ -174,3 +174,27 @@ def test_like_takes_over_the_settings_and_refuses_other_optimizers() -> None:
     torch.testing.assert_close(a.data, b.data, rtol=1e-5, atol=1e-6)
     with pytest.raises(ConfigError, match=r"received SGD.*adamw"):
         Chain.like(torch.optim.SGD([a], lr=0.1), [()])
+
+
+def test_entries_that_count_their_own_steps_begin_as_if_the_run_did() -> None:
+    """After 1,000 steps one entry of two is put in another's place: it makes the steps of a new parameter."""
+    gradients = _gradients(1003, 2)
+    p, new = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1))
+    chain = Chain([p], 0.1, [Adam(each=True)])
+    whole = nn.Parameter(torch.zeros(2))
+    plain = Chain([whole], 0.1, [Adam()])
+    for optimizer, q in ((chain, p), (plain, whole)):
+        _steps(optimizer, q, gradients[:1000])
+    torch.testing.assert_close(p.data, whole.data, rtol=1e-4, atol=1e-4)
+    assert len(moments(chain, p)) == 3
+    reorder(
+        moments(chain, p), torch.tensor([1, 0]), torch.tensor([True, False])
+    )  # the second stays, at the first place
+    with torch.no_grad():
+        p.copy_(torch.tensor([float(whole[1]), 0.0]))
+    swapped = [g.flip(0) for g in gradients[1000:]]
+    fresh = Chain([new], 0.1, [Adam()])
+    _steps(chain, p, swapped)
+    _steps(plain, whole, gradients[1000:])
+    _steps(fresh, new, [g[1:] for g in swapped])
+    torch.testing.assert_close(p.data, torch.stack([whole.data[1], new.data[0]]), rtol=1e-4, atol=1e-4)

@@ -13,6 +13,7 @@ from adapterlab.errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
     from adapterlab.convert.building import Conversion
+    from adapterlab.convert.entries import United
     from adapterlab.evaluate.opening import Opened, Place
     from adapterlab.hosts import Host
 
@@ -104,23 +105,23 @@ def open_adapter(
     return opened, opened.host, place
 
 
-def save_made(host: Host, made: Conversion, output: Path, overwrite: bool, origin: str) -> None:
-    """Save a LoRA adapter that was made of others, with its errors in the card."""
-    notes = {
-        "Made from": origin,
-        "Relative error": f"{made.error:.3g} (worst: {made.worst.error:.3g} at {made.worst.path})",
-    }
-    host.save(output, made.name, overwrite=overwrite, notes=notes)
+def save_made(host: Host, made: Conversion | United, output: Path, overwrite: bool, origin: str) -> None:
+    """Save an adapter that was made of others, with what it keeps of them in the card."""
+    host.save(output, made.name, overwrite=overwrite, notes={"Made from": origin, **made.notes()})
 
 
-def show_conversion(made: Conversion, output: Path, as_json: bool) -> None:
-    """Print ranks and errors of each role's modules, and of the whole."""
+def show_conversion(made: Conversion | United, output: Path, as_json: bool) -> None:
+    """Print ranks and errors of each role's modules, and of the whole; of entries how many there are."""
     from statistics import median
 
     from adapterlab.cli._shared import by_role, print_json
+    from adapterlab.convert.entries import United
 
     if as_json:
         print_json({**made.to_dict(), "folder": str(output)})
+        return
+    if isinstance(made, United):
+        _show_union(made, output)
         return
     from rich.table import Table
 
@@ -142,6 +143,20 @@ def show_conversion(made: Conversion, output: Path, as_json: bool) -> None:
     if made.saved:
         console.print(f"Kept in full: {', '.join(made.saved)}.", soft_wrap=True)
     _show_dropped(console, made)
+    console.print(f"Written: {output}", soft_wrap=True)
+
+
+def _show_union(made: United, output: Path) -> None:
+    from adapterlab.terminal import Terminal
+
+    console = Terminal(highlight=False)
+    for name, count in made.sources.items():
+        console.print(f"{name}: {count:,} entries", soft_wrap=True)
+    for pair, share in made.overlap.items():
+        console.print(f"{pair}: {share:.2%} of the smaller one's entries are in both", soft_wrap=True)
+    console.print(f"{made.name} ({made.method}): {made.entries:,} entries, exact", soft_wrap=True)
+    if made.saved:
+        console.print(f"Kept in full: {', '.join(made.saved)}.", soft_wrap=True)
     console.print(f"Written: {output}", soft_wrap=True)
 
 

@@ -44,7 +44,10 @@ def combine(
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make one LoRA adapter of several adapters of any linear methods, and say how exact it is."""
+    """Make one adapter of several of any linear methods, and say how exact it is.
+
+    It is a LoRA; of adapters that own entries of the base, one that owns the union of them.
+    """
     chosen = _numbers(weights)
     places = [adapter_place(target, model, checkpoint, trust_remote_code) for target in adapters]
     check_adapter_output(output, overwrite, [folder for place in places for folder in place.folders])

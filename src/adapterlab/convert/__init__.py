@@ -21,6 +21,7 @@ _PUBLIC = {
     "Conversion": "building",
     "Factors": "low_rank",
     "ModelChanges": "changes",
+    "United": "entries",
     "Verification": "verifying",
     "analyze": "analysis",
     "combine": "combining",

@@ -25,10 +25,18 @@ def blend(
         density: share of entries that pruning keeps, or probability that DARE keeps one.
         generator: of DARE's choices, on the CPU.
     """
+    return joined([thinned(t, how, density, generator) for t in tensors], weights, how)
+
+
+def thinned(tensor: Tensor, how: str, density: float, generator: torch.Generator) -> Tensor:
+    """What remains of one change before it meets others."""
     if how.startswith("dare"):
-        tensors = [drop(t, density, generator) for t in tensors]
-    elif how not in SUMS:
-        tensors = [prune(t, density) for t in tensors]
+        return drop(tensor, density, generator)
+    return tensor if how in SUMS else prune(tensor, density)
+
+
+def joined(tensors: Sequence[Tensor], weights: Sequence[float], how: str) -> Tensor:
+    """Combine what remains of changes."""
     if how.endswith("ties"):
         return elect(tensors, weights)
     return torch.stack([w * t for w, t in zip(weights, tensors, strict=True)]).sum(0)

@@ -66,6 +66,10 @@ class Conversion:
         """Rank by path."""
         return {module.path: module.rank for module in self.modules}
 
+    def notes(self) -> dict[str, str]:
+        """Facts for the card of the adapter."""
+        return {"Relative error": f"{self.error:.3g} (worst: {self.worst.error:.3g} at {self.worst.path})"}
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
         return {**asdict(self), "modules": [asdict(m) for m in self.modules], "worst": asdict(self.worst)}

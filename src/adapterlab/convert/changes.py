@@ -125,11 +125,11 @@ class AdapterChanges(Changes):
 
     def _patched(self, parameter: nn.Parameter, patch: Patch) -> Tensor:
         """The value that an adapter which lives in the base's parameters has for one, while it is switched off."""
-        value = patch.value(self.host.model).detach()
-        if patch.index is None:
+        value, entries = patch.value(self.host.model).detach(), patch.entries
+        if entries is None:
             return value
-        whole = parameter.detach().clone()
-        whole.view(-1)[patch.index] = value.to(whole.dtype)
+        whole = exact(parameter).clone()
+        entries.seen(whole)[entries.places()] = value.to(whole.dtype)
         return whole
 
     @torch.no_grad()

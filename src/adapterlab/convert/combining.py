@@ -12,11 +12,13 @@ from torch import Tensor
 from adapterlab.convert.blending import HOWS, SUMS, How, blend
 from adapterlab.convert.building import Conversion, Draft
 from adapterlab.convert.changes import MATRICES, AdapterChanges, Change
+from adapterlab.convert.entries import United, own_entries, unite
 from adapterlab.convert.low_rank import Factors, Fit, check_size, fit, wide
 from adapterlab.errors import ConfigError, nearest
 from adapterlab.hosts import Host
 
 _DENSITY = 0.5
+_LOW_RANK = ("cat", "svd")  # these speak of factors
 
 
 def combine(
@@ -30,8 +32,8 @@ def combine(
     seed: int = 0,
     into: str = "combined",
     progress: Callable[[str, int, int], None] | None = None,
-) -> Conversion:
-    """Make one LoRA adapter of several adapters, of whatever linear methods.
+) -> Conversion | United:
+    """Make one adapter of several, of whatever linear methods.
 
     The combination is made of the changes ΔWᵢ that merging would write, module by module, and does not depend on how
     an adapter factors its own. A module that only some adapters change takes what those have.
@@ -48,6 +50,9 @@ def combine(
 
     Biases, norms and modules trained in full are combined in the same way, and kept exactly.
 
+    The result is a LoRA. Of adapters that all own entries of the base it is one that owns the union of these instead,
+    exactly, unless `rank`, `cat` or `svd` asks for factors; `density` is then a share of each one's entries.
+
     Args:
         host: of the model that carries the adapters.
         names: of the adapters.
@@ -61,7 +66,7 @@ def combine(
         progress: called with the phase, the modules done, and their number.
 
     Returns:
-        Rank and error against Δ of each module and of the whole.
+        Rank and error against Δ of each module and of the whole; of entries their numbers, and how much they overlap.
 
     Raises:
         ConfigError: names, weights or options are not valid.
@@ -71,13 +76,18 @@ def combine(
     weights = _checked(host, names, weights, how, rank, density)
     generator = torch.Generator().manual_seed(seed)
     draft = Draft()
+    share = _DENSITY if density is None else density
     with host.using():
+        if rank is None and how not in _LOW_RANK and own_entries(host, names):
+            made = unite(host, names, weights, how, share, generator, into, progress)
+            if made is not None:
+                return made
         sources = [AdapterChanges(host, name) for name in names]
         paths = [site.path for site in host.all_sites() if any(site.path in s.sites for s in sources)]
         for done, path in enumerate(paths):
             found = [(w, c) for w, source in zip(weights, sources, strict=True) if (c := source.at(path)) is not None]
             if found:
-                mixed, limit = _mix(found, how, _DENSITY if density is None else density, generator)
+                mixed, limit = _mix(found, how, share, generator)
                 draft.add(mixed, functools.partial(_fitted, how=how, rank=rank, limit=limit))
             if progress:
                 progress("combining", done + 1, len(paths))

@@ -48,8 +48,16 @@ class Carrier(Protocol):
     def wrap(self, name: str, where: Site | nn.Module, adapter: Adapter) -> None: ...  # around a module's call
     def attend(self, name: str, module: nn.Module, adapter: Adapter) -> None: ...  # inside the attention core
     def own(
-        self, name: str, path: str, *, index: Tensor | None = None, keep: bool = True
+        self,
+        name: str,
+        path: str,
+        *,
+        index: Tensor | None = None,
+        chosen: Any = None,
+        entire: bool = False,
+        keep: bool = True,
     ) -> nn.Parameter: ...  # train a base parameter in place, or some of its entries
+    def narrow(self, name: str) -> None: ...  # own the chosen entries of what was owned entire
     def share(self, name: str, key: str, module: nn.Module) -> nn.Module: ...  # what belongs to no single module
     def replace(self, name: str, path: str, derive: Callable[[Tensor], Tensor]) -> None: ...  # another frozen value
     def refresh(self, name: str) -> None: ...  # derive replaced values anew, after what they are made of has changed

@@ -116,6 +116,21 @@ class Method(Settings):
         """
         return {}
 
+    def with_entries(self, host: Carrier, entries: Mapping[str, tuple[Tensor, Tensor]]) -> Mapping[str, Tensor] | None:
+        """Return the tensors of an adapter of this method that holds these entries of the base, as saving gives them.
+
+        What is made of several adapters can then be one of theirs. Methods that own entries by their index need not say
+        it: their form is known.
+
+        Args:
+            host: of the model.
+            entries: by the parameter's name: flat ascending positions `[k]`, and float32 values `[k]`.
+
+        Returns:
+            The tensors; None: the method holds no such entries.
+        """
+        return None
+
     def brief(self) -> Self:
         """Return the same method with the shortest `prepare`: plans simulate it on tensors that hold no numbers."""
         return self

@@ -19,7 +19,7 @@ from adapterlab.engine.intact import Place, check_intact
 from adapterlab.engine.joining import check_may_join
 from adapterlab.engine.loading import stop_watching, watch_loads
 from adapterlab.engine.patches import Patch
-from adapterlab.engine.sparse import Entries
+from adapterlab.engine.sparse import Chosen, Entries, Trained
 from adapterlab.engine.switching import Switching
 from adapterlab.engine.wrapping import HOST, adapters_of, plain_copy, put, take
 from adapterlab.errors import AttachError, MergeError, nearest
@@ -106,7 +106,7 @@ class Attachments(Switching):
             for patch in self.patches.pop(key, {}).values():
                 patch.undo(self.model, keep=False)
                 others = [p for patches in self.patches.values() for p in patches.values() if p.live]
-                if patch.index is None and not any(patch.clashes(other) for other in others):
+                if patch.entries is None and not any(patch.clashes(other) for other in others):
                     self.model.get_parameter(patch.path).requires_grad_(False)
             for path in self.adapters(key):
                 take(self.module(path), key)
@@ -180,7 +180,16 @@ class Attachments(Switching):
         adapter.place = "attention"
         self.wrap(name, module, adapter)
 
-    def own(self, name: str, path: str, *, index: Tensor | None = None, keep: bool = True) -> nn.Parameter:
+    def own(
+        self,
+        name: str,
+        path: str,
+        *,
+        index: Tensor | None = None,
+        chosen: Chosen | None = None,
+        entire: bool = False,
+        keep: bool = True,
+    ) -> nn.Parameter:
         """Train a base parameter in place, or some of its entries.
 
         Args:
@@ -188,6 +197,9 @@ class Attachments(Switching):
             path: the parameter's name in the model.
             index: flat row-major positions `[k]` of the entries to train; None for all. Only these change, whatever the
                 optimizer does, and only they cost gradient and optimizer memory.
+            chosen: entries whose vector the method keeps, such as a part of one for many parameters. They may be chosen
+                anew: `refresh` then gives the former ones their original values, and these theirs.
+            entire: with `chosen`: own the whole parameter for the time being, until `narrow`.
             keep: store the original, so that the change can be undone and switched off; without it, detaching raises.
 
         Returns:
@@ -197,19 +209,30 @@ class Attachments(Switching):
             AttachError: there is no such parameter, it is packed, or another live adapter owns it.
         """
         parameter, holders = self._base_parameter(path)
-        original = parameter.detach() if index is None else parameter.detach().view(-1)[index]
-        patch = Patch(path, original.clone() if keep else None, index)
-        self._check_conflict(name, patch)
+        whole = entire or (index is None and chosen is None)
+        if index is None and chosen is not None and not whole:
+            index = chosen.index()
+        self._check_conflict(name, path, index)
+        if chosen is None and index is not None:
+            chosen = self._entries(name, holders[0]).add(holders[0].rpartition(".")[2], index)
+        if isinstance(chosen, Trained):
+            # Every module that holds the tensor must see the entries: a tied weight has two.
+            for holder in holders:
+                self._entries(name, holder).held[holder.rpartition(".")[2]] = chosen
+        original = parameter.detach().clone() if whole else parameter.new_empty(0)
+        patch = Patch(path, original if keep else None, chosen, entire, live=whole)
         self.patches[name].setdefault(path, patch)
         self.places[name][path] = Place(self.module(path.rpartition(".")[0]))
-        if index is None:
+        if whole:
             parameter.requires_grad_(True)
             return parameter
-        # Every module that holds the tensor must see the entries: a tied weight has two.
-        trained = self._entries(name, holders[0]).add(holders[0].rpartition(".")[2], index)
-        for other in holders[1:]:
-            self._entries(name, other).alias(other.rpartition(".")[2], index, trained)
-        return trained
+        patch.write(self.model)
+        return chosen.trained()[0] if isinstance(chosen, Trained) else parameter  # type: ignore[return-value]
+
+    def narrow(self, name: str) -> None:
+        """Let an adapter own the chosen entries of parameters that it owned entire: these have their originals back."""
+        for patch in self.patches[name].values():
+            patch.narrow(self.model)
 
     def replace(self, name: str, path: str, derive: Callable[[Tensor], Tensor]) -> None:
         """Put another, frozen value in place of a base parameter while the adapter is live.
@@ -235,16 +258,22 @@ class Attachments(Switching):
         if self._merged_into(path):
             raise AttachError(f"{path} has an adapter merged into it, so its original value is not there: restore it.")
         patch = Patch(path, parameter.detach().clone(), live=False, trains=False, derive=derive)
-        self._check_conflict(name, patch)
+        self._check_conflict(name, path, None)
         self.patches[name][path] = patch
         self.places[name][path] = Place(self.module(path.rpartition(".")[0]))
         patch.write(self.model)
 
-    def refresh(self, name: str) -> None:
-        """Derive replaced base values anew, after tensors of the adapter were changed from outside."""
+    def refresh(self, name: str, *, entries: bool = False) -> None:
+        """Put values that live in the base there anew, after tensors of the adapter were changed from outside.
+
+        Args:
+            name: of the adapter.
+            entries: chosen entries alone, and not what is derived from the base.
+        """
         for key in self.parts(name):
             for patch in self.patches[key].values():
-                patch.refresh(self.model)
+                if not self._merged_into(patch.path) and not (entries and patch.chosen is None):
+                    patch.refresh(self.model)
 
     def unwrap(self, name: str, where: Site | nn.Module) -> None:
         """Take the adapter away from one module again, for methods that drop modules they have no use for."""
@@ -357,7 +386,7 @@ class Attachments(Switching):
             found.update({f"adapter.{path}.{k}": value for k, value in adapter.state_dict(keep_vars=True).items()})
         for shared, module in self.shared(key).items():
             found.update({f"shared.{shared}.{k}": value for k, value in module.state_dict(keep_vars=True).items()})
-        whole = {path: p for path, p in self.patches[key].items() if p.index is None and p.derive is None}
+        whole = {path: p for path, p in self.patches[key].items() if p.entries is None and p.derive is None}
         found.update({f"base.{path}": patch.value(self.model) for path, patch in whole.items()})
         return found
 
@@ -435,10 +464,9 @@ class Attachments(Switching):
             for adapter in self.adapters(key).values():
                 adapter.is_merged = False
 
-    def _check_conflict(self, name: str, patch: Patch) -> None:
-        path = patch.path
+    def _check_conflict(self, name: str, path: str, index: Tensor | None) -> None:
         for other in self.state.active:
-            if other != name and path in self.patches[other] and patch.clashes(self.patches[other][path]):
+            if other != name and path in self.patches[other] and self.patches[other][path].touches(index):
                 raise AttachError(
                     f"{path} is owned by adapter {other!r} already: two adapters cannot train one base parameter "
                     f"at the same time. Deactivate {other!r} first, or exclude the parameter."

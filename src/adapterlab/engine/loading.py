@@ -15,8 +15,9 @@ T = TypeVar("T")
 
 
 def own_state(host: Any, state: Mapping[str, T]) -> dict[str, T]:
-    """Return what of a model's state is the adapters': their tensors, and base parameters that they own now."""
-    owned = {p.path for held in host.patches.values() for p in held.values() if p.live and p.derive is None}
+    """Return what of a model's state is the adapters': their tensors, and base parameters that they own whole now."""
+    every = [p for held in host.patches.values() for p in held.values()]
+    owned = {p.path for p in every if p.live and p.derive is None and p.entries is None}
     return {k: v for k, v in state.items() if (path := plain_path(k)) in owned or is_adapter_path(path)}
 
 
@@ -48,6 +49,7 @@ def state_loaded(model: nn.Module, found: Any) -> None:
     base = {*own} - adapters
     if base <= missing and adapters - missing:
         found.missing_keys[:] = [key for key in found.missing_keys if key.removeprefix(lead) not in base]
+    _check_places(host, missing)
     for name in host.methods:
         host.refresh(name)
 
@@ -62,6 +64,18 @@ def stop_watching(model: nn.Module) -> None:
     hooks = model._load_state_dict_post_hooks
     for key in [key for key, hook in hooks.items() if hook is state_loaded]:
         del hooks[key]
+
+
+def _check_places(host: Any, missing: set[str]) -> None:
+    """Refuse base parameters with entries trained in place that are others than here: nothing knows their originals."""
+    every = [p for held in host.patches.values() for p in held.values() if p.live and p.path not in missing]
+    moved = [p.path for p in every if p.entries is not None and p.moved()]
+    if moved:
+        raise AttachError(
+            f"The state that is loaded holds {moved[0]} with entries trained in place that are not those of the "
+            "adapter here, so their original values would be lost. Load a state of the adapters alone, or the adapter "
+            "folder with al.load onto the base."
+        )
 
 
 def _lead(own: list[str], missing: list[str]) -> str:

@@ -79,6 +79,7 @@ def merge(
         _check(host, name, key, path, adapter, tied, quantized)
     if any(site.tied for *_, a in parts if not a.resident and not a.alike for site in _inside(host, a)):
         _check_untying(host.model)
+    host.refresh(name, entries=True)  # they may be ahead of what the last forward pass put into the base
     done: list[Merged] = []
     together: dict[int, nn.Parameter] = {}
     for _, _, adapter in parts:

@@ -44,7 +44,7 @@ def summarise(host: Attachments, name: str) -> Summary:
     """Count what one adapter of a model trains, and the model with it."""
     own = {id(t): t for t in host.tensors(name).values()}
     owned = [p for key in host.parts(name) for p in host.patches[key].values() if p.derive is None]
-    away = [p for p in owned if not p.live and p.index is None]
+    away = [p for p in owned if not p.live and p.entries is None]
     replaced = {id(host.model.get_parameter(p.path)) for p in away}
     every = {**{id(p): p for p in host.model.parameters() if id(p) not in replaced}, **own}
     others = {id(t) for n in host.methods if n != name for t in host.tensors(n).values()} - own.keys()

@@ -37,6 +37,13 @@ def thin_out(held: list[Tensor], share: float, by: Literal["magnitude", "random"
 
 
 @torch.no_grad()
+def reorder(held: list[Tensor], source: Tensor, kept: Tensor) -> None:
+    """Give the entries of vectors other places: entry i takes what entry `source[i]` had, or 0 where it is not kept."""
+    for values in held:
+        values.copy_(torch.where(kept, values[source], torch.zeros((), dtype=values.dtype, device=values.device)))
+
+
+@torch.no_grad()
 def written(optimizer: Optimizer, p: nn.Parameter) -> None:
     """Take over a value that was written into a parameter: a master would bring the old one back."""
     if "master" in optimizer.state.get(p, {}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -44,22 +45,33 @@ class Adam(Transform):
 
     With `early` eps joins √v before the bias correction, so that it weighs 1 / √(1 − β₂ᵗ) times as much: in the first
     steps entries far below eps, such as what rounding leaves of zeros, do not grow to full steps.
+
+    With `each` every entry counts its own steps, so that one that begins later is corrected as if it were the first.
     """
 
-    def __init__(self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, *, early: bool = False):
-        self.betas, self.eps, self.early = betas, eps, early
+    def __init__(
+        self, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, *, early: bool = False, each: bool = False
+    ):
+        self.betas, self.eps, self.early, self.each = betas, eps, early, each
 
     def init(self, g: Tensor) -> State:
-        return {"step": 0, "mean": torch.zeros_like(g), "square": torch.zeros_like(g)}
+        return {
+            "step": torch.zeros_like(g) if self.each else 0, "mean": torch.zeros_like(g), "square": torch.zeros_like(g)
+        }  # fmt: skip
 
     def update(self, g: Tensor, state: State, p: Tensor) -> tuple[Tensor, Back | None]:
         first, second = self.betas
         state["step"] += 1
         state["mean"].lerp_(g, 1 - first)
         state["square"].mul_(second).addcmul_(g, g, value=1 - second)
-        left = 1 - second ** state["step"]
+        left = _left(second, state["step"])
         root = (state["square"] / left).sqrt_().add_(self.eps / left**0.5 if self.early else self.eps)
-        return (state["mean"] / (1 - first ** state["step"])).div_(root), None
+        return (state["mean"] / _left(first, state["step"])).div_(root), None
+
+
+def _left(beta: float, step: Any) -> Any:
+    """1 − βᵗ, for a number of steps or one for each entry, where a power in float32 would lose digits."""
+    return -(step * math.log(beta)).expm1_() if isinstance(step, Tensor) else 1 - beta**step
 
 
 class WeightDecay(Transform):
