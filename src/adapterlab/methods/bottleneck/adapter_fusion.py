@@ -85,7 +85,7 @@ class AdapterFusion(Method):
         self._fuse(host, name)
 
     def attach_saved(self, host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> None:
-        compose_saved(host, name, self.adapters, tensors)
+        compose_saved(host, name, self, self.adapters, tensors)
         self._fuse(host, name)
 
     def _fuse(self, host: Carrier, name: str) -> None:
