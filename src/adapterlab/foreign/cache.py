@@ -85,10 +85,9 @@ def with_cache(given: Mapping[str, Any], cache: Any) -> dict[str, Any]:
 
 def twin(cache: Any) -> Any:
     """Return a cache of the same kind and sizes, for a second pass over the same tokens; both are empty."""
-    made = copy.deepcopy(cache)
-    layers = _layers(made)
-    layers[:] = [layer for layer in layers if not isinstance(layer, Companion)]
-    return made
+    bare = copy.copy(cache)
+    bare.layers = [layer for layer in cache.layers if not isinstance(layer, Companion)]
+    return copy.deepcopy(bare)
 
 
 class Companion(DummyLayer):  # type: ignore[misc]
