@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from peft.utils import save_and_load
+from torch import Tensor
 
 import adapterlab as al
 from adapterlab.convert import export_peft
@@ -16,7 +19,7 @@ from adapterlab.errors import FormatError, OutputError
 from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.methods.mixture.xlora import XLoRA
 
-TOLERANCE = 1e-5
+TOLERANCE = 5e-5  # of the largest logit
 PARTS: dict[str, Any] = {
     "math": {"name": "lora", "r": 2, "alpha": 5, "targets": ["q", "v"]},
     "code": {"name": "lora", "r": 3, "scale": "sqrt", "targets": ["v", "down", "embed"]},
@@ -30,6 +33,10 @@ FIELDS: list[dict[str, Any]] = [
     {"scaling_pass_value": 0.4, "softmax": False, "use_trainable_adapters": True},
     {"scaling_pass_value": None},
 ]
+
+
+def apart(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 def plain(tiny: Any, family: str = "llama") -> Any:
@@ -54,13 +61,13 @@ def test_peft_reads_what_we_write(
     expected = logits(model, batch)
     assert (expected - base).abs().max() > 0.05
     host.save(tmp_path / "a")
-    assert (logits(read_by_peft(tiny, tmp_path / "a"), batch) - expected).abs().max() < TOLERANCE
+    assert apart(logits(read_by_peft(tiny, tmp_path / "a"), batch), expected) < TOLERANCE
     assert torch.equal(logits(al.load(tiny("llama"), tmp_path / "a").model, batch), expected)
     export_peft(host, "default", tmp_path / "b")
     assert not list((tmp_path / "b").rglob("method.json"))
-    assert (logits(read_by_peft(tiny, tmp_path / "b"), batch) - expected).abs().max() < TOLERANCE
+    assert apart(logits(read_by_peft(tiny, tmp_path / "b"), batch), expected) < TOLERANCE
     again = al.load(tiny("llama"), tmp_path / "b")
-    assert (logits(again.model, batch) - expected).abs().max() < TOLERANCE
+    assert apart(logits(again.model, batch), expected) < TOLERANCE
     assert list(again.methods["default"].adapters) == ["0", "1", "2"]
     assert all(entry["name"] == "lora" for entry in again.methods["default"].adapters.values())
 
@@ -74,8 +81,14 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture
+def peft_saves_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT 0.21.2 takes numbers of layers for names of experts when it saves, and leaves them out."""
+    monkeypatch.setattr(save_and_load, "_filter_state_dict_for_adapter_name", lambda state_dict, names: {})
+
+
 def saved_by_peft(tiny: Any, folder: Path, names: tuple[str, ...] = ("0", "1", "2"), **options: Any) -> Any:
-    """Let PEFT make experts, put them together, and save that; the experts' own folders are gone then."""
+    """Let PEFT make experts, put them together, and save that."""
     kinds: list[dict[str, Any]] = [
         {"r": 2, "target_modules": ["q_proj", "v_proj"]},
         {"r": 3, "lora_alpha": 7, "use_rslora": True, "target_modules": ["v_proj", "down_proj"]},
@@ -91,14 +104,14 @@ def saved_by_peft(tiny: Any, folder: Path, names: tuple[str, ...] = ("0", "1", "
     theirs = peft.get_peft_model(plain(tiny), config).eval()
     with torch.no_grad():
         for key, value in theirs.named_parameters():
-            if "classifier" in key or (options.get("use_trainable_adapters") and ".lora_" in key):
+            if "classifier" in key:
                 value.add_(torch.randn_like(value) * 0.2)
     theirs.save_pretrained(folder / "theirs")
-    (folder / "experts").rename(folder / "elsewhere")
     return theirs
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("peft_saves_all")
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "defaults")
 def test_we_read_what_peft_writes(
     options: dict[str, Any], tiny: Any, batch_for: Any, logits: Any, tmp_path: Path
@@ -110,26 +123,35 @@ def test_we_read_what_peft_writes(
     assert (expected - logits(model, batch)).abs().max() > 0.05
     host = al.load(model, tmp_path / "theirs")
     assert host.methods["default"].id == "xlora"
-    assert (logits(model, batch) - expected).abs().max() < TOLERANCE
+    assert apart(logits(model, batch), expected) < TOLERANCE
     trains = {key.partition("/")[0] for key in host.named_parameters("default") if "/" in key}
     assert trains == ({"0", "1", "2"} if options.get("use_trainable_adapters") else set())
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_experts_of_other_names_do_nothing_in_peft_and_are_read(
-    tiny: Any, batch_for: Any, logits: Any, tmp_path: Path
-) -> None:
-    """PEFT calls its experts 0, 1, ... and switches on those of the given names: with others it is the base."""
-    names = ("math", "code", "talk")
-    theirs = saved_by_peft(tiny, tmp_path, names)
+def test_experts_of_other_names_do_not_run_in_peft_and_are_refused(tiny: Any, batch_for: Any, tmp_path: Path) -> None:
+    """PEFT calls its experts 0, 1, ... and looks for those of the given names."""
+    theirs = saved_by_peft(tiny, tmp_path, ("math", "code", "talk"))
+    with pytest.raises(KeyError, match="math"):
+        theirs(**batch_for(tiny("llama")))
+    with pytest.raises(FormatError, match=r"calls its experts code, math, talk.*0, 1, \.\.\..*Train it again"):
+        al.load(tiny("llama"), tmp_path / "theirs")
+
+
+def test_experts_keep_their_order(tiny: Any, randomise: Any, logits: Any, batch_for: Any, tmp_path: Path) -> None:
+    """PEFT sorts their numbers as text, when it saves; here they stay in order, and are put in order."""
+    parts = {f"part{i}": {"name": "lora", "r": 1, "targets": ["q"]} for i in range(11)}
     model = tiny("llama")
+    host = al.attach(model, XLoRA(adapters=parts))
+    randomise(host, size=0.3)
     batch = batch_for(model)
-    assert torch.equal(logits(theirs, batch), logits(model, batch))
-    host = al.load(model, tmp_path / "theirs")
-    assert tuple(host.methods["default"].adapters) == names
-    with host.using():
-        base = logits(model, batch)
-    assert (logits(model, batch) - base).abs().max() > 0.05
+    export_peft(host, "default", tmp_path / "a")
+    assert apart(logits(read_by_peft(tiny, tmp_path / "a"), batch), logits(model, batch)) < TOLERANCE
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()), sort_keys=True))
+    again = al.load(tiny("llama"), tmp_path / "a")
+    assert list(again.methods["default"].adapters) == [str(i) for i in range(11)]
+    assert apart(logits(again.model, batch), logits(model, batch)) < TOLERANCE
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -140,11 +162,19 @@ def test_what_cannot_be_reproduced_is_refused(tiny: Any, tmp_path: Path) -> None
     config = tmp_path / "theirs" / "adapter_config.json"
     found = json.loads(config.read_text())
     config.write_text(json.dumps({**found, "scaling_pass_value": 0.0}))
-    (tmp_path / "theirs" / "1").rename(tmp_path / "theirs" / "one")
-    with pytest.raises(FormatError, match="holds no adapter"):
+    with pytest.raises(FormatError, match=r"lacks .*layers.0.weight.*at random.*write the file again"):
         al.load(tiny("llama"), tmp_path / "theirs")
-    (tmp_path / "theirs" / "1").symlink_to(tmp_path / "elsewhere" / "1")
+    (tmp_path / "experts").rename(tmp_path / "elsewhere")
+    with pytest.raises(FormatError, match=r"part '0'.*experts/0, which is not there.*theirs/0 lacks tensors"):
+        al.load(tiny("llama"), tmp_path / "theirs")
+    (tmp_path / "theirs" / "0").rename(tmp_path / "theirs" / "zero")
+    (tmp_path / "theirs" / "0").symlink_to(tmp_path / "elsewhere" / "0")
     with pytest.raises(FormatError, match="is a link to"):
+        al.load(tiny("llama"), tmp_path / "theirs")
+    (tmp_path / "theirs" / "0").unlink()
+    for number in "12":
+        shutil.rmtree(tmp_path / "theirs" / number)
+    with pytest.raises(FormatError, match="holds no adapter"):
         al.load(tiny("llama"), tmp_path / "theirs")
 
 
@@ -184,4 +214,4 @@ def test_folders_are_replaced_whole_and_together(tiny: Any, randomise: Any, logi
     again = al.load(tiny("llama"), tmp_path / "both")
     assert set(again.methods) == {"default", "beside"}
     ids = torch.arange(3, 9)[None]
-    assert torch.equal(again.model(ids).logits, model(ids).logits)
+    assert torch.allclose(again.model(ids).logits, model(ids).logits, atol=1e-4)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from adapterlab.settings import Settings
 
 PREFIX = "base_model.model."
-WITHIN = "base_model.lora_model.model."  # instead of it, of an adapter that is a part of another one
+WITHIN = "base_model.lora_model.model."  # instead, where PEFT saves a part of an adapter out of the whole
 Rename = str | tuple[str, Mapping[Any, Any]]
 
 # Options that say where PEFT puts adapters or how it prints them. The tensors' own names say where they belong.
@@ -56,8 +56,9 @@ class HFCodec:
         pack: for methods that PEFT stores as a whole instead of by module: (host, name) -> (further options, tensors by
             PEFT's keys), or None for what PEFT does not have.
         unpack: its inverse: (host, name, PEFT's tensors) -> tensors by the keys of `Carrier.tensors`.
-        folders: (field of ours, PEFT's option) with the parts by name, where PEFT keeps each part of an adapter that it
-            stores as a whole as an adapter in a folder inside, called by its number; `unpack` finds the parts loaded.
+        folders: (field of ours, PEFT's option) with folders of the parts by name, where PEFT keeps each part of an
+            adapter as an adapter of its own. They are written inside, called by their numbers; `unpack` finds the parts
+            loaded.
         differs: for methods whose PEFT form computes something else on some models: host -> why, or "".
         outward: for adapters whose tensors are not PEFT's: (method, adapters by path) -> (further options, tensors by
             path and name), or None for what PEFT does not have.

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from adapterlab.core.codec import WITHIN
 from adapterlab.core.method import Method
 from adapterlab.engine.allowance import Allowance
 from adapterlab.engine.attachments import Attachments
@@ -368,7 +369,7 @@ def _method(info: AdapterInfo, tensors: dict[str, Tensor], host: Attachments) ->
         raise FormatError(f"{info.folder}: {error}") from None
     fields = dict(info.fields)
     if cls.hf is not None and cls.hf.folders is not None and not any("/" in key for key in tensors):
-        fields[cls.hf.folders[0]] = _folders_inside(info.folder, fields.get(cls.hf.folders[0]))
+        fields[cls.hf.folders[0]] = _folders_of_parts(info.folder, fields.get(cls.hf.folders[0]))
     if info.written_by == "peft":
         assert cls.hf is not None
         if cls.hf.pack is None:
@@ -388,11 +389,30 @@ def _method(info: AdapterInfo, tensors: dict[str, Tensor], host: Attachments) ->
         ) from None
 
 
-def _folders_inside(folder: Path, parts: Any) -> dict[str, str]:
-    """Where PEFT keeps the parts of an adapter, in their order."""
-    places = {str(part): str(i) for i, part in enumerate(parts if isinstance(parts, dict) else ())}
-    check_links(folder, *places.values())
-    return {part: str(folder / place) for part, place in places.items()}
+def _folders_of_parts(folder: Path, parts: Any) -> dict[str, str]:
+    """Where PEFT keeps the parts of an adapter: inside, or where they were when it put them together.
+
+    What PEFT saves out of the whole is no adapter: names that hold the number of another part are left out.
+
+    Raises:
+        FormatError: such a part is all there is.
+    """
+    found: dict[str, str] = {}
+    for i, (part, given) in enumerate(parts.items() if isinstance(parts, dict) else ()):
+        inside = folder / str(i)
+        check_links(folder, inside.name)
+        cut = _has_key(inside / TENSORS, lambda key: key.startswith(WITHIN))
+        elsewhere = user_path(given) if isinstance(given, str) else inside
+        there = any((elsewhere / name).is_file() for name in (METHOD, CONFIG))
+        if cut and not there:
+            raise FormatError(
+                f"The part {part!r} of the adapter in {folder} was put together from {given}, which is not there, and "
+                f"what PEFT left in {inside} lacks tensors: it drops those whose names hold the number of another "
+                "part. Put the adapter that it was made from there."
+            )
+        whole = not cut and (inside / CONFIG).is_file()
+        found[str(part)] = str(inside if whole or not there else elsewhere)
+    return found
 
 
 def _saved_modules(folder: Path, tensors: dict[str, Tensor], host: Attachments) -> tuple[str, ...]:
@@ -459,9 +479,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def is_adapted_state(file: Path) -> bool:
     """Say whether a file of tensors has some of adapters under the names that a model with adapters gives them."""
+    return _has_key(file, is_adapter_path)
+
+
+def _has_key(file: Path, wanted: Callable[[str], bool]) -> bool:
     try:
         with safe_open(file, "pt") as opened:
-            return any(is_adapter_path(key) for key in opened.keys())  # noqa: SIM118
+            return any(wanted(key) for key in opened.keys())  # noqa: SIM118
     except (SafetensorError, OSError):
         return False
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapterlab.core.adapter import Copy
-from adapterlab.core.codec import PREFIX, WITHIN, HFCodec
+from adapterlab.core.codec import PREFIX, HFCodec
 from adapterlab.core.patterns import matches
 from adapterlab.core.rows import Rows
 from adapterlab.engine.substitute import Substitute
@@ -232,7 +232,6 @@ def unnamed(method: type[Method], tensors: Mapping[str, Tensor], folder: Path) -
         FormatError: they are of several adapters.
     """
     assert method.hf is not None
-    tensors = {PREFIX + k.removeprefix(WITHIN) if k.startswith(WITHIN) else k: value for k, value in tensors.items()}
     read = {key: method.hf.unnamed(key) for key in tensors}
     names = {found[1] for found in read.values() if found is not None}
     if len(names) > 1:

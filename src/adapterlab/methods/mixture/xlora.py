@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -448,27 +448,43 @@ def _pack(host: Carrier, name: str) -> tuple[dict[str, Any], dict[str, Tensor]] 
 
 
 def _unpack(host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Read PEFT's classifier; the adapters are loaded already."""
+    """Read PEFT's classifier; the adapters are loaded already.
+
+    Raises:
+        FormatError: a part of it is not there.
+    """
     method, (path, gate) = host.methods[name], _gate(host, name)
     ours = {
         f"{_KEYS}{slot}.{leaf}": f"adapter.{path}.classifier.{i}.{leaf}"
         for i, slot in enumerate(_slots(method))
         for leaf in gate.classifier[i].state_dict()
     }
+    if lost := [key for key in ours if key not in tensors]:
+        raise FormatError(
+            f"The classifier of this PEFT adapter lacks {', '.join(lost[:4])}. PEFT 0.21 drops tensors when it saves "
+            "whose numbers are names of experts, and fills them at random when it loads. Where the model is still at "
+            "hand, write the file again with all of base_model.internal_xlora_classifier.state_dict() under names that "
+            f"begin with {_KEYS.removesuffix('layers.')}"
+        )
     parts = {key: value for key, value in host.tensors(name).items() if "/" in key}
     return {**parts, **{ours.get(key, key): value for key, value in tensors.items()}}
 
 
 def _from_peft(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the names of PEFT's experts, which lie in folders inside."""
+    """Read where PEFT's experts are, in their order: by number, which its file, sorted as text, has lost."""
+    adapters = dict(config.get("adapters") or {})
+    if set(adapters) != set(map(str, range(len(adapters)))):
+        raise FormatError(
+            f"This PEFT adapter calls its experts {', '.join(adapters) or 'nothing'}. PEFT itself calls them 0, 1, ... "
+            "and finds none of other names, so its classifier was trained without them. Train it again."
+        )
     if _peft_chooses_first(config.get("top_k_lora"), config.get("scaling_pass_value")):
         raise FormatError(
             f"This PEFT adapter has top_k_lora={config['top_k_lora']} and scaling_pass_value="
             f"{config['scaling_pass_value']}: PEFT chooses among equal scales in its first pass too, and which "
             "adapters it takes there is chance. Use it with PEFT itself, or train it with scaling_pass_value=0."
         )
-    names: Sequence[str] = list(config.get("adapters") or {})
-    return {"adapters": {str(name): str(i) for i, name in enumerate(names)}}
+    return {"adapters": {name: adapters[name] for name in sorted(adapters, key=int)}}
 
 
 def _peft_chooses_first(top_k: int | None, pass_value: float | None) -> bool:
