@@ -102,7 +102,6 @@ def test_claim(learned: Any) -> None:
                 return float(loss_of(host.model, ids))
 
         others = [loss("a"), loss("b"), loss(al.Average("a", "b"))]
-        print(loss(), loss("mixture"), others)
         assert loss("mixture") < 0.95 * min(others), (loss("mixture"), others)
         assert min(others) < loss()
         frozen = {key: value for key, value in host.tensors("mixture").items() if "/" in key}

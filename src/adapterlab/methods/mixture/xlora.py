@@ -261,6 +261,7 @@ class Mixed(Adapter):
     """The adapters at one module, with the scales that the pass around them has left."""
 
     not_linear: ClassVar[str] = Gate.not_linear
+    columns: Tensor
 
     def __init__(self, method: XLoRA, site: Site, parts: Mapping[int, Delta], index: int, state: State, key: str):
         super().__init__(site)
