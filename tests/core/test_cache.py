@@ -20,6 +20,8 @@ from adapterlab.foreign.cache import (
     companion,
     make_room,
     plain_mask,
+    twin,
+    with_cache,
     without_cache,
 )
 
@@ -37,6 +39,8 @@ def test_a_cache_is_found_under_every_name(name: str) -> None:
     assert cache_argument(forward_with(name)) == name
     assert cache_in({"x": 1, name: "held"}) == cache_out({name: "held"}) == "held"
     assert without_cache({"x": 1, name: "held"}) == {"x": 1}
+    assert with_cache({"x": 1, name: "held"}, "other") == {"x": 1, name: "other"}
+    assert with_cache({"x": 1, name: None}, "other") == {"x": 1, name: None}
     assert cache_argument(nn.Linear(2, 2)) is None
 
 
@@ -60,6 +64,20 @@ def test_a_note_says_that_an_adapter_saw_the_tokens() -> None:
     assert note.mask is not None
     assert note.mask.tolist() == [[1, 0], [1, 0]]
     assert companion(None, "a") is companion(DynamicCache(config=CONFIG), "a") is None
+
+
+def test_a_twin_is_of_the_same_kind_and_has_no_notes() -> None:
+    cache = filled(5)
+    accompany(cache, "a", filled(5))
+    cache.reset()
+    assert [type(layer) for layer in twin(cache).layers] == [type(layer) for layer in filled(1).layers]
+    assert isinstance(cache.layers[-1], Companion)
+    static = StaticCache(config=CONFIG, max_cache_len=10)
+    other = twin(static)
+    other.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
+    assert int(other.get_seq_length()) == 3
+    assert not any(layer.is_initialized for layer in static.layers)
+    assert other.layers[1].max_cache_len == 10
 
 
 def test_static_caches_grow_while_they_are_empty() -> None:

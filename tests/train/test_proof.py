@@ -13,7 +13,7 @@ from adapterlab.errors import NotTrainingError
 from adapterlab.hosts import Host, attach
 from adapterlab.methods.in_place.full import Full
 from adapterlab.methods.low_rank.lora import LoRA
-from adapterlab.train import Loop, Training, train
+from adapterlab.train import Loop, Training, proof, train
 
 Rows = list[dict[str, list[int]]]
 
@@ -129,3 +129,11 @@ def test_updates_inside_the_backward_pass_count(tiny: Callable[..., Any], rows: 
     loop = Loop(attach(tiny("llama"), Fused(r=2, targets=["q"])), "default", rows, Training(steps=4, batch_size=4))
     loop.run()
     assert len(loop.proof.proven) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_opposite_steps_are_seen(dtype: torch.dtype) -> None:
+    """Two values of one exponent that move by the same step, up and down, leave the sum of their bits as it was."""
+    before = torch.tensor([0.5, 0.75], dtype=dtype)
+    assert proof._fingerprint(before) != proof._fingerprint(before + torch.tensor([0.03125, -0.03125], dtype=dtype))
+    assert proof._fingerprint(before) == proof._fingerprint(before.clone())

@@ -16,7 +16,7 @@ from adapterlab.hosts import Host
 from adapterlab.hosts import host as host_of
 from adapterlab.io import adapter_hub
 from adapterlab.io.atomic import Kind, new_folder, write_json
-from adapterlab.io.folder import ADAPTER, CONFIG, METHOD, TENSORS, check_finite, gather, write_tensors
+from adapterlab.io.folder import ADAPTER, CONFIG, METHOD, check_finite, gather, write_tensors
 from adapterlab.paths import user_path
 
 Progress = Callable[[str, int, int], None]
@@ -172,6 +172,5 @@ def export_peft(host: Host, name: str, folder: str | Path, *, overwrite: bool = 
         )
     folder = user_path(folder)
     with new_folder(folder, overwrite=overwrite, kind=ADAPTER) as work:
-        write_tensors(work / TENSORS, found.tensors)
-        write_json(work / CONFIG, found.config)
+        found.write(work, folder, by_peft=True)
     return folder

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adapterlab.settings import Settings
 
 PREFIX = "base_model.model."
+WITHIN = "base_model.lora_model.model."  # instead, where PEFT saves a part of an adapter out of the whole
 Rename = str | tuple[str, Mapping[Any, Any]]
 
 # Options that say where PEFT puts adapters or how it prints them. The tensors' own names say where they belong.
@@ -55,6 +56,9 @@ class HFCodec:
         pack: for methods that PEFT stores as a whole instead of by module: (host, name) -> (further options, tensors by
             PEFT's keys), or None for what PEFT does not have.
         unpack: its inverse: (host, name, PEFT's tensors) -> tensors by the keys of `Carrier.tensors`.
+        folders: (field of ours, PEFT's option) with folders of the parts by name, where PEFT keeps each part of an
+            adapter as an adapter of its own. They are written inside, called by their numbers; `unpack` finds the parts
+            loaded.
         differs: for methods whose PEFT form computes something else on some models: host -> why, or "".
         outward: for adapters whose tensors are not PEFT's: (method, adapters by path) -> (further options, tensors by
             path and name), or None for what PEFT does not have.
@@ -80,6 +84,7 @@ class HFCodec:
     prefix: str = PREFIX
     pack: Callable[[Carrier, str], tuple[dict[str, Any], dict[str, Tensor]] | None] | None = None
     unpack: Callable[[Carrier, str, Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+    folders: tuple[str, str] | None = None
     differs: Callable[[Carrier], str] | None = None
     outward: Callable[[Any, Mapping[str, Any]], tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None] | None = (
         None

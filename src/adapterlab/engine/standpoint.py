@@ -30,6 +30,16 @@ def carriers(model: nn.Module) -> list[Attachments]:
     return list(found.values())
 
 
+def seen_as_whole(host: Attachments, key: str) -> Attachments:
+    """Return the adapters with one part of a composite among them, by its key, as if it were attached by itself.
+
+    It is for reading.
+    """
+    seen = copy.copy(host)
+    seen.methods = {**host.methods, key: host.part_methods(key.partition("/")[0])[key]}
+    return seen
+
+
 def seen_from(host: Attachments, model: nn.Module) -> Attachments:
     """Return the adapters with the names they have from another root. It is for reading.
 

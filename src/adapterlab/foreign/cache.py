@@ -11,6 +11,7 @@ copy made) is done to both, and it dies with it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Mapping
@@ -75,6 +76,18 @@ def cache_out(output: Mapping[str, Any]) -> Any:
 def without_cache(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call without the cache."""
     return {name: value for name, value in given.items() if name not in NAMES}
+
+
+def with_cache(given: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+    """Return the arguments of a call with another cache in the place of the one they have."""
+    return {name: cache if name in NAMES and value is not None else value for name, value in given.items()}
+
+
+def twin(cache: Any) -> Any:
+    """Return a cache of the same kind and sizes, for a second pass over the same tokens; both are empty."""
+    bare = copy.copy(cache)
+    bare.layers = [layer for layer in cache.layers if not isinstance(layer, Companion)]
+    return copy.deepcopy(bare)
 
 
 class Companion(DummyLayer):  # type: ignore[misc]

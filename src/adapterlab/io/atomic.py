@@ -127,7 +127,7 @@ def new_files(folder: Path) -> Iterator[Path]:
                 sync(file)
             for file in files:
                 final = folder / file.relative_to(work)
-                final.parent.mkdir(exist_ok=True)
+                final.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(final)
         sync(folder)
 

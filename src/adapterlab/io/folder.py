@@ -12,9 +12,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from adapterlab.core.codec import WITHIN
 from adapterlab.core.method import Method
 from adapterlab.engine.allowance import Allowance
 from adapterlab.engine.attachments import Attachments
+from adapterlab.engine.standpoint import seen_as_whole
 from adapterlab.errors import AttachError, ConfigError, FormatError, TargetError, TrainingError
 from adapterlab.foreign.model import base_copy, base_name, base_revision, is_adapter_path
 from adapterlab.foreign.sharding import gathered, leads, whole
@@ -49,7 +51,7 @@ STATE = "model.safetensors"  # where trainers keep the state of a model
 _TIMES, _ALWAYS = 4, 1 << 22  # what is saved may be made anew a few times, and small things always
 _LOADING: ContextVar[tuple[Path, ...]] = ContextVar("loading", default=())
 CARD = "README.md"
-ADAPTER = Kind("an adapter", (METHOD, CONFIG), (TENSORS, CONFIG, METHOD, CARD))
+ADAPTER = Kind("an adapter", (METHOD, CONFIG), (TENSORS, CONFIG, METHOD, CARD), listing=METHOD)
 
 
 def save(
@@ -86,7 +88,7 @@ def save(
     if not found.leads:
         return folder
     with new_folder(folder, overwrite=overwrite, kind=kind) as work:
-        found.write(work)
+        found.write(work, folder)
         card = model_card(host, name, found.info["base_model"], found.config is not None, notes or {})
         write_text(work / CARD, card)
     return folder
@@ -101,18 +103,34 @@ class Contents:
         config: PEFT's view, or None.
         info: ours, without the checksum.
         leads: this process writes it, of several that gathered it.
+        parts: what PEFT keeps in folders inside, by their names.
+        places: PEFT's option that says where these are.
     """
 
     tensors: dict[str, Tensor]
     config: dict[str, Any] | None
     info: dict[str, Any]
     leads: bool
+    parts: dict[str, Contents] = field(default_factory=dict)
+    places: str = ""
 
-    def write(self, work: Path) -> None:
-        """Fill a folder that is not yet anybody's."""
+    def write(self, work: Path, home: Path, *, by_peft: bool = False) -> None:
+        """Fill a folder that is not yet anybody's.
+
+        Args:
+            work: the folder; it is there.
+            home: where it will stand.
+            by_peft: leave it as PEFT would, without our own file.
+        """
+        for name, part in self.parts.items():
+            (work / name).mkdir()
+            part.write(work / name, home / name, by_peft=by_peft)
         write_tensors(work / TENSORS, self.tensors)
         if self.config is not None:
-            write_json(work / CONFIG, self.config)
+            places = {self.places: {name: str(home / name) for name in self.parts}} if self.parts else {}
+            write_json(work / CONFIG, {**self.config, **places})
+        if by_peft:
+            return
         info = {**self.info, "sha256": _sha256(work / TENSORS)}
         write_json(work / METHOD, {**info, "seal": _seal(info)})
 
@@ -135,28 +153,41 @@ def gather(host: Attachments, name: str, base_model: str | None = None) -> Conte
         TrainingError: the adapter holds values that are not finite.
     """
     host.check_intact(name)
-    method = host.methods[name]
-    base_model, revision = base_model or base_name(host.model), base_revision(host.model)
-    base_model = public_name(base_model) if base_model else None
+    base_model = base_model or base_name(host.model)
     held = list(host.tensors(name).values())
     with gathered(host.model, held):
-        written = hf_peft.write(host, name, base_model, revision) if method.hf is not None else None
-        config, tensors = written or (None, host.tensors(name))
-        tensors = {key: whole(value) for key, value in tensors.items() if _lasts(method, key)}
+        found = _contents(host, name, public_name(base_model) if base_model else None, leads(held))
+    add_beside(host, name, found.config, found.info, found.tensors)
+    if found.leads:
+        for made in (found, *found.parts.values()):
+            check_finite(name, made.tensors)
+    return found
+
+
+def _contents(host: Attachments, name: str, base_model: str | None, leading: bool) -> Contents:
+    method, revision = host.methods[name], base_revision(host.model)
+    written = hf_peft.write(host, name, base_model, revision) if method.hf is not None else None
+    parts, places = {}, ""
+    if written is not None and method.hf is not None and method.hf.folders is not None:
+        for i, key in enumerate(host.part_methods(name)):
+            parts[str(i)] = _contents(seen_as_whole(host, key), key, base_model, leading)
+        places = method.hf.folders[1]
+        if any(part.config is None for part in parts.values()):  # PEFT has no such part
+            written, parts = None, {}
+    config, tensors = written or (None, host.tensors(name))
+    tensors = {key: whole(value) for key, value in tensors.items() if _lasts(method, key)}
     info = {
         "format": FORMAT,
         "method": method.id,
         "fields": method.model_dump(mode="json"),
-        "name": name,
+        "name": name.rpartition("/")[2],
         "base_model": base_model,
         "base_revision": revision,
         "base_copy": base_copy(host.model),
         "modules": list(host.adapters(name)),
+        **({"files": list(parts)} if parts else {}),
     }
-    add_beside(host, name, config, info, tensors)
-    if leads(held):
-        check_finite(name, tensors)
-    return Contents(tensors, config, info, leads(held))
+    return Contents(tensors, config, info, leading, parts, places)
 
 
 def _lasts(method: Method, key: str) -> bool:
@@ -338,6 +369,8 @@ def _method(info: AdapterInfo, tensors: dict[str, Tensor], host: Attachments) ->
     except ConfigError as error:
         raise FormatError(f"{info.folder}: {error}") from None
     fields = dict(info.fields)
+    if cls.hf is not None and cls.hf.folders is not None and not any("/" in key for key in tensors):
+        fields[cls.hf.folders[0]] = _folders_of_parts(info.folder, fields.get(cls.hf.folders[0]))
     if info.written_by == "peft":
         assert cls.hf is not None
         if cls.hf.pack is None:
@@ -355,6 +388,32 @@ def _method(info: AdapterInfo, tensors: dict[str, Tensor], host: Attachments) ->
         raise FormatError(
             f"{info.folder}: the settings of this {info.method} adapter are not valid.\n{error}"
         ) from None
+
+
+def _folders_of_parts(folder: Path, parts: Any) -> dict[str, str]:
+    """Where PEFT keeps the parts of an adapter: inside, or where they were when it put them together.
+
+    What PEFT saves out of the whole is no adapter: names that hold the number of another part are left out.
+
+    Raises:
+        FormatError: such a part is all there is.
+    """
+    found: dict[str, str] = {}
+    for i, (part, given) in enumerate(parts.items() if isinstance(parts, dict) else ()):
+        inside = folder / str(i)
+        check_links(folder, inside.name)
+        cut = _has_key(inside / TENSORS, lambda key: key.startswith(WITHIN))
+        elsewhere = user_path(given) if isinstance(given, str) else inside
+        there = any((elsewhere / name).is_file() for name in (METHOD, CONFIG))
+        if cut and not there:
+            raise FormatError(
+                f"The part {part!r} of the adapter in {folder} was put together from {given}, which is not there, and "
+                f"what PEFT left in {inside} lacks tensors: it drops those whose names hold the number of another "
+                "part. Put the adapter that it was made from there."
+            )
+        whole = not cut and (inside / CONFIG).is_file()
+        found[str(part)] = str(inside if whole or not there else elsewhere)
+    return found
 
 
 def _saved_modules(folder: Path, tensors: dict[str, Tensor], host: Attachments) -> tuple[str, ...]:
@@ -382,9 +441,13 @@ def _tensors(info: AdapterInfo) -> dict[str, Tensor]:
 
 def is_adapted_state(file: Path) -> bool:
     """Say whether a file of tensors has some of adapters under the names that a model with adapters gives them."""
+    return _has_key(file, is_adapter_path)
+
+
+def _has_key(file: Path, wanted: Callable[[str], bool]) -> bool:
     try:
         with safe_open(file, "pt") as opened:
-            return any(is_adapter_path(key) for key in opened.keys())  # noqa: SIM118
+            return any(wanted(key) for key in opened.keys())  # noqa: SIM118
     except (SafetensorError, OSError):
         return False
 

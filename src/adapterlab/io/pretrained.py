@@ -113,12 +113,12 @@ def _put(
     """Put the files in their places; return their names."""
     with new_files(folder) as work:
         if len(contents) == 1:
-            next(iter(contents.values())).write(work)
+            next(iter(contents.values())).write(work, folder)
         else:
             for name, made in contents.items():
                 (work / name).mkdir()
                 made.info["active"] = name in active
-                made.write(work / name)
+                made.write(work / name, folder / name)
         if own is not None:
             write_tensors(work / STATE, own, _MARK)
         return {file.name for file in work.iterdir()}

@@ -14,6 +14,7 @@ from adapterlab.hosts import Host
 from adapterlab.optim import master
 
 _SHOWN = 8
+_PART = 1 << 20  # values that are looked at together
 MOVED = ""  # the verdict on a tensor that trains
 NO_GRADIENT, ZERO, NON_FINITE = "no gradient", "gradient zero everywhere", "gradient not finite"
 UNCHANGED = "gradient fine, but the optimizer did not change the values"
@@ -136,7 +137,15 @@ def _fault(gradient: Tensor) -> str:
 
 @torch.no_grad()
 def _fingerprint(values: Tensor) -> int:
-    """A sum over the bits: it differs only if a value does, and no copy of the parameters is kept."""
+    """A number made of the bits: it differs only if a value does, and no copy of the parameters is kept.
+
+    A sum alone would not see that two values of one exponent moved by the same step in opposite directions, as the
+    biases of a softmax over two do. Squares do; the shift gives some to the bits of half precision, which are all high.
+    """
     wide = values if values.dtype is torch.float64 else values.float()
     bits = wide.contiguous().view(torch.int64 if wide.dtype is torch.float64 else torch.int32)
-    return int(bits.sum(dtype=torch.int64))
+    total = bits.new_zeros((), dtype=torch.int64)
+    for part in bits.flatten().split(_PART):
+        mixed = part + (part >> 4 * part.itemsize)
+        total += (mixed * mixed).sum(dtype=torch.int64) + part.sum(dtype=torch.int64)
+    return int(total)

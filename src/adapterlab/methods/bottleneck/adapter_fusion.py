@@ -109,7 +109,7 @@ class AdapterFusion(Method):
         self._fuse(host, name)
 
     def attach_saved(self, host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> None:
-        compose_saved(host, name, self.adapters, tensors)
+        compose_saved(host, name, self, self.adapters, tensors)
         for part in self.adapters:
             for path, adapter in list(host.adapters(f"{name}/{part}").items()):
                 if not any(f"{part}/adapter.{path}.{leaf}" in tensors for leaf in adapter.state_dict()):

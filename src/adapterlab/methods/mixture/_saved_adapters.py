@@ -61,15 +61,21 @@ def compose(host: Carrier, name: str, method: Method, entries: Mapping[str, Entr
     host.settle(name, method.replace(adapters=settled))
 
 
-def compose_saved(host: Carrier, name: str, entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]) -> None:
+def compose_saved(
+    host: Carrier, name: str, method: Method, entries: Mapping[str, Entry], tensors: Mapping[str, Tensor]
+) -> None:
     """Attach the parts with the structure that the tensors of the whole have; the values are copied in afterwards.
 
     Args:
         host: of the model.
         name: of the adapter that consists of them.
-        entries: settings of the parts, as `compose` let them be kept.
+        method: of that one.
+        entries: settings of the parts, as `compose` let them be kept; or what `compose` takes, where a run goes on by
+            its own settings, or the parts are in folders of their own.
         tensors: of the whole, by the keys of `Carrier.tensors`.
     """
+    if any(isinstance(entry, str) for entry in entries.values()):
+        return compose(host, name, method, entries)
     for part, entry in entries.items():
         host.compose(name, part, _made(part, entry), tensors)
 
