@@ -416,6 +416,9 @@ def test_a_run_goes_on_and_answers(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not ended.value.code, capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 3
+    loads = [line["load"] for line in lines if "load" in line]
+    assert loads
+    assert all(len(share) == 2 and abs(sum(share) - 1) < 1e-3 for load in loads for share in load.values())
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         main(["generate", str(tmp_path / "run"), "1+2=", "--max-new-tokens", "3", "--json"])
@@ -597,3 +600,4 @@ test_the_claim_fails_when = fails_without(
         ),
     },
 )  # fmt: skip
+

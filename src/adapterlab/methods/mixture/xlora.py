@@ -261,6 +261,7 @@ class Mixed(Adapter):
     """The adapters at one module, with the scales that the pass around them has left."""
 
     not_linear: ClassVar[str] = Gate.not_linear
+    counts_tokens: ClassVar[bool] = True
     columns: Tensor
 
     def __init__(self, method: XLoRA, site: Site, parts: Mapping[int, Delta], index: int, state: State, key: str):
@@ -300,11 +301,14 @@ class Mixed(Adapter):
         y: Tensor = run(*args, **kwargs)
         if isinstance(scales, float):
             return y + self.mixture(args[0], scales).to(y.dtype) if scales else y
-        return y + self.mixture(args[0], self.of_columns(args[0], scales)).to(y.dtype)
+        own = self.of_tokens(args[0], scales)
+        if self.site.kind != "embedding":
+            self.state.observe(self.site.path, args[0], own)
+        return y + self.mixture(args[0], own[..., self.columns]).to(y.dtype)
 
-    def of_columns(self, x: Tensor, scales: Tensor) -> Tensor:
-        """The scale of each column of A x `[..., R]`, for an input of this module."""
-        own = self.own(scales)[..., self.columns]
+    def of_tokens(self, x: Tensor, scales: Tensor) -> Tensor:
+        """What each adapter counts for each token that this module is given `[..., n]`."""
+        own = self.own(scales)
         lead = x.shape if self.site.kind == "embedding" else x.shape[:-1]
         if lead == own.shape[:2]:
             return own
