@@ -600,4 +600,3 @@ test_the_claim_fails_when = fails_without(
         ),
     },
 )  # fmt: skip
-

@@ -249,6 +249,9 @@ def test_a_state_continues_to_the_bit_with_masters(tiny: Callable[..., Any], row
     second.run()
     expected = straight.host.state_dict("default")
     assert all(torch.equal(value, expected[key]) for key, value in second.host.state_dict("default").items())
+    state = first.state_dict()
+    with pytest.raises(TrainingError, match="in another order or number"):
+        loop().load_state_dict({**state, "optimized": state["optimized"][::-1]})
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_causes(tiny: Callable[..., Any], rows: Rows) -> None:

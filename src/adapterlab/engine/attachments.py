@@ -384,7 +384,8 @@ class Attachments(Switching):
         found: dict[str, Tensor] = {}
         for path, adapter in self.adapters(key).items():
             found.update({f"adapter.{path}.{k}": value for k, value in adapter.state_dict(keep_vars=True).items()})
-        for shared, module in self.shared(key).items():
+        # By name: what is attached from a file may share in another order than training did, and an optimizer counts.
+        for shared, module in sorted(self.shared(key).items()):
             found.update({f"shared.{shared}.{k}": value for k, value in module.state_dict(keep_vars=True).items()})
         whole = {path: p for path, p in self.patches[key].items() if p.entries is None and p.derive is None}
         found.update({f"base.{path}": patch.value(self.model) for path, patch in whole.items()})

@@ -342,6 +342,7 @@ class Loop:
             "adapter": self.host.state_dict(self.name),
             "trainable": {key: t.requires_grad for key, t in tensors.items() if isinstance(t, nn.Parameter)},
             "optimizer": self._raw.state_dict(),
+            "optimized": self._optimized(),
             "schedule": self.schedule.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "rng": gather_object([rng.state()]),
@@ -353,12 +354,23 @@ class Loop:
         for key, tensor in self.host.tensors(self.name).items():
             if key in state["trainable"]:
                 tensor.requires_grad_(state["trainable"][key])
+        if state.get("optimized", now := self._optimized()) != now:
+            raise TrainingError(
+                "The optimizer of this checkpoint holds the adapter's tensors in another order or number than they have "
+                "now, so its moments would go to the wrong ones. Train from the start, or go on with the version of "
+                "adapterlab that wrote it."
+            )
         self._raw.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         rng.restore(state["rng"][self.accelerator.process_index])
         vars(self.status).update(state["status"])
+
+    def _optimized(self) -> list[str]:
+        """What the optimizer trains, by the keys of `Host.tensors`; those without one are only counted."""
+        keys = {id(tensor): key for key, tensor in self.host.tensors(self.name).items()}
+        return [keys.get(id(parameter), "") for parameter in self.parameters()]
 
     def parameters(self) -> list[nn.Parameter]:
         """Return what the optimizer trains."""
