@@ -356,9 +356,9 @@ class Loop:
                 tensor.requires_grad_(state["trainable"][key])
         if state.get("optimized", now := self._optimized()) != now:
             raise TrainingError(
-                "The optimizer of this checkpoint holds the adapter's tensors in another order or number than they have "
-                "now, so its moments would go to the wrong ones. Train from the start, or go on with the version of "
-                "adapterlab that wrote it."
+                "The optimizer of this checkpoint holds the adapter's tensors in another order or number than they "
+                "have now, so its moments would go to the wrong ones. Train from the start, or go on with the "
+                "version of adapterlab that wrote it."
             )
         self._raw.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
