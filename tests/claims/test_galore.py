@@ -231,7 +231,7 @@ def _forgetful(self: Adam, g: Tensor, state: Any, p: Tensor) -> Any:
 
 
 def _late(self: Adam, *args: Any, **options: Any) -> None:
-    self.betas, self.eps, self.early = args[0], 0.1, False
+    self.betas, self.eps, self.early, self.each = args[0], 0.1, False, False
 
 
 MORE: dict[str, Mutation] = {

@@ -32,10 +32,12 @@ def test_grids_patterns_and_lists_are_told_apart() -> None:
     assert labels({"lora": {"targets": ["q", "v"]}}) == ["lora"], "a list that the setting takes is no grid"
     grid = {"lora": {"r": [4, 8], "targets": [["q"], ["q", "v"]]}}
     assert len(labels(grid)) == 4
-    assert set(labels("lora*", exclude=["lora_drop", "lora_xs"])) == set(registry.ids("lora*")) - {
-        "lora_drop",
-        "lora_xs",
-    }
+    lacking = {"lora_average", "lorahub"}  # the adapters that they are made of
+    assert set(labels("lora*", exclude=["lora_drop"])) == set(registry.ids("lora*")) - lacking - {"lora_drop"}
+    config = CompareConfig(**BASE, methods=["lora*"])
+    assert config.left_out() == {id: ["adapters"] for id in sorted(lacking)}
+    with pytest.raises(ConfigError, match=r"lorahub: .* needs the setting 'adapters'"):
+        labels("lorahub")
     assert labels("ia3", full=True) == ["ia3", "full"]
     assert labels({"name": "lora", "label": "mine", "r": [2, 4]}) == ["mine r=2", "mine r=4"]
     assert labels({"lora": {"r": 4}}, {"lora": {"r": 8}}) == ["lora r=4", "lora r=8"]

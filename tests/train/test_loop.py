@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from accelerate.state import GradientState
 from torch import Tensor
 
 from adapterlab.core.method import Method
@@ -252,6 +253,14 @@ def test_a_state_continues_to_the_bit_with_masters(tiny: Callable[..., Any], row
     state = first.state_dict()
     with pytest.raises(TrainingError, match="in another order or number"):
         loop().load_state_dict({**state, "optimized": state["optimized"][::-1]})
+
+
+def test_a_trainer_that_stopped_between_two_batches_does_not_stop_us(tiny: Callable[..., Any], rows: Rows) -> None:
+    GradientState().sync_gradients = False
+    host = lora_host(tiny)
+    before = host.state_dict("default")
+    train(host, "default", rows, Training(steps=1, batch_size=4))
+    assert any(not torch.equal(value, before[key]) for key, value in host.state_dict("default").items())
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_causes(tiny: Callable[..., Any], rows: Rows) -> None:

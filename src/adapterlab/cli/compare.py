@@ -55,6 +55,8 @@ def compare(
     given |= {"trust_remote_code": trust_remote_code or None}
     changes = _merged(settings(pairs, "A setting") if pairs else {}, given)
     comparison = load_config(config, changes)
+    for id, keys in comparison.left_out().items():
+        say(f"Left out: {id}, which needs {', '.join(keys)}. Name it with its settings to compare it.", err=True)
     if dry_run:
         _list(comparison)
         return

@@ -210,6 +210,15 @@ class CompareConfig(Settings):
             raise ConfigError("These methods cannot be compared; nothing was run:\n" + "\n".join(faults))
         return contenders
 
+    def left_out(self) -> dict[str, list[str]]:
+        """The methods that a pattern matches and that lack settings, with those; by themselves they are refused."""
+        from adapterlab import registry
+
+        patterns = [entry for entry in self.methods if any(mark in str(entry["name"]) for mark in "*?[")]
+        lacking = {id: _lacks(id, entry) for entry in patterns for id in registry.ids(str(entry["name"]))}
+        excluded = {id for other in self.exclude for id in registry.ids(other)}
+        return {id: keys for id, keys in lacking.items() if keys and id not in excluded}
+
     def train_fields(self, contender: Contender, *, steps: int, seed: int, lr: float, output: Path) -> dict[str, Any]:
         """Return the fields of the `TrainConfig` of one run."""
         every = max(1, -(-steps // _EVALUATIONS))
@@ -295,13 +304,21 @@ def _expand(entry: Mapping[str, Any], exclude: Sequence[str], faults: list[str])
         faults.append(f"{pattern}: no method has this id. {nearest(pattern, registry.ids())}")
     if any(mark in pattern for mark in "*?["):
         out = {id for other in exclude for id in registry.ids(other)} | {FULL} - {pattern}
-        ids = [id for id in ids if id not in out]
+        ids = [id for id in ids if id not in out and not _lacks(id, entry)]
     for id in ids:
         cls: Any = registry.method(id)
         axes = {key: value for key, value in entry.items() if key != "label" and _is_grid(cls, key, value)}
         for point in itertools.product(*axes.values()):
             grid = dict(zip(axes, point, strict=True))
             yield {**entry, **grid, "name": id, "_grid": list(grid)}
+
+
+def _lacks(id: str, entry: Mapping[str, Any]) -> list[str]:
+    """The settings that a method cannot do without and an entry has not, such as the adapters that it is made of."""
+    from adapterlab import registry
+
+    fields = registry.method(id).model_fields
+    return [key for key, field in fields.items() if field.is_required() and key not in entry]
 
 
 def _is_grid(cls: Any, key: str, value: Any) -> bool:

@@ -259,6 +259,9 @@ class Loop:
             return self._step()
 
     def _step(self) -> Record:
+        # accelerate keeps one answer for the whole process; another trainer may have left it in mid-accumulation, where
+        # an optimizer makes no step without a word.
+        self.accelerator.sync_gradients = True
         began, index, status = time.perf_counter(), self.status.step, self.status
         batches = self._batches(index)
         labels = int(self._sum(sum(self.loss.tokens(batch) for batch in batches)))
