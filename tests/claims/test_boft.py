@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -21,8 +22,15 @@ IN_PLACE: Any = {torch.ops.aten.baddbmm_: lambda _, a, b, **more: 2 * math.prod(
 
 
 def butterfly(v: Tensor, b: int, d: int) -> Tensor:
+    """What `_butterfly` gives, once for the same numbers."""
+    return _butterfly(tuple(v.flatten().tolist()), v.shape, b, d)
+
+
+@functools.lru_cache
+def _butterfly(numbers: tuple[float, ...], shape: torch.Size, b: int, d: int) -> Tensor:
     """R = F_{m−1} ⋯ F_0 in float64, entry by entry: F_i joins half-blocks 2ⁱ apart inside groups of 2ⁱ⁺¹."""
-    m, n, _ = v.shape
+    v = torch.tensor(numbers, dtype=torch.float64).view(shape)
+    m, n, _ = shape
     half, product = b // 2, torch.eye(d, dtype=torch.float64)
     for i in range(m):
         factor = torch.zeros(d, d, dtype=torch.float64)

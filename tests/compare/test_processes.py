@@ -19,7 +19,7 @@ import yaml
 from adapterlab.compare import CompareConfig, compare, load
 
 pytestmark = pytest.mark.slow
-STEPS = 400
+STEPS = 160
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 200) -> None:
@@ -55,7 +55,7 @@ def test_kill_in_the_middle_and_start_again(
     out = Path(fields["output"])
     plain = {
         **fields, "output": str(out), "methods": [{"lora": {"r": 2}}], "seeds": 1, "budget": {"steps": STEPS},
-        "training": {"batch_size": 4, "save_every": 5, "eval_every": 200}, "processes": 1, "threads": 1,
+        "training": {"batch_size": 4, "save_every": 5, "eval_every": 80}, "processes": 1, "threads": 1,
     }  # fmt: skip
     file = tmp_path / "compare.yaml"
     file.write_text(yaml.safe_dump(plain))
