@@ -81,7 +81,7 @@ def experts(folder: Path, steps: int) -> dict[str, str]:
                     "model": "smollm2-135m", "precision": "bf16", "output": str(output),
                     "method": {"name": "lora", "targets": "all-linear"},
                     "data": {"path": str(folder / f"{task}.jsonl")},
-                    "training": {"steps": steps, "batch_size": 8, "lr": 5e-4, "warmup": 4},
+                    "training": {"steps": steps, "batch_size": 8, "lr": 5e-4, "warmup": 0.1},
                 },
                 quiet=True,
             )  # fmt: skip
@@ -110,7 +110,7 @@ def comparison(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         "budget": {"steps": args.steps},
         "seeds": 1,
         "threads": args.threads,
-        "processes": 1,
+        "processes": args.processes,
         "training": {"batch_size": 8, "schedule": "linear", "warmup": 0.08},
         "evaluation": {"max_new_tokens": 12, "batch_size": 50},
         "output": str(folder / "comparison"),
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--judge", type=int, default=100, help="rows that judge, of both tasks together")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
