@@ -273,9 +273,15 @@ class Method(Settings):
 
 
 class LayerMethod(Method):
-    """The common case: one adapter for each matching module. Subclasses define `Layer(method, site)`."""
+    """The common case: one adapter for each matching module. Subclasses define `Layer(method, site)`.
+
+    Class attributes:
+        kinds: of modules that it can adapt.
+        usual: roles that are the targets by default, of which a model need not have all.
+    """
 
     kinds: ClassVar[tuple[str, ...]] = ("linear",)
+    usual: ClassVar[tuple[str, ...]] = ()
     Layer: ClassVar[Callable[[Any, Site], Adapter]]
 
     targets: Targets = Field(
@@ -284,8 +290,15 @@ class LayerMethod(Method):
     )
 
     def attach(self, host: Carrier, name: str) -> None:
-        for site in host.sites(self.targets, self.kinds):
+        for site in host.sites(self.present(host), self.kinds):
             host.wrap(name, site, self.build(site, host, name))
+
+    def present(self, host: Carrier) -> Targets:
+        """Return the targets; of the usual ones, those that exist."""
+        if not self.usual or self.targets.include != self.usual:
+            return self.targets
+        roles = {site.role for site in host.all_sites() if site.kind in self.kinds}
+        return self.targets.replace(include=tuple(role for role in self.usual if role in roles) or self.usual)
 
     def build(self, site: Site, host: Carrier, name: str) -> Adapter:
         """Make the adapter for one site."""

@@ -70,6 +70,7 @@ class LoRAMoE(Mixture):
     """
 
     formula: ClassVar[str] = "E (r (in + out) + in)"
+    usual: ClassVar[tuple[str, ...]] = FEEDFORWARD
 
     r: int = Field(4, ge=1, description="rank of each update")
     alpha: float = Field(32.0, gt=0, description="scale numerator")
@@ -108,13 +109,8 @@ class LoRAMoE(Mixture):
         return self.experts
 
     def attach(self, host: Carrier, name: str) -> None:
-        """Wrap the targets (of the default ones, those that exist), and the model, if types are read."""
-        targets = self.targets
-        if targets.include == FEEDFORWARD:
-            roles = {site.role for site in host.all_sites() if site.kind in self.kinds}
-            targets = targets.replace(include=tuple(role for role in FEEDFORWARD if role in roles) or FEEDFORWARD)
-        for site in host.sites(targets, self.kinds):
-            host.wrap(name, site, self.build(site, host, name))
+        """Wrap the targets, and the model, if types are read."""
+        super().attach(host, name)
         if self.beta:
             host.wrap(name, host.model, Types(host.site(host.model), host.state, self.column, name))
 

@@ -51,6 +51,7 @@ class IA3(LayerMethod):
     """
 
     formula: ClassVar[str] = "out (in for feed-forward modules)"
+    usual: ClassVar[tuple[str, ...]] = PAPER
 
     targets: Targets = Field(
         default_factory=lambda: Targets(include=PAPER),
@@ -88,15 +89,6 @@ class IA3(LayerMethod):
     def tensor_options(self) -> Mapping[str, Mapping[str, Any]]:
         """The scales start at one and are not decayed."""
         return {"l": {"weight_decay": 0.0}}
-
-    def attach(self, host: Carrier, name: str) -> None:
-        """Wrap the targets; of the default ones, those that exist."""
-        targets = self.targets
-        if targets.include == PAPER:
-            roles = {site.role for site in host.all_sites() if site.kind in self.kinds}
-            targets = targets.replace(include=tuple(role for role in PAPER if role in roles) or PAPER)
-        for site in host.sites(targets, self.kinds):
-            host.wrap(name, site, self.build(site, host, name))
 
     class Layer(Adapter):
         """The scales of one module."""
