@@ -57,6 +57,33 @@ def share_of_each(parameters: Mapping[str, nn.Parameter], share: float) -> list[
     return [budget for budget in counts if budget[1]]
 
 
+def share_of_all(
+    host: Carrier, parameters: Mapping[str, nn.Parameter], share: float, *, exclude: Sequence[str], charge_head: bool
+) -> int:
+    """Budget of ⌊share · N⌋ entries for all parameters together; not above 0: it leaves none.
+
+    Args:
+        host: of the model.
+        parameters: that entries are chosen from.
+        share: of the entries.
+        exclude: modules that do not count among the N.
+        charge_head: the modules that train whole are among the N, and paid out of the budget.
+    """
+    free = sum(p.numel() for p in parameters.values())
+    if not charge_head:
+        return int(share * free)
+    every = sum(p.numel() for p in host.base_parameters(exclude).values())
+    return int(share * every) - (every - free)
+
+
+def none_left(method: str, density: float, parameters: Mapping[str, nn.Parameter]) -> AttachError:
+    """The refusal of a budget without entries, where heads may be charged to it."""
+    return AttachError(
+        f"{method}: density={density} of {sum(p.numel() for p in parameters.values()):,} entries leaves none to train. "
+        "Raise density, or set charge_head=False so that modules_to_save are not counted."
+    )
+
+
 def choose(host: Carrier, name: str, budgets: Iterable[Budget], score: Score) -> None:
     """Train the entries with the highest scores, as many as each budget says."""
     for paths, k in budgets:

@@ -14,7 +14,7 @@ from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Batches, MakeOptimizer, Method
 from adapterlab.engine.modes import dropout_off
 from adapterlab.engine.sparse import Entries, Vector
-from adapterlab.errors import AttachError, NotTrainingError
+from adapterlab.errors import NotTrainingError
 from adapterlab.methods.in_place import _chosen_parameters as chosen
 from adapterlab.methods.in_place import _one_vector as one_vector
 from adapterlab.optim import moments, reorder
@@ -98,14 +98,9 @@ class FishDip(Method):
             AttachError: there would be none.
         """
         parameters = self.eligible(host)
-        free = sum(p.numel() for p in parameters.values())
-        every = sum(p.numel() for p in host.base_parameters(self.exclude).values())
-        count = int(self.density * every) - (every - free) if self.charge_head else int(self.density * free)
+        count = chosen.share_of_all(host, parameters, self.density, exclude=self.exclude, charge_head=self.charge_head)
         if count < 1:
-            raise AttachError(
-                f"{self.id}: density={self.density} of {free:,} entries leaves none to train. Raise density, or set "
-                "charge_head=False so that modules_to_save are not counted."
-            )
+            raise chosen.none_left(self.id, self.density, parameters)
         one_vector.attach(host, name, parameters, count, entire=False)
 
     def attach_saved(self, host: Carrier, name: str, tensors: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Batches, MakeOptimizer, Method
-from adapterlab.errors import AttachError, ConfigError
+from adapterlab.errors import ConfigError
 from adapterlab.methods.in_place import _chosen_parameters as chosen
 from adapterlab.registry import register
 from adapterlab.terminal import Terminal
@@ -125,18 +125,13 @@ class FishMask(Method):
         Raises:
             AttachError: that leaves no entry.
         """
-        free = sum(p.numel() for p in parameters.values())
         if self.scope == "tensor":
             left = chosen.share_of_each(parameters, self.density)
         else:
-            every = sum(p.numel() for p in host.base_parameters(self.exclude).values())
-            k = int(self.density * every) - (every - free) if self.charge_head else int(self.density * free)
+            k = chosen.share_of_all(host, parameters, self.density, exclude=self.exclude, charge_head=self.charge_head)
             left = [(list(parameters), k)] if k > 0 else []
         if not left:
-            raise AttachError(
-                f"{self.id}: density={self.density} of {free:,} entries leaves none to train. Raise "
-                "density, or set charge_head=False so that modules_to_save are not counted."
-            )
+            raise chosen.none_left(self.id, self.density, parameters)
         return left
 
 
