@@ -212,12 +212,9 @@ class CompareConfig(Settings):
 
     def left_out(self) -> dict[str, list[str]]:
         """The methods that a pattern matches and that lack settings, with those; by themselves they are refused."""
-        from adapterlab import registry
-
-        patterns = [entry for entry in self.methods if any(mark in str(entry["name"]) for mark in "*?[")]
-        lacking = {id: _lacks(id, entry) for entry in patterns for id in registry.ids(str(entry["name"]))}
-        excluded = {id for other in self.exclude for id in registry.ids(other)}
-        return {id: keys for id, keys in lacking.items() if keys and id not in excluded}
+        found = {id: _lacks(id, entry) for entry in self.methods for id in _matched(entry, self.exclude)}
+        named = {str(entry["name"]) for entry in self.methods}  # are refused
+        return {id: keys for id, keys in found.items() if keys and id not in named}
 
     def train_fields(self, contender: Contender, *, steps: int, seed: int, lr: float, output: Path) -> dict[str, Any]:
         """Return the fields of the `TrainConfig` of one run."""
@@ -298,19 +295,26 @@ def _expand(entry: Mapping[str, Any], exclude: Sequence[str], faults: list[str])
     """Yield an entry for every method that its name matches, and every point of its grid."""
     from adapterlab import registry
 
-    pattern = str(entry["name"])
-    ids = registry.ids(pattern)
-    if not ids:
-        faults.append(f"{pattern}: no method has this id. {nearest(pattern, registry.ids())}")
-    if any(mark in pattern for mark in "*?["):
-        out = {id for other in exclude for id in registry.ids(other)} | {FULL} - {pattern}
-        ids = [id for id in ids if id not in out and not _lacks(id, entry)]
-    for id in ids:
+    name = str(entry["name"])
+    if not registry.ids(name):
+        faults.append(f"{name}: no method has this id. {nearest(name, registry.ids())}")
+    for id in _matched(entry, exclude):
+        if id != name and _lacks(id, entry):
+            continue
         cls: Any = registry.method(id)
         axes = {key: value for key, value in entry.items() if key != "label" and _is_grid(cls, key, value)}
         for point in itertools.product(*axes.values()):
             grid = dict(zip(axes, point, strict=True))
             yield {**entry, **grid, "name": id, "_grid": list(grid)}
+
+
+def _matched(entry: Mapping[str, Any], exclude: Sequence[str]) -> list[str]:
+    """The ids that the name of an entry matches; of a pattern less those that are excluded, and full tuning."""
+    from adapterlab import registry
+
+    name = str(entry["name"])
+    out = {id for other in exclude for id in registry.ids(other)} | {FULL}
+    return [id for id in registry.ids(name) if id == name or id not in out]
 
 
 def _lacks(id: str, entry: Mapping[str, Any]) -> list[str]:
