@@ -108,22 +108,22 @@ class _Ready:
         site = live[0].site
         self.live, self.dtype, self.transposed = live, x.dtype, site.transposed
         self.made_of = factors_at_rest(live) if may_fuse(live[0], x) and _has_bias_in(site.bias, x.dtype) else None
-        scales = {held[-1] for held in self.made_of or ()}
+        scales = {rest.scale for rest in self.made_of or ()}
         self.alike = len(scales) == 1
         self.scale = scales.pop() if self.alike else 1.0
         self.cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
 
     def serves(self, live: tuple[Any, ...], x: Tensor) -> bool:
         """Say whether nothing has changed."""
-        if live != self.live or x.dtype is not self.dtype:
+        if x.dtype is not self.dtype:
             return False
-        return self.made_of is None or unchanged(self.made_of)
+        return live == self.live if self.made_of is None else unchanged(self.made_of, live)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Aᵀ `[in, r]` and Bᵀ `[r, out]` in a dtype."""
         if dtype not in self.cast:
-            held = self.made_of or []
-            pairs = [(a.detach(), b.detach() if self.alike else s * b.detach()) for _, a, _, b, _, s in held]
+            held = [(rest.a.detach(), rest.b.detach(), rest.scale) for rest in self.made_of or ()]
+            pairs = [(a, b if self.alike else scale * b) for a, b, scale in held]
             a, b = behind(pairs) or pairs[0]
             self.cast[dtype] = a.to(dtype).T, b.to(dtype).T
         return self.cast[dtype]

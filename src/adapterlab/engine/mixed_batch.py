@@ -56,11 +56,10 @@ def mixed(adapters: Mapping[str, Adapter], state: State, run: Callable[..., Any]
     x = lead(argument_names(plain_class(site.module)), args, kwargs)
     batch = rows_given(site.path, x, state, len(here.rows))
     size = batch.rows if x is None or len(x) == 1 else len(x)
-    groups = here.groups(size)
     if here.plain and all(adapter.additive for adapter in used.values()):
-        return _added(used, here, groups, state, run, *args, **kwargs)
+        return _added(used, here, size, state, run, *args, **kwargs)
     split = _Split(size, batch, x, here.spread(size))
-    return _gathered(adapters, groups, split, state, run, args, kwargs)
+    return _gathered(adapters, here.groups(size), split, state, run, args, kwargs)
 
 
 class Here:
@@ -164,14 +163,13 @@ def _at_hand(row: Row, adapters: Sequence[str]) -> Row:
 def _added(
     used: Mapping[str, Any],
     here: Here,
-    groups: Mapping[Any, Tensor],
+    size: int,
     state: State,
     run: Callable[..., Any],
     x: Tensor,
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    size = sum(map(len, groups.values()))
     alone = torch.is_grad_enabled() and not args and not kwargs and len(x) == size
     if alone and (whole := _in_one_node(used, here, run, x)) is not None:
         return whole
@@ -181,11 +179,11 @@ def _added(
     if not torch.is_grad_enabled() and (share := _in_two_products(used, here, x, y)) is not None:
         return y + share
     pieces = []
-    for names, index in groups.items():
+    for row, index in here.groups(size).items():
         part = _run_or_index(index, x.device)
         piece = y[part]
         with state.seeing(x, index):
-            for name in names:
+            for name in names_of(row):
                 piece = piece + used[name].added(x[part]).to(y.dtype)
         pieces.append(piece)
     back = here.back(size, x.device)
@@ -224,20 +222,19 @@ def _in_two_products(used: Mapping[str, Any], here: Here, x: Tensor, y: Tensor) 
         return None
     adapters = tuple(used.values())
     kept: _Kept | None = adapters[0].__dict__.get(READY_FOR_ROWS)
-    if kept is None or kept.here is not here or kept.adapters != adapters or not unchanged(kept.made_of):
+    if kept is None or kept.here is not here or not unchanged(kept.made_of, adapters):
         made_of = factors_at_rest(adapters)
         if made_of is None:
             return None
-        pairs = {name: (a, scale * b) for name, (_, a, _, b, _, scale) in zip(used, made_of, strict=True)}
+        pairs = {name: (rest.a, rest.scale * rest.b) for name, rest in zip(used, made_of, strict=True)}
         stack = Padded([behind([pairs[name] for name in names_of(row)]) for row in here.rows])
-        kept = adapters[0].__dict__[READY_FOR_ROWS] = _Kept(here, adapters, made_of, stack)
+        kept = adapters[0].__dict__[READY_FOR_ROWS] = _Kept(here, made_of, stack)
     rows = x.reshape(len(here.rows), -1, x.shape[-1])  # beams and flattened tokens are runs of each row
     return low_rank_by_row(rows, kept.stack.a, kept.stack.b).view(*x.shape[:-1], -1)
 
 
 class _Kept(NamedTuple):
     here: Here
-    adapters: tuple[Any, ...]
     made_of: list[Rest]
     stack: Padded  # of each row
 

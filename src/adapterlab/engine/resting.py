@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Rest = tuple[Any, Tensor, int, Tensor, int, float]  # adapter; A and its version; B and its version; scale
+
+class Rest(NamedTuple):
+    """The factors of an adapter, and how often they had been written to."""
+
+    adapter: Any
+    a: Tensor
+    a_version: int
+    b: Tensor
+    b_version: int
+    scale: float
 
 
 def factors_at_rest(live: tuple[Any, ...]) -> list[Rest] | None:
@@ -24,12 +33,14 @@ def factors_at_rest(live: tuple[Any, ...]) -> list[Rest] | None:
         a, b = found
         if not (isinstance(a, nn.Parameter) and isinstance(b, nn.Parameter)) or a.is_inference() or b.is_inference():
             return None
-        held.append((adapter, a, a._version, b, b._version, adapter.scale))
+        held.append(Rest(adapter, a, a._version, b, b._version, adapter.scale))
     return held
 
 
-def unchanged(held: list[Rest]) -> bool:
-    """Say whether adapters still have these factors, with the values that they had."""
+def unchanged(held: list[Rest], live: tuple[Any, ...]) -> bool:
+    """Say whether these are the adapters, and still have the factors, with the values that they had."""
+    if len(held) != len(live) or any(rest.adapter is not adapter for rest, adapter in zip(held, live, strict=True)):
+        return False
     for adapter, a, a_version, b, b_version, scale in held:
         now = adapter.factors()
         if now[0] is not a or now[1] is not b or adapter.training or adapter.scale != scale:

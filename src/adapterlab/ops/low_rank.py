@@ -199,7 +199,7 @@ class _LowRankLinear(torch.autograd.Function):
                 gx = thin_added(g @ (ctx.again() if ctx.again else weight), gh, a, mask)
                 gx = gx.view(*grad.shape[:-1], a.shape[1])
             if need_a:
-                ga = (gh.T @ (flat if mask is None else flat * mask)).to(a.dtype)
+                ga = _of_a(gh, flat, mask).to(a.dtype)
         if need_b:
             gb = (g.T @ h).mul_(ctx.scale).to(b.dtype)
         if need_bias:
@@ -305,4 +305,5 @@ class _LowRankSpans(torch.autograd.Function):
 
 
 def _of_a(gh: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The gradient of A `[r, in]`."""
     return gh.T @ (x if mask is None else x * mask)
