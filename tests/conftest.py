@@ -74,20 +74,18 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
     "cohere": lambda: CohereForCausalLM(CohereConfig(**DECODER, logit_scale=0.25)),
 }  # fmt: skip
 
-_module: list[Any] = [None]  # whose tests run
+gc.set_threshold(50_000, 20, 20)
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _settled() -> None:
     """Before the tests of another file: let the garbage collector pass over whatever is there to stay.
 
     The libraries are a million objects, which Trainer, the compiler and many allocations have looked through again and
     again: a sixth of the time of all tests.
     """
-    if getattr(item, "module", None) is not _module[0]:
-        _module[0] = getattr(item, "module", None)
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 20)
+    gc.collect()
+    gc.freeze()
 
 
 _templates: dict[str, nn.Module] = {}

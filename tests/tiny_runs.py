@@ -1,4 +1,4 @@
-"""Rows, and configurations for runs that take a second."""
+"""Rows, configurations for runs that take a second, and the command line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import json
 import random
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from adapterlab.cli import main
+
+
+def cli(*args: str) -> int:
+    """The exit status of a command."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(args))
+    return int(caught.value.code or 0)
 
 
 def write_data(file: Path, count: int = 40, seed: int = 0) -> Path:

@@ -22,7 +22,6 @@ from accelerate.tracking import TensorBoardTracker
 from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
-from adapterlab.cli import main
 from adapterlab.data import Collator
 from adapterlab.errors import ConfigError, DataError, MissingDependencyError, TrainingError
 from adapterlab.hosts import Host, attach, load
@@ -30,14 +29,9 @@ from adapterlab.methods.low_rank.lora import LoRA
 from adapterlab.models import load_model
 from adapterlab.train import AdapterlabCallback, Listener, Loop, RunResult, fit, hf_trainable
 from adapterlab.train import run as run_module
+from tiny_runs import cli
 
 Config = Callable[..., dict[str, Any]]
-
-
-def cli(*args: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(list(args))
-    return int(caught.value.code or 0)
 
 
 @pytest.fixture

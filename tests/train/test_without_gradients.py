@@ -15,21 +15,15 @@ from safetensors.torch import load_file
 from test_resume import StopAfter, metrics, same, weights
 
 import adapterlab as al
-from adapterlab.cli import main
 from adapterlab.errors import ConfigError
 from adapterlab.io import read_info
 from adapterlab.models import load_model
 from adapterlab.plan.planning import plan
 from adapterlab.train import Interrupted, fit
 from adapterlab.train.sampler import Sampler
+from tiny_runs import cli
 
 Config = Callable[..., dict[str, Any]]
-
-
-def cli(*args: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(list(args))
-    return int(caught.value.code or 0)
 
 
 @pytest.fixture
