@@ -102,8 +102,8 @@ def _config(job: dict[str, Any], id: str) -> Figures | None:
     from adapterlab.errors import AdapterlabError
     from adapterlab.io.hf_peft import write
 
-    method = _method(job, id)
     try:
+        method = _method(job, id)
         host = al.attach(_load(job, method), method)
     except AdapterlabError:
         return None  # the run of our side says why
