@@ -39,7 +39,8 @@ class Mixture(Picked[_Item]):
 
     def __init__(self, parts: Sequence[Sequence[_Item]], mixing: Mixing, weights: Sequence[float], seed: int):
         self.parts, self.mixing, self.weights, self.seed = parts, mixing, tuple(weights), seed
-        super().__init__(Joined(parts), self._drawn() if weights else range(sum(map(len, parts))))
+        drawn = self._drawn() if weights else range(sum(map(len, parts)))
+        super().__init__(Joined(parts), drawn)  # type: ignore[arg-type]
 
     @property
     def stages(self) -> tuple[int, ...]:

@@ -245,7 +245,7 @@ READERS: dict[str, Callable[[Path], Numbered]] = {
     ".parquet": _parquet,
     ".arrow": _arrow,
 }
-TYPED = {".parquet": "parquet", ".arrow": "arrow"}  # files that say of what type a value is, and who reads them
+TYPED = (".parquet", ".arrow")  # files that say of what type a value is
 
 
 def texts(file: Path) -> Texts:

@@ -167,7 +167,8 @@ def _local(files: list[Path], limit: int | None) -> Sequence[SourceRow]:
 
     by_kind: dict[str, list[Path]] = {}
     for file in files:
-        by_kind.setdefault(TYPED.get(file.suffix.lower(), ""), []).append(file)
+        kind = file.suffix.lower()
+        by_kind.setdefault(kind if kind in TYPED else "", []).append(file)
     parts = [
         tables.typed(some, f"{some[0].name}{', ...' if some[1:] else ''}") if kind else tables.kept(some)
         for kind, some in by_kind.items()

@@ -30,13 +30,13 @@ class Stream(Lookup[Any]):
         first: the first raw rows.
         columns: those that were read so far.
         held: rows at the beginning that are held out.
-        count: rows that the sequence has: as many as a run asks for.
+        total: rows that the sequence has: as many as a run asks for.
         bound: no row is longer, in tokens.
         make: from the examples of a window to what stands at its places.
     """
 
     def __init__(self, cfg: DataConfig, numbers: Numbers | None, held: int):
-        self.cfg, self.held, self.count = cfg, held, 0
+        self.cfg, self.held, self.total = cfg, held, 0
         self.first = [*islice(self._source(0), FIRST)]
         if len(self.first) <= held:
             raise DataError(
@@ -53,7 +53,7 @@ class Stream(Lookup[Any]):
         self._window: tuple[int, Sequence[Any]] = (-1, ())
 
     def __len__(self) -> int:
-        return self.count
+        return self.total
 
     def at(self, index: int) -> Any:
         """Return what stands at a position; the windows before it are passed over."""
@@ -111,11 +111,11 @@ class Streams(Lookup[Any]):
         streams: the streams.
         shares: how often each is drawn.
         seed: of the draw.
-        count: rows that the sequence has: as many as a run asks for.
+        total: rows that the sequence has: as many as a run asks for.
     """
 
     def __init__(self, streams: Sequence[Stream], weights: Sequence[float], seed: int):
-        self.streams, self.seed, self.count = streams, seed, 0
+        self.streams, self.seed, self.total = streams, seed, 0
         self.shares = np.array(weights) / sum(weights)
         self._before = [np.zeros(len(streams), np.int64)]  # rows of each that the windows before each one drew
         self._drawn: tuple[int, np.ndarray] = (-1, np.zeros(0, np.int64))
@@ -126,7 +126,7 @@ class Streams(Lookup[Any]):
         return max(stream.bound for stream in self.streams)
 
     def __len__(self) -> int:
-        return self.count
+        return self.total
 
     def at(self, index: int) -> Any:
         """Return what stands at a position."""

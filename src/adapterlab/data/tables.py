@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import datasets
 import pyarrow as pa
 
 from adapterlab.data.formats import SourceRow
-from adapterlab.data.readers import TYPED, row_of, texts, unfilled
+from adapterlab.data.readers import row_of, texts, unfilled
 from adapterlab.data.views import Lookup
 from adapterlab.errors import DataError, OutputError
 
@@ -41,13 +42,15 @@ class _Texts(datasets.ArrowBasedBuilder):
         return [datasets.SplitGenerator(name="train", gen_kwargs={"files": tuple(self.files)})]
 
     def _generate_tables(self, files: Sequence[Path]) -> Iterator[tuple[int, pa.Table]]:
-        key = itertools.count()
+        key, digest = itertools.count(), hashlib.sha256()
         for file in files:
             rows = texts(file)
             while block := [*itertools.islice(rows, _BLOCK)]:
                 numbers, written = zip(*block, strict=True)
+                digest.update("\n".join(written).encode() + b"\n")
                 columns = {"file": [str(file)] * len(block), "number": numbers, "row": written}
                 yield next(key), pa.table(columns, schema=self.info.features.arrow_schema)
+        self.info.description = digest.hexdigest()  # kept with the table, which need not be read for it
 
 
 class Table(Lookup[SourceRow]):
@@ -98,10 +101,10 @@ class Table(Lookup[SourceRow]):
         return self._digest
 
     def _hashed(self) -> str:
+        if self.written:
+            return f"{self.data.info.description} {len(self)}"
         found = hashlib.sha256()
         arrow = self.data.data.table if self.data._indices is None else self.data.flatten_indices().data.table
-        if self.written:
-            arrow = arrow.select(["row"])
         for start in range(0, arrow.num_rows, _SLICE):
             for batch in arrow.slice(start, _SLICE).combine_chunks().to_batches():
                 found.update(batch.serialize())
@@ -120,7 +123,8 @@ def kept(files: Sequence[Path]) -> Table:
     with _explained():
         builder = _Texts(dataset_name="adapterlab_rows", hash=_stamp(files))
         builder.files = files
-        builder.download_and_prepare()
+        with _bars():
+            builder.download_and_prepare()
         try:
             data = builder.as_dataset(split="train")
         except (pa.ArrowException, OSError):  # damaged: the files are still there
@@ -137,10 +141,11 @@ def typed(files: Sequence[Path], source: str) -> Table:
         OutputError: the cache cannot be written.
     """
     with _explained():
-        kind = TYPED[files[0].suffix.lower()]
+        kind = files[0].suffix.lower().removeprefix(".")
         # The stamp is a part of the key: `datasets` alone looks at the time to the second.
         names = {f"rows_{_stamp(files)[:16]}": [str(file) for file in files]}
-        data = datasets.load_dataset(kind, data_files=names, split=next(iter(names)))
+        with _bars():
+            data = datasets.load_dataset(kind, data_files=names, split=next(iter(names)))
     return Table(data, source)
 
 
@@ -164,6 +169,19 @@ def _stamp(files: Sequence[Path]) -> str:
     """Tell apart what files hold now from what they held before."""
     facts = [(str(f.resolve()), (found := f.stat()).st_size, found.st_mtime_ns, found.st_ino) for f in files]
     return hashlib.sha256(repr([_FORMAT, facts]).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[None]:
+    """Show the bars of `datasets` to people only."""
+    off = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if off:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if off:
+            datasets.enable_progress_bars()
 
 
 @contextlib.contextmanager

@@ -61,11 +61,11 @@ class Others(Lookup[int]):
 
     def __init__(self, count: int, without: Iterable[int]):
         self.without = sorted(without)
-        self.count = count - len(self.without)
+        self._left = count - len(self.without)
         self._before = [number - i for i, number in enumerate(self.without)]  # how many of ours come before each
 
     def __len__(self) -> int:
-        return self.count
+        return self._left
 
     def at(self, index: int) -> int:
         """Return a number."""

@@ -34,7 +34,7 @@ from adapterlab.models.catalogue import home
 
 _RECENT = 4096  # rows that are remembered while no file holds them
 _WORTH = 4  # files for which another process is started
-SAMPLE = 256  # rows that are looked at for what is said before training
+SAMPLE = 128  # rows that are looked at for what is said before training
 # What a row's tokens do not depend on: the rows themselves are hashed, wherever they come from.
 _BESIDE = {
     "path", "name", "task", "task_args", "split", "eval_path", "eval_split", "eval_size", "limit", "eval_limit",
@@ -281,7 +281,7 @@ def key_of(examples: Examples, recipe: Recipe) -> str:
 
 def tokenizer_key(tokenizer: Any) -> str:
     """Hash all that a tokenizer's ids depend on."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
+    fast: Any = getattr(tokenizer, "backend_tokenizer", None)
     inside = fast.to_str() if hasattr(fast, "to_str") else sorted(tokenizer.get_vocab().items())
     added = {i: repr(token) for i, token in tokenizer.added_tokens_decoder.items()}
     settings = {k: repr(v) for k, v in tokenizer.init_kwargs.items() if not k.endswith(_PLACES)}

@@ -59,13 +59,13 @@ def _encoded(recipe: Recipe, examples: Sequence[Example]) -> Encoded:
     rows = Prepared(Store(whole, recipe), places)
     if recipe.encoder.cfg.too_long != "drop" and covers(recipe.tables, recipe.encoder.tokenizer):
         return Encoded(rows, rows.sampled(), range(len(rows)))
-    kept = np.flatnonzero(rows.all_lengths())
-    if not len(kept):
+    chosen: Any = np.flatnonzero(rows.all_lengths())
+    if not len(chosen):
         raise DataError(
             f"None of the {len(rows):,} rows has a trained token within {recipe.encoder.limit} tokens. Raise "
             "data.max_length, or shorten the rows."
         )
-    return Encoded(Prepared(rows.store, Picked(places, kept)), rows.report(), kept)
+    return Encoded(Prepared(rows.store, Picked(places, chosen)), rows.report(), chosen)
 
 
 def _of_parts(recipe: Recipe, examples: Mixture[Example] | Named[Example]) -> Encoded:

@@ -269,7 +269,7 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
 def _of_stream(training: Training, processes: int, encoded: Encoded) -> Encoded:
     """As many rows of a stream as the run needs."""
     count = (training.steps or 0) * training.batch_size * training.accumulation * processes
-    encoded.rows.count = count  # type: ignore[attr-defined]
+    encoded.rows.total = count  # type: ignore[attr-defined]
     return dataclasses.replace(encoded, report=dataclasses.replace(encoded.report, pending=count))
 
 

@@ -171,7 +171,7 @@ def test_what_cannot_be_is_refused(data: Any, said: str) -> None:
 
 def stream(root: Path, count: int, **settings: Any) -> Any:
     found = load_data(DataConfig(path=str(root / "rows.jsonl"), streaming=True, eval_size=4, **settings)).train
-    found.count = count
+    found.total = count
     return found
 
 
@@ -192,7 +192,7 @@ def test_streams_are_drawn_by_weight(root: Path) -> None:
 
     def drawn() -> Any:
         found = load_data(DataConfig(sources=weighted, streaming=True, window=5)).train
-        found.count = 2000
+        found.total = 2000
         return found
 
     rows = [*drawn()]
