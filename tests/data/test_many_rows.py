@@ -310,3 +310,4 @@ def test_processes_beside_fill_the_files_and_tell_what_is_wrong(
                 rows[0]
                 time.sleep(0.05)
     assert [rows.store.shards.has(number) for number in range(8)] == [True] * 7 + [False]
+    assert sorted(file.name for file in rows.store.shards.folder.iterdir()) == [f"{i:06d}.rows" for i in range(7)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from adapterlab.errors import AdapterlabError
 from adapterlab.evaluate.shards import Shard, Shards
 
 _MOST = 4  # processes; a training step needs few rows
+_PATIENCE = 5.0  # seconds for a process to tidy up
 
 
 def helpers() -> int:
@@ -69,16 +71,23 @@ class Filling:
             raise self._error
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes; what one of them is writing goes with it."""
         for child in self._children:
-            child.kill()
-            child.wait()
+            child.terminate()
+        for child in self._children:
+            try:
+                child.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
 
 
 def _fill() -> None:
     """Fill what the parent names, and end with it."""
     parent, answers = os.getppid(), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     if hasattr(os, "nice"):
         os.nice(10)
     make, folder = pickle.load(sys.stdin.buffer)
