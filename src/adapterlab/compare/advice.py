@@ -164,6 +164,10 @@ def _device(memory: int | None) -> str | None:
 
 
 def _facts(model: str, data: DataConfig, probe: Plan, trusted: bool) -> Facts:
+    if data.streaming:
+        raise ConfigError(
+            "Advice depends on how many rows there are, and of a stream nobody knows. Set data.limit instead."
+        )
     examples = load_data(data).train
     count = _counter(model, trusted)
     shown = examples[:: max(1, len(examples) // _SAMPLE)]

@@ -16,9 +16,10 @@ from adapterlab.compare.jobs import CONFIG
 from adapterlab.compare.results import FILE, UNTRAINED
 from adapterlab.data import Example, fingerprint, load_data, scorer_for
 from adapterlab.data.formats import Numbers
+from adapterlab.data.views import Others, Picked
 from adapterlab.errors import AttachError, ConfigError, DataError, FormatError, OutputError
 from adapterlab.io import successor
-from adapterlab.io.atomic import write_json, write_text
+from adapterlab.io.atomic import new_file, write_json, write_text
 from adapterlab.io.disk import alone, content, explained, remove, tidy
 from adapterlab.io.links import check_links
 from adapterlab.json_text import parsed
@@ -82,7 +83,7 @@ def _numbers(config: CompareConfig, contenders: Sequence[Contender]) -> Numbers:
 
 def read_rows(
     config: CompareConfig, contenders: Sequence[Contender] = ()
-) -> tuple[dict[str, Any], Literal["score", "loss"], list[Example], list[Example]]:
+) -> tuple[dict[str, Any], Literal["score", "loss"], Sequence[Example], Sequence[Example]]:
     """Read all rows and set some training rows apart.
 
     Returns:
@@ -91,6 +92,11 @@ def read_rows(
     Raises:
         DataError: rows are missing, there is nothing to evaluate on, or answers cannot be scored although they judge.
     """
+    if config.data.streaming:
+        raise ConfigError(
+            "A comparison writes down the rows that all its runs train on, so none can be streamed. Set "
+            "data.limit instead of data.streaming."
+        )
     splits = load_data(config.data, _numbers(config, contenders))
     asked = splits.eval[: config.evaluation.limit]
     if len(asked) < 2:
@@ -109,8 +115,8 @@ def read_rows(
     count = config.validation or max(1, min(_HELD_MOST, len(splits.train) // _HELD_SHARE))
     if count >= len(splits.train):
         raise DataError(f"validation={count} leaves none of the {len(splits.train)} training rows. Lower it.")
-    chosen = set(random.Random(config.data.seed).sample(range(len(splits.train)), count))
-    train = [e for i, e in enumerate(splits.train) if i not in chosen]
+    chosen = sorted(random.Random(config.data.seed).sample(range(len(splits.train)), count))
+    train = Picked(splits.train, Others(len(splits.train), chosen))
     facts = {
         "source": splits.source,
         "eval_source": splits.eval_source,
@@ -123,7 +129,7 @@ def read_rows(
         "overlap": splits.overlap,
         "columns": str(splits.columns),
     }
-    return facts, judge, train, [splits.train[i] for i in sorted(chosen)]
+    return facts, judge, train, Picked(splits.train, chosen)
 
 
 @contextlib.contextmanager
@@ -170,8 +176,8 @@ def _check_same(config: CompareConfig, saved: Path) -> None:
 def write_rows(
     config: CompareConfig,
     facts: Mapping[str, Any],
-    train: list[Example],
-    held: list[Example],
+    train: Sequence[Example],
+    held: Sequence[Example],
     *,
     overwrite: bool = False,
 ) -> None:
@@ -196,14 +202,15 @@ def write_rows(
 
 
 def _write_rows(
-    config: CompareConfig, root: Path, facts: Mapping[str, Any], train: list[Example], held: list[Example]
+    config: CompareConfig, root: Path, facts: Mapping[str, Any], train: Sequence[Example], held: Sequence[Example]
 ) -> None:
     # The configuration comes first: it says that the folder is a comparison's.
     write_text(root / CONFIG, yaml_text.written(config.plain()))
     folder = root / DATA
     if not (folder / FACTS).is_file():
-        write_text(folder / TRAIN, "".join(_line(e) for e in train))
-        write_text(folder / HELD, "".join(_line(e) for e in held))
+        for name, examples in {TRAIN: train, HELD: held}.items():
+            with new_file(folder / name) as stream:
+                stream.writelines(_line(example).encode() for example in examples)
         write_json(folder / FACTS, dict(facts))
         return
     before = parsed((folder / FACTS).read_text(encoding="utf-8"))

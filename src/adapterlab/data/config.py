@@ -29,7 +29,15 @@ COLUMNS = (
 )
 FormatName = Literal["auto", "messages", "sharegpt", "alpaca", "prompt-completion", "question-answer", "text"]
 ScorerName = Literal["auto", "exact", "number", "verifier", "none"]
+Mixing = Literal["joined", "in_sequence", "first_exhausted", "all_exhausted", "all_exhausted_without_replacement"]
 TASK_ROWS = 2000
+WINDOW = 1000
+# What each of several sources may say for itself.
+OF_SOURCE = (
+    "path", "name", "split", "eval_path", "eval_split", "eval_size", "limit", "eval_limit", "format", "columns",
+    "ignore", "system", "weight",
+)  # fmt: skip
+_WHERE = ("path", "name", "eval_path", "eval_split")  # these each source says for itself alone
 
 
 class DataConfig(BaseModel):
@@ -40,7 +48,8 @@ class DataConfig(BaseModel):
     path: str | None = Field(
         None,
         examples=["rows.jsonl"],
-        description="Local .jsonl, .json, .csv, .tsv or .parquet file, a folder of such files, or a hub data set id.",
+        description="Local .jsonl, .json, .csv, .tsv, .parquet or .arrow file, a folder or a pattern of such files, or "
+        "a hub data set id.",
     )
     name: str | None = Field(
         None, examples=["main"], description="Configuration name of a hub data set, such as 'main' for openai/gsm8k."
@@ -48,12 +57,36 @@ class DataConfig(BaseModel):
     task: str | None = Field(
         None,
         examples=["chain_sum"],
-        description="A reasoning-gym task that generates rows, such as 'chain_sum'. Exactly one of path and task.",
+        description="A reasoning-gym task that generates rows, such as 'chain_sum'. Exactly one of path, task and "
+        "sources.",
     )
     task_args: dict[str, Any] = Field(
         default_factory=dict,
         examples=[{"min_terms": 2, "max_terms": 2}],
         description="Arguments of the task, such as {min_terms: 2, max_terms: 2}.",
+    )
+    sources: tuple[dict[str, Any], ...] | None = Field(
+        None,
+        examples=[({"path": "a.jsonl", "weight": 3}, {"path": "b.csv", "weight": 1})],
+        min_length=1,
+        description="Several sources, each with a path and what else describes it; what they leave out is taken from "
+        "the settings beside. data: [{path: ...}, ...] is short for it.",
+    )
+    mixing: Mixing | None = Field(
+        None,
+        examples=["all_exhausted"],
+        description="How sources become one pass: joined (all rows of all); in_sequence (one source after the other); "
+        "or drawn by weight until the first is exhausted, or all are (with repeated rows of the smaller ones, or "
+        "without). Null: first_exhausted with weights, else joined.",
+    )
+    streaming: bool | None = Field(
+        None,
+        examples=[True],
+        description="Read rows while training and keep none, shuffled within a window; for what does not fit on the "
+        "disk. Needs training.steps.",
+    )
+    window: int | None = Field(
+        None, examples=[1000], ge=1, description=f"Rows of a stream that are shuffled together; null: {WINDOW}."
     )
     split: str = Field("train", min_length=1, description="Split to train on (hub data sets and folders).")
     eval_path: str | None = Field(
@@ -117,11 +150,56 @@ class DataConfig(BaseModel):
                 )
         return columns
 
+    @model_validator(mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return {"sources": value} if isinstance(value, (list, tuple)) else value
+
+    @model_validator(mode="after")
+    def _known_sources(self) -> Self:
+        for i, given in enumerate(self.sources or (), 1):
+            for key in given:
+                if key not in OF_SOURCE:
+                    raise ValueError(f"source {i} may not set {key!r}. {nearest(key, OF_SOURCE, n=5)}")
+            if not given.get("path"):
+                raise ValueError(f"source {i} has no path; received {given}")
+        weights = [given.get("weight") for given in self.sources or ()]
+        if any(weights) and not all(isinstance(w, (int, float)) and w > 0 for w in weights):
+            raise ValueError(f"either all sources have a weight above 0, or none has; received {weights}")
+        drawn = self.mixing is not None and self.mixing.endswith(("exhausted", "replacement"))
+        if self.mixing is not None and (self.sources is None or drawn != any(weights)):
+            raise ValueError(
+                f"mixing={self.mixing} needs {'weights of the' if drawn else 'sources without weights:'} sources"
+            )
+        if self.sources is not None:
+            self.parts()
+        return self
+
+    def parts(self) -> list[DataConfig]:
+        """Return the settings of each of several sources."""
+        shared = {k: getattr(self, k) for k in self.model_fields_set if k not in ("sources", "mixing")}
+        return [
+            DataConfig(**{**shared, **{k: v for k, v in given.items() if k != "weight"}})
+            for given in self.sources or ()
+        ]
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.path is None) == (self.task is None):
-            got = "neither" if self.path is None else f"path={self.path!r} and task={self.task!r}"
-            raise ValueError(f"set exactly one of path (rows of yours) and task (generated rows); received {got}")
+        given = {key: getattr(self, key) for key in ("path", "task", "sources") if getattr(self, key) is not None}
+        if len(given) != 1:
+            got = " and ".join(f"{key}={value!r}" for key, value in given.items()) or "neither"
+            raise ValueError(
+                f"set exactly one of path (rows of yours), task (generated rows) and sources; received {got}"
+            )
+        if self.sources and (idle := [key for key in _WHERE if getattr(self, key) is not None]):
+            raise ValueError(f"{', '.join(idle)} belongs into each of the sources; received it beside them")
+        if self.streaming and (self.task is not None or self.mixing is not None or isinstance(self.eval_size, float)):
+            raise ValueError(
+                "streaming reads rows of a path, or of sources by weight, and how many there are is not known: set "
+                "eval_size to a number of rows, and neither task nor mixing"
+            )
+        if self.window is not None and not self.streaming:
+            raise ValueError(f"window={self.window} is for streaming=true")
         if self.task is None and self.task_args:
             raise ValueError(f"task_args={self.task_args} needs a task; received path={self.path!r}")
         if self.task is not None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from adapterlab.data.config import DataConfig
 from adapterlab.data.formats import Example
+from adapterlab.data.report import Encoded, Report
 from adapterlab.data.showing import RENDERING, Showing
 from adapterlab.data.turns import SPOKEN, Message, content_text
 from adapterlab.errors import DataError
@@ -36,56 +37,6 @@ PLAIN_TEMPLATE = (
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CHUNK = 256
 _SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Report:
-    """What encoding did.
-
-    Attributes:
-        rows: rows that came out.
-        dropped: rows left out because no trained token fits into the limit (`too_long="drop"`).
-        truncated: rows cut at the limit that still train.
-        tokens: tokens of all rows; for seq2seq those of the encoder.
-        trained_tokens: tokens that carry a label.
-        trained_share: trained tokens per token.
-        max_length: longest row in tokens.
-        mean_length: mean row length in tokens.
-        limit: the most tokens a row may have.
-        mask_by: "template markers", "prefix diffing", "whole text", or for seq2seq "decoder labels".
-        template: "chat template", "plain text (turns on lines of their own, end token after answers)" or "none".
-        unshown: fields of turns that the template does not show; what must not be missing is refused.
-        unknown: tokens that stand for what the tokenizer has no word for.
-    """
-
-    rows: int
-    dropped: int
-    truncated: int
-    tokens: int
-    trained_tokens: int
-    trained_share: float
-    max_length: int
-    mean_length: float
-    limit: int
-    mask_by: str
-    template: str
-    unshown: tuple[str, ...] = ()
-    unknown: int = 0
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Token rows, each with `input_ids`, `labels` (-100 where nothing is trained) and what else the example brings.
-
-    Attributes:
-        rows: what was kept, in order.
-        report: on the rows.
-        kept: which of the examples each row is made of.
-    """
-
-    rows: list[dict[str, Any]]
-    report: Report
-    kept: list[int]
 
 
 @dataclass(frozen=True)
@@ -122,37 +73,80 @@ def encode(
         DataError: the template cannot render a row or hides a part of it, a prompt leaves no room for any trained
             token, or nothing is left to train on.
     """
-    if not examples:
-        raise DataError("There are no rows to encode. Check data.path, data.limit and data.eval_size.")
-    limit = min(cfg.max_length, window or cfg.max_length)
-    coder = _Coder(tokenizer, cfg, seq2seq)
-    mask_by = "decoder labels" if seq2seq else coder.mask_by(examples[0])
-    work = coder.pairs if seq2seq else coder.whole if mask_by == "whole text" else coder.masked
-    chunks = (examples[i : i + _CHUNK] for i in range(0, len(examples), _CHUNK))
-    rows = [row for chunk in _with_progress(chunks, len(examples)) for row in work(chunk)]
-    fitting = _fitting(rows, limit, window, cfg, seq2seq)
-    cut: list[dict[str, Any]] = [
-        {"input_ids": row.ids[:limit], "labels": row.labels[:limit], **_tensors(row.example.numbers)} for row in fitting
-    ]
-    lengths = [len(row["input_ids"]) for row in cut]
-    trained = sum(len(row["labels"]) - row["labels"].count(IGNORED) for row in cut)
-    report = Report(
-        rows=len(cut),
-        dropped=len(rows) - len(fitting),
-        truncated=sum(max(len(row.ids), len(row.labels)) > limit for row in fitting),
-        tokens=sum(lengths),
-        trained_tokens=trained,
-        trained_share=trained / sum(lengths),
-        max_length=max(lengths),
-        mean_length=sum(lengths) / len(lengths),
-        limit=limit,
-        mask_by=mask_by,
-        template=coder.template_name if examples[0].messages is not None else "none",
-        unshown=tuple(coder.showing.unshown),
-        unknown=sum(row["input_ids"].count(coder.unknown) for row in cut),
-    )
-    place = {id(row): i for i, row in enumerate(rows)}
-    return Encoded(cut, report, [place[id(row)] for row in fitting])
+    return Encoder(tokenizer, cfg, window, seq2seq)(examples)
+
+
+class Encoder:
+    """`encode` for one tokenizer, as often as wanted.
+
+    Attributes:
+        tokenizer: of transformers.
+        cfg: the data settings.
+        window: the most positions the model has, or None.
+        seq2seq: whether the model has an encoder and a decoder.
+    """
+
+    def __init__(self, tokenizer: Any, cfg: DataConfig, window: int | None, seq2seq: bool = False):
+        self.tokenizer, self.cfg, self.window, self.seq2seq = tokenizer, cfg, window, seq2seq
+        self._coder: _Coder | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_coder": None}
+
+    @property
+    def unknown(self) -> int:
+        """The id of the token for what the tokenizer has no word for; `IGNORED` where there is none."""
+        return self._coded().unknown
+
+    @property
+    def limit(self) -> int:
+        """The most tokens that a row may have."""
+        return min(self.cfg.max_length, self.window or self.cfg.max_length)
+
+    def _coded(self) -> _Coder:
+        self._coder = self._coder or _Coder(self.tokenizer, self.cfg, self.seq2seq)
+        return self._coder
+
+    def __call__(self, examples: Sequence[Example], *, some: bool = False) -> Encoded:
+        """Encode examples; see `encode`.
+
+        Args:
+            examples: of one format.
+            some: whether these are a part of more, so that all of them may be dropped.
+        """
+        if not examples:
+            raise DataError("There are no rows to encode. Check data.path, data.limit and data.eval_size.")
+        cfg, limit, seq2seq = self.cfg, self.limit, self.seq2seq
+        coder = self._coded()
+        mask_by = "decoder labels" if seq2seq else coder.mask_by(examples[0])
+        work = coder.pairs if seq2seq else coder.whole if mask_by == "whole text" else coder.masked
+        chunks = (examples[i : i + _CHUNK] for i in range(0, len(examples), _CHUNK))
+        rows = [row for chunk in _with_progress(chunks, len(examples)) for row in work(chunk)]
+        fitting = _fitting(rows, limit, self.window, cfg, seq2seq, some)
+        cut: list[dict[str, Any]] = [
+            {"input_ids": row.ids[:limit], "labels": row.labels[:limit], **_tensors(row.example.numbers)}
+            for row in fitting
+        ]
+        place = {id(row): i for i, row in enumerate(rows)}
+        shortened = [place[id(row)] for row in fitting if max(len(row.ids), len(row.labels)) > limit]
+        lengths = [len(row["input_ids"]) for row in cut]
+        trained = sum(len(row["labels"]) - row["labels"].count(IGNORED) for row in cut)
+        report = Report(
+            rows=len(cut),
+            dropped=len(rows) - len(fitting),
+            truncated=len(shortened),
+            tokens=sum(lengths),
+            trained_tokens=trained,
+            trained_share=trained / max(1, sum(lengths)),
+            max_length=max(lengths, default=0),
+            mean_length=sum(lengths) / max(1, len(lengths)),
+            limit=limit,
+            mask_by=mask_by,
+            template=coder.template_name if examples[0].messages is not None else "none",
+            unshown=tuple(coder.showing.unshown),
+            unknown=sum(row["input_ids"].count(coder.unknown) for row in cut),
+        )
+        return Encoded(cut, report, [place[id(row)] for row in fitting], shortened)
 
 
 def _tensors(numbers: Mapping[str, int]) -> dict[str, Any]:
@@ -185,7 +179,9 @@ def prompt_of(example: Example, tokenizer: Any, cfg: DataConfig, *, seq2seq: boo
     return _Coder(tokenizer, cfg, seq2seq).prompts([example])[0]
 
 
-def _fitting(rows: list[_Row], limit: int, window: int | None, cfg: DataConfig, seq2seq: bool) -> list[_Row]:
+def _fitting(
+    rows: list[_Row], limit: int, window: int | None, cfg: DataConfig, seq2seq: bool, some: bool
+) -> list[_Row]:
     """The rows that train something within the limit; an error where there are others and they may not be dropped."""
     empty = [row for row in rows if all(label == IGNORED for label in row.labels)]
     if empty:
@@ -198,7 +194,7 @@ def _fitting(rows: list[_Row], limit: int, window: int | None, cfg: DataConfig, 
         long = [row for row in rows if len(row.ids) > limit]
     else:
         long = [row for row in rows if row.prompt_length() >= limit]
-    if not long or (cfg.too_long == "drop" and len(long) < len(rows)):
+    if not long or (cfg.too_long == "drop" and (some or len(long) < len(rows))):
         dropped = set(map(id, long))
         return [row for row in rows if id(row) not in dropped]
     shown = "; ".join(
@@ -539,6 +535,9 @@ def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
 
 def _with_progress(chunks: Iterator[Sequence[Example]], total: int) -> Iterator[Sequence[Example]]:
     """Pass chunks on, with a progress bar on stderr once that takes more than a second."""
+    if total <= _CHUNK:
+        yield from chunks
+        return
     from rich.progress import Progress
 
     from adapterlab.terminal import Terminal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,11 @@ from adapterlab.data.turns import (
     texts_in,
     turns,
 )
+from adapterlab.data.views import Lookup, block_of
 from adapterlab.errors import DataError, nearest
 
+_DECIDING = 100  # rows that tell the format
+_LOOKED_AT = 1000  # rows of many that are read before the first step
 Numbers = Mapping[str, tuple[int, ...]]  # columns that hold whole numbers, and which of them; (): any
 
 
@@ -167,7 +170,7 @@ def detect(rows: Sequence[SourceRow], cfg: DataConfig) -> str:
     if cfg.format != "auto":
         return cfg.format
     seen: Row = {}
-    for source in rows[:100]:
+    for source in rows[:_DECIDING]:
         seen = {**source.values, **seen}
     fits = [
         name
@@ -230,62 +233,129 @@ def _without(source: SourceRow, ignore: Iterable[str]) -> SourceRow:
     return SourceRow(source.file, source.number, values)
 
 
-def _check_renaming(rows: Sequence[SourceRow], columns: Mapping[str, str]) -> None:
-    found = {str(k) for source in rows for k in source.values}
+def _check_renaming(rows: Sequence[SourceRow], columns: Mapping[str, str], ignore: Collection[str]) -> None:
+    """Refuse names that no row has, and names that would hide a column of the row's own."""
+    missing, found = set(columns.values()), set[str]()
+    for source in rows:
+        names = {str(name) for name in source.values if name not in ignore}
+        found, missing = found | names, missing - names
+        if not missing and len(rows) > _LOOKED_AT:  # the others are looked at when they are read
+            break
     for ours, theirs in columns.items():
-        if theirs not in found:
+        if theirs in missing:
             raise DataError(
                 f"data.columns names {theirs!r} for {ours!r}, but {rows[0].file} has no such column. "
                 f"{nearest(theirs, found)}"
             )
+    _check_hidden(rows[0].file, found, columns)
+
+
+def _check_hidden(file: str, found: Iterable[str], columns: Mapping[str, str]) -> None:
+    for ours, theirs in columns.items():
         if ours in found and ours not in columns.values():
             raise DataError(
-                f"data.columns names {theirs!r} for {ours!r}, but {rows[0].file} has a column {ours!r} as well, which "
+                f"data.columns names {theirs!r} for {ours!r}, but {file} has a column {ours!r} as well, which "
                 f"would be lost. Name that one too, or leave it out with data.ignore='[{ours}]'."
             )
 
 
-def examples_from(
-    rows: Sequence[SourceRow], cfg: DataConfig, numbers: Numbers | None = None
-) -> tuple[list[Example], str, Columns]:
-    """Turn raw rows into examples.
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a source become examples.
+
+    Attributes:
+        name: of the format.
+        cfg: column names, columns to ignore and system message.
+        numbers: further columns that every row has to have, and the numbers that may stand there.
+    """
+
+    name: str
+    cfg: DataConfig
+    numbers: Numbers
+
+    def read(self, rows: Sequence[SourceRow]) -> tuple[list[Example], Columns]:
+        """Turn raw rows into examples.
+
+        Returns:
+            The examples, and which columns were read.
+
+        Raises:
+            DataError: rows lack what the format needs or hold what is not understood; the message counts and names
+                them.
+        """
+        examples: list[Example] = []
+        bad: list[str] = []
+        seen: dict[str, None] = {}
+        for given in rows:
+            source = _without(given, self.cfg.ignore) if self.cfg.ignore else given
+            _check_hidden(source.file, map(str, source.values), self.cfg.columns)
+            source = renamed(source, self.cfg.columns)
+            try:
+                examples.append(self._example(source))
+                seen |= dict.fromkeys(str(c) for c, value in source.values.items() if filled(value))
+            except RowProblem as problem:
+                bad.append(f"  row {source.number} of {source.file}: {problem}")
+        if bad:
+            more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
+            raise DataError(
+                f"{len(bad)} of {len(rows)} rows cannot be used as {self.name!r}:\n" + "\n".join(bad[:5]) + more + "\n"
+                "Mend or remove these rows; if the columns are the wrong ones, set data.format or data.columns; name "
+                "what may be left out, columns or fields of turns, in data.ignore."
+            )
+        return examples, self.columns(seen)
+
+    def columns(self, seen: Iterable[str]) -> Columns:
+        """Say which of the columns that hold something become examples."""
+        read = (*FORMATS[self.name].read, *self.numbers)
+        return Columns(tuple(c for c in seen if c in read), tuple(c for c in seen if c not in read))
+
+    def _example(self, source: SourceRow) -> Example:
+        rest = SourceRow(source.file, source.number, {k: v for k, v in source.values.items() if k not in self.numbers})
+        example = _example(rest, FORMATS[self.name], self.cfg)
+        return dataclasses.replace(example, numbers=_numbers(source.values, self.numbers)) if self.numbers else example
+
+
+def layout_of(rows: Sequence[SourceRow], cfg: DataConfig, numbers: Numbers | None = None) -> Layout:
+    """Find out how rows become examples.
 
     Args:
         rows: at least one raw row.
         cfg: format, column names and system message.
         numbers: further columns that every row has to have, and the numbers that may stand there.
 
-    Returns:
-        The examples, the format's name, and which columns were read.
-
     Raises:
-        DataError: the format is unclear, or rows lack what it needs or hold what is not understood; the message counts
-            and names them.
+        DataError: the format is unclear, or columns that were named are not there.
     """
-    rows = [_without(source, cfg.ignore) for source in rows] if cfg.ignore else rows
-    _check_renaming(rows, cfg.columns)
-    rows = [renamed(source, cfg.columns) for source in rows]
-    name, numbers = detect(rows, cfg), numbers or {}
-    examples: list[Example] = []
-    bad: list[str] = []
-    seen: dict[str, None] = {}
-    for source in rows:
-        try:
-            rest = SourceRow(source.file, source.number, {k: v for k, v in source.values.items() if k not in numbers})
-            example = _example(rest, FORMATS[name], cfg)
-            examples.append(dataclasses.replace(example, numbers=_numbers(source.values, numbers)))
-            seen |= dict.fromkeys(str(c) for c, value in source.values.items() if filled(value))
-        except RowProblem as problem:
-            bad.append(f"  row {source.number} of {source.file}: {problem}")
-    if bad:
-        more = f"\n  ... and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise DataError(
-            f"{len(bad)} of {len(rows)} rows cannot be used as {name!r}:\n" + "\n".join(bad[:5]) + more + "\n"
-            "Mend or remove these rows; if the columns are the wrong ones, set data.format or data.columns; name what "
-            "may be left out, columns or fields of turns, in data.ignore."
-        )
-    read = (*FORMATS[name].read, *numbers)
-    return examples, name, Columns(tuple(c for c in seen if c in read), tuple(c for c in seen if c not in read))
+    if cfg.columns:
+        _check_renaming(rows, cfg.columns, cfg.ignore)
+    first = [_without(source, cfg.ignore) for source in block_of(rows, 0, min(len(rows), _DECIDING))]
+    return Layout(detect([renamed(source, cfg.columns) for source in first], cfg), cfg, numbers or {})
+
+
+class Examples(Lookup[Example]):
+    """The examples of many rows, each made when somebody asks for it.
+
+    Attributes:
+        rows: the raw rows.
+        layout: how they become examples.
+    """
+
+    def __init__(self, rows: Sequence[SourceRow], layout: Layout):
+        self.rows, self.layout = rows, layout
+        self.columns = layout.read(block_of(rows, 0, min(len(rows), _LOOKED_AT)))[1]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def at(self, index: int) -> Example:
+        """Return an example."""
+        return self.layout.read([self.rows[index]])[0][0]
+
+    def block(self, start: int, stop: int) -> list[Example]:
+        """Return examples that stand behind each other."""
+        found, more = self.layout.read(block_of(self.rows, start, stop))
+        self.columns = self.columns.joined(more)
+        return found
 
 
 def _numbers(row: Row, numbers: Numbers) -> dict[str, int]:

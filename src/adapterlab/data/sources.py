@@ -1,199 +1,133 @@
-"""Where raw rows come from: local files, folders of them, and the Hugging Face hub."""
+"""Where raw rows come from: local files, folders and patterns of them, and the Hugging Face hub."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from glob import glob
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from adapterlab.data.formats import SourceRow
+from adapterlab.data.readers import READERS, TYPED, rows_in, unfilled
+from adapterlab.data.views import Joined
 from adapterlab.errors import DataError, nearest
-from adapterlab.json_text import parsed
 from adapterlab.paths import user_path
 
-Numbered = Iterator[tuple[int, Any]]
-
-
-class _Written(float):
-    """A number that remembers how it was written: 3.10 is not 3.1 where it is learnt as text."""
-
-    def __new__(cls, written: str) -> _Written:
-        number = super().__new__(cls, written)
-        number.written = written
-        return number
-
-    written: str
-
-    def __str__(self) -> str:
-        return self.written
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Written, (self.written,)
-
-
-class _Unusable(ValueError):
-    """A name that stands twice in one object or header, so that a value would be lost; or half a character."""
-
-
-def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise _Unusable(f"the name {name!r} stands twice in one object, and only one value could be used")
-        found[name] = value
-    return found
-
-
-def _parsed(text: str) -> Any:
-    value = parsed(text, object_pairs_hook=_once, parse_float=_Written)
-    if "\\ud" in text or "\\uD" in text:  # half of a pair of escapes is no character
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise _Unusable(f"half a character ({error.object[error.start]!r}) stands in a text") from None
-    return value
-
-
-def _jsonl(path: Path) -> Numbered:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
-                    yield number, _parsed(text)
-            except ValueError as error:
-                raise DataError(
-                    f"Row {number} of {path} is not valid JSON: {error}. Received: {_shown(line)}. "
-                    "Every line of a .jsonl file is one JSON object; mend or remove this line."
-                ) from None
-
-
-def _json(path: Path) -> Numbered:
-    try:
-        value = _parsed(path.read_text("utf-8-sig"))
-    except ValueError as error:
-        raise DataError(
-            f"{path} is not valid JSON: {error}. If it holds one object a line, name it {path.stem}.jsonl."
-        ) from None
-    if isinstance(value, dict):
-        lists = {k: v for k, v in value.items() if isinstance(v, list)}
-        if len(lists) != 1:
-            raise DataError(
-                f"{path} holds one object with {len(lists)} lists in it ({', '.join(lists) or 'no lists'}), "
-                "not a list of rows. Write the rows as one list: [{...}, {...}]."
-            )
-        value = next(iter(lists.values()))
-    if not isinstance(value, list):
-        raise DataError(f"{path} holds a {type(value).__name__}, not a list of rows. Write [{{...}}, {{...}}].")
-    yield from enumerate(value, 1)
-
-
-def _csv(path: Path, delimiter: str = ",") -> Numbered:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default of 128 KiB is less than a long document
-    try:
-        text = path.read_text("utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        _once((name, None) for name in reader.fieldnames or ())
-        for number, row in enumerate(reader, 1):
-            if None in row or None in row.values():
-                got = "more" if None in row else "fewer"
-                raise DataError(
-                    f"Row {number} of {path} has {got} values than the header has columns. "
-                    "Quote values that hold the separator or line breaks."
-                )
-            yield number, row
-    except (UnicodeDecodeError, csv.Error, _Unusable) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 separated values: {error}.") from None
-
-
-def _tsv(path: Path) -> Numbered:
-    return _csv(path, "\t")
-
-
-def _parquet(path: Path) -> Numbered:
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-    from pyarrow import ArrowException
-
-    try:
-        file = pq.ParquetFile(path)
-        _once((name, None) for name in file.schema_arrow.names)
-        yield from enumerate((_unfilled(row) for batch in file.iter_batches() for row in batch.to_pylist()), 1)
-    except (ArrowException, OSError, _Unusable) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}. Write the file again.") from None
-
-
-def _unfilled(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a table without the nulls within its values: tables give all objects in a column the same fields."""
-
-    def less(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: less(v) for k, v in value.items() if v is not None}
-        return [less(v) for v in value] if isinstance(value, list) else value
-
-    return {name: less(value) for name, value in row.items()}
-
-
-READERS: dict[str, Callable[[Path], Numbered]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _tsv,
-    ".parquet": _parquet,
-}
+HELD = 16 << 20  # bytes of files that are read into memory; larger ones stay on the disk
+FEW = 10_000  # rows that are looked at, and encoded, before anything else happens
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-
-
-def _shown(value: Any, length: int = 60) -> str:
-    text = repr(value.decode("utf-8", "replace").rstrip() if isinstance(value, bytes) else value)
-    return text if len(text) <= length else text[: length - 3] + "..."
+_PATTERN = re.compile(r"[*?\[]")
+_SAVED = "dataset_info.json"  # in what `save_to_disk` of `datasets` wrote; a dictionary of splits has the other
+_SAVED_SPLITS = "dataset_dict.json"
 
 
 def read_rows(
     path: str, *, split: str | None = None, name: str | None = None, limit: int | None = None
-) -> list[SourceRow]:
-    """Read raw rows from a file, a folder or the hub.
+) -> Sequence[SourceRow]:
+    """Read raw rows from files, a folder or the hub.
 
     Args:
-        path: local file or folder, or hub id.
+        path: local file or folder, pattern of files such as `rows/*.jsonl`, or hub id.
         split: split of a hub data set; for a folder, the beginning of the file names to read.
         name: configuration of a hub data set.
         limit: read no more rows than this.
 
     Returns:
-        At least one row.
+        At least one row. What is too large to hold stays on the disk, and is read when a row is asked for.
 
     Raises:
         DataError: nothing is there, a file is damaged, or there are no rows. The message names file and row.
+        OutputError: what is too large to hold cannot be kept.
     """
-    place = user_path(path)
-    if place.exists():
-        if not place.is_file() and not place.is_dir():
-            raise DataError(
-                f"{path} is neither a file nor a folder, and rows are read more than once. Write them to a file first."
-            )
-        if name:
-            raise DataError(f"data.name={name!r} is for hub data sets, but {path} is local. Remove data.name.")
-        if place.is_file() and split not in (None, "train"):
-            raise DataError(
-                f"{path} is one file and has no split {split!r}. Put one file a split into a folder, "
-                "or name the evaluation file with data.eval_path."
-            )
-        files = _files(place, split) if place.is_dir() else [place]
-        rows = list(islice(_local(files), limit))
-    elif _looks_local(path):
-        raise DataError(f"There is no file or folder {path!r}. {_neighbours(place)}")
-    else:
+    place = _local_place(path, split, name)
+    if place is None:
         rows = _hub(path, split or "train", name, limit)
+    elif _is_saved(place):
+        from adapterlab.data import tables
+
+        rows = _held(tables.from_disk(place, split).first(limit))
+    else:
+        rows = _local(files_of(path, place, split), limit)
     if not rows:
         raise DataError(f"{path} holds no rows. Give a file with at least one row.")
     return rows
+
+
+def stream_rows(
+    path: str, *, split: str | None = None, name: str | None = None, limit: int | None = None, skip: int = 0
+) -> Iterator[SourceRow]:
+    """Yield raw rows one after the other, without keeping any.
+
+    Args:
+        path: as for `read_rows`.
+        split: as for `read_rows`.
+        name: as for `read_rows`.
+        limit: end after this many rows of the source.
+        skip: rows at the beginning to leave out.
+
+    Raises:
+        DataError: as for `read_rows`.
+    """
+    place = _local_place(path, split, name)
+    if place is not None and not _is_saved(place):
+        yield from islice(_read(files_of(path, place, split)), skip, _end(skip, limit))
+        return
+    if place is not None:
+        from adapterlab.data import tables
+
+        yield from islice(iter(tables.from_disk(place, split)), skip, _end(skip, limit))
+        return
+    found = _loaded(path, split or "train", name, streaming=True)
+    most = None if limit is None else max(0, limit - skip)
+    for number, row in enumerate(islice(found.skip(skip) if skip else found, most), skip + 1):
+        yield SourceRow(path, number, unfilled(dict(row)))
+
+
+def _end(skip: int, limit: int | None) -> int | None:
+    return None if limit is None else max(skip, limit)
+
+
+def _local_place(path: str, split: str | None, name: str | None) -> Path | None:
+    """The file or folder that a path names; None for what is on the hub."""
+    place = user_path(path)
+    if not place.exists():
+        if _PATTERN.search(path) or not _looks_local(path):
+            return place if _PATTERN.search(path) else None
+        raise DataError(f"There is no file or folder {path!r}. {_neighbours(place)}")
+    if not place.is_file() and not place.is_dir():
+        raise DataError(
+            f"{path} is neither a file nor a folder, and rows are read more than once. Write them to a file first."
+        )
+    if name:
+        raise DataError(f"data.name={name!r} is for hub data sets, but {path} is local. Remove data.name.")
+    if place.is_file() and split not in (None, "train"):
+        raise DataError(
+            f"{path} is one file and has no split {split!r}. Put one file a split into a folder, "
+            "or name the evaluation file with data.eval_path."
+        )
+    return place
+
+
+def _is_saved(place: Path) -> bool:
+    return any((place / name).is_file() for name in (_SAVED, _SAVED_SPLITS))
+
+
+def files_of(path: str, place: Path, split: str | None) -> list[Path]:
+    """Return the files that a local path means, in their order.
+
+    Raises:
+        DataError: there are none, or none of the split.
+    """
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        return _files(place, split)
+    found = sorted(Path(file) for file in glob(str(place), recursive=True) if Path(file).is_file())
+    if not found:
+        raise DataError(f"No file fits the pattern {path!r}. {_neighbours(Path(_PATTERN.split(str(place))[0] + '-'))}")
+    return found
 
 
 def _looks_local(path: str) -> bool:
@@ -221,27 +155,46 @@ def _files(folder: Path, split: str | None) -> list[Path]:
     return of_split or files
 
 
-def _local(files: list[Path]) -> Iterator[SourceRow]:
+def _read(files: Sequence[Path]) -> Iterator[SourceRow]:
+    return (SourceRow(file.name, number, values) for file in files for number, values in rows_in(file))
+
+
+def _local(files: list[Path], limit: int | None) -> Sequence[SourceRow]:
+    known = [file for file in files if file.suffix.lower() in READERS]
+    if len(known) < len(files) or sum(f.stat().st_size for f in files) <= HELD or (limit or FEW + 1) <= FEW:
+        return [*islice(_read(files), limit)]
+    from adapterlab.data import tables
+
+    by_kind: dict[str, list[Path]] = {}
     for file in files:
-        reader = READERS.get(file.suffix.lower())
-        if reader is None:
-            raise DataError(
-                f"{file} has the suffix {file.suffix!r}, which is no known data file. Readable: {', '.join(READERS)}."
-            )
-        for number, values in reader(file):
-            if not isinstance(values, dict):
-                raise DataError(
-                    f"Row {number} of {file} is a {type(values).__name__}, not an object with named columns. "
-                    f"Received: {_shown(values)}."
-                )
-            yield SourceRow(file.name, number, values)
+        kind = file.suffix.lower()
+        by_kind.setdefault(kind if kind in TYPED else "", []).append(file)
+    parts = [
+        tables.typed(some, f"{some[0].name}{', ...' if some[1:] else ''}") if kind else tables.kept(some)
+        for kind, some in by_kind.items()
+    ]
+    if len(parts) == 1:
+        return _held(parts[0].first(limit))
+    rows = Joined(parts)
+    return rows if limit is None else rows[:limit]
 
 
-def _hub(path: str, split: str, name: str | None, limit: int | None) -> list[SourceRow]:
+def _held(table: Any) -> Sequence[SourceRow]:
+    """A table as it is, or its rows where they are few."""
+    return [*table] if len(table) <= FEW else table
+
+
+def _hub(path: str, split: str, name: str | None, limit: int | None) -> Sequence[SourceRow]:
+    from adapterlab.data import tables
+
+    return _held(tables.Table(_loaded(path, split, name), path).first(limit))
+
+
+def _loaded(path: str, split: str, name: str | None, **options: Any) -> Any:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(path, name, split=split)
+        return datasets.load_dataset(path, name, split=split, **options)
     # The hub client raises errors of many libraries (HTTP, hub, file system, arrow); all mean the same to the user.
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
@@ -252,4 +205,3 @@ def _hub(path: str, split: str, name: str | None, limit: int | None) -> list[Sou
             "Without a connection, download the rows elsewhere and set data.path to the local file or folder "
             f"({', '.join(READERS)})."
         ) from error
-    return [SourceRow(path, number, _unfilled(dict(row))) for number, row in enumerate(islice(loaded, limit), 1)]

@@ -7,12 +7,17 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from adapterlab.data.config import TASK_ROWS, DataConfig
-from adapterlab.data.formats import Columns, Example, Numbers, examples_from
-from adapterlab.data.sources import read_rows
+from adapterlab.data.config import TASK_ROWS, DataConfig, Mixing
+from adapterlab.data.formats import Columns, Example, Examples, Numbers, SourceRow, layout_of
+from adapterlab.data.mixture import Mixture, Named
+from adapterlab.data.sources import FEW, read_rows
+from adapterlab.data.streams import Stream, Streams
 from adapterlab.data.tasks import generate
+from adapterlab.data.views import Joined, Others, Picked
 from adapterlab.errors import DataError
 
 _EVAL_MOST, _EVAL_SHARE = 200, 10  # default evaluation size: one row of ten, at most 200
@@ -28,23 +33,31 @@ class Splits:
         format: name of the row format ("task" for generated rows).
         source: where the training rows come from.
         eval_source: where the evaluation rows come from.
-        overlap: evaluation rows whose prompt is also in train.
         replaced: generated training rows that were replaced to keep the two apart.
-        columns: which columns of the rows became examples.
+        columns: which columns of the rows became examples; of many rows those that were looked at.
     """
 
-    train: list[Example]
-    eval: list[Example]
+    train: Sequence[Example]
+    eval: Sequence[Example]
     format: str
     source: str
     eval_source: str
-    overlap: int = 0
     replaced: int = 0
     columns: Columns = field(default_factory=Columns)
+
+    @cached_property
+    def overlap(self) -> int:
+        """Evaluation rows whose prompt is also in train."""
+        asked = {example.prompt for example in self.eval}
+        found = {prompt for example in self.train if (prompt := example.prompt) in asked}
+        return sum(example.prompt in found for example in self.eval)
 
 
 def load_data(cfg: DataConfig, numbers: Numbers | None = None) -> Splits:
     """Load or generate the rows that a configuration names.
+
+    Up to `FEW` rows are read and checked at once. Of more, each becomes an example when somebody asks for it, and what
+    is wrong with it is said then.
 
     Args:
         cfg: the data settings.
@@ -56,6 +69,7 @@ def load_data(cfg: DataConfig, numbers: Numbers | None = None) -> Splits:
     Raises:
         DataError: rows are missing, damaged or cannot be understood.
         ConfigError: a task or its arguments are unknown.
+        OutputError: rows that are too many to hold cannot be kept.
     """
     if cfg.task is not None:
         if numbers:
@@ -64,25 +78,95 @@ def load_data(cfg: DataConfig, numbers: Numbers | None = None) -> Splits:
                 "the rows to a file with that column, and name it in data.path."
             )
         return _generated(cfg)
+    if cfg.sources is not None:
+        return _mixed(cfg, numbers)
+    if cfg.streaming:
+        return _streamed(cfg, numbers)
     raw = read_rows(str(cfg.path), split=cfg.split, name=cfg.name, limit=cfg.limit)
-    rows, name, columns = examples_from(raw, cfg, numbers)
+    rows, name, columns = _examples(raw, cfg, numbers)
+    train: Sequence[Example] = rows
     if cfg.eval_path or cfg.eval_split:
         held, _, more = _eval_rows(cfg)
-        train, source, columns = rows, _eval_source(cfg), columns.joined(more)
+        source, columns = _eval_source(cfg), columns.joined(more)
     else:
-        count = _eval_count(cfg, len(rows))
-        if count >= len(rows):
-            raise DataError(
-                f"data.eval_size={cfg.eval_size} leaves none of the {len(rows)} rows of {cfg.path} to train on. "
-                "Lower it."
-            )
-        chosen = set(random.Random(cfg.seed).sample(range(len(rows)), count))
-        train = [e for i, e in enumerate(rows) if i not in chosen]
-        held, source = [rows[i] for i in sorted(chosen)], f"{count} rows held out of {cfg.path}"
-    held = held[: cfg.eval_limit]
-    seen = {e.prompt for e in train}
-    overlap = sum(e.prompt in seen for e in held)
-    return Splits(train, held, name, str(cfg.path), source, overlap, columns=columns)
+        chosen = held_out(cfg, len(rows))
+        train = Picked(rows, Others(len(rows), chosen)) if len(rows) > FEW else _without(rows, chosen)
+        held, source = [rows[i] for i in chosen], f"{len(chosen)} rows held out of {cfg.path}"
+    return Splits(train, held[: cfg.eval_limit], name, str(cfg.path), source, columns=columns)
+
+
+def _mixed(cfg: DataConfig, numbers: Numbers | None) -> Splits:
+    """Several sources, each read as its own settings say."""
+    parts = [load_data(part, numbers) for part in cfg.parts()]
+    weights = [given["weight"] for given in cfg.sources or () if given.get("weight")]
+    mixing: Mixing = cfg.mixing or ("first_exhausted" if weights else "joined")
+    columns = parts[0].columns
+    for part in parts[1:]:
+        columns = columns.joined(part.columns)
+    rows = [part.train for part in parts]
+    streams = [part for part in rows if isinstance(part, Stream)]
+    return Splits(
+        Streams(streams, weights or [1] * len(parts), cfg.seed)
+        if streams
+        else Mixture(rows, mixing, weights, cfg.seed),
+        Named([part.eval for part in parts], _names([part.source for part in parts])),
+        ", ".join(dict.fromkeys(part.format for part in parts)),
+        f"{' + '.join(part.source for part in parts)} ({mixing})",
+        " + ".join(part.eval_source for part in parts),
+        columns=columns,
+    )
+
+
+def _names(sources: Sequence[str]) -> list[str]:
+    """Short names of sources: the ends of their paths, or the whole paths where those are the same."""
+    short = [Path(source).stem for source in sources]
+    names = short if len({*short}) == len(short) else list(sources)
+    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
+
+
+def _streamed(cfg: DataConfig, numbers: Numbers | None) -> Splits:
+    """A source that is read while a run goes on; its first rows are held out, if there are no others."""
+    own = bool(cfg.eval_path or cfg.eval_split)
+    count = 0 if own else _EVAL_MOST if cfg.eval_size is None else int(cfg.eval_size)
+    train = Stream(cfg, numbers, count)
+    columns = train.columns
+    if own:
+        held, _, more = _eval_rows(cfg)
+        source, columns = _eval_source(cfg), columns.joined(more)
+    else:
+        held, source = train.head(count), f"the first {count} rows of {cfg.path}"
+    return Splits(train, held[: cfg.eval_limit], train.layout.name, str(cfg.path), source, columns=columns)
+
+
+def _examples(
+    raw: Sequence[SourceRow], cfg: DataConfig, numbers: Numbers | None = None
+) -> tuple[Sequence[Example], str, Columns]:
+    """The examples, the format's name, and which columns were read."""
+    layout = layout_of(raw, cfg, numbers)
+    if len(raw) > FEW:
+        rows = Examples(raw, layout)
+        return rows, layout.name, rows.columns
+    found, columns = layout.read(raw)
+    return found, layout.name, columns
+
+
+def held_out(cfg: DataConfig, rows: int) -> list[int]:
+    """Choose the rows that are held out for evaluation, in their order.
+
+    Raises:
+        DataError: none is left to train on.
+    """
+    count = _eval_count(cfg, rows)
+    if count >= rows:
+        raise DataError(
+            f"data.eval_size={cfg.eval_size} leaves none of the {rows} rows of {cfg.path} to train on. Lower it."
+        )
+    return sorted(random.Random(cfg.seed).sample(range(rows), count))
+
+
+def _without(rows: Sequence[Example], chosen: Sequence[int]) -> list[Example]:
+    held = set(chosen)
+    return [example for i, example in enumerate(rows) if i not in held]
 
 
 def _eval_count(cfg: DataConfig, rows: int) -> int:
@@ -95,10 +179,10 @@ def _eval_source(cfg: DataConfig) -> str:
     return " ".join(filter(None, [cfg.eval_path or cfg.path, cfg.eval_split]))
 
 
-def _eval_rows(cfg: DataConfig) -> tuple[list[Example], str, Columns]:
+def _eval_rows(cfg: DataConfig) -> tuple[Sequence[Example], str, Columns]:
     path = str(cfg.eval_path or cfg.path)
     raw = read_rows(path, split=cfg.eval_split, name=None if cfg.eval_path else cfg.name, limit=cfg.eval_limit)
-    return examples_from(raw, cfg)
+    return _examples(raw, cfg)
 
 
 def _generated(cfg: DataConfig) -> Splits:
@@ -107,13 +191,14 @@ def _generated(cfg: DataConfig) -> Splits:
     wanted = min(count, cfg.eval_limit or count)
     train, held, replaced = generate(cfg, rows, wanted)
     source = f"reasoning-gym {cfg.task}"
-    return Splits(train, held, "task", source, source, overlap=0, replaced=replaced)
+    return Splits(train, held, "task", source, source, replaced=replaced)
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
     """Hash the content of examples in their order, to tell whether a resumed run sees the same data.
 
-    Row numbers do not count, so blank lines in a file change nothing.
+    Row numbers do not count, so blank lines in a file change nothing. Of many rows the source is hashed, and not the
+    examples, whose settings are compared beside.
 
     Args:
         examples: the examples.
@@ -122,12 +207,44 @@ def fingerprint(examples: Sequence[Example]) -> str:
         64 hexadecimal digits (SHA-256).
     """
     digest = hashlib.sha256()
-    for example in examples:
-        content: list[Any] = [example.messages, example.text, example.answer, example.meta]
-        content += [part for part in (example.context, example.trained, example.numbers) if part]
-        digest.update(json.dumps(content, sort_keys=True, default=_plain).encode())
-        digest.update(b"\n")
+    _add(digest, examples)
     return digest.hexdigest()
+
+
+def _add(digest: Any, items: Sequence[Any]) -> None:
+    """Add what a sequence holds, or the digests of what it is made from."""
+    if isinstance(items, Joined):
+        for part in items.parts:
+            _add(digest, part)
+    elif isinstance(items, Mixture):
+        _add(digest, items.whole)
+        digest.update(repr([items.mixing, items.weights, items.seed]).encode())
+    elif isinstance(items, Picked):
+        _add(digest, items.whole)
+        places = items.places
+        digest.update(repr([len(places), _named(places)]).encode())
+    elif isinstance(items, Examples):
+        _add(digest, items.rows)
+    elif hasattr(items, "digest"):
+        digest.update(items.digest().encode())
+    else:
+        for item in items:
+            digest.update(_content(item).encode() + b"\n")
+
+
+def _named(places: Sequence[int]) -> Any:
+    """What says which places are meant."""
+    if isinstance(places, Others):
+        return places.without
+    return places if isinstance(places, range) else [*places]
+
+
+def _content(item: Example | SourceRow) -> str:
+    if isinstance(item, SourceRow):
+        return repr(item.values)
+    content: list[Any] = [item.messages, item.text, item.answer, item.meta]
+    content += [part for part in (item.context, item.trained, item.numbers) if part]
+    return json.dumps(content, sort_keys=True, default=_plain)
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,8 @@ from adapterlab.data.encoding import IGNORED
 from adapterlab.errors import DataError
 from adapterlab.foreign.model import vocabulary
 
+Tables = tuple[int | None, int | None]  # rows of the embedding and of the output; None: not known
+
 
 def check_ids(
     model: Any, rows: Sequence[Mapping[str, Sequence[int]]], tokenizer: Any = None, numbers: Sequence[int] = ()
@@ -24,7 +26,14 @@ def check_ids(
     Raises:
         DataError: an id lies outside of its table; the message names row and token.
     """
-    read, written = vocabulary(model)
+    check_within(vocabulary(model), rows, tokenizer, numbers)
+
+
+def check_within(
+    tables: Tables, rows: Sequence[Mapping[str, Sequence[int]]], tokenizer: Any = None, numbers: Sequence[int] = ()
+) -> None:
+    """Refuse token rows that tables of these sizes have no row for; see `check_ids`."""
+    read, written = tables
     for place, row in enumerate(rows):
         for ids, size, table in ((row["input_ids"], read, "embedding"), (row.get("labels", ()), written, "output")):
             if size is None or not ids or (max(ids) < size and min(ids) >= IGNORED):
@@ -36,6 +45,12 @@ def check_ids(
                 f"has {size:,} rows: the tokenizer is not this model's, or tokens were added to it. Use the model's "
                 "own tokenizer, or resize the model (model.resize_token_embeddings) and save it first."
             )
+
+
+def covers(tables: Tables, tokenizer: Any) -> bool:
+    """Say whether tables have a row for whatever a tokenizer may make."""
+    most = max(tokenizer.get_vocab().values(), default=0)
+    return all(size is None or most < size for size in tables)
 
 
 def filler(model: Any, tokenizer: Any) -> int:

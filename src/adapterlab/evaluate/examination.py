@@ -25,10 +25,12 @@ from adapterlab.data import (
 )
 from adapterlab.data.formats import Columns
 from adapterlab.data.turns import texts_in
+from adapterlab.data.views import Picked
 from adapterlab.engine.attention import fast_attention
 from adapterlab.engine.modes import evaluating
 from adapterlab.errors import ConfigError, DataError
 from adapterlab.evaluate.generation import generate, window_of
+from adapterlab.evaluate.lengths import by_length
 from adapterlab.evaluate.progress import Progress, counter
 from adapterlab.evaluate.rows import collator_for, rows_for
 from adapterlab.foreign.model import input_device, is_encoder_decoder, plain_class
@@ -55,8 +57,8 @@ class Paper:
         columns: which columns of the rows became examples, and which parts of turns the template does not show.
     """
 
-    examples: list[Example]
-    rows: list[dict[str, list[int]]]
+    examples: Sequence[Example]
+    rows: Sequence[dict[str, list[int]]]
     prompts: list[list[int]]
     scorer: Scorer | None
     why: str
@@ -136,8 +138,8 @@ def set_paper(
     scorer = scorer_for(data, dataclasses.replace(splits, eval=examples))
     seq2seq, window = is_encoder_decoder(model), window_of(model, tokenizer)
     encoded = rows_for(model, tokenizer, examples, data)
-    kept = set(encoded.kept)
-    examples = [example for i, example in enumerate(examples) if i in kept]
+    if len(encoded.kept) < len(examples):
+        examples = Picked(examples, encoded.kept)
     asked = examples if scorer else [e for e in examples[:samples] if e.messages]
     prompts = [prompt_of(e, tokenizer, data, seq2seq=seq2seq) for e in asked]
     tokens = _answer_limit(asked, tokenizer, prompts, None if seq2seq else window, max_new_tokens) if asked else 0
@@ -235,7 +237,7 @@ def row_losses(
     seq2seq = is_encoder_decoder(model)
     collate = collator_for(model, tokenizer)
     device = input_device(model)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))  # little padding
+    order = by_length(rows)  # little padding
     losses, tokens = [0.0] * len(rows), [0] * len(rows)
     with evaluating(model), fast_attention(model):
         for start in range(0, len(order), batch_size):

@@ -11,6 +11,7 @@ from adapterlab.engine.loss import Loss
 from adapterlab.engine.modes import evaluating
 from adapterlab.engine.packing import choose
 from adapterlab.errors import DataError
+from adapterlab.evaluate.lengths import by_length
 from adapterlab.foreign.model import input_device
 
 Row = Mapping[str, Sequence[int]]
@@ -41,13 +42,13 @@ def evaluate_loss(
         ConfigError: packing is asked for and impossible.
     """
     device = input_device(model)
-    order = sorted(rows, key=lambda row: -len(row["input_ids"]))  # rows of like length share a batch: little padding
+    order = by_length(rows)  # rows of like length share a batch: little padding
     total, tokens = 0.0, 0
-    collate, _ = choose(model, collator, len(order[0]["input_ids"]) if order else 0, packing)
+    collate, _ = choose(model, collator, len(rows[order[0]]["input_ids"]) if order else 0, packing)
     with evaluating(model), fast_attention(model):
         loss = Loss(model)
         for start in range(0, len(order), batch_size):
-            batch = placed(collate(order[start : start + batch_size]), device)
+            batch = placed(collate([rows[i] for i in order[start : start + batch_size]]), device)
             count = loss.tokens(batch)
             if count:
                 total += float(loss(batch, total=1))

@@ -34,11 +34,12 @@ _PATIENCE = 60  # seconds to wait while another evaluation writes
 _EVAL_SOURCE = ("eval_path", "eval_split", "eval_size")
 _REPLACES = (
     (
-        ("path", "task"),
-        ("path", "task", "name", "task_args", "split", "limit", "eval_limit", "format", "columns", "ignore"),
+        ("path", "task", "sources"),
+        ("path", "task", "sources", "mixing", "streaming", "window", "name", "task_args", "split", "limit",
+         "eval_limit", "format", "columns", "ignore"),
     ),
-    (("path", "task", *_EVAL_SOURCE), _EVAL_SOURCE),
-)
+    (("path", "task", "sources", *_EVAL_SOURCE), _EVAL_SOURCE),
+)  # fmt: skip
 
 
 def score(

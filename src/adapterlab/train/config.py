@@ -26,8 +26,9 @@ EPOCHS = 3.0
 _REPLACES = {
     ("training", "steps"): ("epochs",),
     ("training", "epochs"): ("steps",),
-    ("data", "path"): ("name", "task", "task_args"),
-    ("data", "task"): ("path", "name", "columns", "eval_path", "eval_split", "task_args"),
+    ("data", "path"): ("name", "task", "task_args", "sources", "mixing"),
+    ("data", "task"): ("path", "name", "columns", "eval_path", "eval_split", "task_args", "sources", "mixing"),
+    ("data", "sources"): ("path", "name", "task", "task_args", "eval_path", "eval_split"),
 }
 
 
@@ -175,6 +176,11 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        if self.data.streaming and (self.training.steps is None or self.training.group_by_length):
+            raise ValueError(
+                "data.streaming needs training.steps, as nobody knows how many rows there are, and no group_by_length. "
+                f"Received steps={self.training.steps} and group_by_length={self.training.group_by_length}"
+            )
         if self.precision == "fp16" and self.device == "cpu":
             raise ValueError(
                 "precision=fp16 trains on a GPU only: half precision overflows without loss scaling, and CPUs have no "
@@ -261,6 +267,8 @@ def _normal(tree: dict[Any, Any]) -> dict[str, Any]:
     if isinstance(normal.get("method"), str):
         normal["method"] = {"name": normal["method"]}
         normal["_replaces_method"] = True
+    if isinstance(normal.get("data"), list):
+        normal["data"] = {"sources": normal["data"]}
     return normal
 
 

@@ -133,6 +133,8 @@ class Display(Listener):
         """Print the evaluation."""
         best = "best so far" if improved else f"best {loop.status.best_loss:.4f} at step {loop.status.best_step}"
         self._line(f"step {record['step']}/{loop.total}  evaluation loss {record['eval_loss']:.4f} ({best})")
+        if each := record.get("eval_losses"):
+            self._line("  " + ", ".join(f"{name} {loss:.4f}" for name, loss in each.items()))
 
     def trained(self, loop: Loop) -> None:
         """Say why training ended before its last step."""

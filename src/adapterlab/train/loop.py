@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.usage import LOAD, shares
 from adapterlab.data import Collator, placed
+from adapterlab.data.mixture import Named
 from adapterlab.data.vocabulary import check_ids
 from adapterlab.engine.attention import fast_attention
 from adapterlab.engine.loss import Loss
@@ -25,6 +26,7 @@ from adapterlab.engine.packing import choose
 from adapterlab.engine.recompute import offloading
 from adapterlab.engine.verify import check_gradient_passes
 from adapterlab.errors import ConfigError, DataError, TrainingError
+from adapterlab.evaluate.lengths import lengths_of, longest_of, stages_of, unchecked
 from adapterlab.evaluate.loss import evaluate_loss
 from adapterlab.foreign.process_memory import give_back
 from adapterlab.hosts import Host
@@ -132,7 +134,7 @@ class Loop:
             raise ConfigError(
                 f"The adapter {name!r} is not active, so it would not train. host.activate({name!r}) first."
             )
-        check_ids(host.model, [*rows, *eval_rows])
+        check_ids(host.model, [*unchecked(rows), *unchecked(eval_rows)])
         self.host, self.name, self.method = host, name, host.methods[name]
         if self.method.trains:
             check_gradient_passes(host)
@@ -153,13 +155,14 @@ class Loop:
         give_back()  # loading a model converts weights, and leaves the room of the old ones free in the heap
         self.meter = Meter(self.device)
         self.sampler = Sampler(
-            [len(row["input_ids"]) for row in rows],
+            lengths_of(rows, now=training.group_by_length),
             training.seed,
             training.batch_size,
             training.accumulation * self.accelerator.num_processes,
             None if training.steps or fixed is not None else training.row_limit(len(rows)),
             training.group_by_length,
             fixed is not None,
+            stages_of(rows),
         )
         _check_step(self.sampler.per_step, len(rows))
         self.total = self._length()
@@ -189,7 +192,7 @@ class Loop:
             for tensor in host.tensors(self.name).values():
                 tensor.data.copy_(broadcast(tensor.data))
             host.refresh(self.name)
-        longest = max(len(row["input_ids"]) for part in (self.rows, self.eval_rows) for row in part)
+        longest = max(longest_of(self.rows), longest_of(self.eval_rows))
         self.collate, self.batching = choose(model, self.collate, longest, training.packing)
         self.loss = Loss(model, training.label_smoothing, training.z_loss)  # evaluation uses the plain loss
         make = functools.partial(
@@ -313,21 +316,30 @@ class Loop:
 
     def evaluate(self) -> float:
         """Compute the exact mean token loss of the evaluation rows, note it and return it."""
-        status, world = self.status, self.accelerator.num_processes
-        alone = len(self.eval_rows) < world  # fewer rows than processes: each evaluates all
-        mine = self.eval_rows if alone else self.eval_rows[self.accelerator.process_index :: world]
-        size = self.training.eval_batch_size or self.training.batch_size
-        loss, tokens = evaluate_loss(self.host.model, mine, self.collate, size, packing=False)  # chosen already
-        loss, tokens = self._sum(loss * tokens), int(self._sum(tokens))
-        loss /= tokens
+        status = self.status
+        parts = self.eval_rows.named if isinstance(self.eval_rows, Named) else {"": self.eval_rows}
+        found = {name: self._evaluated(rows) for name, rows in parts.items()}
+        total, tokens = (sum(column) for column in zip(*found.values(), strict=True))
+        loss, tokens = total / tokens, int(tokens)
+        each = {name: part / count for name, (part, count) in found.items() if name}
         self._check_finite("evaluation loss", loss, status.step - 1)
         improved = status.best_loss is None or loss < status.best_loss
         status.eval_loss, status.evaluated = loss, status.step
         status.stale = 0 if improved else status.stale + 1
         if improved:
             status.best_loss, status.best_step = loss, status.step
-        self._tell("evaluated", {"step": status.step, "eval_loss": loss, "eval_tokens": tokens}, improved)
+        record = {"step": status.step, "eval_loss": loss, "eval_tokens": tokens}
+        self._tell("evaluated", record | ({"eval_losses": each} if each else {}), improved)
         return loss
+
+    def _evaluated(self, rows: Sequence[Row]) -> tuple[float, float]:
+        """The summed loss of rows over all processes, and the number of tokens that bear a label."""
+        world = self.accelerator.num_processes
+        alone = len(rows) < world  # fewer rows than processes: each evaluates all
+        mine = rows if alone else rows[self.accelerator.process_index :: world]
+        size = self.training.eval_batch_size or self.training.batch_size
+        loss, tokens = evaluate_loss(self.host.model, mine, self.collate, size, packing=False)  # chosen already
+        return self._sum(loss * tokens), self._sum(tokens)
 
     # ------------------------------------------------------------------ state
 

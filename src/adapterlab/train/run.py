@@ -25,8 +25,12 @@ from adapterlab import yaml_text
 from adapterlab.core.usage import collapsed
 from adapterlab.data import Report, fingerprint, load_data, render_sample
 from adapterlab.data.formats import Columns
+from adapterlab.data.report import Encoded
+from adapterlab.data.streams import STREAMED
+from adapterlab.data.views import Joined
 from adapterlab.engine.attention import fast_attention
 from adapterlab.errors import ConfigError, OutputError
+from adapterlab.evaluate.prepared import beside, final
 from adapterlab.evaluate.rows import collator_for, rows_for
 from adapterlab.foreign.model import is_encoder_decoder
 from adapterlab.foreign.private_transformers import forget_accelerate
@@ -36,7 +40,7 @@ from adapterlab.io.atomic import write_text
 from adapterlab.models import load_model
 from adapterlab.terminal import Terminal
 from adapterlab.train import folder as files
-from adapterlab.train.config import Provenance, TrainConfig, flatten
+from adapterlab.train.config import Provenance, TrainConfig, Training, flatten
 from adapterlab.train.config import provenance as provenance_of
 from adapterlab.train.display import Display, config_table, proof_table, result_table
 from adapterlab.train.fast_paths import fast_paths
@@ -137,6 +141,8 @@ def fit(
         trackers = [Trackers(config.flat())] if config.training.trackers else []
         loop.listeners = [*([] if console.quiet else [Display(console)]), *callbacks, *trackers, run_folder]
         _open(config, loop, run_folder, state)
+        if accelerator.is_local_main_process:
+            held.enter_context(beside(job.rows))
         return _train(config, loop, run_folder, console)
 
 
@@ -200,9 +206,19 @@ def _train(config: TrainConfig, loop: Loop, run_folder: RunFolder, console: Term
         raise
     result = _result(config, loop)
     if main:
-        run_folder.note("finished", finished=now(), result=dataclasses.asdict(result))
+        run_folder.note("finished", finished=now(), result=dataclasses.asdict(result), data=_data(loop, run_folder))
     console.print(result_table(result))
     return result
+
+
+def _data(loop: Loop, run_folder: RunFolder) -> Any:
+    """What run.json says about the rows, now that more of them were looked at."""
+    data = dict(run_folder.facts["data"])
+    if data["encoding"]["pending"] and (found := final(loop.rows)) is not None:
+        report, columns = found
+        columns = Columns(**data["columns"]).joined(columns).joined(Columns(unused=report.unshown))
+        data |= {"encoding": dataclasses.asdict(report), "columns": dataclasses.asdict(columns)}
+    return data
 
 
 def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tensor] | None = None) -> Job:
@@ -229,6 +245,8 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
     seq2seq = is_encoder_decoder(model)
     splits = load_data(config.data, config.make_method().columns)
     trained = rows_for(model, tokenizer, splits.train, config.data)
+    if isinstance(trained.rows, STREAMED):
+        trained = _of_stream(config.training, accelerator.num_processes, trained)
     held = rows_for(model, tokenizer, splits.eval, config.data) if splits.eval else None
     unshown = trained.report.unshown + (held.report.unshown if held else ())
     columns = splits.columns.joined(Columns(unused=unshown))
@@ -236,7 +254,7 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
     host = Host(model)
     host.attach(config.make_method(), NAME, saved=saved)
     data = {
-        "fingerprint": fingerprint([*splits.train, *splits.eval]),
+        "fingerprint": fingerprint(Joined([splits.train, splits.eval])),
         "format": splits.format,
         "source": splits.source,
         "eval_source": splits.eval_source,
@@ -246,6 +264,13 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
         "encoding": dataclasses.asdict(trained.report),
     }
     return Job(host, tokenizer, trained.rows, held.rows if held else [], data, trained.report, columns, seq2seq)
+
+
+def _of_stream(training: Training, processes: int, encoded: Encoded) -> Encoded:
+    """As many rows of a stream as the run needs."""
+    count = (training.steps or 0) * training.batch_size * training.accumulation * processes
+    encoded.rows.total = count  # type: ignore[attr-defined]
+    return dataclasses.replace(encoded, report=dataclasses.replace(encoded.report, pending=count))
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -282,6 +307,8 @@ def _story(job: Job, loop: Loop) -> dict[str, str]:
     """The lines of the table that is shown before training."""
     report, rows = job.report, len(job.rows)
     length = f"{report.mean_length:.0f} tokens on average, {report.max_length} at most"
+    if report.pending:
+        length += f", in the first {report.rows + report.dropped:,}; the others are tokenised meanwhile"
     unknown = f"; {report.unknown:,} tokens are unknown words" if report.unknown else ""
     cut = f"; {report.truncated} cut, {report.dropped} dropped" if report.truncated or report.dropped else ""
     return {

@@ -10,6 +10,11 @@ import numpy as np
 WINDOW = 50  # steps whose rows are grouped by length together
 
 
+def shuffled(rows: int, seed: int, epoch: int) -> np.ndarray:
+    """Return the row indices of one epoch in a random order."""
+    return np.random.default_rng([seed, epoch]).permutation(rows)
+
+
 def order(lengths: Sequence[int], seed: int, epoch: int, group: int = 0) -> list[int]:
     """Return the row indices of one epoch in the order of training.
 
@@ -44,6 +49,7 @@ class Sampler:
         limit: rows after which the stream ends, or None.
         group: keep rows of like length together in a step.
         whole: every step consists of all rows, in as many batches as that takes.
+        stages: rows of each part of a pass that is over before the next begins; (): one; None: rows come as they stand.
     """
 
     lengths: Sequence[int]
@@ -53,7 +59,8 @@ class Sampler:
     limit: int | None = None
     group: bool = False
     whole: bool = False
-    _epochs: dict[int, list[int]] = field(default_factory=dict, repr=False)
+    stages: Sequence[int] | None = ()
+    _epochs: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
     @property
     def per_step(self) -> int:
@@ -76,8 +83,21 @@ class Sampler:
         return [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
 
     def _row(self, position: int) -> int:
+        if self.stages is None:
+            return position
         epoch, index = divmod(position, len(self.lengths))
         if epoch not in self._epochs:
             self._epochs = {k: v for k, v in self._epochs.items() if k == epoch - 1}
-            self._epochs[epoch] = order(self.lengths, self.seed, epoch, self.per_step if self.group else 0)
-        return self._epochs[epoch][index]
+            self._epochs[epoch] = self._order(epoch)
+        return int(self._epochs[epoch][index])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        found, start = [], 0
+        for rows in self.stages or [len(self.lengths)]:
+            if self.group:
+                part = np.array(order(self.lengths[start : start + rows], self.seed, epoch, self.per_step))
+            else:
+                part = shuffled(rows, self.seed, epoch)
+            found.append(start + part)
+            start += rows
+        return found[0] if len(found) == 1 else np.concatenate(found)

@@ -72,7 +72,8 @@ class Trackers(Listener):
 
     def evaluated(self, loop: Loop, record: Record, improved: bool) -> None:
         """Send the evaluation loss."""
-        self._send({"eval/loss": record["eval_loss"]}, record["step"])
+        each = {f"eval/loss/{name}": loss for name, loss in record.get("eval_losses", {}).items()}
+        self._send({"eval/loss": record["eval_loss"], **each}, record["step"])
 
     def closed(self, loop: Loop) -> None:
         """Close them."""
