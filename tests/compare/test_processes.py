@@ -106,8 +106,8 @@ def test_a_worker_ends_with_whoever_started_it(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text("{}")
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom adapterlab.compare import pools\n"
-        "pools.command = lambda folder: [sys.executable, '-c', 'from adapterlab.compare.worker import "
-        "_stop_with_parent as s; s(); import time; time.sleep(100)']\n"
+        "pools.command = lambda folder: [sys.executable, '-c', 'from adapterlab.compare.lifeline import "
+        "stop_with_parent as s; s(); import time; time.sleep(100)']\n"
         "p = pools.spawn(Path(sys.argv[1]), 1)\nprint(p.pid, flush=True)\ntime.sleep(100)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
