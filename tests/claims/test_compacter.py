@@ -65,6 +65,7 @@ def measure(make: Callable[[str], Any]) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_claim(tiny: Any) -> None:
     m = measure(tiny)
     assert m["compact growth"] == pytest.approx(2.0, abs=0.05)
@@ -208,6 +209,7 @@ test_the_claims_fail_when_a_line_is_broken = fails_without(
 )
 
 
+@pytest.mark.slow
 def test_the_gain_is_lost_when_nothing_is_read(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*_weights(lambda self, d, db, u, ub: (0 * d, db, u, ub)))
     m = measure(tiny)
