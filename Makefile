@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 TESTS ?= tests
 WORKERS ?= 2
 
-.PHONY: help quickstart test check lint types tests docs docs-check compat lock clean
+.PHONY: help quickstart test check quick lint types tests docs docs-check compat lock clean
 
 help:
 	@echo "make quickstart  install, fetch the default model, fine-tune it, show what it learned"
 	@echo "make test        install, then every check: format, lint, types, generated files, tests"
 	@echo "make check       the checks alone, without installing"
+	@echo "make quick       format, lint and one case of each test: a few minutes, for daily work"
 	@echo "make docs        write the generated pages and tables again"
 	@echo "make compat      run the tests that meet other libraries on the oldest and newest versions allowed"
 	@echo "make lock        write down the versions in .venv as the tested ones"
@@ -22,7 +23,10 @@ quickstart: $(VENV)/.run
 test: $(VENV)/.dev
 	@$(MAKE) --no-print-directory check
 
-check: lint types docs-check tests
+# What needs one core each goes on at a time; the tests fill all of them.
+check:
+	@$(MAKE) --no-print-directory -j $(WORKERS) lint types docs-check
+	@$(MAKE) --no-print-directory tests
 
 # Uncached: a kept verdict on the order of imports outlives a moved module.
 lint:
@@ -36,6 +40,9 @@ types:
 tests:
 	$(BIN)/adapterlab pull smollm2-135m
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(TESTS)
+
+quick: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --quick $(TESTS)
 
 docs:
 	$(BIN)/python scripts/generate.py

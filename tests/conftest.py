@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from adapterlab.engine.attention import uses_interface
+from selection import pytest_addoption, pytest_collection_modifyitems  # noqa: F401  (hooks)
 
 VOCABULARY, WIDTH, LAYERS = 128, 32, 2
 DECODER: dict[str, Any] = {

@@ -6,8 +6,11 @@ Listing reads file names only, so it imports neither torch nor any method.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import importlib
+import os
 import re
+import sys
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -58,7 +61,20 @@ def register(cls: M) -> M:
 
 
 def _third_party() -> dict[str, EntryPoint]:
+    return _points(tuple((place, _changed(place)) for place in sys.path))
+
+
+@functools.lru_cache(maxsize=1)
+def _points(path: tuple[tuple[str, int], ...]) -> dict[str, EntryPoint]:
+    """Read the entry points of all packages, again when something was installed: it changes a folder of the path."""
     return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _changed(place: str) -> int:
+    try:
+        return os.stat(place).st_mtime_ns
+    except OSError:
+        return 0
 
 
 def families() -> list[str]:
@@ -66,6 +82,7 @@ def families() -> list[str]:
     return sorted(folder.name for folder in _FOLDER.iterdir() if (folder / "__init__.py").is_file())
 
 
+@functools.cache
 def _own() -> dict[str, str]:
     """The families of our methods by id; files with a leading underscore hold what methods of a family share."""
     return {

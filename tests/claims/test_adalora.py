@@ -243,6 +243,7 @@ def test_the_claim_fails_with(broken: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert not holds()
 
 
+@pytest.mark.slow
 def test_it_needs_less_than_lora_for_the_same() -> None:
     """Six triplets where they are needed do better than three everywhere."""
     host, *_ = ours()

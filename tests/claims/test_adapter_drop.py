@@ -89,9 +89,13 @@ def gains(robust: bool) -> list[float]:
     return left
 
 
+PLAIN = functools.cache(functools.partial(gains, False))
+
+
+@pytest.mark.slow
 def test_claim() -> None:
     """With half of the layers dropped robust adapters lose at most half of what others lose, and little with none."""
-    plain, robust = gains(False), gains(True)
+    plain, robust = PLAIN(), gains(True)
     half = LAYERS // 2
     assert plain[0] < 0.5
     assert robust[half] - plain[0] <= 0.5 * (plain[half] - plain[0]), (plain, robust)
@@ -276,6 +280,7 @@ test_the_claims_fail_when_a_line_is_broken = fails_without(
 )
 
 
+@pytest.mark.slow
 def test_the_claim_fails_when_nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DROP, "draw", lambda self, depth, step: 0)
     with pytest.raises(AssertionError):

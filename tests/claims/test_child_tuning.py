@@ -77,6 +77,7 @@ def measure(make: Any, seeds: Any) -> tuple[float, float]:
     return sum(child) / len(child), sum(full) / len(full)
 
 
+@pytest.mark.slow
 def test_claim_d_generalises_better_from_few_noisy_rows(tiny: Any) -> None:
     child, full = measure(tiny, (1, 2, 3))
     assert child > full + 0.03

@@ -312,6 +312,7 @@ def test_the_values_of_a_layer_are_not_kept_for_the_backward_pass(
     assert len(made) == 2 * count
 
 
+@pytest.mark.slow
 def test_it_is_the_same_in_every_loop_with_the_cut_before_the_stop(tmp_path: Path) -> None:
     """The other case, a stop while gates are open, is that of the tests of all methods."""
     everywhere.check(al.DiffPruning(density=0.05, search=0.2, sparsity=1e-5), tmp_path)

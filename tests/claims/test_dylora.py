@@ -184,6 +184,7 @@ test_the_claims_fail_when_a_line_is_broken = fails_without(
 )
 
 
+@pytest.mark.slow
 def test_prefixes_are_bad_when_all_ranks_train_always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(*BROKEN["all ranks train always"])
     assert not holds()

@@ -177,6 +177,7 @@ def measure(seed: int) -> tuple[float, float]:
     return found[0], found[1]
 
 
+@pytest.mark.slow
 def test_claim_the_worst_rows_are_fitted_better_than_by_one_mask() -> None:
     static, moving = measure(0)
     assert moving < 0.9 * static, (static, moving)
@@ -214,6 +215,7 @@ def test_saved_entries_come_back_without_the_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.slow
 def test_a_stop_changes_nothing(every: int, tmp_path: Path) -> None:
     everywhere.check(al.FishDip(every=every, density=0.05, pool=8), tmp_path)
 

@@ -82,6 +82,7 @@ def tuned(host: al.Host, method: al.Method, task: str, steps: int = 60) -> float
     return found
 
 
+@pytest.mark.slow
 def test_a_few_numbers_recover_most_of_a_prompt(tiny: Any) -> None:
     torch.manual_seed(0)
     host, names = with_prompts(tiny("llama"), true_prompts())

@@ -66,6 +66,7 @@ def search(
     return values, host.methods["hub"].coefficients
 
 
+@pytest.mark.slow
 def test_claim(tiny: Any) -> None:
     """With five examples and 40 evaluations it ends below the model as it is, also on rows that it has not seen."""
     host, rows = unseen(tiny)

@@ -83,6 +83,7 @@ def steps_to(losses: list[float], goal: float) -> int:
     return next((step for step, loss in enumerate(losses) if loss <= goal), len(losses))
 
 
+@pytest.mark.slow
 def test_a_ninth_task_is_learned_faster_from_the_shared_prompt(tiny: Any) -> None:
     host = learned(tiny, tasks=8, steps=160)
     host.attach(MPT(length=P, source="shared"), "informed")

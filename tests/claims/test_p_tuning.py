@@ -222,6 +222,7 @@ def measure(model: BertForMaskedLM, encoder: Any, steps: int = 60) -> float:
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm"])
+@pytest.mark.slow
 def test_tuned_vectors_beat_words(encoder: str, knowing: BertForMaskedLM) -> None:
     draw = torch.Generator().manual_seed(4)
     tried = torch.randint(FIRST["filler"], MARK, (50, 6), generator=draw)

@@ -65,6 +65,7 @@ def measure(method: al.Method, steps: int = 80) -> float:
         return float((model(rows(8)).logits.argmax(-1) == labels[8]).float().mean())
 
 
+@pytest.mark.slow
 def test_deep_prompts_label_tokens_better_than_input_prompts() -> None:
     """As many trained numbers: 2 · 4 · 4 · 32 in the layers, 32 · 32 at the input; both train the head."""
     shallow = measure(PromptTuning(length=32, modules_to_save=("classifier",)))

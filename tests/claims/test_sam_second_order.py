@@ -188,6 +188,7 @@ def test_what_cannot_be_chosen_is_named(tiny: Any, batch_for: Any) -> None:
         method.before_step(host, "default", 0, adamw(host.parameters("default"), lr=1.0))
 
 
+@pytest.mark.slow
 def test_it_is_the_same_in_every_loop(tmp_path: Path) -> None:
     everywhere.check(al.SAMSecondOrder(density=0.05), tmp_path)
 

@@ -75,6 +75,7 @@ def trained(seed: int, steps: int = 150, **settings: Any) -> tuple[float, int]:
         return float(sum(model(**batch).loss for batch in given)), count
 
 
+@pytest.mark.slow
 def test_claim() -> None:
     """Of a four times wider adapter as many entries as the dense one has: those by SNIP learn more than any others."""
     for seed in range(3):

@@ -54,12 +54,14 @@ def measure(model: Any, token: int, steps: int = 400) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
+@pytest.mark.slow
 def test_a_new_word_is_learned_by_its_vector(family: str, tiny: Any) -> None:
     left, distance = measure(tiny(family), 128)
     assert left < 1e-3
     assert distance < 0.05
 
 
+@pytest.mark.slow
 def test_the_vector_of_another_word_does_not_do(tiny: Any) -> None:
     assert measure(tiny("llama"), 50)[0] > 0.5
 

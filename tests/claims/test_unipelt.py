@@ -59,6 +59,7 @@ def measure(make: Callable[[str], Any]) -> dict[str, float]:
     return {what: tuned(method, make) / start for what, method in methods.items()}
 
 
+@pytest.mark.slow
 def test_claim(tiny: Any) -> None:
     m = measure(tiny)
     parts = [m["prefix"], m["lora"], m["adapter"]]
@@ -301,6 +302,7 @@ test_the_claims_fail_when_a_line_is_broken = fails_without(
 )
 
 
+@pytest.mark.slow
 def test_the_gain_is_lost_with_closed_gates(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Gate, "forward", lambda self, h: 0 * FORWARD(self, h))
     with pytest.raises(AssertionError):

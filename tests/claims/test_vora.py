@@ -472,6 +472,7 @@ def distance(host: Host) -> float:
     return float(sum(losses))
 
 
+@pytest.mark.slow
 def test_it_learns_to_caption_pictures_and_what_the_teacher_sees(tmp_path: Path) -> None:
     model = small()
     torch.manual_seed(1)

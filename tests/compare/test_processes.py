@@ -14,9 +14,11 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 
 from adapterlab.compare import CompareConfig, compare, load
+from tiny_runs import cli
 
 pytestmark = pytest.mark.slow
 STEPS = 160
@@ -48,10 +50,26 @@ def started() -> Iterator[list[subprocess.Popen[bytes]]]:
         process.wait()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute as a worker of one thread does: sums in another order have other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_kill_in_the_middle_and_start_again(
-    fields: dict[str, Any], tmp_path: Path, started: list[subprocess.Popen[bytes]]
+    fields: dict[str, Any],
+    tmp_path: Path,
+    started: list[subprocess.Popen[bytes]],
+    inline: Callable[..., Any],
+    one_thread: None,
 ) -> None:
-    """What was finished is kept, the interrupted training goes on, and the figures are those of a run in one go."""
+    """What was finished is kept, the interrupted training goes on, and the figures are those of a run in one go.
+
+    Those who continue, and who do it in one go, are this process: each process takes as long to start as all steps.
+    """
     out = Path(fields["output"])
     plain = {
         **fields, "output": str(out), "methods": [{"lora": {"r": 2}}], "seeds": 1, "budget": {"steps": STEPS},
@@ -59,8 +77,7 @@ def test_kill_in_the_middle_and_start_again(
     }  # fmt: skip
     file = tmp_path / "compare.yaml"
     file.write_text(yaml.safe_dump(plain))
-    command = [sys.executable, "-m", "adapterlab", "compare", str(file)]
-    engine = subprocess.Popen(command)
+    engine = subprocess.Popen([sys.executable, "-m", "adapterlab", "compare", str(file)])
     started.append(engine)
     checkpoint = out / "runs" / "lora" / "seed0" / "train" / "checkpoint" / "state.pt"
     wait_for(checkpoint.is_file)
@@ -72,13 +89,14 @@ def test_kill_in_the_middle_and_start_again(
     wait_for(lambda: not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers))
     assert not (out / "runs" / "lora" / "seed0" / "result.json").exists(), "killed too late to show anything"
 
-    subprocess.run(command, check=True, timeout=200)
-    result = load(out)
-    (run,) = result.runs_of("lora")
+    pool = inline()
+    assert cli("compare", str(file)) == 0
+    assert pool.started == [checkpoint.parents[2]]
+    (run,) = load(out).runs_of("lora")
     assert (out / "untrained" / "result.json").stat().st_mtime_ns == kept
     assert [step for step, _ in run.train_curve] == list(range(1, STEPS + 1))
 
-    subprocess.run([*command, "--output", str(tmp_path / "whole")], check=True, timeout=200)
+    assert cli("compare", str(file), "--output", str(tmp_path / "whole")) == 0
     (other,) = load(tmp_path / "whole").runs_of("lora")
     assert run.best == other.best
     assert run.train_curve == other.train_curve
@@ -88,8 +106,8 @@ def test_a_worker_ends_with_whoever_started_it(tmp_path: Path) -> None:
     (tmp_path / "job.json").write_text("{}")
     code = (
         "import sys, time\nfrom pathlib import Path\nfrom adapterlab.compare import pools\n"
-        "pools.command = lambda folder: [sys.executable, '-c', 'from adapterlab.compare.worker import "
-        "_stop_with_parent as s; s(); import time; time.sleep(100)']\n"
+        "pools.command = lambda folder: [sys.executable, '-c', 'from adapterlab.compare.lifeline import "
+        "stop_with_parent as s; s(); import time; time.sleep(100)']\n"
         "p = pools.spawn(Path(sys.argv[1]), 1)\nprint(p.pid, flush=True)\ntime.sleep(100)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)

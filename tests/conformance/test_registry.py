@@ -29,6 +29,7 @@ def documented() -> dict[str, Any]:
     return json.loads(SUPPORT.read_text(encoding="utf-8"))["methods"] if SUPPORT.is_file() else {}
 
 
+@pytest.mark.quick("name")
 @pytest.mark.parametrize(("case", "name"), list(cases()))
 def test_method_conforms(
     case: Case, name: str, documented: dict[str, Any], record_property: Any, recwarn: pytest.WarningsRecorder

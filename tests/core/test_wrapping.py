@@ -317,14 +317,13 @@ def test_a_failed_attach_leaves_the_model_as_it_was(alone: bool, tiny: Any, batc
     assert (host is None) if alone else (host is not None and tuple(host.methods) == ("first",))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_one_full_graph(backend: str, tiny: Any, batch_for: Any, randomise: Any) -> None:
+def test_one_full_graph(tiny: Any, batch_for: Any, randomise: Any) -> None:
     torch._dynamo.reset()
     model = tiny("llama")
     host = al.attach(model, al.LoRA(**LORA, targets=["q", "down", "embed", "head"]))
     randomise(host, size=0.1)
     batch = batch_for(model)
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # and its backward pass
     loss, plain = compiled(**batch).loss, model(**batch).loss
     assert torch.allclose(loss, plain, atol=1e-5)
     grads = [torch.autograd.grad(value, host.parameters("default")) for value in (loss, plain)]

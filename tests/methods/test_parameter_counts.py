@@ -113,7 +113,7 @@ ROWS: list[tuple[str, dict[str, Any], Callable[..., int], int]] = [
 def test_count_is_the_formula(
     id: str, fields: dict[str, Any], each: Callable[..., int], once: int, size: str, targets: list[str]
 ) -> None:
-    layers = 2  # all are alike
+    layers = 1 if size == "llama-3.2-1b" else 2  # all are alike; large ones take seconds to draw
     part = shapes(size, targets)[: len(shapes(size, targets)) // SIZES[size][3] * layers]
     found = trained(llama(size, layers), id, targets=targets, **fields)
     assert found == once + sum(each(out, in_) for out, in_ in part)

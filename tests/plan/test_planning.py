@@ -42,6 +42,7 @@ def test_a_plan_adds_up_and_survives_json() -> None:
     assert sum(found.layers) == found.parts["activations"]
     assert sum(shares(found).values()) == found.process
     assert found.verdict == "fits"
+    assert found.seconds is None
     assert Plan.from_json(json.loads(json.dumps(found.to_json()))) == found
     assert not found.fits(found.peak // 2)
     assert found.fits(found.process)
@@ -50,7 +51,6 @@ def test_a_plan_adds_up_and_survives_json() -> None:
 def test_time_comes_from_the_speed() -> None:
     found = plan(config(), "lora", **SMALL, speed=2e12)
     assert found.seconds == pytest.approx(found.flops / 2e12)
-    assert plan(config(), "lora", **SMALL).seconds is None
 
 
 def test_gradient_accumulation_and_shorter_labels_change_what_they_should() -> None:
@@ -158,7 +158,7 @@ def test_remedies_are_sorted_by_what_they_save() -> None:
 
 
 def test_all_methods_are_sorted_and_failures_keep_their_reason() -> None:
-    plans, reasons = plan_all(config(), methods=["full", "lora", "bitfit", "ia3"], **SMALL)
+    plans, reasons = plan_all(config(), methods=["full", "lora", "bitfit", "ia3"], processes=1, **SMALL)
     assert [found.method for found in plans][-1] == "full"
     assert [found.process for found in plans] == sorted(found.process for found in plans)
     assert "no bias" in reasons["bitfit"]

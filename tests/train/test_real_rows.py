@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 ROWS = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 
 
+@pytest.mark.slow
 @pytest.mark.model
 @pytest.mark.skipif(not ROWS.is_file(), reason="the GSM8K rows are not there")
 def test_the_gsm8k_example_learns_from_real_rows(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ class StopAfter(Listener):
             os.kill(os.getpid(), self.number)
 
 
+@pytest.mark.slow
 def test_killed_at_every_kind_of_moment(root: Path) -> None:
     script = Path(__file__).parent / "kill_and_resume.py"
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # many tiny operations: threads would only wait for each other
@@ -287,6 +288,7 @@ def test_a_run_may_be_killed_at_every_change_of_its_folder(tmp_path: Path) -> No
         assert step() == 3
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(config: Config, root: Path) -> None:
     """Data parallel on the CPU: the same rows a step, so the same adapter up to rounding."""
     alone = {**config(steps=4, accumulation=2), "output": str(root / "alone")}

@@ -10,12 +10,8 @@ import contextlib
 import gc
 import itertools
 import math
-import os
-import signal
 import statistics
 import sys
-import threading
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +25,7 @@ from adapterlab.compare.config import CompareConfig
 from adapterlab.compare.exam import general_loss, recorded
 from adapterlab.compare.halving import halve, spread
 from adapterlab.compare.jobs import Job, JobFolder, Progress
+from adapterlab.compare.lifeline import STOPPED, stop_with_parent
 from adapterlab.compare.results import UNTRAINED, Exam, Memory, Run, Search, Trial
 from adapterlab.data import load_data, placed
 from adapterlab.errors import AdapterlabError, AttachError, ConfigError, OutputError, TrainingError
@@ -53,7 +50,6 @@ TRIALS, TRAIN = "trials.json", "train"
 _PROBE = 6  # steps that are timed; the first is for warming up
 _RUN = 1000  # steps of the run whose first ones are timed: a method's schedule finds room in it
 _LAST = 10  # training steps whose mean is the final training loss
-_STOPPED = 130
 
 
 class Watch(Listener):
@@ -313,7 +309,7 @@ def main(path: str) -> int:
             progress.say(now=True, phase="finished")
             folder.finish(result)
         except Interrupted:
-            return _STOPPED
+            return STOPPED
         except Exception as error:
             traceback.print_exc()
             known = isinstance(error, AdapterlabError) and not isinstance(error, OutputError)
@@ -322,20 +318,6 @@ def main(path: str) -> int:
     return 0
 
 
-def _stop_with_parent() -> None:
-    """End when the process that holds the other end of the standard input ends, however that happens."""
-
-    def watch() -> None:
-        while os.read(0, 1):  # not through sys.stdin, whose lock would be in the way when Python ends
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)  # a training saves its checkpoint and leaves by itself
-        os._exit(_STOPPED)
-
-    if os.environ.get("ADAPTERLAB_LIFELINE"):
-        threading.Thread(target=watch, daemon=True).start()
-
-
 if __name__ == "__main__":
-    _stop_with_parent()
+    stop_with_parent()
     sys.exit(main(sys.argv[1]))

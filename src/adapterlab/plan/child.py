@@ -18,6 +18,7 @@ import importlib
 import os
 import pickle
 import queue
+import select
 import signal
 import struct
 import subprocess
@@ -273,6 +274,7 @@ def _read(stream: IO[bytes]) -> bytes | None:
 def _answer(request: bytes) -> bytes:
     try:
         function, args, kwargs = pickle.loads(request)
+        gc.freeze()  # what libraries brought is not looked through whenever a simulation tidies up
         return pickle.dumps((True, function(*args, **kwargs)))
     except Exception as error:  # the parent raises it
         try:
@@ -281,13 +283,21 @@ def _answer(request: bytes) -> bytes:
             return pickle.dumps((False, RuntimeError(f"{type(error).__name__}: {error}")))
 
 
+def _asked() -> bool:
+    """Say whether a request is there already: reading it imports what it needs, and no more."""
+    try:
+        return bool(select.select([sys.stdin], [], [], 0)[0])
+    except (OSError, ValueError):  # a system that cannot tell
+        return False
+
+
 def _serve() -> None:
     """Answer requests until the parent is gone; what functions print goes to the log."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    importlib.import_module("adapterlab.plan.planning")
-    gc.freeze()  # what libraries brought is not looked through whenever a simulation tidies up
+    if not _asked():
+        importlib.import_module("adapterlab.plan.planning")  # while nobody waits
     while (request := _read(sys.stdin.buffer)) is not None:
         _write(answers, _answer(request))
 

@@ -121,10 +121,14 @@ def check_loss_falls(case: Case) -> None:
 @check()
 def check_save_load(case: Case) -> None:
     """An adapter that was saved answers on a fresh model as it did before."""
-    found = case.attach()
+    _check_saved(case, case.attach())
+
+
+def _check_saved(case: Case, found: Host) -> None:
     batch = case.batch(found.model)
     with tempfile.TemporaryDirectory() as folder:
         found.save(Path(folder) / "adapter")
+        torch.manual_seed(99)  # what is not saved must not be drawn again as it was
         again = load(case.model(), Path(folder) / "adapter")
     lasting = {
         key: value
@@ -139,20 +143,35 @@ def check_save_load(case: Case) -> None:
 @check()
 def check_detach(case: Case) -> None:
     """Detaching leaves the base as it was: bits, keys, classes, requires_grad and no trace of the library."""
-    model = case.model()
-    batch = models.batch(model)
-    before, answer = _fingerprint(model), logits(model, batch)
-    tensors = {key: value.clone() for key, value in model.state_dict().items()}
-    found = case.attach(model=model)
+    base = _Base(case.model())
+    found = case.attach(model=base.model)
     if case.method.trains:
-        gradients(found, "one", [case.batch(model)])
-    logits(model, batch)
+        gradients(found, "one", [case.batch(base.model)])
+    logits(base.model, base.batch)
     found.detach("one")
-    same(model.state_dict(), tensors, "base tensors after detach")
-    require(host(model) is None, "the model still has a host")
-    left = sorted({str(change) for change in _fingerprint(model).items() ^ before.items()})
-    require(not left, f"detach left changes behind: {'; '.join(left[:4])}")
-    same({"logits": logits(model, batch)}, {"logits": answer}, "answers after detach")
+    base.check("detach")
+
+
+class _Base:
+    """A model before anything came to it: what a detach must bring back, and a refused attach must leave.
+
+    Attributes:
+        batch: of arguments.
+        answer: to the batch.
+    """
+
+    def __init__(self, model: Any):
+        self.model, self.batch = model, models.batch(model)
+        self._print, self.answer = _fingerprint(model), logits(model, self.batch)
+        self._tensors = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def check(self, what: str) -> None:
+        """Require the model to be as it was, to the bit, after something."""
+        same(self.model.state_dict(), self._tensors, f"base tensors after {what}")
+        require(host(self.model) is None, f"after {what} the model still has a host")
+        left = sorted({str(change) for change in _fingerprint(self.model).items() ^ self._print.items()})
+        require(not left, f"{what} left changes behind: {'; '.join(left[:4])}")
+        same({"logits": logits(self.model, self.batch)}, {"logits": self.answer}, f"answers after {what}")
 
 
 @check()
@@ -243,22 +262,22 @@ def check_resume(case: Case) -> None:
 @check(families=_OTHERS, refuses=_UNFIT)
 def check_smoke(case: Case) -> None:
     """On this kind of model the method starts, trains, is saved and loaded, and can be removed."""
-    model = case.model()
-    tensors, before = {k: v.clone() for k, v in model.state_dict().items()}, _fingerprint(model)
+    base = _Base(case.model())
     try:
-        found = case.attach(model=model)
-        logits(model, models.batch(model))
+        found = case.attach(model=base.model, fresh=True)
+        start = logits(base.model, base.batch)
     except AdapterlabError:
-        if host(model) is None:
-            same(model.state_dict(), tensors, "base tensors after a refused attach")
-            require(_fingerprint(model) == before, "the refused attach left changes behind")
+        if host(base.model) is None:
+            base.check("a refused attach")
         raise
     if case.method.starts_at_base:
-        check_start(case)
+        close(start, base.answer, "start and base", case.tolerance)
+    perturb(found, "one")
     if case.method.trains:
-        _check_gradients(found, case.batch(model))
-    check_save_load(case)
-    check_detach(case)
+        _check_gradients(found, case.batch(base.model))
+    _check_saved(case, found)
+    found.detach("one")
+    base.check("detach")
 
 
 def _check_gradients(found: Host, batch: dict[str, Tensor]) -> dict[str, Tensor]:
