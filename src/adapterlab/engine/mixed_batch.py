@@ -150,7 +150,7 @@ class _Kept(NamedTuple):
 
 def _by_part(used: Mapping[str, Adapter], here: Here, call: Call, state: State, run: Callable[..., Any]) -> Any:
     shared = all(adapter.shares_base or adapter.additive for adapter in used.values())
-    rest = Rest(run, call, here.segments, state, shared)
+    rest = Rest(run, call, here, state, shared)
     # A linear layer in training takes each part by itself, as if it were alone: nodes that hold base and update keep
     # less than what is cut out of a product of all.
     itself = isinstance(run, Base) and torch.is_grad_enabled() and call.site.kind == "linear"
