@@ -117,9 +117,9 @@ def fit_many(
             many.look_back()
         endings = many.train()
         console.print(endings_table(endings))
-    stopped = next((e.error for e in endings if isinstance(e.error, Interrupted)), None)
-    if stopped is not None:
-        raise stopped
+    stopped = [ending.error for ending in endings if isinstance(ending.error, Interrupted)]
+    if stopped:
+        raise max(stopped, key=lambda error: error.step)
     return endings
 
 
@@ -198,8 +198,8 @@ class _Many:
         job = attached(run.config, base, saved, name)
         loop = loop_of(run.config, job, run.accelerator, prepare=run.state is None)
         self._say(
-            f"{run.label}: {job.host.summary(name)}; {loop.total:,} steps of {loop.sampler.per_step} rows of "
-            f"{len(job.rows):,}, lr {run.config.training.lr:g}"
+            f"{run.label}: {loop.method.id}, {job.host.summary(name).trainable:,} trainable; {loop.total:,} steps of "
+            f"{loop.sampler.per_step} of {len(job.rows):,} rows, lr {run.config.training.lr:g}"
         )
         shown = [] if self.console.quiet else [Display(self.console, run.label, self.bars)]
         beside = [other.label for other in self.runs if other is not run]
