@@ -301,7 +301,7 @@ class _Rounds:
         counts = [(runner.name, _tokens(runner.part)) for runner in runners]
         generators = {runner.name: runner.stream.generator for runner in runners}
         offload = offloading(self.host.model, runners[0].part.loop.training.offload)
-        with self.host.tokens(counts, generators), offload:
+        with self.host.tokens(counts, generators=generators), offload:
             yield
 
     def _losses(self, runners: list[_Runner]) -> list[Tensor]:
