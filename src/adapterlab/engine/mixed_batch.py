@@ -95,7 +95,7 @@ def _added(used: Mapping[str, Any], here: Here, call: Call, state: State, run: C
     for who, index in here.groups(per).items():
         part = index if isinstance(index, slice) else index.to(x.device)
         piece, mine = y[part], x[part][None] if call.by_token else x[part]
-        with state.seeing(call.x, index, call.by_token), state.drawing(names_of(who)):
+        with state.seeing(call.x, index, call.by_token), state.acting(names_of(who)):
             for name in names_of(who):
                 share = used[name].added(mine).to(y.dtype)
                 piece = piece + (share[0] if call.by_token else share)
@@ -163,7 +163,7 @@ def _by_part(used: Mapping[str, Adapter], here: Here, call: Call, state: State, 
             whole = who if isinstance(who, Composition) else Stack(*who)
             compute = entered(whole, compute, functools.partial(_around, used))
         inside = state.showing(here.inside(who), call.batch_of(part))  # the entries of the part alone
-        with inside, state.seeing(call.x, index, call.by_token), state.drawing(names_of(who)):
+        with inside, state.seeing(call.x, index, call.by_token), state.acting(names_of(who)):
             results.append(call.spread(compute(*part.args, **part.kwargs), part))
         counts.append(part.count)
     back = here.back(per, torch.device("cpu"))
