@@ -86,6 +86,8 @@ def _added(used: Mapping[str, Any], here: Here, call: Call, state: State, run: C
     uneven = len(here.even) > 4 * len(here.parts)
     if alone and (torch.is_grad_enabled() or uneven) and (y := _in_one_node(used, here, state, run, x)) is not None:
         return y
+    if _takes_parts(call, run):
+        return _by_part(used, here, call, state, run)  # type: ignore[no-any-return]
     y = run(*call.args, **call.kwargs)
     x, y = call.flat(x), call.flat(y)
     if not torch.is_grad_enabled() and (share := _in_two_products(used, here, x, y)) is not None:
@@ -148,12 +150,19 @@ class _Kept(NamedTuple):
     stack: Padded  # of each run
 
 
+def _takes_parts(call: Call, run: Any) -> bool:
+    """Say whether each part is computed by itself, as if it were alone, base included: linear layers in training.
+
+    Nodes that hold base and update keep less than what is cut out of a product of all, and draw their dropout in their
+    own way.
+    """
+    return isinstance(run, Base) and torch.is_grad_enabled() and call.site.kind == "linear"
+
+
 def _by_part(used: Mapping[str, Adapter], here: Here, call: Call, state: State, run: Callable[..., Any]) -> Any:
     shared = all(adapter.shares_base or adapter.additive for adapter in used.values())
     rest = Rest(run, call, here, state, shared)
-    # A linear layer in training takes each part by itself, as if it were alone: nodes that hold base and update keep
-    # less than what is cut out of a product of all.
-    itself = isinstance(run, Base) and torch.is_grad_enabled() and call.site.kind == "linear"
+    itself = _takes_parts(call, run)
     per = call.size // here.total
     results, counts = [], []
     for who, index in here.groups(per).items():
