@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import set_seed
@@ -248,6 +250,30 @@ def test_runs_with_passes_of_their_own_say_why_and_are_to_the_bit_what_they_are_
     for name, (make, why) in ALONE.items():
         assert why in endings[name].why == told[name]
         check_same(runs[name].weights, by_itself(Host(tiny("llama")), make(), rows).weights)
+
+
+class Draws(al.LoRA):
+    """Takes random numbers of every kind before its steps."""
+
+    id: ClassVar[str] = "draws"
+    seen: ClassVar[dict[str, list[tuple[float, ...]]]] = {}
+
+    def before_step(self, host: Host, name: str, step: int, optimizer: Any) -> None:
+        drawn = (random.random(), float(np.random.rand()), float(torch.rand(())))
+        self.seen.setdefault(name, []).append(drawn)
+
+
+def test_random_numbers_outside_of_passes_are_each_runs_own(tiny: Callable[..., Any], rows: Rows) -> None:
+    def made(seed: int) -> Run:
+        return Run(Draws(r=2, dropout=0.5, targets=["q"]), a(seed=seed))
+
+    Draws.seen.clear()
+    runs = {"one": made(1), "two": made(2)}
+    at_once(Host(tiny("llama")), runs, rows)
+    together = dict(Draws.seen)
+    for name, seed in (("one", 1), ("two", 2)):
+        by_itself(Host(tiny("llama")), made(seed), rows)
+        assert together[name] == Draws.seen.pop("default")
 
 
 def test_a_model_with_dropout_of_its_own_has_one_pass_for_each_run(rows: Rows) -> None:
