@@ -68,13 +68,8 @@ class Segments:
         return self.once("owners", make)
 
     def once(self, key: Any, make: Callable[[], T]) -> T:
-        """Return what was worked out under a key, or work it out; a compiler does so while it traces."""
-        if torch.compiler.is_compiling():
-            return make()
-        if key not in self._derived:
-            self._derived[key] = make()
-        made: T = self._derived[key]
-        return made
+        """Return what was worked out under a key, or work it out."""
+        return _once(self._derived, key, make)
 
     def among(self, names: tuple[str, ...]) -> Here:
         """The map as modules with these adapters see it."""
@@ -156,6 +151,7 @@ class Here:
         used: adapters of at least one part.
         plain: no part has a composition.
         names: the adapters.
+        total: number of units.
     """
 
     def __init__(self, whole: Segments, names: tuple[str, ...]):
@@ -164,21 +160,14 @@ class Here:
         chosen = {name for part in self.parts for name in names_of(part.who)}
         self.used = tuple(name for name in names if name in chosen)
         self.plain = all(isinstance(part.who, tuple) for part in self.parts)
+        self.total = whole.total
+        self._derived: dict[Any, Any] = {}
 
-    @property
-    def total(self) -> int:
-        """Number of units."""
-        return self.segments.total
-
-    @property
+    @functools.cached_property
     def even(self) -> list[Who]:
         """What each of equal runs of units goes through, of the longest such runs."""
-
-        def make() -> list[Who]:
-            size = math.gcd(*(stop - start for _, start, stop in self.parts))
-            return [who for who, start, stop in self.parts for _ in range((stop - start) // size)]
-
-        return self._once("even", make)
+        size = math.gcd(*(stop - start for _, start, stop in self.parts))
+        return [who for who, start, stop in self.parts for _ in range((stop - start) // size)]
 
     def groups(self, per: int) -> dict[Who, slice | Tensor]:
         """The entries of each kind of part, with so many entries for each unit: a slice, or their numbers."""
@@ -219,7 +208,17 @@ class Here:
         return self._once(("of", who, others), make)
 
     def _once(self, key: Any, make: Callable[[], T]) -> T:
-        return self.segments.once((self.names, key), make)
+        return _once(self._derived, key, make)
+
+
+def _once(derived: dict[Any, Any], key: Any, make: Callable[[], T]) -> T:
+    """Return what was worked out under a key, or work it out; a compiler does so while it traces."""
+    if torch.compiler.is_compiling():
+        return make()
+    if key not in derived:
+        derived[key] = make()
+    made: T = derived[key]
+    return made
 
 
 def names_of(who: Who) -> tuple[str, ...]:

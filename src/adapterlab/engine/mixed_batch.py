@@ -82,16 +82,17 @@ def _call(used: Mapping[str, Adapter], here: Here, state: State, args: Any, kwar
 
 def _added(used: Mapping[str, Any], here: Here, call: Call, state: State, run: Callable[..., Any]) -> Tensor:
     x: Any = call.args[0] if call.args else call.x
-    alone = len(call.args) == 1 and not call.kwargs and tuple(x.shape[: len(call.lead)]) == call.lead
-    uneven = len(here.even) > 4 * len(here.parts)
-    if alone and (torch.is_grad_enabled() or uneven) and (node := _in_one_node(used, here, state, run, x)) is not None:
+    grad, whole = torch.is_grad_enabled(), x.shape[: len(call.lead)] == call.lead
+    joins = whole and len(call.args) == 1 and not call.kwargs and (grad or len(here.even) > 4 * len(here.parts))
+    if joins and (node := _in_one_node(used, here, state, run, x)) is not None:
         return node
     if _takes_parts(call, run):
-        joint: Tensor = _by_part(used, here, call, state, run)
-        return joint
-    x, y = call.flat(x), call.flat(run(*call.args, **call.kwargs))
-    if not torch.is_grad_enabled() and (shares := _in_two_products(used, here, x, y)) is not None:
-        return (y + shares).unflatten(0, call.lead)
+        apart: Tensor = _by_part(used, here, call, state, run)
+        return apart
+    y = run(*call.args, **call.kwargs)
+    if whole and not grad and (shares := _in_two_products(used, here, x, y)) is not None:
+        return y + shares  # type: ignore[no-any-return]
+    x, y = call.flat(x), call.flat(y)
     per = call.size // here.total
     pieces = []
     for who, index in here.groups(per).items():
@@ -103,8 +104,8 @@ def _added(used: Mapping[str, Any], here: Here, call: Call, state: State, run: C
                 piece = piece + (share[0] if call.by_token else share)
         pieces.append(piece)
     back = here.back(per, y.device)
-    whole = torch.cat(pieces)
-    return (whole if back is None else whole[back]).unflatten(0, call.lead)
+    joint = torch.cat(pieces)
+    return (joint if back is None else joint[back]).unflatten(0, call.lead)
 
 
 def _in_one_node(used: Mapping[str, Any], here: Here, state: State, run: Any, x: Tensor) -> Tensor | None:

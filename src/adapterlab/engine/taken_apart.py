@@ -43,7 +43,7 @@ class Part:
     kwargs: dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Call:
     """A call of a module: its entries are rows, in the first dimension of what it is given.
 
@@ -134,7 +134,7 @@ class Call:
         return whole.unflatten(0, (self.size, runs))[back.to(whole.device)].flatten(0, 1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class TokenCall(Call):
     """A call whose entries are tokens, counted over the first one or two dimensions; a part has one row of them."""
 
