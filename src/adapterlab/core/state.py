@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,18 @@ from torch import Tensor
 from adapterlab.core.composition import Composition
 from adapterlab.core.segments import Segments
 from adapterlab.errors import AttachError
+
+
+class Sinks(NamedTuple):
+    """Where the adapters of one owner of a mixed batch leave things.
+
+    Attributes:
+        losses: what they emit.
+        observed: what parts of mixtures are used, see `State.observe`; None: nobody looks.
+    """
+
+    losses: list[Tensor]
+    observed: dict[str, Tensor] | None
 
 
 @dataclass
@@ -25,6 +37,8 @@ class State:
         segments: of a mixed batch, who owns which rows or tokens; or None.
         generators: of a mixed batch, where the dropout of an adapter takes its random numbers, by key; others take
             them from torch's own.
+        sinks: of a mixed batch, where adapters leave what they emit and observe, by key; the others leave it in the
+            sinks of all.
         losses: sink for auxiliary losses while someone collects them, else None.
         listening: someone collects them, or did in the pass that is computed again now. An adapter inside a block asks
             this before it computes a loss, since both passes have to compute the same.
@@ -40,6 +54,7 @@ class State:
     together: Composition | None = None
     segments: Segments | None = None
     generators: Mapping[str, torch.Generator] = field(default_factory=dict)
+    sinks: Mapping[str, Sinks] = field(default_factory=dict)
     losses: list[Tensor] | None = None
     listening: bool = False
     share: float = 1.0
@@ -137,11 +152,16 @@ class State:
         self.observed[path] = load if before is None else before + load
 
     @contextlib.contextmanager
-    def observing(self) -> Iterator[dict[str, Tensor]]:
-        """Look inside the context: sums `[parts]` of the weights of real tokens, by the path of the module."""
-        before, self.observed = self.observed, {}
+    def observing(self, used: dict[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+        """Look inside the context: sums `[parts]` of the weights of real tokens, by the path of the module.
+
+        Args:
+            used: what was seen before, to go on with.
+        """
+        used = {} if used is None else used
+        before, self.observed = self.observed, used
         try:
-            yield self.observed
+            yield used
         finally:
             self.observed = before
 
@@ -172,19 +192,19 @@ class State:
             self.__dict__.update(now)
 
     @contextlib.contextmanager
-    def drawing(self, names: tuple[str, ...]) -> Iterator[None]:
-        """Take random numbers on the CPU from the generator of one of these adapters, if one has one."""
+    def acting(self, names: tuple[str, ...]) -> Iterator[None]:
+        """Let adapters of one owner compute: random numbers of the CPU that they take, and what they leave, are its.
+
+        Adapters for which nobody gave a generator or sinks take and leave what all do.
+        """
         generator = next((self.generators[name] for name in names if name in self.generators), None)
-        if generator is None:
-            yield
-            return
-        before = torch.get_rng_state()
-        torch.set_rng_state(generator.get_state())
+        before = self.losses, self.observed
+        self.losses, self.observed = next((self.sinks[name] for name in names if name in self.sinks), before)
         try:
-            yield
+            with contextlib.nullcontext() if generator is None else _drawn_from(generator):
+                yield
         finally:
-            generator.set_state(torch.get_rng_state())
-            torch.set_rng_state(before)
+            self.losses, self.observed = before
 
     def snapshot(self) -> dict[str, Any]:
         """Record what a later recomputation of the same forward pass must see."""
@@ -196,7 +216,7 @@ class State:
     @contextlib.contextmanager
     def replay(self, snapshot: dict[str, Any]) -> Iterator[None]:
         """Show a recorded state again; what is emitted and observed is dropped, since the first pass did it."""
-        seen = {**snapshot, "losses": None, "observed": None}
+        seen = {**snapshot, "losses": None, "observed": None, "sinks": {}}
         drawn = seen.pop("drawn")
         now, drawn_now = {key: self.__dict__[key] for key in seen}, self._drawn(seen["generators"])
         self.__dict__.update(seen)
@@ -216,3 +236,15 @@ class State:
     def _draw_on(drawn: list[tuple[torch.Generator, Tensor]]) -> None:
         for generator, state in drawn:
             generator.set_state(state)
+
+
+@contextlib.contextmanager
+def _drawn_from(generator: torch.Generator) -> Iterator[None]:
+    """Let torch's random numbers on the CPU come from a generator."""
+    before = torch.get_rng_state()
+    torch.set_rng_state(generator.get_state())
+    try:
+        yield
+    finally:
+        generator.set_state(torch.get_rng_state())
+        torch.set_rng_state(before)

@@ -10,12 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from adapterlab.core.adapter import Entrance
+from adapterlab.core.adapter import Adapter, Entrance
 from adapterlab.engine.attachments import attachments
 from adapterlab.engine.recompute import recomputation
 from adapterlab.engine.wrapping import adapters_of
 from adapterlab.errors import AttachError, ConfigError
-from adapterlab.foreign.model import is_encoder_decoder, output_head, text_config
+from adapterlab.foreign.model import is_encoder_decoder, output_head, plain_class, text_config
 from adapterlab.ops.cross_entropy import (
     IGNORED,
     PLAIN,
@@ -75,13 +75,27 @@ class Loss:
             output = self.model(**batch)
             loss: Tensor = output.loss * (count / total)
             return loss if self.form == PLAIN else loss + self._surplus(output, batch["labels"]) / total
+        return self.of(self.hidden(batch), batch["labels"], total)
+
+    def hidden(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the backbone's hidden states `[rows, tokens, width]`, of which the chunked way makes the loss."""
         with contextlib.ExitStack() as calls:
             inputs = dict(batch)
             for entrance in self._entrances():
                 inputs = calls.enter_context(entrance.entering(inputs))
             inputs.pop("labels", None)
-            hidden = self.model.base_model(**inputs, use_cache=False)[0]
-        labels = batch["labels"][:, 1:]
+            hidden: Tensor = self.model.base_model(**inputs, use_cache=False)[0]
+            return hidden
+
+    def of(self, hidden: Tensor, labels: Tensor, total: int | Tensor) -> Tensor:
+        """Return (sum of the token losses) / total of hidden states by the chunked way.
+
+        Args:
+            hidden: `[rows, tokens, width]`.
+            labels: `[rows, tokens]`, each of the token that stands there.
+            total: as for a call.
+        """
+        labels = labels[:, 1:]
         bears = labels != IGNORED
         return self._head_loss(hidden[:, :-1][bears], labels[bears], bears) / total
 
@@ -108,9 +122,9 @@ class Loss:
 
     def _head_loss(self, hidden: Tensor, labels: Tensor, bears: Tensor) -> Tensor:
         """The loss of the positions that bear a label, `hidden[bears]`."""
-        head = output_head(self.model)
+        head: Any = output_head(self.model)
         hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__
-        if type(head) is nn.Linear and not hooked:
+        if plain_class(head) is nn.Linear and not hooked and not self._live(head):
             return linear_cross_entropy(hidden.to(head.weight.dtype), head.weight, head.bias, labels, self.form)
         carrier = attachments(self.model)
         if carrier is None:
@@ -136,16 +150,21 @@ class Loss:
     def _entrances(self) -> list[Entrance]:
         """What changes the arguments of the whole model, the outermost first."""
         carrier = attachments(self.model)
-        live = carrier.state.active if carrier is not None else ()
         held = [
-            a for key, a in adapters_of(self.model).items() if key in live and isinstance(a, Entrance) and not a.idle
+            adapter for adapter in self._live(self.model)[::-1] if isinstance(adapter, Entrance) and not adapter.idle
         ]
         if held and carrier is not None and carrier.state.segments is not None:
             raise AttachError(
-                f"{type(held[0]).__qualname__} changes what the whole model is called with, for all rows alike. Train "
+                f"{type(held[-1]).__qualname__} changes what the whole model is called with, for all rows alike. Train "
                 "its rows in a batch of their own, with host.using."
             )
-        return held[::-1]
+        return held
+
+    def _live(self, module: nn.Module) -> list[Adapter]:
+        """The live adapters that stand around a module."""
+        carrier = attachments(self.model)
+        live = carrier.state.active if carrier is not None else ()
+        return [adapter for key, adapter in adapters_of(module).items() if key in live]
 
     def _shape(self) -> str:
         scale, cap = self.form.scale, self.form.cap
@@ -160,7 +179,7 @@ class Loss:
             return "an encoder-decoder computes its own loss"
         if not isinstance(head, nn.Linear) or backbone is self.model:
             return f"{type(self.model).__name__} has no linear output head on a backbone"
-        if not all(isinstance(adapter, Entrance) for adapter in adapters_of(self.model).values()):
+        if not all(isinstance(adapter, Entrance) for adapter in self._live(self.model)):
             return "an adapter stands around the whole model"
         try:
             agrees = self._agrees(head)

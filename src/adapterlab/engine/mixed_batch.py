@@ -86,6 +86,9 @@ def _added(used: Mapping[str, Any], here: Here, call: Call, state: State, run: C
     joins = whole and len(call.args) == 1 and not call.kwargs and (grad or len(here.even) > 4 * len(here.parts))
     if joins and (node := _in_one_node(used, here, state, run, x)) is not None:
         return node
+    if _takes_parts(call, run):
+        apart: Tensor = _by_part(used, here, call, state, run)
+        return apart
     y = run(*call.args, **call.kwargs)
     if whole and not grad and (shares := _in_two_products(used, here, x, y)) is not None:
         return y + shares  # type: ignore[no-any-return]
@@ -95,7 +98,7 @@ def _added(used: Mapping[str, Any], here: Here, call: Call, state: State, run: C
     for who, index in here.groups(per).items():
         part = index if isinstance(index, slice) else index.to(x.device)
         piece, mine = y[part], x[part][None] if call.by_token else x[part]
-        with state.seeing(call.x, index, call.by_token), state.drawing(names_of(who)):
+        with state.seeing(call.x, index, call.by_token), state.acting(names_of(who)):
             for name in names_of(who):
                 share = used[name].added(mine).to(y.dtype)
                 piece = piece + (share[0] if call.by_token else share)
@@ -148,12 +151,19 @@ class _Kept(NamedTuple):
     stack: Padded  # of each run
 
 
+def _takes_parts(call: Call, run: Any) -> bool:
+    """Say whether each part is computed by itself, as if it were alone, base included: linear layers in training.
+
+    Nodes that hold base and update keep less than what is cut out of a product of all, and draw their dropout in their
+    own way.
+    """
+    return isinstance(run, Base) and torch.is_grad_enabled() and call.site.kind == "linear"
+
+
 def _by_part(used: Mapping[str, Adapter], here: Here, call: Call, state: State, run: Callable[..., Any]) -> Any:
     shared = all(adapter.shares_base or adapter.additive for adapter in used.values())
     rest = Rest(run, call, here, state, shared)
-    # A linear layer in training takes each part by itself, as if it were alone: nodes that hold base and update keep
-    # less than what is cut out of a product of all.
-    itself = isinstance(run, Base) and torch.is_grad_enabled() and call.site.kind == "linear"
+    itself = _takes_parts(call, run)
     per = call.size // here.total
     results, counts = [], []
     for who, index in here.groups(per).items():
@@ -163,7 +173,7 @@ def _by_part(used: Mapping[str, Adapter], here: Here, call: Call, state: State, 
             whole = who if isinstance(who, Composition) else Stack(*who)
             compute = entered(whole, compute, functools.partial(_around, used))
         inside = state.showing(here.inside(who), call.batch_of(part))  # the entries of the part alone
-        with inside, state.seeing(call.x, index, call.by_token), state.drawing(names_of(who)):
+        with inside, state.seeing(call.x, index, call.by_token), state.acting(names_of(who)):
             results.append(call.spread(compute(*part.args, **part.kwargs), part))
         counts.append(part.count)
     back = here.back(per, torch.device("cpu"))
