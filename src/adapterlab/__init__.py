@@ -56,6 +56,7 @@ _PUBLIC = {
     "load_model": "adapterlab.models",
     "pull": "adapterlab.models",
     "fit": "adapterlab.train",
+    "fit_many": "adapterlab.train",
     "TrainConfig": "adapterlab.train",
     "AdapterlabCallback": "adapterlab.train",
     "hf_trainable": "adapterlab.train",

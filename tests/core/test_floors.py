@@ -39,6 +39,7 @@ UPWARD = {
     # A run says what it will need before it loads the weights, and a plan simulates the loop of training: the call goes
     # up once, when a run starts.
     ("train.run", "plan.before_run"),
+    ("train.many", "plan.before_run"),
 }
 
 

@@ -14,6 +14,7 @@ from transformers.models.llama import modeling_llama
 
 from adapterlab.core.method import Method
 from adapterlab.data import Collator, PackingCollator
+from adapterlab.data.batching import joined
 from adapterlab.engine.attention import fast_attention
 from adapterlab.engine.loss import Loss
 from adapterlab.engine.packing import choose, obstacle
@@ -217,6 +218,15 @@ def test_a_run_packs_by_itself_and_a_step_is_the_same(tiny: Callable[..., Any]) 
     for packed, padded in zip(*records, strict=True):
         for key in packed.keys() - {"seconds", "memory"}:
             assert packed[key] == pytest.approx(padded[key], rel=1e-4), key
+
+
+def test_packed_batches_behind_each_other_are_one_batch_of_all_rows() -> None:
+    rows, pack = make_rows(7), PackingCollator()
+    found, wanted = joined([pack(rows[:3]), pack(rows[3:4]), pack(rows[4:])]), pack(rows)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert torch.equal(torch.as_tensor(found[key]), torch.as_tensor(value)), key
+        assert torch.as_tensor(found[key]).dtype == torch.as_tensor(value).dtype
 
 
 def test_evaluation_packs_by_itself(tiny: Callable[..., Any]) -> None:

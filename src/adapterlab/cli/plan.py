@@ -19,9 +19,13 @@ if TYPE_CHECKING:
 
 
 def plan(
-    config: Annotated[
-        Path | None, typer.Argument(help="YAML file of a run; or give --model.", show_default=False)
+    configs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[CONFIG]...", help="YAML file of a run; or give --model.", show_default=False),
     ] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="Plan the runs of several files on one base, as train --together.")
+    ] = False,
     model: Annotated[
         str | None, typer.Option(help="A known shape (--shapes lists them), a folder with config.json, or a hub id.")
     ] = None,
@@ -56,12 +60,18 @@ def plan(
     """
     if shapes:
         return _list_shapes(as_json)
+    numbers = {"batch": batch, "length": length, "precision": precision, "quantize": quantize, "recompute": recompute}
+    options: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
+    if together:
+        others = {"--model": model, "--method": method, "--r": r, "--set": setting, "--serve": serve or None}
+        others |= {"--all-methods": all_methods or None, **{f"--{key}": value for key, value in options.items()}}
+        _check_files_alone(others)
+        return _together(configs or [], device, speed, exact, trust_remote_code, picture, as_json)
+    config = _single(configs or [])
     if (config is None) == (model is None):
         raise ConfigError(
             "Give one of a configuration file and --model, such as adapterlab plan --model qwen2.5-1.5b --method lora."
         )
-    numbers = {"batch": batch, "length": length, "precision": precision, "quantize": quantize, "recompute": recompute}
-    options: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
     with contextlib.nullcontext() if serve else prepared():
         name, chosen = _subject(config, model, method, r, setting or [], options)
         options["device"] = _device(device or options.pop("device", None), speed)
@@ -74,6 +84,58 @@ def plan(
         if all_methods:
             return _all(name, options, picture, as_json)
         _one(name, chosen, options, limits, picture, as_json)
+
+
+def _single(configs: list[Path]) -> Path | None:
+    """The one file there is, if any."""
+    if len(configs) > 1:
+        raise ConfigError(
+            f"{len(configs)} files were given. Runs on one base are planned with: adapterlab plan "
+            f"{' '.join(map(str, configs))} --together. Others are planned one by one."
+        )
+    return configs[0] if configs else None
+
+
+def _check_files_alone(others: dict[str, Any]) -> None:
+    """Refuse options that would replace what the files of several runs say."""
+    given = [name for name, value in others.items() if value]
+    if given:
+        raise ConfigError(
+            f"--together plans the runs of the files as they are, so {', '.join(given)} cannot be given. Write the "
+            "settings into the files."
+        )
+
+
+def _together(
+    configs: list[Path],
+    device: str | None,
+    speed: float | None,
+    exact: bool,
+    trust: bool,
+    picture: Path | None,
+    as_json: bool,
+) -> None:
+    """Plan each run, and put the plans together."""
+    from adapterlab.plan import together
+    from adapterlab.plan.planning import plan_config
+    from adapterlab.plan.report import save, together_table
+    from adapterlab.terminal import Terminal
+    from adapterlab.train.common import check_common
+    from adapterlab.train.config import load_config
+
+    found = [load_config(path, ["trust_remote_code=true"] * trust)[0] for path in configs]
+    check_common(found)
+    place, plans = _device(device or found[0].device, speed), []
+    with prepared(), bars() as update:
+        for number, config in enumerate(found):
+            update("simulating steps", number, len(found))
+            plans.append(plan_config(config, device=place, exact=exact))
+    joint = together(plans)
+    if picture is not None:
+        save(plans, picture)
+    if as_json:
+        return print_json(joint.to_json())
+    Terminal(highlight=False).print(together_table(joint, [str(config.output) for config in found]))
 
 
 def _subject(

@@ -133,11 +133,16 @@ class State:
         self.observed[path] = load if before is None else before + load
 
     @contextlib.contextmanager
-    def observing(self) -> Iterator[dict[str, Tensor]]:
-        """Look inside the context: sums `[parts]` of the weights of real tokens, by the path of the module."""
-        before, self.observed = self.observed, {}
+    def observing(self, used: dict[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
+        """Look inside the context: sums `[parts]` of the weights of real tokens, by the path of the module.
+
+        Args:
+            used: what was seen before, to go on with.
+        """
+        used = {} if used is None else used
+        before, self.observed = self.observed, used
         try:
-            yield self.observed
+            yield used
         finally:
             self.observed = before
 

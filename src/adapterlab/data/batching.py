@@ -98,6 +98,21 @@ class PackingCollator:
         return torch.tensor([[*chain.from_iterable(parts)]], dtype=torch.int64)
 
 
+def joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Put batches of a `PackingCollator` behind each other, as if all their rows had been in one."""
+    ends = [0, *accumulate(batch["input_ids"].shape[1] for batch in batches)]
+    starts = [batch["cu_seq_lens_q"][:-1] + start for batch, start in zip(batches, ends, strict=False)]
+    bounds = torch.cat([*starts, batches[-1]["cu_seq_lens_q"][-1:] + ends[-2]])
+    longest = max(batch["max_length_q"] for batch in batches)
+    return {
+        **{key: torch.cat([batch[key] for batch in batches], 1) for key in ("input_ids", "position_ids", "labels")},
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
 def _further(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns that hold tensors, beside those of every batch."""
     found = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, Tensor))

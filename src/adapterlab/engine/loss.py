@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from adapterlab.core.adapter import Entrance
+from adapterlab.core.adapter import Adapter, Entrance
 from adapterlab.engine.attachments import attachments
 from adapterlab.engine.recompute import recomputation
 from adapterlab.engine.wrapping import adapters_of
@@ -75,15 +75,28 @@ class Loss:
             output = self.model(**batch)
             loss: Tensor = output.loss * (count / total)
             return loss if self.form == PLAIN else loss + self._surplus(output, batch["labels"]) / total
+        return self.of(self.hidden(batch), batch["labels"], total)
+
+    def hidden(self, batch: Mapping[str, Any]) -> Tensor:
+        """Return the backbone's hidden states `[rows, tokens, width]`, of which the chunked way makes the loss."""
         with contextlib.ExitStack() as calls:
             inputs = dict(batch)
             for entrance in self._entrances():
                 inputs = calls.enter_context(entrance.entering(inputs))
             inputs.pop("labels", None)
-            hidden = self.model.base_model(**inputs, use_cache=False)[0]
-        labels = batch["labels"][:, 1:]
-        bears = labels != IGNORED
-        return self._head_loss(hidden[:, :-1][bears], labels[bears]) / total
+            hidden: Tensor = self.model.base_model(**inputs, use_cache=False)[0]
+            return hidden
+
+    def of(self, hidden: Tensor, labels: Tensor, total: int | Tensor) -> Tensor:
+        """Return (sum of the token losses) / total of hidden states by the chunked way.
+
+        Args:
+            hidden: `[rows, tokens, width]`.
+            labels: `[rows, tokens]`, each of the token that stands there.
+            total: as for a call.
+        """
+        bears = labels[:, 1:] != IGNORED
+        return self._head_loss(hidden[:, :-1][bears], labels[:, 1:][bears]) / total
 
     def tokens(self, batch: Mapping[str, Tensor]) -> int:
         """Number of positions of a batch that bear a label."""
@@ -126,10 +139,13 @@ class Loss:
 
     def _entrances(self) -> list[Entrance]:
         """What changes the arguments of the whole model, the outermost first."""
+        return [a for a in self._outermost()[::-1] if isinstance(a, Entrance)]
+
+    def _outermost(self) -> list[Adapter]:
+        """The live adapters that stand around the whole model."""
         carrier = attachments(self.model)
         live = carrier.state.active if carrier is not None else ()
-        held = [a for key, a in adapters_of(self.model).items() if key in live and isinstance(a, Entrance)]
-        return held[::-1]
+        return [adapter for key, adapter in adapters_of(self.model).items() if key in live]
 
     def _shape(self) -> str:
         scale, cap = self.form.scale, self.form.cap
@@ -144,7 +160,7 @@ class Loss:
             return "an encoder-decoder computes its own loss"
         if not isinstance(head, nn.Linear) or backbone is self.model:
             return f"{type(self.model).__name__} has no linear output head on a backbone"
-        if not all(isinstance(adapter, Entrance) for adapter in adapters_of(self.model).values()):
+        if not all(isinstance(adapter, Entrance) for adapter in self._outermost()):
             return "an adapter stands around the whole model"
         try:
             agrees = self._agrees(head)

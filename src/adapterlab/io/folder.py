@@ -62,6 +62,7 @@ def save(
     overwrite: bool = False,
     kind: Kind | None = ADAPTER,
     base_model: str | None = None,
+    called: str | None = None,
     notes: dict[str, Any] | None = None,
 ) -> Path:
     """Write one adapter to a folder, atomically.
@@ -75,6 +76,7 @@ def save(
         overwrite: replace an adapter that is there.
         kind: what else may be replaced; None: whatever is there.
         base_model: name of the base model to record; default: what the model's configuration says.
+        called: name of the adapter to record; default: its own.
         notes: facts for the model card, such as data and results.
 
     Raises:
@@ -87,6 +89,8 @@ def save(
     found, folder = gather(host, name, base_model), user_path(folder)
     if not found.leads:
         return folder
+    if called is not None:
+        found.info["name"] = called
     with new_folder(folder, overwrite=overwrite, kind=kind) as work:
         found.write(work, folder)
         card = model_card(host, name, found.info["base_model"], found.config is not None, notes or {})

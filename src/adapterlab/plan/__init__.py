@@ -16,12 +16,14 @@ from adapterlab.lazy import lazy
 # public name -> module that defines it
 _PUBLIC = {
     "Device": "device",
+    "Joint": "joint",
     "Plan": "result",
     "Setup": "setup",
     "plan": "planning",
     "plan_all": "planning",
     "plan_config": "planning",
     "plan_serving": "serving",
+    "together": "joint",
 }
 
 __all__ = [*_PUBLIC]

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,10 @@ from adapterlab.json_text import parsed
 from adapterlab.models.catalogue import home
 from adapterlab.models.loading import PRECISIONS
 from adapterlab.plan import process
-from adapterlab.plan.child import Child
+from adapterlab.plan.child import Child, each, processes
 from adapterlab.plan.device import Device
 from adapterlab.plan.extrapolate import extrapolated
+from adapterlab.plan.joint import together
 from adapterlab.plan.planning import arguments, described, setup_of
 from adapterlab.plan.report import size
 from adapterlab.plan.result import Plan
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 _TRIFLE = 0.005  # of a device's memory: weights below need no plan
 _STAKE = 0.5  # weights above may not fit: the run waits for its plan, but not long
 WAIT = 2.0
-_PATIENCE = 600.0  # seconds after which a child gives up
+PATIENCE = 600.0  # seconds after which a child gives up
 
 
 class _Late(Exception):
@@ -123,6 +124,46 @@ def check(config: TrainConfig, tell: Callable[[str], None]) -> None:
         return
 
 
+def needed(
+    configs: Sequence[TrainConfig], tell: Callable[[str], None], *, force: bool = False, make: bool = True
+) -> tuple[int | None, list[int | None]]:
+    """Say how much room there is beside a base, and what each run needs of it, before anything is loaded.
+
+    Args:
+        configs: of the runs.
+        tell: prints a line.
+        force: refuse nothing.
+        make: whether to make plans where none are kept.
+
+    Returns:
+        Bytes beside the base (None: no bound, as the model is a trifle for the device or nothing is known of it), and
+        for each run its bytes, or None where they are not known.
+
+    Raises:
+        ConfigError: a run cannot fit even by itself.
+    """
+    if is_trifle(configs[0]):
+        return None, [0] * len(configs)
+    if make:
+        jobs = {str(i): (early_plan, (config, PATIENCE), {}) for i, config in enumerate(configs)}
+        tell(f"Planning the memory of {len(configs)} runs ...")
+        found, _ = each(jobs, processes())
+        plans = [found.get(str(i)) for i in range(len(configs))]
+    else:
+        plans = [early_plan(config) for config in configs]
+    for config, plan in zip(configs, plans, strict=True):
+        if not force:
+            check_fits(config, plan)
+    known = [plan for plan in plans if plan is not None]
+    if not known:
+        return None, [None] * len(configs)
+    joint = together(known)
+    needs = dict(zip(map(id, known), joint.needs, strict=True))
+    for config, plan in zip(configs, plans, strict=True):
+        tell(f"{config.output}: {line(plan)}" if plan else f"{config.output}: there is no plan, so it runs by itself")
+    return joint.room, [needs.get(id(plan)) for plan in plans]
+
+
 class Beside:
     """A plan in the making, in a process that gives way to others."""
 
@@ -136,7 +177,7 @@ class Beside:
         with contextlib.suppress(AdapterlabError, OSError, RuntimeError, TypeError):  # a run needs no plan
             if hasattr(os, "nice"):
                 self.child.call(os.nice, 10)
-            self._found = self.child.call(early_plan, config, _PATIENCE)
+            self._found = self.child.call(early_plan, config, PATIENCE)
 
     def result(self, seconds: float = 0.0) -> Plan | None:
         """Return the plan, if it is there within the time."""
@@ -164,13 +205,24 @@ def least_weights(setup: Setup) -> int:
     return int(sum(p.numel() * (packed if id(p) in shrunk and packed else p.itemsize) for p in model.parameters()))
 
 
+def is_trifle(config: TrainConfig) -> bool:
+    """Say whether the weights of a run are so few for its device that its memory needs no plan."""
+    known = _known(config)
+    return known is not None and not _matters(*known)
+
+
 def _subject(config: TrainConfig) -> tuple[Setup, Device] | None:
     """What to plan; None where it cannot be known yet, or is a trifle for the device."""
+    known = _known(config)
+    return known if known is not None and _matters(*known) else None
+
+
+def _known(config: TrainConfig) -> tuple[Setup, Device] | None:
+    """The setup of a run and its device; None where they cannot be known yet."""
     try:
         place = Device.parse(config.device)
         given = arguments(config)
-        setup = setup_of(config.model, given.pop("method"), **given, kind=place.kind)
-        return (setup, place) if _matters(setup, place) else None
+        return setup_of(config.model, given.pop("method"), **given, kind=place.kind), place
     except (AdapterlabError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError):
         return None  # the run itself will say what is wrong
 

@@ -8,6 +8,7 @@ from importlib.resources import files
 from typing import Any
 
 from adapterlab.plan.device import Device
+from adapterlab.plan.result import Plan
 from adapterlab.plan.setup import Setup
 from adapterlab.plan.simulate import Trace
 
@@ -33,6 +34,15 @@ def estimate(setup: Setup, trace: Trace, place: Device) -> int:
     packed = constants["packed"] if setup.quantize else 0
     steady = constants["libraries"] + packed + constants["resting"] * resting
     return round(steady + constants["working"] * working + holes)
+
+
+def of_base(plan: Plan) -> int:
+    """Bytes of a planned process with the base weights alone; on a GPU, bytes of the device."""
+    if plan.device.kind != "cpu":
+        return round(plan.base * (1 + _GPU_SLACK)) + plan.device.context
+    constants = figures()["constants"]
+    packed = constants["packed"] if plan.quantize else 0
+    return round(constants["libraries"] + packed + constants["resting"] * plan.base)
 
 
 def band(place: Device) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from adapterlab.plan.result import Plan
 
 if TYPE_CHECKING:
     from adapterlab.plan.advice import Change
+    from adapterlab.plan.joint import Joint
     from adapterlab.plan.serving import Serving
 
 _WIDTH = 60
@@ -151,6 +152,22 @@ def methods_table(plans: Sequence[Plan], reasons: Mapping[str, str]) -> Group:
         )
     why = [Text(f"{id}: {reason.splitlines()[0]}", style="dim") for id, reason in reasons.items()]
     return Group(table, *why)
+
+
+def together_table(joint: Joint, labels: Sequence[str]) -> Group:
+    """Show what runs on one base need together."""
+    table = Table("run", "method", "tokens", "needs", "begins", title="Together", title_justify="left")
+    for plan, need, now, label in zip(joint.plans, joint.needs, joint.at_once, labels, strict=True):
+        when = Text("at once" if now else "when there is room", style="" if now else "yellow")
+        table.add_row(Text(label), Text(plan.method), f"{plan.batch} x {plan.length:,}", size(need), when)
+    separate = sum(plan.process for plan in joint.plans)
+    limit = "" if joint.limit is None else f" of {size(joint.limit)}"
+    said = Text(f"{joint.verdict}: {size(joint.process)}{limit}", style=_VERDICTS[joint.verdict])
+    return Group(
+        table,
+        Text(f"Base and libraries, once: {size(joint.base)}. As processes of their own: {size(separate)}."),
+        Text("All at once: ") + said,
+    )
 
 
 def serving_table(found: Serving) -> Table:

@@ -70,12 +70,7 @@ class Plan:
 
     def fits_into(self, limit: int | None) -> Verdict:
         """Say how surely it fits into so many bytes."""
-        if limit is None:
-            return "unknown"
-        worst = self.band[1]
-        if self.process * (1 + worst) <= limit:
-            return "fits"
-        return "tight" if self.process * (1 - worst) <= limit else "does not fit"
+        return verdict(self.process, self.band[1], limit)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -87,3 +82,12 @@ class Plan:
         """Read what `to_json` wrote."""
         known = {key: value for key, value in values.items() if key != "verdict"}
         return cls(**{**known, "device": Device(**known["device"]), "band": tuple(known["band"])})
+
+
+def verdict(process: int, worst: float, limit: int | None) -> Verdict:
+    """Say how surely an estimate with a worst relative error fits into so many bytes; `tight` is within the error."""
+    if limit is None:
+        return "unknown"
+    if process * (1 + worst) <= limit:
+        return "fits"
+    return "tight" if process * (1 - worst) <= limit else "does not fit"

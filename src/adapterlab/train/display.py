@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
@@ -19,6 +19,7 @@ from adapterlab.train.loop import Listener, Loop, Record
 if TYPE_CHECKING:
     from adapterlab.engine.summary import Summary
     from adapterlab.train.result import RunResult
+    from adapterlab.train.together import Ending
 
 _SMOOTHING = 0.9  # weight of the past in the loss that is shown
 
@@ -91,11 +92,42 @@ def result_table(result: RunResult) -> Table:
     return table
 
 
-class Display(Listener):
-    """A progress bar on a terminal, and lines of text elsewhere."""
+def training_bars(console: Terminal) -> Progress:
+    """Make what shows how far runs are on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    return Progress(*columns, TimeRemainingColumn(), console=console)
 
-    def __init__(self, console: Terminal | None = None):
-        self.console = console or Terminal()
+
+def endings_table(endings: Sequence[Ending]) -> Table:
+    """Show how runs that were trained together ended."""
+    table = Table("run", "steps", "loss", "best", "passes", title="Results", title_justify="left")
+    for ending in endings:
+        result, passes = ending.value, f"its own: {ending.why}" if ending.why else "shared"
+        if result is None:
+            table.add_row(Text(ending.name), "", Text(_reason(ending), style="bold red"), "", Text(passes))
+            continue
+        loss = result.train_loss if result.eval_loss is None else result.eval_loss
+        best = "" if result.best_loss is None else f"{result.best_loss:.4f} at {result.best_step}"
+        table.add_row(Text(ending.name), str(result.steps), f"{loss:.4f}", best, Text(passes))
+    return table
+
+
+def _reason(ending: Ending) -> str:
+    first = (str(ending.error).strip().splitlines() or [""])[0]
+    return f"{type(ending.error).__name__}: {first}"
+
+
+class Display(Listener):
+    """A progress bar on a terminal, and lines of text elsewhere.
+
+    Args:
+        console: to print on.
+        label: of the run, where there are several.
+        bars: of all of them, which somebody else starts and stops.
+    """
+
+    def __init__(self, console: Terminal | None = None, label: str = "", bars: Progress | None = None):
+        self.console, self.label, self.bars = console or Terminal(), label, bars
         self.progress: Progress | None = None
         self.task = TaskID(0)
         self.loss: float | None = None
@@ -108,10 +140,11 @@ class Display(Listener):
         if status.step:
             self._line(f"continuing after step {status.step}")
         if self.console.is_terminal:
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-            self.progress = Progress(*columns, TimeRemainingColumn(), console=self.console)
-            self.task = self.progress.add_task("", total=loop.total, completed=status.step, text="")
-            self.progress.start()
+            self.progress = self.bars or training_bars(self.console)
+            self.task = self.progress.add_task(
+                self.label or "training", total=loop.total, completed=status.step, text=""
+            )  # fmt: skip
+            self.progress.start()  # what is started already goes on
 
     def stepped(self, loop: Loop, record: Record) -> None:
         """Move the bar, or print a line now and then."""
@@ -141,11 +174,12 @@ class Display(Listener):
 
     def closed(self, loop: Loop) -> None:
         """Close the bar."""
-        if self.progress is not None:
+        if self.progress is not None and self.bars is None:
             self.progress.stop()
 
     def _line(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        told = f"{self.label}: {text}" if self.label else text
+        self.console.print(told, highlight=False, soft_wrap=True, markup=False)
 
 
 def _mib(size: int) -> str:

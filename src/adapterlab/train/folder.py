@@ -206,10 +206,11 @@ class RunFolder(Listener):
         folder: of the run.
         identity: flat configuration and data fingerprint; a resumed run must have the same.
         facts: content of run.json.
+        called: name under which adapters are saved; None: the loop's.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], facts: Mapping[str, Any]):
-        self.folder, self.identity, self.facts = folder, dict(identity), dict(facts)
+    def __init__(self, folder: Path, identity: Mapping[str, Any], facts: Mapping[str, Any], called: str | None = None):
+        self.folder, self.identity, self.facts, self.called = folder, dict(identity), dict(facts), called
         self._work = folder  # where files go
         self._outdated: list[Path] = []  # of trackers, which write into the folder from the start
         self._saved = -1
@@ -342,7 +343,10 @@ class RunFolder(Listener):
         if loop.accelerator.is_main_process:
             status = loop.status
             notes = {"step": status.step, "train loss": status.train_loss, "evaluation loss": status.eval_loss}
-            io.save(loop.host, self._work / part, loop.name, overwrite=True, kind=None, notes=_json(notes))
+            io.save(
+                loop.host, self._work / part, loop.name, overwrite=True, kind=None, called=self.called,
+                notes=_json(notes),
+            )  # fmt: skip
             self._arrived()
         loop.accelerator.wait_for_everyone()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import operator
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +33,11 @@ from adapterlab.io.finite import not_finite
 from adapterlab.optim import adamw, factor, schedule
 from adapterlab.train import rng
 from adapterlab.train.config import Training
+from adapterlab.train.course import Course, carried_out
 from adapterlab.train.memory import Meter
 from adapterlab.train.proof import Proof
 from adapterlab.train.sampler import Sampler, order
-from adapterlab.train.signals import Interrupted, stop_on_signals
+from adapterlab.train.signals import Interrupted, Stopping, stop_on_signals
 
 Row = Mapping[str, Sequence[int]]
 Record = dict[str, Any]
@@ -98,8 +100,41 @@ class Listener:
         """Called last, also after an error."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch of a step: what one forward and backward pass is made of.
+
+    Attributes:
+        loop: whose it is.
+        batch: what the model takes.
+        labels: label-bearing tokens of the whole step, over all processes.
+        first: of its step.
+        used: where to note how much the parts of mixtures are used; None: nobody looks.
+    """
+
+    loop: Loop
+    batch: Mapping[str, Any]
+    labels: int
+    first: bool
+    used: dict[str, Tensor] | None
+
+    def whole(self, loss: Tensor, emitted: Sequence[Tensor]) -> Tensor:
+        """Return what the pass differentiates: its loss, what adapters emitted, and once a step the penalty.
+
+        Args:
+            loss: the batch's token losses, divided by `labels`.
+            emitted: by adapters, each a mean over the batch.
+        """
+        loop = self.loop
+        value = loss + sum(emitted) * (loop.loss.tokens(self.batch) / self.labels)
+        penalty = loop.method.penalty(loop.host, loop.name) if self.first else None
+        return value if penalty is None else value + penalty / loop.accelerator.num_processes
+
+
 class Loop:
     """One run: construct it, load a state if there is one, `run` it.
+
+    Whoever drives several runs takes them apart: `course` asks for steps, and `stepping` for micro-batches.
 
     With `prepare=False` the method does not look at data again before the first step.
 
@@ -222,15 +257,23 @@ class Loop:
             NotTrainingError: something that should train does not.
             Interrupted: a signal asked for the end; the step was finished first.
         """
+        return carried_out(self.course(), operator.methodcaller("step"))
+
+    def course(self, stopping: Stopping = stop_on_signals) -> Course[Loop, Record, Status]:
+        """The whole run, which yields itself whenever a step is due, and is sent the metrics of that step.
+
+        Args:
+            stopping: context that says whether to stop after a step.
+        """
         status = self.status
         try:
             self._tell("started")
             # Entered here once: each step finds it on, without a walk over the modules.
-            with stop_on_signals() as asked, fast_attention(self.host.model), lean_norms(self.host.model):
+            with stopping() as asked, fast_attention(self.host.model), lean_norms(self.host.model):
                 if not self.total and self.eval_rows:
                     self.evaluate()
                 while status.step < self.total and not self.out_of_patience:
-                    record = self.step()
+                    record = yield self
                     self._tell("stepped", record)
                     if self.eval_rows and (status.step % self.eval_every == 0 or status.step == self.total):
                         self.evaluate()
@@ -256,9 +299,14 @@ class Loop:
     def step(self) -> Record:
         """Do one optimizer step and return its metrics."""
         with fast_attention(self.host.model), lean_norms(self.host.model):
-            return self._step()
+            return carried_out(self.stepping(), self.compute)
 
-    def _step(self) -> Record:
+    def stepping(self) -> Generator[Part, float, Record]:
+        """One optimizer step, which yields its micro-batches and is sent the loss of each, once gradients are there.
+
+        Returns:
+            The metrics of the step.
+        """
         # accelerate keeps one answer for the whole process; another trainer may have left it in mid-accumulation, where
         # an optimizer makes no step without a word.
         self.accelerator.sync_gradients = True
@@ -269,8 +317,11 @@ class Loop:
             raise DataError(f"Step {index + 1} has no token with a label. Check the labels of the rows.")
         self.method.before_step(self.host, self.name, index, self._raw)
         self.proof.begin(self._raw)
-        with self._looking(index + 1) as used:
-            value = self._sum(sum(self._backward(batch, labels, i == 0) for i, batch in enumerate(batches)))
+        used: dict[str, Tensor] | None = {} if self._is_shown(index + 1) else None
+        value = 0.0
+        for i, batch in enumerate(batches):
+            value += yield Part(self, batch, labels, i == 0, used)
+        value = self._sum(value)
         self._check_finite("loss", value, index)
         self._share_gradients()
         self.method.after_backward(self.host, self.name, index)
@@ -294,14 +345,9 @@ class Loop:
             "memory": self.meter.sample(), **self._usage(used),
         }  # fmt: skip
 
-    @contextlib.contextmanager
-    def _looking(self, step: int) -> Iterator[dict[str, Tensor] | None]:
-        """Look at what parts of mixtures are used, in the steps that are shown, if somebody is told."""
-        if not self.listeners or (step % self.training.log_every and step != self.total):
-            yield None
-            return
-        with self.host.state.observing() as used:
-            yield used
+    def _is_shown(self, step: int) -> bool:
+        """Whether somebody is told of a step what parts of mixtures are used in it."""
+        return bool(self.listeners) and (step % self.training.log_every == 0 or step == self.total)
 
     def _usage(self, used: dict[str, Tensor] | None) -> Record:
         """The shares of the parts over all processes, for the line of a step."""
@@ -391,18 +437,17 @@ class Loop:
         """Collate training rows and put them where the model is."""
         return placed(self.collate([self.rows[i] for i in indices]), self.device)
 
-    def _backward(self, batch: Mapping[str, Tensor], labels: int, first: bool) -> float:
-        share = self.loss.tokens(batch) / labels
+    def compute(self, part: Part) -> float:
+        """Compute the loss of a micro-batch, add its gradients to those of the step, and return it."""
+        state = self.host.state
 
         def loss() -> Tensor:
             offload = offloading(self.host.model, self.training.offload)
-            with self.accelerator.autocast(), self.host.state.collect() as extra, offload:
-                value = self.loss(batch, labels)
-                value = value + sum(extra) * share  # each is a mean over its batch
-                penalty = self.method.penalty(self.host, self.name) if first else None
-                return value if penalty is None else value + penalty / self.accelerator.num_processes
+            with self.accelerator.autocast(), state.collect() as emitted, offload:
+                return part.whole(self.loss(part.batch, part.labels), emitted)
 
-        return float(self.method.gradient(self.host, self.name, loss, self.accelerator.backward))
+        with contextlib.nullcontext() if part.used is None else state.observing(part.used):
+            return float(self.method.gradient(self.host, self.name, loss, self.accelerator.backward))
 
     def _share_gradients(self) -> None:
         """Sum gradients over processes; the loss is divided by all their labels already.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,3 +31,27 @@ def restore(saved: dict[str, Any]) -> None:
     torch.set_rng_state(saved["torch"])
     if saved["cuda"]:
         torch.cuda.set_rng_state_all(saved["cuda"])
+
+
+class Stream:
+    """The random numbers of one of several runs in a process: what the others draw does not move them.
+
+    Attributes:
+        generator: where torch's numbers of the CPU stand; a pass over the tokens of several runs draws from it.
+    """
+
+    def __init__(self) -> None:
+        self._state = state()
+        self.generator = torch.Generator()
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Let all generators of the process be those of this run inside the context."""
+        before = state()
+        restore({**self._state, "torch": self.generator.get_state()})
+        try:
+            yield
+        finally:
+            self._state = state()
+            self.generator.set_state(self._state["torch"])
+            restore(before)

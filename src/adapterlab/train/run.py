@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import functools
 import math
+import operator
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -38,12 +39,13 @@ from adapterlab.terminal import Terminal
 from adapterlab.train import folder as files
 from adapterlab.train.config import Provenance, TrainConfig, flatten
 from adapterlab.train.config import provenance as provenance_of
+from adapterlab.train.course import Course, carried_out
 from adapterlab.train.display import Display, config_table, proof_table, result_table
 from adapterlab.train.fast_paths import fast_paths
 from adapterlab.train.folder import RunFolder
-from adapterlab.train.loop import Listener, Loop, Row, nothing_to_train
+from adapterlab.train.loop import Listener, Loop, Record, Row, nothing_to_train
 from adapterlab.train.result import RunResult
-from adapterlab.train.signals import Interrupted
+from adapterlab.train.signals import Interrupted, Stopping, stop_on_signals
 from adapterlab.train.trackers import Trackers, check_trackers
 from adapterlab.version import __version__
 
@@ -52,11 +54,25 @@ _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "
 
 
 @dataclass(frozen=True)
+class Base:
+    """A loaded model, for one run or several.
+
+    Attributes:
+        host: of the model.
+        tokenizer: of the model.
+    """
+
+    host: Host
+    tokenizer: Any
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything a run trains with, loaded.
 
     Attributes:
         host: with the adapter attached.
+        name: of the adapter.
         tokenizer: of the model.
         rows: to train on.
         eval_rows: to evaluate on; may be empty.
@@ -67,6 +83,7 @@ class Job:
     """
 
     host: Host
+    name: str
     tokenizer: Any
     rows: Sequence[Row]
     eval_rows: Sequence[Row]
@@ -112,7 +129,7 @@ def fit(
     config = config if isinstance(config, TrainConfig) else TrainConfig(**config)
     check_trackers(config.training.trackers)
     accelerator = make_accelerator(config)
-    sources = dict(provenance or provenance_of(config, {"Python": config.model_dump(exclude_unset=True)}))
+    sources = sources_of(config, provenance)
     with contextlib.ExitStack() as held:
         held.enter_context(steady_output())
         console = Terminal(quiet=quiet or not accelerator.is_main_process)
@@ -123,21 +140,38 @@ def fit(
         if accelerator.is_main_process:
             held.enter_context(files.claimed(config.output, resume=resume, overwrite=overwrite))
         accelerator.wait_for_everyone()
-        if resume and (done := _finished(config)):
+        done, state = left_behind(config) if resume else (None, None)
+        if done is not None:
             console.print(f"The run in {config.output} is finished already; nothing is left to do.", highlight=False)
             console.print(result_table(done))
             return done
-        checkpoint = config.output / files.CHECKPOINT
-        state = files.read_state(checkpoint) if resume and checkpoint.is_file() else None
-        if state is not None:  # before anything is loaded; the data follow when they are read
-            files.check_same(config.output, state["identity"], {**state["identity"], **config.flat()})
         job, loop = _loaded(config, accelerator, console, force=force, state=state)
-        facts = _facts(config, job, sources) | {"fast_paths": [dataclasses.asdict(path) for path in fast_paths(loop)]}
-        run_folder = RunFolder(config.output, _identity(config, job), facts)
-        trackers = [Trackers(config.flat())] if config.training.trackers else []
-        loop.listeners = [*([] if console.quiet else [Display(console)]), *callbacks, *trackers, run_folder]
-        _open(config, loop, run_folder, state)
-        return _train(config, loop, run_folder, console)
+        listeners = [*([] if console.quiet else [Display(console)]), *callbacks]
+        run = recorded(config, job, loop, sources, state=state, listeners=listeners)
+        result = carried_out(run, operator.methodcaller("step"))
+        console.print(result_table(result))
+        return result
+
+
+def sources_of(config: TrainConfig, provenance: Provenance | None) -> Provenance:
+    """Say where the values of a configuration came from: as given, or from Python."""
+    return dict(provenance or provenance_of(config, {"Python": config.model_dump(exclude_unset=True)}))
+
+
+def left_behind(config: TrainConfig) -> tuple[RunResult | None, dict[str, Any] | None]:
+    """Return what an earlier process left of a run: its result, or the state of its checkpoint, or neither.
+
+    Raises:
+        ConfigError: the checkpoint is one of another configuration.
+        FormatError: it is damaged.
+    """
+    if done := _finished(config):
+        return done, None
+    checkpoint = config.output / files.CHECKPOINT
+    state = files.read_state(checkpoint) if checkpoint.is_file() else None
+    if state is not None:  # before anything is loaded; the data follow when they are read
+        files.check_same(config.output, state["identity"], {**state["identity"], **config.flat()})
+    return None, state
 
 
 def _loaded(
@@ -146,8 +180,8 @@ def _loaded(
     """Load everything and show what will train."""
     with _announced(config, accelerator, console, force=force):
         job = load(config, accelerator, saved=state["adapter"] if state else None)
-        loop = _loop(config, job, accelerator, prepare=state is None)
-    console.print(proof_table(job.host.summary(NAME), _story(job, loop), _sample(job)))
+        loop = loop_of(config, job, accelerator, prepare=state is None)
+    console.print(proof_table(job.host.summary(job.name), _story(job, loop), _sample(job)))
     if not loop.total:
         console.print(f"{nothing_to_train(loop.method.id)} It is written as it is.", highlight=False)
     return job, loop
@@ -186,10 +220,38 @@ def _open(config: TrainConfig, loop: Loop, run_folder: RunFolder, state: Mapping
     loop.accelerator.wait_for_everyone()
 
 
-def _train(config: TrainConfig, loop: Loop, run_folder: RunFolder, console: Terminal) -> RunResult:
+def recorded(
+    config: TrainConfig,
+    job: Job,
+    loop: Loop,
+    sources: Provenance,
+    *,
+    state: Mapping[str, Any] | None = None,
+    listeners: Sequence[Listener] = (),
+    stopping: Stopping = stop_on_signals,
+    **facts: Any,
+) -> Course[Loop, Record, RunResult]:
+    """A run that leaves everything in its folder, as a course; see `Loop.course`.
+
+    Args:
+        config: of the run.
+        job: what it trains with.
+        loop: ready to start.
+        sources: of the configuration's values.
+        state: of the checkpoint to go on from.
+        listeners: to be told first.
+        stopping: as for `Loop.course`.
+        facts: more that run.json says.
+    """
+    paths = [dataclasses.asdict(path) for path in fast_paths(loop)]
+    known = _facts(config, job, sources) | {"fast_paths": paths} | facts
+    run_folder = RunFolder(config.output, _identity(config, job), known, NAME)
+    trackers = [Trackers(config.flat())] if config.training.trackers else []
+    loop.listeners = [*listeners, *trackers, run_folder]
+    _open(config, loop, run_folder, state)
     main = loop.accelerator.is_main_process
     try:
-        loop.run()
+        yield from loop.course(stopping)
     except Interrupted:
         raise
     except BaseException as error:
@@ -201,7 +263,6 @@ def _train(config: TrainConfig, loop: Loop, run_folder: RunFolder, console: Term
     result = _result(config, loop)
     if main:
         run_folder.note("finished", finished=now(), result=dataclasses.asdict(result))
-    console.print(result_table(result))
     return result
 
 
@@ -219,6 +280,11 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
         DataError: there are no usable rows.
         AttachError: the method cannot work on this model.
     """
+    return attached(config, load_base(config, accelerator), saved)
+
+
+def load_base(config: TrainConfig, accelerator: Accelerator) -> Base:
+    """Load the model of a run; see `load`."""
     device = config.device or (str(accelerator.device) if accelerator.num_processes > 1 else None)
     model, tokenizer = load_model(
         config.model, precision=config.precision, device=device, quantize=config.quantize,
@@ -226,15 +292,19 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
     )  # fmt: skip
     if config.precision == "fp16" and next(model.parameters()).device.type == "cpu":
         raise ConfigError("precision=fp16 trains on a GPU only, and there is none. Set precision to bf16 or fp32.")
-    seq2seq = is_encoder_decoder(model)
+    return Base(Host(model), tokenizer)
+
+
+def attached(config: TrainConfig, base: Base, saved: Mapping[str, Tensor] | None = None, name: str = NAME) -> Job:
+    """Load the data of a run, and attach its method to a model under a name; see `load`."""
+    host, tokenizer = base.host, base.tokenizer
     splits = load_data(config.data, config.make_method().columns)
-    trained = rows_for(model, tokenizer, splits.train, config.data)
-    held = rows_for(model, tokenizer, splits.eval, config.data) if splits.eval else None
+    trained = rows_for(host.model, tokenizer, splits.train, config.data)
+    held = rows_for(host.model, tokenizer, splits.eval, config.data) if splits.eval else None
     unshown = trained.report.unshown + (held.report.unshown if held else ())
     columns = splits.columns.joined(Columns(unused=unshown))
     set_seed(config.training.seed)  # the start values of the adapter depend on the seed alone
-    host = Host(model)
-    host.attach(config.make_method(), NAME, saved=saved)
+    host.attach(config.make_method(), name, saved=saved)
     data = {
         "fingerprint": fingerprint([*splits.train, *splits.eval]),
         "format": splits.format,
@@ -245,12 +315,21 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
         "columns": dataclasses.asdict(columns),
         "encoding": dataclasses.asdict(trained.report),
     }
-    return Job(host, tokenizer, trained.rows, held.rows if held else [], data, trained.report, columns, seq2seq)
+    return Job(
+        host, name, tokenizer, trained.rows, held.rows if held else [], data, trained.report, columns,
+        is_encoder_decoder(host.model),
+    )  # fmt: skip
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Make the accelerate object of a run; the one of an earlier run in this process is given up."""
-    forget_accelerate()
+def make_accelerator(config: TrainConfig, *, beside: bool = False) -> Accelerator:
+    """Make the accelerate object of a run; the one of an earlier run in this process is given up.
+
+    Args:
+        config: of the run.
+        beside: that of an earlier run stays in use.
+    """
+    if not beside:
+        forget_accelerate()
     trackers = list(config.training.trackers)
     return Accelerator(
         mixed_precision="fp16" if config.precision == "fp16" and torch.cuda.is_available() else "no",
@@ -260,10 +339,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
 
 
-def _loop(config: TrainConfig, job: Job, accelerator: Accelerator, *, prepare: bool) -> Loop:
+def loop_of(config: TrainConfig, job: Job, accelerator: Accelerator, *, prepare: bool) -> Loop:
+    """Make the loop of a run; without `prepare` its method does not look at the data again."""
     return Loop(
         job.host,
-        NAME,
+        job.name,
         job.rows,
         config.training,
         eval_rows=job.eval_rows,
@@ -315,7 +395,7 @@ def _facts(config: TrainConfig, job: Job, sources: Provenance) -> dict[str, Any]
         "provenance": sources,
         "seed": config.training.seed,
         "data": job.data,
-        "model": dataclasses.asdict(job.host.summary(NAME)),
+        "model": {**dataclasses.asdict(job.host.summary(job.name)), "name": NAME},
         "versions": versions(),
         "platform": platform.platform(),
         "git": git_revision(),
@@ -347,7 +427,7 @@ def now() -> str:
 
 
 def _result(config: TrainConfig, loop: Loop) -> RunResult:
-    status, summary = loop.status, loop.host.summary(NAME)
+    status, summary = loop.status, loop.host.summary(loop.name)
     return RunResult(
         folder=config.output,
         best=config.output / files.BEST if status.best_step is not None else None,
@@ -366,7 +446,8 @@ def _result(config: TrainConfig, loop: Loop) -> RunResult:
         proven=len(loop.proof.proven),
         trainable=summary.trainable,
         total=summary.total,
-        outcome=loop.method.outcome(loop.host, NAME) | ({"routers": said} if (said := collapsed(loop.load)) else {}),
+        outcome=loop.method.outcome(loop.host, loop.name)
+        | ({"routers": said} if (said := collapsed(loop.load)) else {}),
     )
 
 
