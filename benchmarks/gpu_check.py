@@ -55,17 +55,17 @@ def plan(args: argparse.Namespace) -> list[Job]:
         "device": "cpu" if args.quick else "cuda", "steps": args.steps,
     }  # fmt: skip
 
-    def job(part: str, side: str, pair: int, **settings: Any) -> Job:
+    def job(part: str, pair: int = 0, named: str = OURS, **settings: Any) -> Job:
         limit = LIMITS[part] * (10 if args.quick else 1)  # a CPU is slower, and its time costs nothing
-        return Job(part, side, pair, {**common, "part": part, "limit": limit, **settings})
+        return Job(part, named, pair, {**common, "part": part, "limit": limit, **settings})
 
-    jobs = [job("tests", OURS, 0)]
+    jobs = [job("tests")]
     for pair, id in itertools.product(range(args.pairs), METHODS):
-        jobs += [job("step", f"{id}, {side}", pair, method=id, side=side) for side in (OURS, THEIRS)]
+        jobs += [job("step", pair, f"{id}, {side}", method=id, side=side) for side in (OURS, THEIRS)]
     rows, prompt = (2, 8) if args.quick else (MANY, 128)
-    jobs.append(job("plan", OURS, 0))
-    jobs += [job("decoding", OURS, pair, rows=rows, prompt=prompt, rank=RANK) for pair in range(args.pairs)]
-    return [*jobs, *(job("grouped", OURS, pair) for pair in range(args.pairs))]
+    jobs.append(job("plan"))
+    jobs += [job("decoding", pair, rows=rows, prompt=prompt, rank=RANK) for pair in range(args.pairs)]
+    return [*jobs, *(job("grouped", pair) for pair in range(args.pairs))]
 
 
 def _card() -> bool:
@@ -303,7 +303,8 @@ def _both(call: Callable[[], Any], wanted: Any, times: int) -> Figures:
     with torch.no_grad():
         error = float((call().float() - wanted).norm() / wanted.norm())
         alone = bench.timed(call, 10 * times, warm=3)
-    pair = bench.timed(lambda: call().sum().backward(), 10 * times, warm=3)
+    upper = torch.ones_like(wanted, dtype=torch.bfloat16)
+    pair = bench.timed(lambda: call().backward(upper), 10 * times, warm=3)
     return {"error": error, "forward": bench.statistics.median(alone), "step": bench.statistics.median(pair)}
 
 

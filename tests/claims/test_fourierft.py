@@ -50,11 +50,13 @@ def test_the_update_is_the_real_part_of_the_full_transform(shape: tuple[int, int
     (found,) = torch.autograd.grad(layer.delta(), layer.spectrum, seed)
     (wanted,) = torch.autograd.grad(expected, layer.spectrum, seed, retain_graph=True)
     assert torch.allclose(found, wanted, atol=1e-12)
-    x = torch.randn(3, in_, dtype=torch.float64)
-    assert torch.allclose(layer(x), x @ expected.T, atol=1e-12)
-    (found,) = torch.autograd.grad(layer(x), layer.spectrum, torch.ones(3, out, dtype=torch.float64))
-    (wanted,) = torch.autograd.grad(x @ expected.T, layer.spectrum, torch.ones(3, out, dtype=torch.float64))
-    assert torch.allclose(found, wanted, atol=1e-12)
+    for tokens in (1, 60):  # by transforms of the tokens, and by the matrix
+        x = torch.randn(tokens, in_, dtype=torch.float64)
+        assert torch.allclose(layer(x), x @ expected.T, atol=1e-12)
+        upper = torch.randn(tokens, out, dtype=torch.float64)
+        (found,) = torch.autograd.grad(layer(x), layer.spectrum, upper)
+        (wanted,) = torch.autograd.grad(x @ expected.T, layer.spectrum, upper, retain_graph=True)
+        assert torch.allclose(found, wanted, atol=1e-12)
 
 
 def test_starts(tiny: Any, batch_for: Any, logits: Any) -> None:

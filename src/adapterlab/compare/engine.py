@@ -30,6 +30,7 @@ ATTEMPTS = 2  # failures are tried once more
 _POLL = 0.3
 _GROWTH = 3.0  # what training is taken to need, in units of the untrained model's process, until a run says better
 _MARGIN = 1.2
+_SHARES = "the rates of a round; runs of all seeds but the first, which alone say what each costs"
 _ANY = 1000  # steps of a run that ends when its method says so, with a budget of time
 
 
@@ -397,6 +398,7 @@ class _Work:
             "engine": self.engine,
             "runs at a time": self.pool.size,
             "threads of each run": self.pool.threads,
+            "share a base": "nothing" if self.config.together == "never" else _SHARES,
             "budget": str(self.config.budget),
             "rows in a step": self.training.batch_size * self.training.accumulation,
             "training rows": self.data["train_rows"],

@@ -69,7 +69,8 @@ def spectral_product(x: Tensor, values: Tensor, by_row: Entries, by_column: Entr
 
     ΔW z = ifft(S ifft(z)) with the real S of `symmetric_entries`: one transform of each token on either side of a
     product with 2 n entries. ΔW is real, so two tokens are one complex vector. The transpose of ΔW is the like of Sᵀ.
-    Costs about 5 t (out log out + in log in) + 2 n t operations for t tokens, where a product with ΔW takes 2 t out in.
+    Costs about 5 t (out log out + in log in) + 4 n t operations for t tokens, where to make ΔW takes
+    5 out in log(out in) and a product with it 2 t out in: see `few_tokens`.
 
     The node keeps x and the values, and transforms x again for the gradient of the values. It computes in their dtype.
 
@@ -84,6 +85,15 @@ def spectral_product(x: Tensor, values: Tensor, by_row: Entries, by_column: Entr
     """
     y: Tensor = _SpectralProduct.apply(x, values, by_row, by_column)
     return y
+
+
+def few_tokens(tokens: int, out: int, in_: int) -> bool:
+    """Say whether `spectral_product` is faster than to make ΔW and multiply with it, forwards and backwards.
+
+    With bfloat16 tiles (Intel AMX) both took as long at 1.2 to 1.5 times the harmonic mean of out and in; larger layers
+    and slower products favour the transforms.
+    """
+    return 0 < tokens * (out + in_) <= 2 * out * in_
 
 
 class _SpectralProduct(torch.autograd.Function):
@@ -114,18 +124,18 @@ def _spectra(x: Tensor, like: Tensor, mirrored: bool = False) -> Tensor:
     """The transforms of tokens `[t, width]`, two as one complex vector, as real columns `[width, 2 ⌈t / 2⌉]`."""
     half = -(-len(x) // 2)
     second = F.pad(x[half:], (0, 0, 0, 2 * half - len(x)))
-    z = _transform(torch.complex(x[:half].to(like.dtype), second.to(like.dtype)), 1, mirrored)
+    z = _transform(torch.complex(x[:half].to(like.dtype), second.to(like.dtype)), mirrored)
     return torch.view_as_real(z.T.contiguous()).flatten(1)
 
 
 def _tokens(columns: Tensor, like: Tensor, mirrored: bool = False) -> Tensor:
     """The tokens `[t, width]` of which these columns are the spectra."""
-    z = _transform(torch.view_as_complex(columns.unflatten(1, (-1, 2))), 0, mirrored).T
+    z = _transform(torch.view_as_complex(columns.unflatten(1, (-1, 2))).T.contiguous(), mirrored)
     return torch.cat([z.real, z.imag])[: len(like)].to(like.dtype)
 
 
-def _transform(z: Tensor, dim: int, mirrored: bool) -> Tensor:
-    return torch.fft.fft(z, dim=dim, norm="forward") if mirrored else torch.fft.ifft(z, dim=dim)
+def _transform(z: Tensor, mirrored: bool) -> Tensor:
+    return torch.fft.fft(z, norm="forward") if mirrored else torch.fft.ifft(z)
 
 
 def _times(entries: Entries, values: Tensor, columns: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from adapterlab.core.patterns import Pattern, check_patterns, look_up
 from adapterlab.core.site import Site
 from adapterlab.errors import AttachError
 from adapterlab.methods.structured._rebuilt_updates import Rebuilt
-from adapterlab.ops.fourier import Entries, spectral_matrix, spectral_product, symmetric_entries
+from adapterlab.ops.fourier import Entries, few_tokens, spectral_matrix, spectral_product, symmetric_entries
 from adapterlab.ops.low_rank import autocasts
 from adapterlab.registry import register
 
@@ -26,8 +26,9 @@ class FourierFT(LayerMethod):
     """Learn a few Fourier coefficients of the weight's update, at random frequencies.
 
     y = W x + b + ΔW x, ΔW = alpha · Re(ifft2(F)), F `[out, in]` zero but for n trained real values at fixed random
-    places; ifft2 divides by out · in. ΔW has full rank, and is built only to be merged: what it adds to a token is the
-    transform of a sparse product with the token's own transform.
+    places; ifft2 divides by out · in. ΔW has full rank. What it adds to a token is the transform of a sparse product
+    with the token's own transform; for more tokens than a layer is wide, it is built for the call and again for the
+    backward pass.
 
     Where it attaches: linear layers (GPT-2's `Conv1D` and quantized ones too).
 
@@ -40,7 +41,8 @@ class FourierFT(LayerMethod):
     The update's size is about alpha √(n / (2 out in)): small layers need a smaller alpha.
 
     Cost of a step: five FFTs of the tokens in float32 and three products with 2 n entries, about 5 t (2 out log₂ out +
-    3 in log₂ in) + 12 n t operations for t tokens; LoRA's large products are 4 t out in.
+    3 in log₂ in) + 12 n t operations for t tokens; LoRA's large products are 4 t out in. For more tokens than 2 out in
+    / (out + in): three FFTs of out · in numbers and three products with ΔW, 6 t out in.
 
     Rate: 5e-2, as in the authors' scripts for Llama 2; those for GLUE have 4e-2 to 1.2e-1.
 
@@ -124,8 +126,9 @@ class FourierFT(LayerMethod):
             return spectral_matrix(self.alpha * self.spectrum, self.entries("row"), self.shape[1])
 
         def forward(self, x: Tensor) -> Tensor:
-            """The update's share of the output, without ΔW; a compiler makes more of the matrix."""
-            if torch.compiler.is_compiling() or autocasts(x) or not x.numel():
+            """The update's share of the output, for few tokens without ΔW; a compiler makes more of the matrix."""
+            few = few_tokens(x.numel() // x.shape[-1], *self.shape)
+            if not few or torch.compiler.is_compiling() or autocasts(x):
                 return super().forward(x)
             return spectral_product(x, self.alpha * self.spectrum, self.entries("row"), self.entries("column"))
 
