@@ -28,20 +28,22 @@ class Kill(Listener):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def piece(root: Path, folder: str, *listeners: Listener) -> int:
+def piece(root: Path, folders: list[str], *listeners: Listener) -> int:
     """Train in a child until it ends, and return the signal that ended it."""
     child = os.fork()
     if child == 0:
         common: dict[str, Any] = {"save_every": 3}
         long, short = make_config(root, **common), make_config(root, **common, steps=7, accumulation=1, seed=1)
-        configs = [{**long, "output": str(root / folder / "long")}, {**short, "output": str(root / folder / "short")}]
-        endings = fit_many(configs, resume=True, quiet=True, exact=True, callbacks=listeners)
-        os._exit(any(ending.error is not None for ending in endings))
+        for folder in folders:
+            outputs = [str(root / folder / name) for name in ("long", "short")]
+            configs = [{**fields, "output": output} for fields, output in zip((long, short), outputs, strict=True)]
+            endings = fit_many(configs, resume=True, quiet=True, exact=True, callbacks=listeners)
+            assert not any(ending.error for ending in endings), endings
+        os._exit(0)
     return os.waitpid(child, 0)[1]
 
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    assert piece(root, "killed", Kill()) == signal.SIGKILL
-    assert piece(root, "killed") == 0
-    assert piece(root, "straight") == 0
+    assert piece(root, ["killed"], Kill()) == signal.SIGKILL
+    assert piece(root, ["killed", "straight"]) == 0

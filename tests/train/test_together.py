@@ -32,7 +32,7 @@ class Run:
 
     method: Method
     training: Training
-    rows: slice = slice(None)
+    rows: tuple[int, int | None] = (0, None)
     listeners: list[Listener] = field(default_factory=list)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Run:
     def start(self, host: Host, name: str, rows: Rows) -> Loop:
         set_seed(self.training.seed)
         host.attach(self.method, name)
-        loop = Loop(host, name, rows[self.rows], self.training, eval_rows=rows[:4], listeners=self.listeners)
+        loop = Loop(host, name, rows[slice(*self.rows)], self.training, eval_rows=rows[:4], listeners=self.listeners)
         step = loop.optimizer.step
 
         def spy() -> None:
@@ -58,13 +58,27 @@ def a(**settings: Any) -> Training:
     return Training(**{"steps": 4, "batch_size": 4, "lr": 1e-2, "warmup": 0, "eval_every": 3, **settings})
 
 
+class Loads(Listener):
+    """What the experts of a run are used."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def stepped(self, loop: Loop, record: dict[str, Any]) -> None:
+        self.seen.append(record.get("load"))
+
+
 MIX: dict[str, Callable[[], Run]] = {
     "lora": lambda: Run(al.LoRA(r=2, dropout=0.3, targets=["q", "v", "down"]), a(seed=1, steps=6)),
     "wide": lambda: Run(al.LoRA(r=5, targets="all-linear"), a(batch_size=2, accumulation=3, clip=None, lr=3e-3)),
-    "dora": lambda: Run(al.DoRA(r=3, targets=["q", "up"]), a(schedule="linear", seed=2), slice(5, 16)),
+    "dora": lambda: Run(al.DoRA(r=3, targets=["q", "up"]), a(schedule="linear", seed=2), (5, 16)),
     "ia3": lambda: Run(al.IA3(), a(batch_size=7, weight_decay=0.1, label_smoothing=0.1)),
     "prefix": lambda: Run(al.PrefixTuning(length=3), a(steps=2, clip=0.5)),
     "houlsby": lambda: Run(al.AdapterHoulsby(m=4), a(batch_size=1, steps=5, z_loss=1e-3, schedule="constant")),
+    "router": lambda: Run(
+        al.MoLA(r=2, experts="4", targets=["q"], balance=5.0), a(log_every=1, accumulation=2), listeners=[Loads()]
+    ),
+    "other": lambda: Run(al.MoLA(r=2, experts="3", targets=["q"], balance=0.0), a(log_every=2), listeners=[Loads()]),
     "head": lambda: Run(al.LoRA(r=2, targets=["q"], modules_to_save=["lm_head"]), a(steps=3)),
 }
 
@@ -99,6 +113,14 @@ def check_close(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], toler
 def check_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+
+
+def check_loads(found: Any, wanted: Any) -> None:
+    assert any(wanted.seen)
+    for load, other in zip(found.seen, wanted.seen, strict=True):
+        assert (load or {}).keys() == (other or {}).keys()
+        for path, shares in (other or {}).items():
+            assert load[path] == pytest.approx(shares, abs=2e-4)
 
 
 class Passes:
@@ -138,6 +160,8 @@ def test_runs_of_many_methods_are_what_they_are_by_themselves(
         for found, wanted in zip(other.gradients, run.gradients, strict=True):
             check_close(found, wanted, 1e-5 if found is other.gradients[0] else 1e-4)
         check_close(other.weights, run.weights, 1e-4)
+        for mine, theirs in zip(other.listeners, run.listeners, strict=True):
+            check_loads(mine, theirs)
     assert len(passes.tokens) == max(run.training.steps * run.training.accumulation for run in alone.values())
     assert host.methods == {}
     assert host.active == ()
@@ -150,7 +174,7 @@ def test_exact_passes_give_the_bits_of_separate_runs(tiny: Callable[..., Any], r
         by_itself(Host(tiny("llama")), run, rows)
     endings = at_once(Host(tiny("llama")), exact, rows, exact=True)
     for name, run in alone.items():
-        assert "to" in endings[name].why
+        assert "asked for" in endings[name].why
         check_same(exact[name].weights, run.weights)
 
 
@@ -188,7 +212,7 @@ def test_a_run_that_fails_leaves_the_others_untouched_to_the_bit(
 
 
 def test_a_run_that_cannot_begin_ends_alone(tiny: Callable[..., Any], rows: Rows) -> None:
-    runs = {"empty": Run(al.LoRA(r=2), a(), slice(0, 0)), "sound": MIX["dora"]()}
+    runs = {"empty": Run(al.LoRA(r=2), a(), (0, 0)), "sound": MIX["dora"]()}
     endings = at_once(Host(tiny("llama")), runs, rows)
     assert isinstance(endings["empty"].error, DataError)
     assert endings["sound"].value.step == 4
@@ -209,7 +233,6 @@ ALONE: dict[str, tuple[Callable[[], Run], str]] = {
     "own": (lambda: Run(Own(r=2, targets=["q"]), a()), "computes gradients in its own way"),
     "padded": (lambda: Run(al.LoRA(r=2, targets=["q"]), a(packing=False)), "rows are padded, as asked for"),
     "prompt": (lambda: Run(al.PromptTuning(length=2), a()), "may mix positions"),
-    "router": (lambda: Run(al.MoLoRA(r=2, targets=["q"]), a()), "what the tokens of a whole batch use"),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from adapterlab.engine.attachments import attachments
 from adapterlab.engine.recompute import recomputation
 from adapterlab.engine.wrapping import adapters_of
 from adapterlab.errors import AttachError, ConfigError
-from adapterlab.foreign.model import is_encoder_decoder, output_head, text_config
+from adapterlab.foreign.model import is_encoder_decoder, output_head, plain_class, text_config
 from adapterlab.ops.cross_entropy import (
     IGNORED,
     PLAIN,
@@ -95,8 +95,9 @@ class Loss:
             labels: `[rows, tokens]`, each of the token that stands there.
             total: as for a call.
         """
-        bears = labels[:, 1:] != IGNORED
-        return self._head_loss(hidden[:, :-1][bears], labels[:, 1:][bears]) / total
+        labels = labels[:, 1:]
+        bears = labels != IGNORED
+        return self._head_loss(hidden[:, :-1][bears], labels[bears], bears) / total
 
     def tokens(self, batch: Mapping[str, Tensor]) -> int:
         """Number of positions of a batch that bear a label."""
@@ -119,33 +120,51 @@ class Loss:
         logits, labels = logits[bears], labels[bears]
         return logits_cross_entropy(logits, labels, self.form) - logits_cross_entropy(logits, labels)
 
-    def _head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        head = output_head(self.model)
+    def _head_loss(self, hidden: Tensor, labels: Tensor, bears: Tensor) -> Tensor:
+        """The loss of the positions that bear a label, `hidden[bears]`."""
+        head: Any = output_head(self.model)
         hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__
-        if type(head) is nn.Linear and not hooked:
+        if plain_class(head) is nn.Linear and not hooked and not self._live(head):
             return linear_cross_entropy(hidden.to(head.weight.dtype), head.weight, head.bias, labels, self.form)
         carrier = attachments(self.model)
         if carrier is None:
             return module_cross_entropy(hidden, head, labels, head.out_features, form=self.form)
         state, whole = carrier.state, max(1, len(hidden))
+        segments = None if state.segments is None else state.segments.tokens(len(bears), 1 + bears.shape[1])
+        left = None if segments is None else segments.chosen(_padded(bears).flatten().cpu())
 
-        def portion(h: Tensor) -> Tensor:
-            with state.portion(len(h) / whole):
-                logits: Tensor = head(h)
-                return logits
+        @contextlib.contextmanager
+        def portion(rows: slice) -> Iterator[None]:
+            """The head is given some of the positions that are left."""
+            count = len(labels[rows])
+            with state.portion(count / whole):
+                if left is None:
+                    yield
+                else:
+                    with state.showing(left.chosen(rows), None):
+                        yield
 
         again = functools.partial(recomputation, carrier)
-        return module_cross_entropy(hidden, portion, labels, head.out_features, again, self.form)
+        return module_cross_entropy(hidden, head, labels, head.out_features, again, self.form, portion)
 
     def _entrances(self) -> list[Entrance]:
         """What changes the arguments of the whole model, the outermost first."""
-        return [a for a in self._outermost()[::-1] if isinstance(a, Entrance)]
+        carrier = attachments(self.model)
+        held = [
+            adapter for adapter in self._live(self.model)[::-1] if isinstance(adapter, Entrance) and not adapter.idle
+        ]
+        if held and carrier is not None and carrier.state.segments is not None:
+            raise AttachError(
+                f"{type(held[-1]).__qualname__} changes what the whole model is called with, for all rows alike. Train "
+                "its rows in a batch of their own, with host.using."
+            )
+        return held
 
-    def _outermost(self) -> list[Adapter]:
-        """The live adapters that stand around the whole model."""
+    def _live(self, module: nn.Module) -> list[Adapter]:
+        """The live adapters that stand around a module."""
         carrier = attachments(self.model)
         live = carrier.state.active if carrier is not None else ()
-        return [adapter for key, adapter in adapters_of(self.model).items() if key in live]
+        return [adapter for key, adapter in adapters_of(module).items() if key in live]
 
     def _shape(self) -> str:
         scale, cap = self.form.scale, self.form.cap
@@ -160,7 +179,7 @@ class Loss:
             return "an encoder-decoder computes its own loss"
         if not isinstance(head, nn.Linear) or backbone is self.model:
             return f"{type(self.model).__name__} has no linear output head on a backbone"
-        if not all(isinstance(adapter, Entrance) for adapter in self._outermost()):
+        if not all(isinstance(adapter, Entrance) for adapter in self._live(self.model)):
             return "an adapter stands around the whole model"
         try:
             agrees = self._agrees(head)
@@ -205,6 +224,11 @@ class Loss:
         if agrees:
             self.form = self.form._replace(scale=form.scale, cap=form.cap)
         return agrees
+
+
+def _padded(bears: Tensor) -> Tensor:
+    """Which positions of the model bear a label: nothing is predicted at the last one of a row."""
+    return torch.cat([bears, bears.new_zeros(len(bears), 1)], 1)
 
 
 def _known(logits: Tensor) -> Tensor:

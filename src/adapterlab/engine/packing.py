@@ -62,10 +62,7 @@ def _mixing(model: Any) -> str:
         return f"{', '.join(map(str, carrier.composition.parts))} tells positions apart"
     for key in carrier.state.active if carrier else ():
         for path, adapter in carrier.adapters(key).items():  # type: ignore[union-attr]
-            apart = adapter.tokenwise
-            if apart is None:  # inside the attention each sample comes by itself
-                apart = adapter.place == "attention" or adapter.site.kind in ("linear", "embedding", "norm")
-            if not apart:
+            if not adapter.keeps_tokens_apart:
                 return f"what stands around {path or 'the whole model'} may mix positions"
     return ""
 

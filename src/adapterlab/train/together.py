@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from adapterlab.core.segments import segments
+from adapterlab.core.state import Sinks
 from adapterlab.data.batching import joined
 from adapterlab.engine.attention import fast_attention
 from adapterlab.engine.norms import lean_norms
@@ -280,8 +281,8 @@ class _Rounds:
         before = [runner.stream.generator.get_state() for runner in runners]
         losses: list[Tensor] = []
         try:
-            with self._owned(runners):
-                losses += self._losses(runners)
+            with self._owned(runners) as sinks:
+                losses += self._losses(runners, sinks)
                 runners[0].part.loop.accelerator.backward(torch.stack(losses).sum())
         except Exception as error:
             if losses:  # gradients of some are there, and cannot be told from those of earlier passes
@@ -296,27 +297,37 @@ class _Rounds:
         return {runner: float(loss.detach()) for runner, loss in zip(runners, losses, strict=True)}
 
     @contextlib.contextmanager
-    def _owned(self, runners: list[_Runner]) -> Iterator[None]:
-        """Say which tokens of the pass are whose, and where their adapters take random numbers."""
+    def _owned(self, runners: list[_Runner]) -> Iterator[list[Sinks]]:
+        """Say which tokens of the pass are whose, and where their adapters take random numbers and leave losses."""
+        state = self.host.state
         counts = [(runner.name, _tokens(runner.part)) for runner in runners]
         generators = {runner.name: runner.stream.generator for runner in runners}
+        sinks = [Sinks([], runner.part.used) for runner in runners]
         offload = offloading(self.host.model, runners[0].part.loop.training.offload)
-        with self.host.tokens(counts, generators), offload:
-            yield
+        with self.host.tokens(counts, generators=generators), offload:
+            state.sinks = {
+                key: sink for runner, sink in zip(runners, sinks, strict=True) for key in self.host.parts(runner.name)
+            }
+            try:
+                yield sinks
+            finally:
+                state.sinks = {}
 
-    def _losses(self, runners: list[_Runner]) -> list[Tensor]:
-        parts: list[Part] = [runner.part for runner in runners]
-        with self.host.state.collect() as emitted:
+    def _losses(self, runners: list[_Runner], sinks: list[Sinks]) -> list[Tensor]:
+        parts, state = [runner.part for runner in runners], self.host.state
+        with state.collect() as nobodys:
             hidden = parts[0].loop.loss.hidden(joined([part.batch for part in parts]))
-        if emitted:
+            each = hidden.split([_tokens(part) for part in parts], 1)
+            found = [self._loss(part, own) for part, own in zip(parts, each, strict=True)]
+        if nobodys:
             raise AttachError("An adapter emits a loss of all tokens of a pass, and they belong to several runs.")
-        found = []
-        for part, own in zip(parts, hidden.split([_tokens(part) for part in parts], 1), strict=True):
-            mine = segments([(tuple(self.host.parts(part.loop.name)), _tokens(part))], by_token=True)
-            with self.host.state.showing(mine, None):  # the head sees the labels of one run at a time
-                loss = part.loop.loss.of(own, part.batch["labels"], part.labels)
-            found.append(part.whole(loss, ()))
-        return found
+        return [part.whole(loss, sink.losses) for part, loss, sink in zip(parts, found, sinks, strict=True)]
+
+    def _loss(self, part: Part, hidden: Tensor) -> Tensor:
+        """The loss of one micro-batch, for which the head sees the labels of its run alone."""
+        mine = segments([(tuple(self.host.parts(part.loop.name)), _tokens(part))], by_token=True)
+        with self.host.state.showing(mine, None):
+            return part.loop.loss.of(hidden, part.batch["labels"], part.labels)
 
 
 def _tokens(part: Part) -> int:
