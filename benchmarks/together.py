@@ -94,7 +94,7 @@ def loop_of(host: Any, name: str, number: int, job: dict[str, Any], clock: Any) 
     draw = torch.Generator().manual_seed(number)
     ids = torch.randint(3, host.model.config.vocab_size, (8 * count, length), generator=draw).tolist()
     training = Training(
-        steps=WARM + job["steps"], batch_size=count, lr=1e-4, seed=number, warmup=0, proof_steps=1,
+        steps=WARM + job["steps"], batch_size=count, lr=1e-4, seed=number, warmup=0, proof_steps=WARM,
     )  # fmt: skip
     host.activate()
     host.attach(al.LoRA(r=job["rank"], alpha=2 * job["rank"], targets="all-linear"), name)

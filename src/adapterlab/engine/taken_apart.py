@@ -194,8 +194,9 @@ class TokenCall(Call):
         for name, value in bound(args, kwargs).items():
             before, all_of_it = own.get(name), everyone.get(name)
             found[name] = all_of_it if value is before else value
-            if value is not before and before is not all_of_it and isinstance(value, Tensor):
-                entries = self.flat(all_of_it).to(value.dtype)
+            narrowed = before is not all_of_it and isinstance(all_of_it, Tensor)
+            if value is not before and narrowed and isinstance(value, Tensor):
+                entries = self.flat(everyone[name]).to(value.dtype)
                 found[name] = entries.index_copy(0, index.to(value.device), value[0]).unflatten(0, self.lead)
         return found
 

@@ -145,7 +145,7 @@ def needed(
     if is_trifle(configs[0]):
         return None, [0] * len(configs)
     if make:
-        jobs = {str(i): (early_plan, (config, PATIENCE), {}) for i, config in enumerate(configs)}
+        jobs: dict[str, Any] = {str(i): (early_plan, (config, PATIENCE), {}) for i, config in enumerate(configs)}
         tell(f"Planning the memory of {len(configs)} runs ...")
         found, _ = each(jobs, processes())
         plans = [found.get(str(i)) for i in range(len(configs))]

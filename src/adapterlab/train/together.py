@@ -167,7 +167,7 @@ class _Rounds:
         """Go on until every run has ended, or a signal asks for the end: each finishes its step then."""
         try:
             with stop_on_signals() as asked:
-                self.stopping = functools.partial(contextlib.nullcontext, asked)
+                self.stopping = lambda: contextlib.nullcontext(asked)
                 while self.running or (self.waiting and not asked()):
                     if not asked():
                         self._admit()
