@@ -93,10 +93,18 @@ def tests(job: dict[str, Any]) -> Figures:
             if report.when == "call" or report.outcome != "passed":
                 self.seen[report.outcome].append(report.nodeid.rpartition("/")[2])
 
+        def pytest_collectreport(self, report: Any) -> None:
+            if report.failed:
+                self.seen["failed"].append(
+                    f"{report.nodeid.rpartition('/')[2]}: {str(report.longrepr).splitlines()[-1]}"
+                )
+
     os.environ["ADAPTERLAB_TEST_DEVICE"] = job["device"]
     notes = Notes()
     where = ["--rootdir", str(bench.ROOT), "-c", str(bench.ROOT / "pyproject.toml"), str(bench.ROOT / "tests" / "gpu")]
-    pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *where], [notes])
+    status = pytest.main(["-q", "-m", "gpu", "-p", "no:cacheprovider", *where], [notes])
+    if status != pytest.ExitCode.OK and not notes.seen["failed"]:
+        raise RuntimeError(f"pytest ended with {status!r}")
     return {**{key: len(names) for key, names in notes.seen.items()}, "failures": notes.seen["failed"]}
 
 
