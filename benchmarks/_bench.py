@@ -200,7 +200,9 @@ def _arguments(doc: str, options: Callable[[argparse.ArgumentParser], Any]) -> a
 
 def caller(script: str, args: argparse.Namespace) -> Callable[[Mapping[str, Any]], Figures]:
     """Return a function that does one job in a process of its own; it raises RuntimeError when that fails."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # What is measured are the sources whose checksum stands beside the figures, whatever is installed.
+    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not args.gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # the comparison is of CPUs
     if args.threads:
