@@ -35,13 +35,17 @@ MODEL = "smollm2-135m"
 TINY = {"vocabulary": 512, "hidden": 64, "layers": 2}
 SEED = 0
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "adapterlab")
+_KEPT = ("code", "versions", "cpu", "gpu")  # conditions that each run has with it
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16")
 Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: `settings` are all that `work` receives; case, side and pair say where its figures belong."""
+    """One run: `settings` are all that `work` receives; case, side and pair say where its figures belong.
+
+    A setting `limit` is the number of seconds after which the run is stopped and counts as failed.
+    """
 
     case: str
     side: str
@@ -74,7 +78,7 @@ class Runs:
         run = self.found.get(job.key)
         if run is None or run["settings"] != _plain(job.settings):
             return False
-        return self.keep or all(run[key] == self.conditions[key] for key in ("code", "versions", "cpu"))
+        return self.keep or all(run.get(key) == self.conditions.get(key) for key in _KEPT)
 
     def figures(self, jobs: Iterable[Job]) -> list[tuple[Job, Figures]]:
         """The figures of all jobs that are done; a failed run has one figure, `error`."""
@@ -82,7 +86,7 @@ class Runs:
 
     def add(self, job: Job, figures: Figures, load: Sequence[float]) -> None:
         made = {"settings": _plain(job.settings), "date": now(), "load": list(load)}
-        self.found[job.key] = {**made, **{k: self.conditions[k] for k in ("code", "versions", "cpu")}}
+        self.found[job.key] = {**made, **{k: self.conditions[k] for k in _KEPT if k in self.conditions}}
         self.found[job.key]["figures"] = figures
 
     def save(self, jobs: Sequence[Job], summary: Mapping[str, Any]) -> None:
@@ -104,6 +108,7 @@ def main(
     peers: bool = True,
     tolerant: bool = False,
     suffix: Callable[[argparse.Namespace], str] = lambda args: "",
+    gpu: bool = False,
 ) -> None:
     """Run a benchmark, or one run of it.
 
@@ -117,12 +122,14 @@ def main(
         peers: whether PEFT and TRL are needed.
         tolerant: a failing run is noted and the others go on.
         suffix: of the results' name, for options that make another table.
+        gpu: runs see the GPU, except with --quick; else there is none for them.
     """
     if sys.argv[1:2] == ["--worker"]:
         print("\n" + json.dumps(work(json.loads(sys.argv[2]))))
         return
     args = _arguments(sys.modules["__main__"].__doc__ or "", options)
     args.keep |= args.quick
+    args.gpu = gpu and not args.quick
     args.python = _python(args.python) if peers else sys.executable
     name = Path(script).stem + suffix(args)
     file = (HERE / ".cache" / "quick" if args.quick else RESULTS) / f"{name}.json"
@@ -193,18 +200,21 @@ def _arguments(doc: str, options: Callable[[argparse.ArgumentParser], Any]) -> a
 
 def caller(script: str, args: argparse.Namespace) -> Callable[[Mapping[str, Any]], Figures]:
     """Return a function that does one job in a process of its own; it raises RuntimeError when that fails."""
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",  # the comparison is of CPUs
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    # What is measured are the sources whose checksum stands beside the figures, whatever is installed.
+    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not args.gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # the comparison is of CPUs
     if args.threads:
         environment |= {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
 
     def call(settings: Mapping[str, Any]) -> Figures:
         command = [args.python, script, "--worker", json.dumps(_plain(settings))]
-        made = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE)
+        limit = settings.get("limit")
+        try:
+            made = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE, timeout=limit)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"stopped after its limit of {limit} seconds") from None
         if made.returncode:
             raise RuntimeError(f"exit code {made.returncode}\n{made.stderr.strip()[-1500:]}")
         return json.loads(made.stdout.strip().splitlines()[-1])
@@ -221,6 +231,7 @@ def conditions(args: argparse.Namespace, script: str) -> dict[str, Any]:
     return {
         "date": now(),
         "cpu": {**_cpu(), "cores": os.cpu_count()},
+        **({"gpu": _gpu()} if args.gpu else {}),
         "system": platform.platform(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "threads": args.threads or "torch's choice",
@@ -259,6 +270,13 @@ def _cpu() -> dict[str, Any]:
     lines = dict(re.findall(r"^([\w ]+?)\s*:\s*(.*)$", text, re.MULTILINE))
     flags = lines.get("flags", "").split()
     return {"model": lines.get("model name", platform.processor()), "flags": [f for f in _FLAGS if f in flags]}
+
+
+def _gpu() -> dict[str, Any]:
+    import torch
+
+    found = torch.cuda.get_device_properties(0)
+    return {"name": found.name, "memory_bytes": found.total_memory, "cuda": torch.version.cuda}
 
 
 def _git() -> str | None:
@@ -363,7 +381,13 @@ def _peak() -> int:
     return max(peak if sys.platform == "darwin" else peak * 1024, _resident())
 
 
-def load(model: str | Mapping[str, int], seed: int = SEED, quantize: str | None = None, dtype: str = "bfloat16") -> Any:
+def load(
+    model: str | Mapping[str, int],
+    seed: int = SEED,
+    quantize: str | None = None,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+) -> Any:
     """Load a model of the catalogue, or make a random Llama of some sizes; packed ones from the catalogue only."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -374,15 +398,15 @@ def load(model: str | Mapping[str, int], seed: int = SEED, quantize: str | None 
 
         if quantize:
             return load_model(model, precision="bf16", quantize=quantize)[0]
-
         return AutoModelForCausalLM.from_pretrained(str(resolve(model)), dtype=getattr(torch, dtype))
     hidden = model["hidden"]
     config = LlamaConfig(
-        vocab_size=model["vocabulary"], hidden_size=hidden, intermediate_size=2 * hidden, tie_word_embeddings=True,
-        num_hidden_layers=model["layers"], num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-        pad_token_id=0,
+        vocab_size=model["vocabulary"], hidden_size=hidden, intermediate_size=model.get("inner", 2 * hidden),
+        tie_word_embeddings=True, num_hidden_layers=model["layers"], num_attention_heads=model.get("heads", 4),
+        num_key_value_heads=2, max_position_embeddings=2048, pad_token_id=0,
     )  # fmt: skip
-    return LlamaForCausalLM(config).to(getattr(torch, dtype))
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(getattr(torch, dtype))
 
 
 def chosen_model(args: argparse.Namespace) -> str | dict[str, int]:
@@ -396,11 +420,11 @@ def chosen_model(args: argparse.Namespace) -> str | dict[str, int]:
 
 
 def batch(model: Any, rows: int, length: int) -> dict[str, Any]:
-    """Random tokens that all bear a label."""
+    """Random tokens that all bear a label, where the model is."""
     import torch
 
     draw = torch.Generator().manual_seed(SEED)
-    ids = torch.randint(3, model.config.vocab_size, (rows, length), generator=draw)
+    ids = torch.randint(3, model.config.vocab_size, (rows, length), generator=draw).to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
 
 
@@ -440,11 +464,20 @@ def timed(function: Callable[[], Any], times: int, warm: int = 1) -> list[float]
     """Seconds of each call after the warm-up."""
     seconds = []
     for index in range(warm + times):
-        began = time.perf_counter()
+        began = moment()
         function()
         if index >= warm:
-            seconds.append(time.perf_counter() - began)
+            seconds.append(moment() - began)
     return seconds
+
+
+def moment() -> float:
+    """The time in seconds, once a GPU has done what it was asked for."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 # ---------------------------------------------------------------------- statistics and tables

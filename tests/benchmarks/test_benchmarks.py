@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adapterlab.ops.operator import operator
 
-floor, scaling, step_time, vs_trl = map(importlib.import_module, ("floor", "scaling", "step_time", "vs_trl"))
+floor, gpu_check, scaling, step_time, vs_trl = map(
+    importlib.import_module, ("floor", "gpu_check", "scaling", "step_time", "vs_trl")
+)
 NOW = {"code": "c", "versions": {"torch": "2"}, "cpu": {"model": "x"}}
 
 
@@ -85,6 +89,13 @@ def test_a_failing_run_is_named_or_noted(tmp_path: Path) -> None:
         measure(tmp_path / "r.json", jobs, call)
     runs = measure(tmp_path / "r.json", jobs, call, tolerant=True)
     assert [figures for _, figures in runs.figures(jobs)] == [{"error": "exit code 1"}, {"t": 1}]
+
+
+def test_a_run_beyond_its_limit_is_stopped(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n")
+    args = argparse.Namespace(gpu=False, threads=None, python=sys.executable)
+    with pytest.raises(RuntimeError, match=r"limit of 0\.2 seconds"):
+        bench.caller(str(tmp_path / "sleeper.py"), args)({"limit": 0.2})
 
 
 def test_changed_sources_stop_a_benchmark(tmp_path: Path) -> None:
@@ -169,6 +180,39 @@ def test_products_of_fused_operators_and_backward_passes_are_counted() -> None:
         torch.bmm(*batches)
         a.detach() @ b.detach()
     assert operations == counter.get_total_flops()
+
+
+def test_the_gpu_check_needs_ten_minutes_and_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = argparse.Namespace(quick=False, pairs=1, steps=1)
+    monkeypatch.setattr(gpu_check, "_card", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        gpu_check.plan(args)
+    monkeypatch.setattr(gpu_check, "_card", lambda: True)
+    jobs = gpu_check.plan(args)
+    assert sum(job.settings["limit"] for job in jobs) <= 600
+    assert {job.settings["part"] for job in jobs} == gpu_check.PARTS.keys()
+
+
+def test_forms_of_products_of_many_adapters_agree() -> None:
+    """The form with a mask of blocks and the one with a product for each row; the third is not on every device."""
+    found = gpu_check.grouped({"model": bench.TINY, "device": "cpu", "steps": 1})
+    assert {form[name]["error"] < 1e-2 for form in found.values() for name in ("each", "masked")} == {True}
+
+
+def test_what_failed_in_the_gpu_check_leaves_the_rest() -> None:
+    settings = {"part": "step", "lengths": [[2, 8]], "method": "lora"}
+    sides = {side: {**settings, "side": side} for side in (gpu_check.OURS, gpu_check.THEIRS)}
+    jobs = [bench.Job("step", f"lora, {side}", 0, own) for side, own in sides.items()]
+    figures = {"2x8": {"step": 2.0, "live": 90, "process": 200}}
+    planned = bench.Job("plan", gpu_check.OURS, 0, {}), {"lora": {"2x8": {"live": 99, "process": 100}}}
+    done = [(jobs[0], figures), (jobs[1], {"error": "no TRL"}), planned]
+    summary, table = gpu_check.report(done, Path("x.json"))
+    assert summary["step"]["lora"]["2x8"]["error of live tensors"] == pytest.approx(0.1)
+    assert summary["step"]["lora"]["2x8"]["error of all memory"] == pytest.approx(-0.5)
+    assert summary["failed"] == {jobs[1].key: "no TRL"}
+    assert "| +10.0% | -50.0% |" in table
+    done[1] = (jobs[1], {"2x8": {"step": 4.0, "live": 180, "process": 400}})
+    assert "| 0.50 | 0.50 | +10.0%" in gpu_check.report(done, Path("x.json"))[1]
 
 
 @pytest.mark.parametrize("id", ["lora", "ia3", "prompt_tuning"])

@@ -37,7 +37,7 @@ def test_claim(randomise: Any) -> None:
 @pytest.mark.parametrize("shape", [(6, 8), (5, 7), (8, 5), (1, 4), (9, 1)])
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_the_update_is_the_real_part_of_the_full_transform(shape: tuple[int, int], share: float) -> None:
-    """At full share every place is taken, those that are their own mirror image too."""
+    """As a matrix and applied. At full share every place is taken, those that are their own mirror image too."""
     out, in_ = shape
     n = max(1, int(share * out * in_))
     host = al.attach(nn.Sequential(nn.Linear(in_, out)).double(), FourierFT(n=n, alpha=3, seed=4, targets=["0"]))
@@ -48,8 +48,15 @@ def test_the_update_is_the_real_part_of_the_full_transform(shape: tuple[int, int
     assert torch.allclose(layer.delta(), expected, atol=1e-12)
     seed = torch.randn_like(expected)
     (found,) = torch.autograd.grad(layer.delta(), layer.spectrum, seed)
-    (wanted,) = torch.autograd.grad(expected, layer.spectrum, seed)
+    (wanted,) = torch.autograd.grad(expected, layer.spectrum, seed, retain_graph=True)
     assert torch.allclose(found, wanted, atol=1e-12)
+    for tokens in (1, 60):  # by transforms of the tokens, and by the matrix
+        x = torch.randn(tokens, in_, dtype=torch.float64)
+        assert torch.allclose(layer(x), x @ expected.T, atol=1e-12)
+        upper = torch.randn(tokens, out, dtype=torch.float64)
+        (found,) = torch.autograd.grad(layer(x), layer.spectrum, upper)
+        (wanted,) = torch.autograd.grad(x @ expected.T, layer.spectrum, upper, retain_graph=True)
+        assert torch.allclose(found, wanted, atol=1e-12)
 
 
 def test_starts(tiny: Any, batch_for: Any, logits: Any) -> None:
@@ -78,27 +85,21 @@ def test_the_places_are_those_of_the_seed_and_the_shape(tiny: Any) -> None:
     found = []
     for seed in (1, 1, 2):
         layers = al.attach(tiny("llama"), FourierFT(n=50, seed=seed, targets=["q", "v"])).adapters("default")
-        targets: list[Any] = [layer.target for layer in layers.values()]
+        targets: list[Any] = [layer.entries("row").places for layer in layers.values()]
         assert torch.equal(targets[0], targets[2])
         found.append(targets[0])
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
 
 
-LAYER, DELTA, PLACES, HALF = FourierFT.Layer, FourierFT.Layer.delta, fourierft.places, fourierft.half_places
+LAYER, DELTA, FORWARD, PLACES = FourierFT.Layer, FourierFT.Layer.delta, FourierFT.Layer.forward, fourierft.places
+ENTRIES, PRODUCT = fourierft.symmetric_entries, fourierft.spectral_product
 
 
-def _imaginary(self: Any) -> Tensor:
-    """The spectrum turned by a quarter."""
-    out, in_ = self.shape
-    values = 1j * (self.alpha * self.spectrum).repeat(2) * self.share
-    half = values.new_zeros(out * (in_ // 2 + 1)).index_add(0, self.target, values)
-    return torch.fft.irfft2(half.view(out, -1), s=self.shape)
-
-
-def _unmirrored(out: int, in_: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
-    share, target = HALF(out, in_, n, seed)
-    return share * (torch.arange(2 * n) < n), target
+def _half_mirrored(flat: Tensor, out: int, in_: int) -> Any:
+    """The mirror image in the columns alone."""
+    rows, columns = ENTRIES(flat, out, in_)
+    return rows._replace(places=-rows.places % in_), columns
 
 
 def _transposed(out: int, in_: int, n: int, seed: int) -> Tensor:
@@ -111,9 +112,10 @@ BROKEN: dict[str, Mutation] = {
     "places of another seed": (fourierft, "places", lambda out, in_, n, seed: PLACES(out, in_, n, seed + 1)),
     "the seed ignored": (fourierft, "places", lambda out, in_, n, seed: PLACES(out, in_, n, 4)),
     "places of the transpose": (fourierft, "places", _transposed),
-    "mirrored places left out": (fourierft, "half_places", _unmirrored),
-    "the imaginary part": (LAYER, "delta", _imaginary),
+    "columns mirrored alone": (fourierft, "symmetric_entries", _half_mirrored),
+    "applied with the other sign": (fourierft, "spectral_product", lambda x, v, *entries: PRODUCT(x, -v, *entries)),
     "alpha left out": (LAYER, "delta", lambda self: DELTA(self) / self.alpha),
+    "alpha left out where it is applied": (LAYER, "forward", lambda self, x: FORWARD(self, x) / self.alpha),
     "the root of the size": (LAYER, "delta", lambda self: DELTA(self) * (self.shape[0] * self.shape[1]) ** 0.5),
     "values start uniform": begun(LAYER, lambda layer, method: layer.spectrum.uniform_(-1, 1)),
     "values start at zero": begun(LAYER, lambda layer, method: layer.spectrum.zero_()),

@@ -73,7 +73,7 @@ def test_claim() -> None:
 def norm_ratio(size: int) -> float:
     """‖P(v)‖ / ‖v‖ for a random v of 200."""
     site = al.attach(nn.Sequential(nn.Linear(2, 2)), al.LoRA(r=1, targets=["0"])).adapters("default")["0"].site
-    projection = intrinsic_said.Fastfood(size, 3, site, keep=True)
+    projection = intrinsic_said.Fastfood(size, 200, 3, site, keep=True)
     v = torch.randn(200, generator=torch.Generator().manual_seed(1))
     return float(projection(v).norm() / v.norm())
 
@@ -89,7 +89,6 @@ def test_norms_are_kept(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_projection_is_the_product_of_its_five_matrices(size: int) -> None:
     """Dense in float64, v longer and shorter than the padded length."""
     site = al.attach(nn.Sequential(nn.Linear(2, 2)).double(), al.LoRA(r=1, targets=["0"])).adapters("default")["0"].site
-    projection = intrinsic_said.Fastfood(size, 3, site, keep=True)
     n = 8 if size == 5 else 16
     H = torch.tensor(hadamard(n), dtype=torch.float64)
     draw = torch.Generator().manual_seed(3)
@@ -97,6 +96,7 @@ def test_the_projection_is_the_product_of_its_five_matrices(size: int) -> None:
     order = torch.randperm(n, generator=draw, dtype=torch.int32)
     G = torch.randn(n, generator=draw).double()
     for length in (3, n, 20):
+        projection = intrinsic_said.Fastfood(size, length, 3, site, keep=True)
         v = torch.randn(length, dtype=torch.float64)
         padded = torch.cat([v, v.new_zeros(n)])[:n]
         permute = torch.eye(n, dtype=torch.float64)[order.long()]

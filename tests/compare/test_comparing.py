@@ -49,8 +49,10 @@ def test_a_comparison_measures_ranks_and_recommends(whole: Any, fields: dict[str
 
     for run in whole.runs:
         if run.status == "finished" and not run.is_untrained:
-            missing = [name for name in type(run).model_fields if getattr(run, name) in (None, [])]
-            assert not missing, f"{run.label}: not measured: {missing}"
+            missing = {name for name in type(run).model_fields if getattr(run, name) in (None, [])}
+            shared = run.together > 1
+            assert shared == (run.seed > 0)
+            assert missing == ({"memory", "train_seconds"} if shared else set()), run.label
             assert run.steps == 20
             assert len(run.train_curve) == 20
             assert run.attempts == 1
@@ -116,6 +118,34 @@ def test_rates_are_searched_on_rows_that_judge_nothing(fields: dict[str, Any], i
     again = ["".join(m["content"] for m in json.loads(line)["messages"]) for line in [*held, *train]]
     assert sorted(again) == sorted(shown), "the two parts are the training rows, and no evaluation row is among them"
     assert not (fields["output"] / "lr" / "lora" / "train").exists()
+
+
+def test_a_shared_base_changes_how_runs_come_about_and_not_what_comes_out(
+    fields: dict[str, Any], inline: Callable[..., Any]
+) -> None:
+    inline()
+    search = {"rates": 2, "fractions": [0.5], "extend": 0}
+    given = {**fields, "methods": [LORA, "ia3"], "lr": "auto", "search": search, "seeds": 2}
+    auto, never = (
+        compare(CompareConfig(**{**given, "together": how, "output": fields["output"] / how}))
+        for how in ("auto", "never")
+    )
+    assert [(s.label, s.rank) for s in auto.standings] == [(s.label, s.rank) for s in never.standings]
+    assert [s.chosen for s in auto.searches] == [s.chosen for s in never.searches]
+    for here, there in zip(auto.runs, never.runs, strict=True):
+        assert here.together == (2 if here.seed else 1)
+        assert there.together == 1
+        assert here.best is not None
+        assert there.best is not None
+        assert here.best.losses == pytest.approx(there.best.losses, rel=1e-4)
+        assert [loss for _, loss in here.train_curve] == pytest.approx(
+            [loss for _, loss in there.train_curve], rel=1e-4
+        )
+    for shared, apart in zip(auto.searches, never.searches, strict=True):
+        trials = [(trial.together, trial.loss) for trial in shared.rounds[0]]
+        assert [count for count, _ in trials] == [2, 2]
+        assert {trial.together for trial in apart.rounds[0]} == {1}
+        assert [loss for _, loss in trials] == pytest.approx([trial.loss for trial in apart.rounds[0]], rel=1e-4)
 
 
 @pytest.mark.parametrize(("budget", "steps"), [({"tokens": 300}, None), ({"minutes": 1e-4}, None)])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +15,9 @@ import pytest
 
 from adapterlab.compare import CompareConfig, compare, pools
 from adapterlab.compare.halving import halve, spread
-from adapterlab.compare.jobs import JobFolder
+from adapterlab.compare.jobs import Job, JobFolder
 from adapterlab.compare.results import UNTRAINED, Exam, Run, Trial
+from adapterlab.compare.sharing import Shared, dealt, shared
 from adapterlab.plan import before_run
 
 
@@ -26,6 +29,11 @@ def pretend(folder: Path) -> int:
         trial = {"lr": 1e-3, "steps": job.steps, "loss": 1.0, "kept": True}
         place.finish({"label": job.label, "auto": True, "chosen": 1e-3, "rounds": [[trial]]})
         return 0
+    if job.kind == "together":
+        for member in job.members:
+            Shared(runs=len(job.members)).write(JobFolder(member.folder(folder.parents[1])))
+        place.finish({"runs": len(job.members)})
+        return 0
     good = 0 if job.kind == "untrained" else 6
     exam = Exam(loss=1.0, losses=[1.0] * 8, tokens=[1] * 8, score=good / 8, right=[1] * good + [0] * (8 - good))
     key = job.contender.key if job.contender else UNTRAINED
@@ -36,13 +44,58 @@ def pretend(folder: Path) -> int:
     return 0
 
 
-def test_order_and_dependencies(fields: dict[str, Any], inline: Callable[..., Any]) -> None:
+APART = ["untrained", "lr/lora", "runs/lora/seed0", "runs/lora/seed1", "lr/ia3", "runs/ia3/seed0", "runs/ia3/seed1"]
+SHARED = [
+    "untrained", "lr/lora", "runs/lora/seed0", "lr/ia3", "runs/ia3/seed0", "together/lora-seed1",
+    "runs/lora/seed1", "runs/ia3/seed1",
+]  # fmt: skip
+
+
+def started(pool: Any, root: Path) -> list[str]:
+    return [str(folder.relative_to(root)) for folder in pool.started]
+
+
+@pytest.mark.parametrize(("together", "names"), [("never", APART), ("auto", SHARED)])
+def test_order_and_dependencies(
+    together: str, names: list[str], fields: dict[str, Any], inline: Callable[..., Any]
+) -> None:
+    """Runs share a base once all rates are known, but for those of the first seed, which say what each costs."""
     pool = inline(pretend)
-    compare(CompareConfig(**{**fields, "methods": ["lora", "ia3"], "lr": "auto", "seeds": 2}))
-    names = [str(folder.relative_to(fields["output"])) for folder in pool.started]
-    assert names == [
-        "untrained", "lr/lora", "runs/lora/seed0", "runs/lora/seed1", "lr/ia3", "runs/ia3/seed0", "runs/ia3/seed1"
-    ]  # fmt: skip
+    config = {**fields, "methods": ["lora", "ia3"], "lr": "auto", "seeds": 2, "together": together}
+    compare(CompareConfig(**config))
+    assert started(pool, fields["output"]) == names
+
+
+def test_runs_whose_common_process_failed_go_on_by_themselves(
+    fields: dict[str, Any], inline: Callable[..., Any]
+) -> None:
+    pool = inline(lambda folder: -9 if "together" in folder.parts else pretend(folder))
+    config = CompareConfig(**{**fields, "methods": ["lora", "ia3"], "seeds": 2})
+    assert {run.status for run in compare(config).runs} == {"finished"}
+    assert started(pool, fields["output"])[-3:] == ["together/lora-seed1", "runs/lora/seed1", "runs/ia3/seed1"]
+    mark = shared(JobFolder(fields["output"] / "runs/ia3/seed1"))
+    assert mark is not None
+    assert mark.runs == 1
+    assert "2 runs together failed" in mark.reason
+
+
+def test_a_single_run_that_could_share_has_a_process_of_its_own(
+    fields: dict[str, Any], inline: Callable[..., Any]
+) -> None:
+    pool = inline(pretend)
+    compare(CompareConfig(**{**fields, "seeds": 2}))
+    assert started(pool, fields["output"]) == ["untrained", "runs/lora/seed0", "runs/lora/seed1"]
+
+
+@pytest.mark.parametrize(
+    ("count", "places", "sizes"), [(0, 4, []), (1, 4, []), (3, 4, [3]), (5, 2, [3, 2]), (8, 3, [3, 3, 2]), (8, 1, [8])]
+)
+def test_runs_are_dealt_out_evenly(count: int, places: int, sizes: list[int]) -> None:
+    jobs = [Job(kind="run", seed=seed) for seed in range(count)]
+    groups = dealt(jobs, places)
+    assert [len(group) for group in groups] == sizes
+    assert sorted(job.seed for group in groups for job in group) == (list(range(count)) if count > 1 else [])
+    assert all(b.seed - a.seed == len(groups) for group in groups for a, b in itertools.pairwise(group))
 
 
 @pytest.mark.parametrize("crash", [True, False])
@@ -171,15 +224,14 @@ def test_rates_lie_around_the_centre() -> None:
     assert spread(1e-3, 2, 10) == [1e-3, 1e-2]
 
 
-def losses(best: float) -> Callable[[float, int], Trial]:
+def losses(best: float) -> Callable[[Sequence[float], int], list[Trial]]:
     """Loss by distance from the best rate; rates above 1 fail."""
-    import math
 
     def trial(rate: float, steps: int) -> Trial:
         loss = None if rate > 1 else abs(math.log(rate / best))
         return Trial(lr=rate, steps=steps, loss=loss, reason="" if loss is not None else "nan")
 
-    return trial
+    return lambda rates, steps: [trial(rate, steps) for rate in rates]
 
 
 @pytest.mark.parametrize(("best", "expected"), [(1e-3, 1e-3), (1e-2, 1e-2), (1e-5, 1e-5), (100.0, 1.0)])
@@ -202,10 +254,10 @@ def test_the_range_widens_until_the_best_rate_has_neighbours(best: float) -> Non
 def test_the_range_widens_in_a_longer_round_too() -> None:
     """Rates that look good at first can be too high in the end."""
 
-    def trial(rate: float, steps: int) -> Trial:
-        return losses(1e-3 if steps == 4 else 1e-6)(rate, steps)
+    def trials(rates: Sequence[float], steps: int) -> list[Trial]:
+        return losses(1e-3 if steps == 4 else 1e-6)(rates, steps)
 
-    rounds = halve([1e-4, 1e-3, 1e-2], [4, 8], trial, extend=4, factor=10)
+    rounds = halve([1e-4, 1e-3, 1e-2], [4, 8], trials, extend=4, factor=10)
     assert [len(trials) for trials in rounds] == [3, 5]
     assert [t.lr for t in rounds[1] if t.kept] == [1e-6]
 

@@ -30,7 +30,13 @@ _GOVERNED = {
     "patience": "budget (the same for all)",
     "trackers": "nothing: read comparison.json",
 }
-_FREE = ("output", "trust_remote_code", "processes", "threads")  # settings that change nothing in the results
+_FREE = (
+    "output",
+    "trust_remote_code",
+    "together",
+    "processes",
+    "threads",
+)  # settings that change nothing in the results
 _EVALUATIONS = 5  # looks at the validation rows in a run, unless training.eval_every says otherwise
 _SOURCE = ("path", "name", "task", "task_args", "columns", "eval_path", "eval_split")  # replaced with the rows
 _RESERVED = ("name", "label", "lr")
@@ -146,6 +152,11 @@ class CompareConfig(Settings):
         "auto", description="what ranks: the share of right answers, or the loss where answers cannot be scored"
     )
     level: float = Field(0.05, gt=0, lt=1, description="of significance, after correction for all pairs")
+    together: Literal["auto", "never"] = Field(
+        "auto",
+        description="auto: the rates of one round of a search share a base in one process, and so do the runs of all "
+        "seeds but the first, whose runs say what each method costs by itself; never: each has a process of its own",
+    )
     processes: int | None = Field(
         None, examples=[2], ge=1, description="runs at a time; null: as memory and cores allow"
     )

@@ -18,6 +18,7 @@ from adapterlab.compare.config import DATA, CompareConfig, Contender
 from adapterlab.compare.jobs import JOB, LOG, Job, JobFolder
 from adapterlab.compare.pools import LocalPool, Pool, RayPool
 from adapterlab.compare.results import UNTRAINED, Comparison, Run, Search
+from adapterlab.compare.sharing import Shared, dealt, shared
 from adapterlab.compare.summary import summarise
 from adapterlab.errors import ConfigError
 from adapterlab.foreign.streams import steady_output
@@ -29,6 +30,7 @@ ATTEMPTS = 2  # failures are tried once more
 _POLL = 0.3
 _GROWTH = 3.0  # what training is taken to need, in units of the untrained model's process, until a run says better
 _MARGIN = 1.2
+_SHARES = "the rates of a round; runs of all seeds but the first, which alone say what each costs"
 _ANY = 1000  # steps of a run that ends when its method says so, with a budget of time
 
 
@@ -179,15 +181,26 @@ class _Work:
         return started
 
     def _ended(self, folder: Path, code: int) -> None:
-        _, before = self.running.pop(folder)
+        job, before = self.running.pop(folder)
         place = JobFolder(folder)
         result = place.result()
         if result is not None:
             self._learn_memory(result)
+        elif job.members:
+            self._part(job, folder)
         elif place.attempts() == before:
             number = f"signal {-code}" if code < 0 else f"status {code}"
             reason = f"The process ended with {number} and no message; memory may have run out. Log: {folder / LOG}."
             place.fail(reason, final=False)
+
+    def _part(self, together: Job, folder: Path) -> None:
+        """Let runs whose common process failed go on by themselves."""
+        reason = f"The process that trained {len(together.members)} runs together failed. Log: {folder / LOG}."
+        for member in together.members:
+            place = JobFolder(member.folder(self.root))
+            if shared(place) is None:
+                Shared(reason=reason).write(place)
+        JobFolder(folder).forgive()
 
     def _learn_memory(self, result: dict[str, Any]) -> None:
         """Expect of the next process what the largest training has taken."""
@@ -238,10 +251,29 @@ class _Work:
 
     def todo(self) -> Iterator[Job]:
         """Jobs that can start now."""
-        for job in self.jobs():
-            folder = job.folder(self.root)
-            if folder not in self.running and self.result(job) is None and not self.given_up(job):
+        at_work = {job.folder(self.root) for job in self._at_work()}
+        waiting: list[Job] = []
+        left = [job for job in self.jobs() if self.result(job) is None and not self.given_up(job)]
+        for job in left:
+            if job.folder(self.root) in at_work:
+                continue
+            if self._may_share(job):
+                waiting.append(job)
+            else:
                 yield job
+        if any(job.kind in ("untrained", "probe", "search") for job in left):
+            return  # others may join once their rates are known
+        if len(waiting) == 1:
+            yield waiting[0]
+        for group in dealt(waiting, self.pool.size):
+            members = tuple(job.model_copy(update={"config": {}}) for job in group)
+            yield Job(kind="together", members=members, config=self.plain)
+
+    def _may_share(self, job: Job) -> bool:
+        """Whether a run trains with others: those of the first seed say what each costs by itself."""
+        if self.config.together == "never" or job.kind != "run" or job.seed == self.config.seeds[0]:
+            return False
+        return shared(JobFolder(job.folder(self.root))) is None
 
     def steps(self, contender: Contender) -> int | None:
         """The budget in steps; None when it is not known (yet)."""
@@ -283,11 +315,16 @@ class _Work:
     def active(self) -> list[Active]:
         """The jobs under way."""
         found = []
-        for folder, (job, _) in self.running.items():
-            state = JobFolder(folder).progress()
+        for job in self._at_work():
+            state = JobFolder(job.folder(self.root)).progress()
             shown = {key: state[key] for key in ("phase", "step", "total", "loss", "elapsed") if key in state}
             found.append(Active(name=job.name, label=job.label, kind=job.kind, seed=job.seed, **shown))
         return found
+
+    def _at_work(self) -> Iterator[Job]:
+        """The jobs that processes do now; of those that train together each one."""
+        for job, _ in self.running.values():
+            yield from job.members or (job,)
 
     def compare(self, *, finished: bool = False) -> Comparison:
         """Put together what is there."""
@@ -326,7 +363,8 @@ class _Work:
         folder = job.folder(self.root)
         attempts = JobFolder(folder).attempts()
         reason = self.given_up(job) or (self._blocked(job.contender) if job.contender else "")
-        status = "failed" if reason else "running" if folder in self.running else "waiting"
+        at_work = any(job.folder(self.root) == folder for job in self._at_work())
+        status = "failed" if reason else "running" if at_work else "waiting"
         lr = self.lr(job.contender) if job.contender else None
         return Run(label=job.label, seed=job.seed, status=status, reason=reason, attempts=attempts, lr=lr, **names)
 
@@ -360,6 +398,7 @@ class _Work:
             "engine": self.engine,
             "runs at a time": self.pool.size,
             "threads of each run": self.pool.threads,
+            "share a base": "nothing" if self.config.together == "never" else _SHARES,
             "budget": str(self.config.budget),
             "rows in a step": self.training.batch_size * self.training.accumulation,
             "training rows": self.data["train_rows"],

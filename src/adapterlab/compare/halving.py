@@ -21,7 +21,12 @@ def spread(centre: float, count: int, factor: float) -> list[float]:
 
 
 def halve(
-    rates: Sequence[float], lengths: Sequence[int], trial: Callable[[float, int], Trial], *, extend: int, factor: float
+    rates: Sequence[float],
+    lengths: Sequence[int],
+    trials_of: Callable[[Sequence[float], int], list[Trial]],
+    *,
+    extend: int,
+    factor: float,
 ) -> list[list[Trial]]:
     """Try rates for a short time, let the better half go on for longer, and keep one.
 
@@ -31,7 +36,7 @@ def halve(
     Args:
         rates: to begin with.
         lengths: steps of each round.
-        trial: trains with a rate for a number of steps.
+        trials_of: trains with each of some rates for a number of steps.
         extend: how many rates may be added at most, in all rounds together.
         factor: from one rate to the next.
 
@@ -42,10 +47,10 @@ def halve(
     rounds: list[list[Trial]] = []
     alive, tried = sorted(rates), set(rates)
     for number, steps in enumerate(lengths):
-        trials = [trial(rate, steps) for rate in alive]
+        trials = trials_of(alive, steps)
         while len(tried) < len(rates) + extend and (rate := _beyond(trials, tried, factor)) is not None:
             tried.add(rate)
-            trials.append(trial(rate, steps))
+            trials += trials_of([rate], steps)
         trials.sort(key=lambda t: t.lr)
         good = sorted((t for t in trials if t.loss is not None), key=lambda t: (t.loss, t.lr))
         wanted = 1 if number == len(lengths) - 1 else -(-len(alive) // 2)

@@ -6,6 +6,7 @@
   untrained/              the base model's exam
   probe/<key>/            how long a step takes (budgets in minutes only)
   lr/<key>/               the search for a learning rate
+  together/<key>-seed<n>/ training of several runs on one base, named after the first
   runs/<key>/seed<n>/     training and exams; train/ is a run folder with its best and last adapter
 """
 
@@ -26,7 +27,7 @@ from adapterlab.errors import FormatError
 from adapterlab.io.atomic import write_json
 from adapterlab.json_text import parsed
 
-Kind = Literal["untrained", "probe", "search", "run"]
+Kind = Literal["untrained", "probe", "search", "together", "run"]
 CONFIG, JOB, RESULT, FAILURE, PROGRESS, LOG = (
     "compare.yaml", "job.json", "result.json", "failure.json", "progress.json", "log.txt"
 )  # fmt: skip
@@ -42,6 +43,7 @@ class Job(BaseModel):
         steps: of a run, or of the longest round of a search.
         lr: of a run.
         config: the comparison's configuration as plain values.
+        members: runs that train together; their own jobs examine them later.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +54,7 @@ class Job(BaseModel):
     steps: int = 1
     lr: float = 0.0
     config: dict[str, Any] = {}
+    members: tuple[Job, ...] = ()
 
     @property
     def label(self) -> str:
@@ -65,11 +68,15 @@ class Job(BaseModel):
             "untrained": "untrained model",
             "probe": f"{self.label}, speed",
             "search": f"{self.label}, learning rate",
+            "together": f"{len(self.members)} runs together",
             "run": f"{self.label}, seed {self.seed}",
         }[self.kind]
 
     def folder(self, root: Path) -> Path:
         """Where it writes."""
+        if self.members:
+            first = self.members[0].folder(root)
+            return root / "together" / f"{first.parent.name}-{first.name}"
         if self.contender is None:
             return root / UNTRAINED
         key = self.contender.key

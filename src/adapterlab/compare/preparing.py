@@ -27,7 +27,16 @@ from adapterlab.train.config import TrainConfig
 
 FACTS = "facts.json"
 _HELD_SHARE, _HELD_MOST = 10, 100
-_OURS = (CONFIG, FILE, DATA, UNTRAINED, "probe", "lr", "runs")  # what the next comparison in the folder replaces
+_OURS = (
+    CONFIG,
+    FILE,
+    DATA,
+    UNTRAINED,
+    "probe",
+    "lr",
+    "together",
+    "runs",
+)  # what the next comparison in the folder replaces
 
 
 def check_attach(config: CompareConfig, contenders: Sequence[Contender]) -> None:

@@ -117,6 +117,9 @@ class Run(Record):
         reason: why it failed, else "".
         attempts: how often it was started.
         lr: learning rate it was trained with; None for the untrained model.
+        together: how many runs shared the base in its training, itself among them; 1: it was by itself, which alone
+            gives `memory` and `train_seconds`.
+        alone: why it was by itself although runs like it share, else "".
         trainable: number of trainable scalars.
         total: number of scalars of model and adapter.
         memory: of the training process.
@@ -146,6 +149,8 @@ class Run(Record):
     reason: str = ""
     attempts: int = 0
     lr: float | None = None
+    together: int = 1
+    alone: str = ""
     trainable: int | None = None
     total: int | None = None
     memory: Memory | None = None
@@ -203,6 +208,7 @@ class Trial(Record):
         loss: evaluation loss at the end; None when training failed.
         reason: why it failed, else "".
         kept: whether it went on to the next round, or was chosen in the last.
+        together: how many trials shared the base, itself among them.
     """
 
     lr: float
@@ -210,6 +216,7 @@ class Trial(Record):
     loss: float | None = None
     reason: str = ""
     kept: bool = False
+    together: int = 1
 
 
 class Search(Record):

@@ -7,16 +7,18 @@ training continues from its checkpoint, and rates that were tried are not tried 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import math
 import statistics
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from adapterlab import registry
@@ -27,6 +29,7 @@ from adapterlab.compare.halving import halve, spread
 from adapterlab.compare.jobs import Job, JobFolder, Progress
 from adapterlab.compare.lifeline import STOPPED, stop_with_parent
 from adapterlab.compare.results import UNTRAINED, Exam, Memory, Run, Search, Trial
+from adapterlab.compare.sharing import Shared, shared
 from adapterlab.data import load_data, placed
 from adapterlab.errors import AdapterlabError, AttachError, ConfigError, OutputError, TrainingError
 from adapterlab.evaluate.examination import Paper, set_paper, sit
@@ -40,11 +43,14 @@ from adapterlab.models import load_model
 from adapterlab.plan import before_run
 from adapterlab.train import folder as files
 from adapterlab.train.config import TrainConfig
-from adapterlab.train.loop import Listener, Loop, Record
+from adapterlab.train.course import Course
+from adapterlab.train.loop import Listener, Loop, Record, Status
+from adapterlab.train.many import adapter_name, fit_many, in_the_base
 from adapterlab.train.memory import Meter
 from adapterlab.train.result import RunResult
 from adapterlab.train.run import NAME, fit, load, make_accelerator
-from adapterlab.train.signals import Interrupted
+from adapterlab.train.signals import Interrupted, Stopping
+from adapterlab.train.together import Ending, Entrant, train_together
 
 TRIALS, TRAIN = "trials.json", "train"
 _PROBE = 6  # steps that are timed; the first is for warming up
@@ -108,6 +114,7 @@ class Session:
         before_run.check(self.config, print)
         self.accelerator = make_accelerator(self.config)
         self.loaded = load(self.config, self.accelerator)
+        self.shares = self.comparison.together == "auto" and not in_the_base(self.loaded.host, NAME)
         self.loaded.host.detach(NAME)
 
     def _config(self, steps: int, lr: float) -> TrainConfig:
@@ -116,25 +123,52 @@ class Session:
             **self.comparison.train_fields(self.contender, steps=steps, seed=seed, lr=lr, output=self.output)
         )
 
-    def train(self, steps: int, lr: float, *listeners: Listener, evaluate: bool = True) -> Loop:
+    def train(self, steps: int, lr: float, *listeners: Listener, evaluate: bool = True) -> Status:
         """Train the method anew and take it off again."""
+        try:
+            return self._loop(steps, lr, NAME, self.accelerator, listeners, evaluate).run()
+        finally:
+            self._leave(NAME)
+
+    def train_each(self, steps: int, rates: Sequence[float], *listeners: Listener) -> list[Ending]:
+        """Train the method anew with each of some rates, all on the one base at once, and take it off again."""
+        _, needs = found = before_run.needed([self._config(steps, lr) for lr in rates], print)
+        names = [f"{NAME}{number}" for number in range(len(rates))]
+
+        def course(lr: float, name: str, stopping: Stopping) -> Course[Loop, Record, Status]:
+            accelerator = make_accelerator(self.config, beside=True)
+            return self._loop(steps, lr, name, accelerator, listeners).course(stopping)
+
+        entrants = [
+            Entrant(name, functools.partial(course, lr, name), need, functools.partial(self._leave, name))
+            for lr, name, need in zip(rates, names, needs, strict=True)
+        ]
+        return train_together(self.loaded.host, entrants, room=found[0])
+
+    def _loop(
+        self,
+        steps: int,
+        lr: float,
+        name: str,
+        accelerator: Accelerator,
+        listeners: Sequence[Listener],
+        evaluate: bool = True,
+    ) -> Loop:
         config, host = self._config(steps, lr), self.loaded.host
         warmup = config.training.warmup
         if isinstance(warmup, int):  # a shorter run has its part of it
             warmup = min(steps, math.ceil(warmup * steps / max(self.steps, steps)))
         training = config.training.model_copy(update={"eval_every": steps, "warmup": warmup})
         set_seed(training.seed)
-        host.attach(config.make_method(), NAME)
-        try:
-            loop = Loop(
-                host, NAME, self.loaded.rows, training, eval_rows=self.loaded.eval_rows if evaluate else (),
-                collate=collator_for(host.model, self.loaded.tokenizer), accelerator=self.accelerator,
-                listeners=listeners,
-            )  # fmt: skip
-            loop.run()
-        finally:
-            host.detach(NAME)
-        return loop
+        host.attach(config.make_method(), name)
+        return Loop(
+            host, name, self.loaded.rows, training, eval_rows=self.loaded.eval_rows if evaluate else (),
+            collate=collator_for(host.model, self.loaded.tokenizer), accelerator=accelerator, listeners=listeners,
+        )  # fmt: skip
+
+    def _leave(self, name: str) -> None:
+        if name in self.loaded.host.methods:
+            self.loaded.host.detach(name)
 
 
 def probe(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
@@ -173,29 +207,85 @@ def search(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
     session: list[Session] = []
     settings = job.settings().search
 
-    def trial(rate: float, steps: int) -> Trial:
-        key = f"{rate!r} {steps}"
-        if key not in done:
-            if not session:
-                session.append(Session(job, folder))
-            progress.say(now=True, rate=rate)
-            try:
-                loss, reason = session[0].train(steps, rate, Watch(progress)).status.eval_loss, ""
-            except TrainingError as error:
-                loss, reason = None, f"{type(error).__name__}: {error}"
-            done[key] = Trial(lr=rate, steps=steps, loss=loss, reason=reason).model_dump()
+    def trials(rates: Sequence[float], steps: int) -> list[Trial]:
+        left = [rate for rate in rates if _key(rate, steps) not in done]
+        if left and not session:
+            session.append(Session(job, folder))
+        for group in [left] if len(left) > 1 and session[0].shares else [[rate] for rate in left]:
+            for trial in _tried(session[0], group, steps, Watch(progress)):
+                done[_key(trial.lr, steps)] = trial.model_dump()
             write_json(file, done)
-        return Trial(**done[key])
+        return [Trial(**done[_key(rate, steps)]) for rate in rates]
 
     rates = spread(_rate(job), settings.rates, settings.factor)
     lengths = [max(1, round(job.steps * fraction)) for fraction in settings.fractions]
-    rounds = halve(rates, lengths, trial, extend=settings.extend, factor=settings.factor)
+    rounds = halve(rates, lengths, trials, extend=settings.extend, factor=settings.factor)
     chosen = next((t.lr for t in rounds[-1] if t.kept), None)
     return Search(label=job.label, auto=True, chosen=chosen, rounds=rounds).model_dump(mode="json")
 
 
+def _key(rate: float, steps: int) -> str:
+    return f"{rate!r} {steps}"
+
+
+def _tried(session: Session, rates: Sequence[float], steps: int, watch: Watch) -> list[Trial]:
+    """Train with some rates, on one base where there are several; a training that fails is a trial too."""
+    if len(rates) > 1:
+        endings = session.train_each(steps, rates, watch)
+    else:
+        endings = [_ended(lambda: session.train(steps, rates[0], watch))]
+    found = []
+    for rate, ending in zip(rates, endings, strict=True):
+        error, many = ending.error, 1 if ending.why else len(rates)
+        if error is not None and not isinstance(error, TrainingError):
+            raise error
+        loss = None if error else ending.value.eval_loss
+        reason = f"{type(error).__name__}: {error}" if error else ""
+        found.append(Trial(lr=rate, steps=steps, loss=loss, reason=reason, together=many))
+    return found
+
+
+def _ended(train: Callable[[], Status]) -> Ending:
+    try:
+        return Ending(NAME, train())
+    except TrainingError as error:
+        return Ending(NAME, error=error)
+
+
+class WatchEach(Listener):
+    """Passes the steps of runs that train together on to the progress of each one's job."""
+
+    def __init__(self, folders: Sequence[JobFolder]):
+        self.each = {adapter_name(number): Progress(folder) for number, folder in enumerate(folders)}
+
+    def stepped(self, loop: Loop, record: Record) -> None:
+        """Note the step."""
+        Watch(self.each[loop.name]).stepped(loop, record)
+
+
+def together(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
+    """Train several runs on one base; their own jobs find them trained, and examine them."""
+    comparison, root = job.settings(), folder.path.parents[1]
+    places = [JobFolder(member.folder(root)) for member in job.members]
+    configs = []
+    for member, place in zip(job.members, places, strict=True):
+        assert member.contender is not None
+        place.path.mkdir(parents=True, exist_ok=True)
+        fields = comparison.train_fields(
+            member.contender, steps=member.steps, seed=member.seed, lr=member.lr, output=place.path / TRAIN
+        )
+        configs.append(TrainConfig(**fields))
+    endings = fit_many(configs, resume=True, quiet=True, callbacks=[WatchEach(places)])
+    for place, ending in zip(places, endings, strict=True):
+        if ending.error is None:
+            Shared(runs=len(places), reason=ending.why).write(place)
+        else:
+            Shared(reason=_failed(place, ending.error)).write(place)
+    return {"runs": len(places)}
+
+
 def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
-    """Train with one seed, then examine what came out."""
+    """Train with one seed, unless that was done together with others, then examine what came out."""
     assert job.contender is not None
     comparison, contender = job.settings(), job.contender
     output = folder.path / TRAIN
@@ -227,11 +317,14 @@ def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
     train, held = _curves(output)
     last = [loss for _, loss in train[-_LAST:]]
     mean = trained.tokens / max(1, trained.steps)
+    mark = shared(folder) or Shared()
+    alone = mark.runs == 1
     folder.clear(f"{TRAIN}/{files.CHECKPOINT.parent}")
     return Run(
         label=job.label, key=contender.key, method=contender.method, settings=contender.settings, seed=job.seed,
-        status="finished", attempts=folder.attempts() + 1, lr=job.lr, trainable=trained.trainable, total=trained.total,
-        memory=_memory(trained.memory), steps=trained.steps, tokens=trained.tokens, train_seconds=trained.seconds,
+        status="finished", attempts=folder.attempts() + 1, lr=job.lr, together=mark.runs, alone=mark.reason,
+        trainable=trained.trainable, total=trained.total, memory=_memory(trained.memory) if alone else None,
+        steps=trained.steps, tokens=trained.tokens, train_seconds=trained.seconds if alone else None,
         wall_seconds=progress.elapsed, best_step=trained.best_step, best_loss=trained.best_loss,
         final_loss=trained.eval_loss, train_loss=statistics.fmean(last) if last else None,
         best=best, final=final, general_loss=general,
@@ -292,6 +385,7 @@ WORK: dict[str, Callable[[Job, JobFolder, Progress], dict[str, Any]]] = {
     "untrained": untrained,
     "probe": probe,
     "search": search,
+    "together": together,
     "run": run,
 }
 
@@ -312,10 +406,17 @@ def main(path: str) -> int:
             return STOPPED
         except Exception as error:
             traceback.print_exc()
-            known = isinstance(error, AdapterlabError) and not isinstance(error, OutputError)
-            folder.fail(f"{type(error).__name__}: {error}", final=known)
+            _failed(folder, error)
             return 1
     return 0
+
+
+def _failed(folder: JobFolder, error: BaseException) -> str:
+    """Write down in a job's folder why it failed, and return it."""
+    known = isinstance(error, AdapterlabError) and not isinstance(error, OutputError)
+    reason = f"{type(error).__name__}: {error}"
+    folder.fail(reason, final=known)
+    return reason
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_RADIX = 64  # the transform is a chain of products with small Hadamard matrices, which are faster than butterflies
+_BITS = 5  # the transform is a chain of products with Hadamard matrices of up to 2⁵ rows, faster than butterflies
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:
@@ -45,13 +45,17 @@ class _WalshHadamard(torch.autograd.Function):
 
 
 def _transform(x: Tensor) -> Tensor:
-    left = x.shape[-1]
-    while left > 1:
-        size = min(_RADIX, left)
-        left //= size
+    for size in _sizes(x.shape[-1]):
         # x seen as [k₁, k₂, …]: transform the first axis and move it behind the others; after a round all are in place.
         x = (x.unflatten(-1, (size, -1)).transpose(-1, -2) @ _matrix(size, x)).flatten(-2)
     return x.clone() if x.shape[-1] == 1 else x
+
+
+def _sizes(n: int) -> list[int]:
+    """Split n into few factors of nearly one size: products with a very small matrix are as slow as with a larger."""
+    bits = n.bit_length() - 1
+    count = -(-bits // _BITS)
+    return [1 << (bits + i) // count for i in range(count)]
 
 
 def _matrix(size: int, like: Tensor) -> Tensor:

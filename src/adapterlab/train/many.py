@@ -126,7 +126,7 @@ def fit_many(
 def _runs(configs: Sequence[TrainConfig], provenances: Sequence[Provenance | None]) -> Iterator[_Run]:
     for i, (config, provenance) in enumerate(zip(configs, provenances, strict=True)):
         accelerator = make_accelerator(config, beside=i > 0)
-        yield _Run(config, sources_of(config, provenance), f"run{i}", str(config.output), accelerator)
+        yield _Run(config, sources_of(config, provenance), adapter_name(i), str(config.output), accelerator)
 
 
 class _Many:
@@ -230,11 +230,21 @@ class _Many:
         self.console.print(text, soft_wrap=True)
 
 
+def adapter_name(number: int) -> str:
+    """Return the name that the adapter of a run has while it trains with others, by its place among them."""
+    return f"run{number}"
+
+
+def in_the_base(host: Host, name: str) -> bool:
+    """Say whether an adapter lives in the base's own weights, so that no other run can have the base meanwhile."""
+    return any(host.patches[key] for key in host.parts(name))
+
+
 def _changes(host: Host, run: _Run) -> bool:
-    """Say whether a run's method lives in the base's own weights, without making it live."""
+    """The like of a run's method, without making it live."""
     host.attach(run.config.make_method(), run.name, active=False)
     try:
-        return any(host.patches[key] for key in host.parts(run.name))
+        return in_the_base(host, run.name)
     finally:
         host.detach(run.name)
 

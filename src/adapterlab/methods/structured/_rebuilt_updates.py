@@ -17,9 +17,13 @@ class Rebuilt(Delta):
 
     Kept by autograd, the matrices of all layers, and what they are made of, would take more memory than the model.
     Subclasses define `delta`, and `sources` if it is made of more than the adapter's own parameters.
+
+    Attributes:
+        again: build ΔW again; else ΔW in the dtype of x, and what its making keeps, wait for the backward pass.
     """
 
     casts: ClassVar[bool] = False
+    again: bool = True
 
     def sources(self) -> list[Tensor]:
         """The trained tensors that ΔW is made of."""
@@ -31,8 +35,8 @@ class Rebuilt(Delta):
         return self.site.op(x, self.delta().to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same, without keeping ΔW; a compiler decides by itself what to keep."""
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        """The same, without keeping ΔW where it is built again; a compiler decides by itself what to keep."""
+        if not self.again or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return self.product(x)
         if self.site.kind == "linear" and not autocasts(x):
             made: Tensor = _Product.apply(self, x, *self.sources())

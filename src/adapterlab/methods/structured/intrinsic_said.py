@@ -38,10 +38,10 @@ class IntrinsicSAID(LayerMethod):
 
     Inference: W + λ P(v) can be merged, at no cost. The file holds v and λ; `seed` gives the projections again.
 
-    Updates are built for each call and again for the backward pass, n log n each.
+    Updates are built for each call, n log n each, and without `keep_projections` again for the backward pass.
 
-    Cost of a step: two transforms of L numbers for each tensor and a third for its gradient, L log₂ L each however few
-    the tokens, and three products with ΔW, 6 t out in operations; LoRA's large products are 4 t out in.
+    Cost of a step: a transform of L numbers for each tensor and another for its gradient, L log₂ L each however few the
+    tokens, and three products with ΔW, 6 t out in operations; LoRA's large products are 4 t out in.
 
     Rate: 3e-2, as in a public reimplementation for T5: v wants large rates.
 
@@ -61,7 +61,9 @@ class IntrinsicSAID(LayerMethod):
     structure_aware: bool = Field(True, description="learn a scale for each weight and bias")
     seed: int = Field(0, ge=0, description="of the random projections")
     keep_projections: bool = Field(
-        True, description="hold the projections in memory, 9 to 18 bytes a weight; else draw them anew at each use"
+        True,
+        description="hold the projections in memory, 8 to 16 bytes a weight, and the updates until the backward pass; "
+        "else draw and build them anew at each use",
     )
 
     @classmethod
@@ -82,7 +84,7 @@ class IntrinsicSAID(LayerMethod):
         vector = host.share(name, "vector", _Vector(sites[0], length))
         owners: dict[int, IntrinsicSAID.Layer] = {}
         for site in sites:
-            layer = self.Layer(self, site)
+            layer = self.Layer(self, site, length)
             layer.refer("vector", vector)
             layer.refer("owner", owners.setdefault(id(site.module._parameters["weight"]), layer))
             if layer.owner is not layer:
@@ -100,15 +102,15 @@ class IntrinsicSAID(LayerMethod):
         vector: _Vector
         owner: IntrinsicSAID.Layer
 
-        def __init__(self, method: IntrinsicSAID, site: Site):
+        def __init__(self, method: IntrinsicSAID, site: Site, width: int):
             super().__init__(site)
             out, in_ = site.shape
-            keep = method.keep_projections
-            self.weight_map = Fastfood(out * in_, _seed(method.seed, f"{site.path}.weight"), site, keep)
+            keep, self.again = method.keep_projections, not method.keep_projections
+            self.weight_map = Fastfood(out * in_, width, _seed(method.seed, f"{site.path}.weight"), site, keep)
             self.weight_scale = _one(site) if method.structure_aware else None
             self.bias_map = self.bias_scale = None
             if site.bias is not None:
-                self.bias_map = Fastfood(out, _seed(method.seed, f"{site.path}.bias"), site, keep)
+                self.bias_map = Fastfood(out, width, _seed(method.seed, f"{site.path}.bias"), site, keep)
                 self.bias_scale = _one(site) if method.structure_aware else None
 
         @property
@@ -154,20 +156,22 @@ class IntrinsicSAID(LayerMethod):
 
 
 class Fastfood(nn.Module):
-    """P: a fixed random map `[d]` -> `[size]` that keeps norms, on average, in n log n steps.
+    """P: a fixed random map `[width]` -> `[size]` that keeps norms, on average, in n log n steps.
 
-    Its signs, permutation and normal values are drawn on the CPU, so that a seed gives the same ones on every device.
+    Behind the `width` numbers stand zeros, so H B v repeats what the transform of its first part is. Signs, permutation
+    and normal values are drawn on the CPU, so that a seed gives the same ones on every device.
     """
 
     signs: Tensor
     order: Tensor
     gain: Tensor
 
-    def __init__(self, size: int, seed: int, site: Site, keep: bool):
+    def __init__(self, size: int, width: int, seed: int, site: Site, keep: bool):
         """Choose the map.
 
         Args:
             size: elements of the result.
+            width: of what it is given.
             seed: of what is random.
             site: gives device and dtype.
             keep: hold what is random in memory.
@@ -175,27 +179,27 @@ class Fastfood(nn.Module):
         super().__init__()
         self.size, self.seed = size, seed
         self.length = 1 << (size - 1).bit_length()
+        self.part = min(self.length, 1 << (width - 1).bit_length())
         self.kept = keep
         if keep:
             for key, value in zip(("signs", "order", "gain"), self.draw(site.device, site.dtype), strict=True):
                 self.register_buffer(key, value, persistent=False)
 
     def draw(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw B, Π and G, with the norm put into G."""
+        """Draw B `[part]`, Π `[length]` as places in the part, and G `[length]` with the norm put into it."""
         draw, n = torch.Generator().manual_seed(self.seed), self.length
         signs = torch.randint(0, 2, (n,), generator=draw, dtype=torch.int8) * 2 - 1
         order = torch.randperm(n, generator=draw, dtype=torch.int32)
         normal = torch.randn(n, generator=draw)
         norm = math.sqrt(n * float(normal.double().square().sum()) * self.size / n)
+        signs, order = signs[: self.part].clone(), order.bitwise_and_(self.part - 1)
         return signs.to(device), order.to(device), (normal / norm).to(device, dtype)
 
     def forward(self, v: Tensor) -> Tensor:
         """P(v)."""
         signs, order, gain = (self.signs, self.order, self.gain) if self.kept else self.draw(v.device, v.dtype)
-        # Behind v stand zeros, so H B v repeats what the transform of its first part is.
-        part = min(self.length, 1 << (len(v) - 1).bit_length())
-        v = F.pad(v[:part], (0, max(0, part - len(v))))
-        h = walsh_hadamard(signs[:part] * v).index_select(0, order & (part - 1))
+        v = F.pad(v[: self.part], (0, max(0, self.part - len(v))))
+        h = walsh_hadamard(signs * v).index_select(0, order)
         return walsh_hadamard(gain * h)[: self.size]
 
 
