@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from adapterlab.errors import AdapterlabError, BusyError, UnknownAdapterError, UnusableAdapterError, nearest
 from adapterlab.serve.pages import Pages, PrefixCache
@@ -33,12 +33,15 @@ class Version:
         method: id of its method.
         bytes: it takes; a guess until it was loaded.
         form: how it is computed; None until it was loaded.
-        front: what the loader needs to compute it.
-        shift: positions that it takes in front of every sequence.
+        pages: with what it puts in front of every sequence; held as long as it is loaded.
+        in_front: how many positions that has.
+        shift: by how many positions tokens move.
+        at_head: it changes the head, for which all tokens have to be there.
         state: see `AdapterState`.
         reason: why it is quarantined.
         pinned: never unloaded.
         registered: its name still means it.
+        is_loaded: it can be computed with.
         running: sequences that are computed with it.
         waiting: sequences that will be.
         paid: pages that are kept free for it.
@@ -52,12 +55,15 @@ class Version:
     method: str
     bytes: int
     form: Form | None = None
-    front: Any = None
+    pages: list[int] = field(default_factory=list)
+    in_front: int = 0
     shift: int = 0
+    at_head: bool = False
     state: Literal["registered", "loaded", "quarantined"] = "registered"
     reason: str = ""
     pinned: bool = False
     registered: bool = True
+    is_loaded: bool = False
     running: int = 0
     waiting: int = 0
     paid: int = 0
@@ -68,9 +74,9 @@ class Version:
         return f"served{self.uid}"
 
     @property
-    def is_loaded(self) -> bool:
-        """It is on the model."""
-        return self.paid > 0
+    def room(self) -> int:
+        """Pages that there will be more when it is unloaded."""
+        return self.paid + len(self.pages)
 
     def shown(self) -> AdapterState:
         """What is told of it."""
@@ -83,8 +89,12 @@ class Version:
 class Loader(Protocol):
     """Puts adapters on the model and takes them off."""
 
-    def load(self, version: Version) -> None:
-        """Put it on, and set `form`, `front`, `shift` and `bytes`; on an error nothing is left behind."""
+    def load(self, version: Version, make_room: Callable[[int], bool]) -> bool:
+        """Put it on, take the `pages` it needs, and set `form` to `at_head` and `bytes`, the pages left out.
+
+        Returns:
+            Whether there was room for its pages. If not, or on an error, nothing is left behind.
+        """
 
     def unload(self, version: Version) -> None:
         """Take it off."""
@@ -174,7 +184,7 @@ class Adapters:
         missing = count - self.pages.available
         if missing <= 0:
             return True
-        if missing > self.cache.idle + sum(version.paid for version in self._idle()):
+        if missing > self.cache.idle + sum(version.room for version in self._idle()):
             return False
         self.cache.give_up(missing)
         for version in list(self._idle()):
@@ -186,8 +196,8 @@ class Adapters:
 
     def could_hold(self, version: Version | None, count: int) -> bool:
         """Say whether an adapter and so many pages fit at all, beside what is pinned and nothing else."""
-        pinned = sum(v.paid for v in self._loaded.values() if v.pinned and v is not version)
-        own = 0 if version is None else version.paid or self._cost(version)
+        pinned = sum(v.room for v in self._loaded.values() if v.pinned and v is not version)
+        own = 0 if version is None else version.room or self._cost(version)
         return own + count + pinned <= self.pages.count
 
     def load(self, version: Version) -> bool:
@@ -207,17 +217,23 @@ class Adapters:
         if not self.make_room(self._cost(version)):
             return False
         try:
-            self.loader.load(version)
-        except (AdapterlabError, OSError) as error:
-            self.quarantine(version, str(error))
+            if not self.loader.load(version, self.make_room):
+                return False
+        except Exception as error:  # files of strangers, and methods of others
+            self.quarantine(version, str(error) if isinstance(error, AdapterlabError) else repr(error))
             raise UnusableAdapterError(version.reason) from error
         self.loads += 1
-        if not self.make_room(self._cost(version)):  # it is larger than its files said
-            self.loader.unload(version)
-            return False
-        version.paid, version.state = self._cost(version), "loaded"
-        self.pages.pay(version.paid)
+        version.is_loaded, version.state = True, "loaded"
         self._loaded[version.uid] = version
+        paid = self._cost(version)
+        version.running += 1  # it makes no room for itself
+        fits = self.make_room(paid)
+        version.running -= 1
+        if not fits:  # it is larger than its files said
+            self._unload(version)
+            return False
+        version.paid = paid
+        self.pages.pay(paid)
         return True
 
     def now(self, version: Version) -> None:
@@ -229,8 +245,8 @@ class Adapters:
         """
         if not self.load(version):
             raise BusyError(
-                f"There is no room for the adapter {version.name!r}: it takes {version.bytes / 1e6:.1f} MB, and what is "
-                "pinned or running leaves less. Unpin an adapter, ask again later, or start with more memory_gb."
+                f"There is no room for the adapter {version.name!r}: it takes {version.bytes / 1e6:.1f} MB, and what "
+                "is pinned or running leaves less. Unpin one, ask again later, or start with more memory_gb."
             )
 
     def quarantine(self, version: Version, reason: str) -> None:
@@ -254,7 +270,7 @@ class Adapters:
             self._unload(version)
 
     def _cost(self, version: Version) -> int:
-        return max(1, math.ceil(version.bytes / self.page_bytes))
+        return math.ceil(version.bytes / self.page_bytes)
 
     def _idle(self) -> Iterator[Version]:
         """What may be unloaded: first those that nobody waits for."""
@@ -264,7 +280,8 @@ class Adapters:
     def _unload(self, version: Version) -> None:
         self.loader.unload(version)
         self.pages.pay(-version.paid)
-        version.paid, version.front = 0, None
+        self.pages.drop(version.pages)
+        version.paid, version.pages, version.is_loaded = 0, [], False
         version.state = "registered" if version.state == "loaded" else version.state
         del self._loaded[version.uid]
 

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapterlab.errors import AdapterlabError, BusyError, UnusableAdapterError
+from adapterlab.errors import AdapterlabError, BusyError, ConfigError
 from adapterlab.serve.adapters import Adapters, Version
 from adapterlab.serve.fairness import GENERATED, Counters
 from adapterlab.serve.pages import Pages, PrefixCache, Root
@@ -97,7 +97,19 @@ class Scheduler:
         refused: sequences that cannot be computed, and why; whoever plans ends them.
     """
 
-    def __init__(self, settings: EngineSettings, pages: Pages, cache: PrefixCache, adapters: Adapters):
+    def __init__(
+        self, settings: EngineSettings, pages: Pages, cache: PrefixCache, adapters: Adapters, window: int | None = None
+    ):
+        """Schedule with what others keep books of.
+
+        Args:
+            settings: of the engine.
+            pages: of keys and values.
+            cache: of prefixes, in the same pages.
+            adapters: that are paid in the same pages.
+            window: positions that the model has; None: no end of them.
+        """
+        self.window = window
         self.settings, self.pages, self.cache, self.adapters = settings, pages, cache, adapters
         self.waiting: dict[int, Sequence] = {}
         self.running: list[Sequence] = []
@@ -220,7 +232,7 @@ class Scheduler:
             crowded = version is not None and version not in distinct and len(distinct) >= self.settings.max_adapters
             try:
                 started = not crowded and self._start(sequence)
-            except UnusableAdapterError as error:
+            except AdapterlabError as error:
                 self.refused.append((sequence, error))
                 continue
             if started:
@@ -252,11 +264,21 @@ class Scheduler:
         return leader.computed < sequence.prompt
 
     def _start(self, sequence: Sequence) -> bool:
-        """Give a sequence its adapter and pages for all its tokens and one more; or nothing, if there is no room."""
+        """Give a sequence its adapter and pages for all its tokens and one more; or nothing, if there is no room.
+
+        Raises:
+            UnusableAdapterError: the adapter cannot be used.
+            ConfigError: it puts so much in front that the sequence does not fit into the model's window.
+        """
         version = sequence.version
         if version is not None:
             if not self.adapters.load(version):
                 return False
+            if self.window is not None and sequence.limit + version.shift > self.window:
+                raise ConfigError(
+                    f"The adapter {version.name!r} takes {version.shift} positions, so that prompt and answer of "
+                    f"{sequence.limit} tokens do not fit into the model's window of {self.window}. Shorten them."
+                )
             version.running += 1  # nobody unloads it while room for the pages is made
         found = self.cache.find(sequence.root, sequence.tokens[:-1]) if self.settings.prefix_cache else []
         missing = self._pages_for(len(sequence.tokens) + 1) - len(found)
