@@ -219,6 +219,8 @@ class Adapters:
         try:
             if not self.loader.load(version, self.make_room):
                 return False
+        except MemoryError:
+            return False
         except Exception as error:  # files of strangers, and methods of others
             self.quarantine(version, str(error) if isinstance(error, AdapterlabError) else repr(error))
             raise UnusableAdapterError(version.reason) from error

@@ -63,8 +63,8 @@ class Request:
         priority: requests of a higher one are admitted before all others, until those have waited `patience` seconds.
         processors: makes a list of transformers' logits processors for one answer, called as
             `processor(ids [1, tokens], logits [1, vocabulary])` after penalties and before temperature; for constrained
-            decoding. It is called once for each answer, on the engine's thread, and is not trusted: an error ends that
-            answer alone.
+            decoding. It is called once for each answer when the request is submitted. A processor is not trusted: its
+            error ends that answer alone.
     """
 
     prompt: tuple[int, ...]
@@ -163,10 +163,13 @@ class Handle:
 
     def put(self, event: Event) -> None:
         """Hand on an event; called by the engine's thread alone."""
-        if self._on_event is not None:
-            self._on_event(event)
-        else:
+        if self._on_event is None:
             self._events.put(event)
+            return
+        try:
+            self._on_event(event)
+        except Exception:  # whoever listened is gone
+            self.cancel()
 
     def __iter__(self) -> Iterator[Event]:
         """Yield events until all answers are finished."""

@@ -16,6 +16,7 @@ from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, T
 from adapterlab.errors import ServingError
 from adapterlab.serve.requests import Sampling
 
+_BEFORE = 6  # tokens of the prompt, of which the first ones of an answer may be a continuation
 Processor = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -145,10 +146,10 @@ def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
 class Text:
     """The text of an answer as it comes, without its stop texts."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]):
+    def __init__(self, tokenizer: Any, stops: Sequence[str], prompt: Sequence[int]):
         self.tokenizer, self.stops = tokenizer, stops
-        self.ids: list[int] = []
-        self.begin = self.read = 0  # the tokens between them give what stands before new ones its form
+        self.ids = list(prompt[-_BEFORE:])
+        self.begin, self.read = 0, len(self.ids)  # the tokens between them say in which form new ones continue
         self.held = ""
 
     def add(self, token: int) -> tuple[str, str | None]:
