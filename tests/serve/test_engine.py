@@ -94,7 +94,7 @@ def test_a_name_that_is_registered_again_answers_anew_and_cached_prefixes_do_not
 
 
 def test_a_broken_adapter_harms_nobody_else(alone: Any, engine: Any, tmp_path: Path) -> None:
-    """One whose numbers overflow when it is used, one that was damaged after it was registered, one that is no adapter."""
+    """One whose numbers overflow when it is used, one that was damaged after it was registered, and no adapter."""
     one = engine("low", "low3")
     assert one.warm("low").form  # the first of its kind is tried; the next one shows what it is in a step
     alone.save("wild", METHODS["low"](), 1, size=1e30)
@@ -248,7 +248,7 @@ def test_a_method_that_cannot_be_computed_step_by_step_is_refused(alone: Any, en
     one = engine("low")
     alone.save("side", al.LST(), 3)
     one.register("side", alone.root / "side")
-    with pytest.raises(UnusableAdapterError, match="may mix positions|step by step"):
+    with pytest.raises(UnusableAdapterError, match=r"may mix positions|step by step"):
         one.submit(ask((5, 9), "side")).result(60)
 
 
