@@ -18,7 +18,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "low2": lambda: al.LoRA(r=4, alpha=16.0, modules_to_save=("lm_head",)),
     "low3": lambda: al.LoRA(r=2, targets="all-linear"),
     "scaled": lambda: al.IA3(),
-    "after": lambda: al.AdapterPfeiffer(bottleneck=4),
+    "after": lambda: al.AdapterPfeiffer(m=4),
     "norms": lambda: al.LNTuning(),
     "before": lambda: al.PrefixTuning(length=3),
     "words": lambda: al.PromptTuning(length=5),

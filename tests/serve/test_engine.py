@@ -39,6 +39,7 @@ def test_all_kinds_in_one_batch_answer_as_they_do_alone(alone: Any, engine: Any)
     handles = [one.submit(ask(prompt, name)) for name, prompt in asked]
     for handle, (name, prompt) in zip(handles, asked, strict=True):
         assert handle.result(60)[0].ids == alone.answer(name, prompt), name
+    assert len({tuple(alone.answer(name, PROMPTS[1])) for name in (None, *METHODS)}) > len(METHODS) - 2, "they differ"
     forms = {state.name: state.form for state in one.adapters()}
     assert forms["before"] == forms["words"] == "pages"
     assert forms["norms"] == "alone"
