@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from adapterlab.core.adapter import Front
 from adapterlab.engine.attention import attention_modules, core_attention
-from adapterlab.engine.packing import mixes_positions
 from adapterlab.errors import AdapterlabError, AttachError, UnusableAdapterError
 from adapterlab.foreign.model import text_config
 from adapterlab.hosts import Host, host, load
@@ -112,25 +111,26 @@ class OnModel:
         """Choose between `tokens` and `alone`, or refuse."""
         key = version.key
         for part in carrier.parts(key):
-            if why := mixes_positions(carrier.adapters(part)):
-                raise UnusableAdapterError(f"its tokens cannot be computed step by step: {why}.")
+            for path, adapter in carrier.adapters(part).items():
+                if not adapter.keeps_tokens_apart:
+                    raise UnusableAdapterError(
+                        "it cannot be computed step by step, beside others: what stands around "
+                        f"{path or 'the whole model'} may make tokens depend on each other in a way of its own."
+                    )
         version.bytes = _bytes(carrier, key)
         kind = repr(carrier.methods[key])
-        version.form = self._tried.get(kind)
-        if version.form is not None:
+        if kind in self._tried:
+            version.form = self._tried[kind]
             return True
-        forms: tuple[Form, ...] = ("tokens", "alone") if hasattr(carrier, "tokens") else ("alone",)
-        for version.form in forms:
-            try:
-                if not self._right(carrier, version, make_room):
-                    version.form = None
-                    return False
-                break
-            except AttachError:  # it cannot be told apart by tokens
-                if version.form == forms[-1]:
-                    raise
-        self._tried[kind] = version.form
-        return True
+        try:
+            version.form = "tokens"
+            found = self._right(carrier, version, make_room)
+        except AttachError:  # it changes what all tokens see, or cannot be told apart by tokens
+            version.form = "alone"
+            found = self._right(carrier, version, make_room)
+        if found:
+            self._tried[kind] = version.form
+        return found
 
     def _right(self, carrier: Host, version: Version, make_room: Callable[[int], bool]) -> bool:
         """Compare packed passes, beside the base where it can be, with the model and the adapter by itself.
