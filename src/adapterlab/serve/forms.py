@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.adapter import Front
 from adapterlab.engine.attention import attention_modules, core_attention
-from adapterlab.errors import AdapterlabError, AttachError, UnusableAdapterError
+from adapterlab.errors import AdapterlabError, UnusableAdapterError
 from adapterlab.foreign.model import text_config
 from adapterlab.hosts import Host, host, load
 from adapterlab.serve.adapters import Form, Version
@@ -125,7 +125,7 @@ class OnModel:
         try:
             version.form = "tokens"
             found = self._right(carrier, version, make_room)
-        except AttachError:  # it changes what all tokens see, or cannot be told apart by tokens
+        except (AdapterlabError, RuntimeError):  # it changes what all tokens see, or cannot be told apart by tokens
             version.form = "alone"
             found = self._right(carrier, version, make_room)
         if found:
