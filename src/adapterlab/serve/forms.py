@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,25 +37,33 @@ class OnModel:
     def __init__(self, model: Any, forward: Forward, pages: Pages):
         self.model, self.forward, self.pages = model, forward, pages
         self._tried: dict[str, Form] = {}
+        self._live = contextlib.ExitStack()
+        self._runs: list[tuple[str | None, int]] | None = None
 
-    @contextlib.contextmanager
-    def live(self, segments: Sequence[tuple[Version | None, int]]) -> Iterator[None]:
-        """Let the tokens of a pass go through their adapters.
+    def live(self, segments: Sequence[tuple[Version | None, int]]) -> None:
+        """Let the tokens of the next passes go through their adapters; steps that are alike change nothing.
 
         Args:
             segments: the adapter of each run of tokens, and how many tokens it has.
         """
         keys = [(None if version is None or version.form == "pages" else version.key, n) for version, n in segments]
         runs = [(key, sum(n for _, n in run)) for key, run in itertools.groupby(keys, lambda one: one[0])]
+        if runs == self._runs:
+            return
+        self.rest()
         carrier, names = host(self.model), {key for key, _ in runs}
-        if carrier is None:
-            yield
-        elif len(names) == 1:
-            with carrier.using(*(name for name in names if name is not None)):
-                yield
+        if carrier is None or names == {None}:
+            return
+        if len(names) == 1:
+            self._live.enter_context(carrier.using(*(name for name in names if name is not None)))
         else:
-            with carrier.tokens(runs):
-                yield
+            self._live.enter_context(carrier.tokens(runs))
+        self._runs = runs
+
+    def rest(self) -> None:
+        """Leave the plain base."""
+        self._runs = None
+        self._live.close()
 
     def load(self, version: Version, make_room: Callable[[int], bool]) -> bool:
         """Read an adapter and find its form.
@@ -64,6 +72,7 @@ class OnModel:
             AdapterlabError: its files are damaged, or are not for this model.
             UnusableAdapterError: it can be computed in no form.
         """
+        self.rest()
         carrier = load(self.model, version.folder, version.key, active=False)
         put = False
         try:
@@ -73,6 +82,7 @@ class OnModel:
             else:
                 put = self._in_pages(carrier, version, fronts, make_room)
         finally:
+            self.rest()
             if not put:
                 self.pages.drop(version.pages)
                 version.pages = []
@@ -82,6 +92,7 @@ class OnModel:
 
     def unload(self, version: Version) -> None:
         """Take an adapter off the model; its pages are the caller's."""
+        self.rest()
         carrier = host(self.model)
         if carrier is not None and version.key in carrier.methods:
             carrier.detach(version.key)
@@ -151,8 +162,8 @@ class OnModel:
         try:
             for start, stop in itertools.pairwise(_CUTS):
                 rows = [row_of(one, ids[start:stop], start, pages) for one, pages in zip(names, taken, strict=True)]
-                with self.live([(one, stop - start) for one in names]):
-                    found = self.forward.run(rows)
+                self.live([(one, stop - start) for one in names])
+                found = self.forward.run(rows)
                 for logits, expected in zip(found, wanted, strict=True):
                     _check_alike(logits, expected[stop - 1])
         except AdapterlabError:
@@ -165,6 +176,7 @@ class OnModel:
 
     def _plain(self, carrier: Host, names: tuple[str, ...], ids: Sequence[int]) -> Tensor:
         """Logits of the model as it is, `[tokens, vocabulary]`."""
+        self.rest()
         given = torch.tensor([ids], device=self.forward.device)
         with carrier.using(*names), core_attention(self.forward.modules, None):
             logits: Tensor = self.model(input_ids=given, use_cache=False).logits[0]
