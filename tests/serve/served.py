@@ -17,6 +17,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "low": lambda: al.LoRA(r=2, targets="all-linear"),
     "low2": lambda: al.LoRA(r=4, alpha=16.0, modules_to_save=("lm_head",)),
     "low3": lambda: al.LoRA(r=2, targets="all-linear"),
+    "moved": lambda: al.PiSSA(r=2),
     "scaled": lambda: al.IA3(),
     "after": lambda: al.AdapterPfeiffer(m=4),
     "norms": lambda: al.LNTuning(),

@@ -49,7 +49,7 @@ def test_all_kinds_in_one_batch_answer_as_they_do_alone(alone: Any, engine: Any)
 def test_random_traces_with_evictions_and_reloads(seed: int, alone: Any, engine: Any) -> None:
     """Little memory, so that answers give way and adapters go and come back; shared beginnings; some are cancelled."""
     draw = random.Random(seed)
-    one = engine(memory_gb=60e-6, max_running=5, step_tokens=16, max_adapters=3, patience=0.05)
+    one = engine(memory_gb=45e-6, max_running=5, step_tokens=16, max_adapters=3, patience=0.05)
     asked = []
     for _ in range(24):
         name, tenant = draw.choice([None, *METHODS]), draw.choice(["x", "y"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,26 @@ from adapterlab.hosts import Host, host, load
 from adapterlab.serve.adapters import Form, Version
 from adapterlab.serve.forward import Forward, Row
 from adapterlab.serve.pages import Pages
+from adapterlab.serve.whole_change import put_whole_change
 
+MakeRoom = Callable[[int], bool]
+Fronts = Mapping[nn.Module, Front]
 _CUTS = (0, 5, 8, 9)  # the passes in which the tokens of a trial are computed: a prompt in two pieces, then one token
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit
+
+
+class Trial(NamedTuple):
+    """What packed passes have to give: logits `[tokens, vocabulary]` of the model called as it is.
+
+    Attributes:
+        ids: of the tokens.
+        adapted: with the adapter by itself.
+        plain: without any.
+    """
+
+    ids: list[int]
+    adapted: Tensor
+    plain: Tensor
 
 
 class OnModel:
@@ -65,7 +82,7 @@ class OnModel:
         self._runs = None
         self._live.close()
 
-    def load(self, version: Version, make_room: Callable[[int], bool]) -> bool:
+    def load(self, version: Version, make_room: MakeRoom) -> bool:
         """Read an adapter and find its form.
 
         Raises:
@@ -74,13 +91,18 @@ class OnModel:
         """
         self.rest()
         carrier = load(self.model, version.folder, version.key, active=False)
-        put = False
+        kind, put = repr(carrier.methods[version.key]), False
         try:
+            trial = None if kind in self._tried else self._trial(carrier, version)
             fronts = _fronts(carrier, version.key)
             if fronts is None:
-                put = self._on_tokens(carrier, version, make_room)
+                put_whole_change(carrier, version.key)
+                version.form = self._tried.get(kind)
+                put = self._on_tokens(carrier, version, trial, make_room)
             else:
-                put = self._in_pages(carrier, version, fronts, make_room)
+                put = self._in_pages(version, fronts, trial, make_room)
+            if put and version.form is not None:
+                self._tried[kind] = version.form
         finally:
             self.rest()
             if not put:
@@ -99,9 +121,7 @@ class OnModel:
 
     # ------------------------------------------------------------------ pages in front
 
-    def _in_pages(
-        self, carrier: Host, version: Version, fronts: Mapping[nn.Module, Front], make_room: Callable[[int], bool]
-    ) -> bool:
+    def _in_pages(self, version: Version, fronts: Fronts, trial: Trial | None, make_room: MakeRoom) -> bool:
         """Compute keys and values of what stands in front of every sequence."""
         length = max(map(_length, fronts.values()))
         count = -(-length // self.forward.page_tokens)
@@ -114,11 +134,11 @@ class OnModel:
                 self.forward.write(module, version.pages, front.keys, front.values)
             elif front.embedded is not None:
                 self.forward.run([Row(range(length), 0, version.pages)], front.embedded)
-        return self._right(carrier, version, make_room)
+        return trial is None or self._right(version, trial, make_room)
 
     # ------------------------------------------------------------------ other forms
 
-    def _on_tokens(self, carrier: Host, version: Version, make_room: Callable[[int], bool]) -> bool:
+    def _on_tokens(self, carrier: Host, version: Version, trial: Trial | None, make_room: MakeRoom) -> bool:
         """Choose between `tokens` and `alone`, or refuse."""
         key = version.key
         for part in carrier.parts(key):
@@ -129,44 +149,44 @@ class OnModel:
                         f"{path or 'the whole model'} may make tokens depend on each other in a way of its own."
                     )
         version.bytes = _bytes(carrier, key)
-        kind = repr(carrier.methods[key])
-        if kind in self._tried:
-            version.form = self._tried[kind]
+        if trial is None:
             return True
         try:
             version.form = "tokens"
-            found = self._right(carrier, version, make_room)
+            return self._right(version, trial, make_room)
         except (AdapterlabError, RuntimeError):  # it changes what all tokens see, or cannot be told apart by tokens
             version.form = "alone"
-            found = self._right(carrier, version, make_room)
-        if found:
-            self._tried[kind] = version.form
-        return found
+            return self._right(version, trial, make_room)
 
-    def _right(self, carrier: Host, version: Version, make_room: Callable[[int], bool]) -> bool:
-        """Compare packed passes, beside the base where it can be, with the model and the adapter by itself.
+    # ------------------------------------------------------------------ trials
+
+    def _trial(self, carrier: Host, version: Version) -> Trial:
+        """What the model gives with an adapter by itself, and without any."""
+        ids = [(7 * i * i + 3 * i + 1) % text_config(self.model).vocab_size for i in range(_CUTS[-1])]
+        return Trial(ids, self._plain(carrier, (version.key,), ids), self._plain(carrier, (), ids))
+
+    def _right(self, version: Version, trial: Trial, make_room: MakeRoom) -> bool:
+        """Compute a trial in packed passes, beside the base where it can be.
 
         Returns:
-            Whether there was room for a trial.
+            Whether there was room for it.
 
         Raises:
-            UnusableAdapterError: they differ.
+            UnusableAdapterError: they give something else.
         """
-        ids = [(7 * i * i + 3 * i + 1) % text_config(self.model).vocab_size for i in range(_CUTS[-1])]
-        names = (version, None) if version.form != "alone" else (version,)
-        needed = -(-len(ids) // self.forward.page_tokens)
+        names = (version,) if version.form == "alone" else (version, None)
+        needed = -(-len(trial.ids) // self.forward.page_tokens)
         if not make_room(needed * len(names)):
             return False
-        wanted = [self._plain(carrier, () if one is None else (version.key,), ids) for one in names]
         taken = [self.pages.take(needed) for _ in names]
         try:
             for start, stop in itertools.pairwise(_CUTS):
-                rows = [row_of(one, ids[start:stop], start, pages) for one, pages in zip(names, taken, strict=True)]
-                self.live([(one, stop - start) for one in names])
-                found = self.forward.run(rows)
-                for logits, expected in zip(found, wanted, strict=True):
-                    _check_alike(logits, expected[stop - 1])
-        except AdapterlabError:
+                ids = trial.ids[start:stop]
+                self.live([(one, len(ids)) for one in names])
+                found = self.forward.run([row_of(one, ids, start, p) for one, p in zip(names, taken, strict=True)])
+                for logits, wanted in zip(found, (trial.adapted, trial.plain), strict=False):
+                    _check_alike(logits, wanted[stop - 1])
+        except (AdapterlabError, RuntimeError):
             self.forward.clear([page for pages in taken for page in pages])
             raise
         finally:
@@ -190,17 +210,17 @@ def row_of(version: Version | None, ids: Sequence[int], start: int, pages: Seque
     return Row(ids, start, pages, version.pages, version.in_front, version.shift, chooses)
 
 
-def _fronts(carrier: Host, key: str) -> dict[nn.Module, Front] | None:
+def _fronts(carrier: Host, key: str) -> Fronts | None:
     """What an adapter puts in front, by module, if it does nothing else and pages can hold it."""
     parts = carrier.parts(key)
     found = {a.site.module: a.front() for part in parts for a in carrier.adapters(part).values()}
-    if any(carrier.patches[part] for part in parts):
-        return None
     fronts = {module: front for module, front in found.items() if front is not None}
+    if len(fronts) < len(found) or any(carrier.patches[part] for part in parts):
+        return None
+    embedded = [front for front in fronts.values() if front.embedded is not None]
     lengths = [_length(front) for front in fronts.values() if _length(front)]
-    # As many at every attention module, or vectors at the input.
-    alike = len(set(lengths)) == 1 and len(lengths) in (1, len(attention_modules(carrier.model)))
-    return fronts if len(fronts) == len(found) and alike else None
+    wanted = 1 if embedded else len(attention_modules(carrier.model))  # as many positions at every module
+    return fronts if len(lengths) == wanted and len(set(lengths)) == 1 else None
 
 
 def _length(front: Front) -> int:
