@@ -203,13 +203,20 @@ class Here:
 
     def inside(self, who: Who) -> Segments:
         """The map of the whole model for the units of one kind alone."""
+        return self._of(who, others=False)
 
+    def alone(self, who: Who) -> Segments:
+        """The same among all units, of which the others have the plain base."""
+        return self._of(who, others=True)
+
+    def _of(self, who: Who, others: bool) -> Segments:
         def make() -> Segments:
-            whole = self.segments
-            mine = [(part, stop - start) for part, start, stop in whole.parts if _at_hand(part, self.names) == who]
-            return replace(segments(mine, whole.by_token), whole_samples=whole.whole_samples)
+            mine = [(part, stop - start, _at_hand(part, self.names) == who) for part, start, stop in whole.parts]
+            kept = [(part if own else (), count) for part, count, own in mine if own or others]
+            return replace(segments(kept, whole.by_token), whole_samples=whole.whole_samples)
 
-        return self._once(("inside", who), make)
+        whole = self.segments
+        return self._once(("of", who, others), make)
 
     def _once(self, key: Any, make: Callable[[], T]) -> T:
         return self.segments.once((self.names, key), make)

@@ -81,15 +81,14 @@ def _call(used: Mapping[str, Adapter], here: Here, state: State, args: Any, kwar
 
 
 def _added(used: Mapping[str, Any], here: Here, call: Call, state: State, run: Callable[..., Any]) -> Tensor:
-    x: Tensor = call.args[0] if call.args else call.x
+    x: Any = call.args[0] if call.args else call.x
     alone = len(call.args) == 1 and not call.kwargs and tuple(x.shape[: len(call.lead)]) == call.lead
     uneven = len(here.even) > 4 * len(here.parts)
-    if alone and (torch.is_grad_enabled() or uneven) and (y := _in_one_node(used, here, state, run, x)) is not None:
-        return y
-    y = run(*call.args, **call.kwargs)
-    x, y = call.flat(x), call.flat(y)
-    if not torch.is_grad_enabled() and (share := _in_two_products(used, here, x, y)) is not None:
-        return (y + share).unflatten(0, call.lead)
+    if alone and (torch.is_grad_enabled() or uneven) and (node := _in_one_node(used, here, state, run, x)) is not None:
+        return node
+    x, y = call.flat(x), call.flat(run(*call.args, **call.kwargs))
+    if not torch.is_grad_enabled() and (shares := _in_two_products(used, here, x, y)) is not None:
+        return (y + shares).unflatten(0, call.lead)
     per = call.size // here.total
     pieces = []
     for who, index in here.groups(per).items():
@@ -118,9 +117,9 @@ def _in_one_node(used: Mapping[str, Any], here: Here, state: State, run: Any, x:
     spans = []
     for who, start, stop in here.parts:
         for name in names_of(who):
-            p = used[name].p if used[name].training else 0.0
-            place = (start * tokens, stop * tokens)
-            spans.append(Span(*place, *pairs[name], used[name].scale, p, state.generators.get(name)))
+            (a, b), adapter = pairs[name], used[name]
+            p, draw = adapter.p if adapter.training else 0.0, state.generators.get(name)
+            spans.append(Span(start * tokens, stop * tokens, a, b, adapter.scale, p, draw))
     weight, *again = first.site.frozen_weight(x.dtype)
     return low_rank_spans(x, weight, first.site.bias, spans, *again)
 
@@ -150,7 +149,7 @@ class _Kept(NamedTuple):
 
 def _by_part(used: Mapping[str, Adapter], here: Here, call: Call, state: State, run: Callable[..., Any]) -> Any:
     shared = all(adapter.shares_base or adapter.additive for adapter in used.values())
-    rest = Rest(run, call, here.segments, state, shared)
+    rest = Rest(run, call, here, state, shared)
     # A linear layer in training takes each part by itself, as if it were alone: nodes that hold base and update keep
     # less than what is cut out of a product of all.
     itself = isinstance(run, Base) and torch.is_grad_enabled() and call.site.kind == "linear"

@@ -16,7 +16,7 @@ from adapterlab.engine.batch_rows import Batch
 from adapterlab.errors import AttachError
 
 if TYPE_CHECKING:
-    from adapterlab.core.segments import Segments, Who
+    from adapterlab.core.segments import Here, Segments, Who
     from adapterlab.core.site import Site
     from adapterlab.core.state import State
 
@@ -115,9 +115,9 @@ class Call:
             return tuple(self.spread(inner, part) for inner in result)
         return result
 
-    def changed(self, run: Run, whole: Run, part: Part, segments: Segments, args: Any, kwargs: Any) -> Any:
-        """Compute the module for a part by itself."""
-        return run(*args, **kwargs)
+    def by_itself(self, rest: Rest, part: Part, args: Any, kwargs: Any) -> Any:
+        """Compute the module for one part."""
+        return rest.run(*args, **kwargs)
 
     def joined(self, results: Sequence[Tensor], counts: Sequence[int], back: Tensor | None) -> Tensor:
         """Put parts of a result in the order of the entries, each of which may have a run."""
@@ -173,19 +173,20 @@ class TokenCall(Call):
     def spread(self, result: Any, part: Part) -> Any:
         return result
 
-    def changed(self, run: Run, whole: Run, part: Part, segments: Segments, args: Any, kwargs: Any) -> Any:
+    def by_itself(self, rest: Rest, part: Part, args: Any, kwargs: Any) -> Any:
         if self.site.tokenwise:
-            return run(*args, **kwargs)
-        if not segments.whole_samples:
+            return rest.run(*args, **kwargs)
+        if not rest.here.segments.whole_samples:
             raise AttachError(
-                f"{', '.join(names_of(part.who))} changes what {self.site.path} is given, whose tokens may depend on "
+                f"{', '.join(names_of(part.who))} has {self.site.path} computed for itself, whose tokens may depend on "
                 "each other, and a sample has several owners. Let the segments of host.tokens be whole samples of "
                 "a packed batch, whose borders the model is told (cu_seq_lens_q), or whole rows."
             )
-        return self.cut(whole(**self.scattered(part, args, kwargs)), part)
+        # The whole is computed for this owner: samples do not see each other.
+        return self.cut(rest.whole(rest.here.alone(part.who), (), self.scattered(part, args, kwargs)), part)
 
     def scattered(self, part: Part, args: Any, kwargs: Any) -> dict[str, Any]:
-        """The arguments of the whole call, with those of a part changed; samples do not see each other."""
+        """The arguments of the whole call, with those of a part changed."""
         bound = self.site.bound
         own, everyone = bound(part.args, part.kwargs), bound(self.args, self.kwargs)
         index = part.index if isinstance(part.index, Tensor) else torch.arange(part.index.start, part.index.stop)
@@ -193,8 +194,9 @@ class TokenCall(Call):
         for name, value in bound(args, kwargs).items():
             before, all_of_it = own.get(name), everyone.get(name)
             found[name] = all_of_it if value is before else value
-            if value is not before and before is not all_of_it and isinstance(value, Tensor):
-                entries = self.flat(all_of_it).to(value.dtype)
+            narrowed = before is not all_of_it and isinstance(all_of_it, Tensor)
+            if value is not before and narrowed and isinstance(value, Tensor):
+                entries = self.flat(everyone[name]).to(value.dtype)
                 found[name] = entries.index_copy(0, index.to(value.device), value[0]).unflatten(0, self.lead)
         return found
 
@@ -218,8 +220,8 @@ class Rest:
     batch, which a key-value cache sees too. Otherwise each part is computed by itself.
     """
 
-    def __init__(self, run: Run, call: Call, segments: Segments, state: State, shared: bool):
-        self.run, self.call, self.segments, self.state, self.shared = run, call, segments, state, shared
+    def __init__(self, run: Run, call: Call, here: Here, state: State, shared: bool):
+        self.run, self.call, self.here, self.state, self.shared = run, call, here, state, shared
         self._place = state.standing()
         self._results: list[Any] = []
 
@@ -227,22 +229,20 @@ class Rest:
         """The rest of the computation for one part."""
         return functools.partial(self._asked, part)
 
+    def whole(self, segments: Segments, args: Any, kwargs: Any) -> Any:
+        """Compute the whole batch, from inside a part of it."""
+        with self.state.standing_at({**self._place, "segments": segments}):
+            return self.run(*args, **kwargs)
+
     def _asked(self, part: Part, *args: Any, **kwargs: Any) -> Any:
         if self.shared and _same(part, args, kwargs):
-            return self.call.cut(self._once(), part)
+            if not self._results:
+                self._results.append(self.whole(self._place["segments"], self.call.args, self.call.kwargs))
+            return self.call.cut(self._results[0], part)
         for value in (*args, *kwargs.values()):
             if isinstance(value, _Held):
                 value.refuse()
-        return self.call.changed(self.run, self._whole, part, self.segments, args, kwargs)
-
-    def _once(self) -> Any:
-        if not self._results:
-            self._results.append(self._whole(*self.call.args, **self.call.kwargs))
-        return self._results[0]
-
-    def _whole(self, *args: Any, **kwargs: Any) -> Any:
-        with self.state.standing_at(self._place):
-            return self.run(*args, **kwargs)
+        return self.call.by_itself(self, part, args, kwargs)
 
 
 def _same(part: Part, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
