@@ -48,8 +48,7 @@ def put_whole_change(carrier: Host, key: str) -> None:
     """Replace an adapter by its whole changes, if it is in the base's weights and its changes are all products."""
     patches, found = carrier.patches[key], Factors()
     for path, adapter in carrier.adapters(key).items():
-        change = adapter.change() if isinstance(adapter, Delta) else None
-        if change is None:
+        if not isinstance(adapter, Delta) or (change := adapter.change()) is None:
             return
         found[path] = change[0].detach().clone(), adapter.scale * change[1].detach()
     if not patches or len(carrier.parts(key)) > 1 or {path.rpartition(".")[0] for path in patches} - found.keys():
