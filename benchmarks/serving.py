@@ -55,7 +55,7 @@ def work(job: dict[str, Any]) -> Figures:
 
     from adapterlab.serve import Engine, EngineSettings
 
-    model = bench.load(job["model"], dtype="float32").eval()
+    model, other = (bench.load(job["model"], dtype="float32").eval() for _ in range(2))  # the engine's is its own
     draw, count = random.Random(bench.SEED), job["requests"]
     prompts = bench.batch(model, count, job["prompt"])["input_ids"]
     settings = EngineSettings(
@@ -64,12 +64,12 @@ def work(job: dict[str, Any]) -> Figures:
     found: dict[str, list[float]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory() as folder, Engine(model, None, settings) as engine:
         began = time.perf_counter()
-        for number, saved in zip(range(job["registered"]), _saved(job, Path(folder)), strict=False):
+        for number, saved in zip(range(job["registered"]), _saved(job, other, Path(folder)), strict=False):
             engine.register(f"lora{number}", saved)
         registering = time.perf_counter() - began
         for number in range(job["rounds"] + 1):
             for side in SIDES:
-                before = _generated(model, prompts, job["tokens"])
+                before = _generated(other, prompts, job["tokens"])
                 after = _served(engine, prompts, job, _names(side, count, job["registered"], draw))
                 if number:
                     found[side].append(before / after)
@@ -82,16 +82,15 @@ def work(job: dict[str, Any]) -> Figures:
     }  # fmt: skip
 
 
-def _saved(job: dict[str, Any], root: Path) -> Iterator[Path]:
+def _saved(job: dict[str, Any], model: Any, root: Path) -> Iterator[Path]:
     """Folders of adapters, as many different ones as there are requests, again and again."""
     import torch
 
     import adapterlab as al
 
-    other = bench.load(job["model"], dtype="float32")
     folders = []
     for number in range(job["requests"]):
-        host = al.attach(other, al.LoRA(r=job["rank"], targets=TARGETS[job["targets"]]), "a")
+        host = al.attach(model, al.LoRA(r=job["rank"], targets=TARGETS[job["targets"]]), "a")
         with torch.no_grad():
             for parameter in host.parameters("a"):
                 parameter.normal_(std=0.02)

@@ -130,6 +130,8 @@ class Worker:
             for sequence, error in refused:
                 self._fail(sequence, error)
             pieces = [piece for piece in pieces if not piece.sequence.ended] or self.scheduler.plan(now)
+        if not pieces:
+            self.on_model.rest()
         # Those that go through the same adapters stand beside each other.
         return sorted(pieces, key=lambda piece: _group(piece.sequence.version))
 
