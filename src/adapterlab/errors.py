@@ -10,6 +10,10 @@
     ├── FormatError            an adapter folder or checkpoint is damaged, foreign, or made for another base
     ├── TrainingError          training cannot go on
     │   └── NotTrainingError   what should train did not: no gradient, a non-finite one, or unchanged bits
+    ├── ServingError           a server cannot do what is asked of it
+    │   ├── UnknownAdapterError   no adapter of this name is registered
+    │   ├── UnusableAdapterError  an adapter is damaged, or cannot be served
+    │   └── BusyError             there is no room now; it may be asked for again
     ├── OutputError            a folder or file cannot be written, or would be overwritten
     └── MissingDependencyError an optional package is needed
 
@@ -61,6 +65,22 @@ class TrainingError(AdapterlabError):
 
 class NotTrainingError(TrainingError):
     """A tensor that should train received no finite, non-zero gradient, or did not change."""
+
+
+class ServingError(AdapterlabError):
+    """A server cannot do what is asked of it."""
+
+
+class UnknownAdapterError(ServingError):
+    """No adapter of this name is registered with a server."""
+
+
+class UnusableAdapterError(ServingError):
+    """An adapter is damaged, or cannot be served on this base."""
+
+
+class BusyError(ServingError):
+    """A server has no room now, drains, or is stopped."""
 
 
 class OutputError(AdapterlabError, OSError):

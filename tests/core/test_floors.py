@@ -25,7 +25,7 @@ FLOORS = (
     ("hosts",),
     ("methods",),
     ("evaluate",),  # training evaluates, so the examination stands below it
-    ("train", "convert"),
+    ("train", "convert", "serve"),
     ("plan", "testing"),
     ("compare",),
     ("cli",),

@@ -288,7 +288,8 @@ class Switching(Anatomy):
         before = self.live
         self._switch(used)
         self.state.segments = whole
-        paths = dict.fromkeys(path for name in used for path in self.adapters(name))
+        held = [self.places[key] for name in used for key in self.parts(name)]
+        paths = dict.fromkeys(path for places in held for path, place in places.items() if place.adapter is not None)
         try:
             with followed(self.model, paths, self.state, lambda: self.state.segments or whole):
                 yield
