@@ -22,6 +22,7 @@ _PUBLIC = {
     "Encoded": "encoding",
     "Report": "encoding",
     "encode": "encoding",
+    "prompt_and_unshown": "encoding",
     "prompt_of": "encoding",
     "Collator": "batching",
     "PackingCollator": "batching",
