@@ -55,9 +55,7 @@ def chat(
         from adapterlab.serve.client import Client, RemoteConversation
 
         if more or model or device or precision or trust_remote_code:
-            raise ConfigError(
-                "With --server, TARGET is a model or adapter there, and the server has chosen the rest."
-            )
+            raise ConfigError("With --server, TARGET is a model or adapter there, and the server has chosen the rest.")
         far = RemoteConversation(Client(server, key), target, system, max_new_tokens, temperature, seed)
         Prompt(far, far).run()
         return

@@ -65,7 +65,8 @@ def make_server(tokenizer: Any, shelf: Path) -> Callable[..., Server]:
         thread.start()
         until = time.monotonic() + 20
         while not server.started:
-            assert thread.is_alive() and time.monotonic() < until
+            assert thread.is_alive()
+            assert time.monotonic() < until
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         return Server(f"http://127.0.0.1:{port}", service, server, thread)

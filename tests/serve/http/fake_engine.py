@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +59,7 @@ class FakeEngine(Engine):
         handle = Handle(f"request-{len(self.handles)}", request, on_event)
         self.handles.append(handle)
         for index in range(request.sampling.n):
-            text = f"{name} {len(request.prompt)} {index}"
+            text = f"{name.replace('/', '+')} {len(request.prompt)} {index}"
             thread = threading.Thread(target=self._answer, args=(handle, index, text), daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -77,7 +78,7 @@ class FakeEngine(Engine):
             top = tuple((other, -1.0) for other in range(4, 4 + (sampling.logprobs or 0)))
             handle.put(Token(index, id, self.tokenizer.decode([id]), logprob, top))
         if self.dead:
-            handle.put(Finished(index, "error", error=BusyError("The engine failed.")))
+            handle.put(Finished(index, "error", error=BusyError("The engine failed. Ask once more.")))
             return
         reason = "cancelled" if handle.cancelled else "length" if len(said) < len(ids) else "stop"
         handle.put(Finished(index, reason, **counts))
@@ -102,8 +103,6 @@ class FakeEngine(Engine):
         return self._change(name, tenant, state="loaded")
 
     def _change(self, name: str, tenant: str | None, **changes: Any) -> AdapterState:
-        import dataclasses
-
         if (tenant, name) not in self.known:
             raise UnknownAdapterError(f"There is no adapter {name!r}.")
         self.known[tenant, name] = dataclasses.replace(self.known[tenant, name], **changes)

@@ -90,7 +90,7 @@ def test_the_file_of_keys_holds_no_key(held: dict[str, Any], tmp_path: Path) -> 
     assert len(set(held.values())) == len(held)
     with pytest.raises(ConfigError, match="has a key named 'user'"):
         all_keys.add(held["file"], "user", ["infer"])
-    with pytest.raises(ConfigError, match="no scope 'admn'. Nearest: admin"):
+    with pytest.raises(ConfigError, match=r"no scope 'admn'\. Nearest: admin"):
         all_keys.add(tmp_path / "new.json", "x", ["admn"])
     with pytest.raises(ConfigError, match="no name"):
         all_keys.add(tmp_path / "new.json", "x", ["infer"], tenant="../x")

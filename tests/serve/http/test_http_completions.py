@@ -22,7 +22,7 @@ def test_models_are_the_base_and_its_adapters(server: Server) -> None:
 def test_the_model_that_is_named_answers(server: Server, name: str) -> None:
     answer = server.openai().chat.completions.create(model=name, messages=ASK, temperature=0)
     length = 5  # four characters, and the mark behind a turn, in both templates
-    assert answer.choices[0].message.content == f"{name} {length} 0"
+    assert answer.choices[0].message.content == f"{name.replace('/', '+')} {length} 0"
     assert answer.choices[0].finish_reason == "stop"
     assert answer.model == name
     assert answer.usage.prompt_tokens == length
@@ -70,7 +70,7 @@ def test_log_probabilities_in_both_shapes(server: Server) -> None:
     )
     entries = chat.choices[0].logprobs.content
     assert [entry.token for entry in entries] == ["b", "a", "s"]
-    assert [(entry.logprob, len(entry.top_logprobs), entry.bytes) for entry in entries][0] == (-0.5, 2, [98])
+    assert (entries[0].logprob, len(entries[0].top_logprobs), entries[0].bytes) == (-0.5, 2, [98])
     text = server.openai().completions.create(model="base", prompt="1", logprobs=1, max_tokens=3).choices[0].logprobs
     assert (text.tokens, text.text_offset, text.token_logprobs) == (["b", "a", "s"], [0, 1, 2], [-0.5] * 3)
 

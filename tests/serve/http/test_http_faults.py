@@ -32,8 +32,7 @@ def own(make_server: Callable[..., Server]) -> Iterator[Server]:
 def sent(server: Server, body: Any, *, path: str = "/v1/completions") -> socket.socket:
     """Send a request and return the connection."""
     place = urlsplit(server.url)
-    assert place.hostname and place.port
-    connection = socket.create_connection((place.hostname, place.port), timeout=10)
+    connection = socket.create_connection((place.hostname or "", place.port or 0), timeout=10)
     data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
@@ -82,10 +81,11 @@ def test_a_full_queue_and_a_failed_engine_ask_to_come_again(own: Server) -> None
     own.engine.full = False
     ask(own, "PUT", "/v1/adapters/kept", {"path": "sums", "pinned": True})
     failed = own.engine
-    failed.dead = RuntimeError("out of pages")
-    status, found, headers = post(own, "/v1/completions", {"prompt": "1"})
-    assert (status, headers["Retry-After"]) == (503, "1")
-    assert ask(own, "GET", "/health")[0] == ask(own, "GET", "/ready")[0] == 503
+    with own.service._changing:  # the next engine waits for it
+        failed.dead = RuntimeError("out of pages")
+        status, found, headers = post(own, "/v1/completions", {"prompt": "1"})
+        assert (status, headers["Retry-After"]) == (503, "1")
+        assert ask(own, "GET", "/health")[0] == ask(own, "GET", "/ready")[0] == 503
     until(lambda: own.service.engine is not failed)
     assert post(own, "/v1/completions", {"prompt": "1", "model": "kept"})[1]["choices"][0]["text"] == "kept 1 0"
     assert own.engine.adapter("kept").pinned
@@ -177,7 +177,8 @@ FIELDS = (
 )  # fmt: skip
 PLACES = (
     ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/load_lora_adapter"),
-    ("POST", "/v1/unload_lora_adapter"), ("PUT", "/v1/adapters/x"), ("GET", "/v1/models/%00"), ("GET", "/v1/adapters/.."),
+    ("POST", "/v1/unload_lora_adapter"), ("PUT", "/v1/adapters/x"), ("GET", "/v1/models/%00"),
+    ("GET", "/v1/adapters/.."),
     ("DELETE", "/v1/adapters/%2e%2e"), ("PATCH", "/v1/models"), ("GET", "/nowhere"),
 )  # fmt: skip
 

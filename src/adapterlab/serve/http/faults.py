@@ -19,6 +19,7 @@ from adapterlab.errors import (
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _RETRY = {"Retry-After": "1"}
+_NO_JSON = "json_invalid"
 _SHOWN = 80  # characters of a value that is not valid
 
 
@@ -82,15 +83,15 @@ def invalid(faults: Sequence[Mapping[str, Any]]) -> Refusal:
     Args:
         faults: as of `ValidationError.errors()`, with places that begin with "body".
     """
-    places = [".".join(str(part) for part in fault["loc"][1:]) for fault in faults]
+    places = [".".join(str(part) for part in fault["loc"][1:] if fault["type"] != _NO_JSON) for fault in faults]
     lines = [_line(place, fault) for place, fault in zip(places, faults, strict=True)]
     return Refusal(400, "\n".join(dict.fromkeys(lines)), param=next((p for p in places if p), None))
 
 
 def _line(place: str, fault: Mapping[str, Any]) -> str:
     said = str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] in ("value_error", "missing", "json_invalid"):
+    if fault["type"] in ("value_error", "missing", _NO_JSON):
         return f"{place}: {said}" if place else said
     received = repr(fault.get("input"))
     cut = received if len(received) <= _SHOWN else received[: _SHOWN - 3] + "..."
-    return f"{place} = {cut} is not valid: {said[:1].lower() + said[1:]}."
+    return f"{place or 'the body'} = {cut} is not valid: {said[:1].lower() + said[1:]}."

@@ -8,8 +8,8 @@ import time
 import traceback
 from pathlib import Path
 
+from fastapi import HTTPException
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -63,6 +63,7 @@ class Gate:
             message = await receive()
             come += len(message.get("body", b""))
             if come > most or (said.isdecimal() and int(said) > most):
+                # of FastAPI, which would take another one for a fault of the body
                 raise HTTPException(413, f"The body is larger than {most:,} bytes (limits.body_bytes).")
             return message
 

@@ -57,9 +57,12 @@ class Prompts:
             raise ConfigError(
                 f"The chat template cannot render this conversation (roles: {roles}): {error.__cause__ or error}"
             ) from None
+        except (TypeError, UnicodeError) as error:
+            raise ConfigError(f"This conversation is no text that the tokenizer reads: {error}.") from None
         if unshown:
+            lost = "; ".join(one.removeprefix("column ") for one in unshown)
             raise ConfigError(
-                f"The chat template does not show all of this conversation: {'; '.join(unshown)}. Leave it out, or "
+                f"The chat template does not show all of this conversation: {lost}. Leave it out, or "
                 "write it into the content of a message."
             )
         return tuple(ids)

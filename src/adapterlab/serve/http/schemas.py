@@ -5,6 +5,7 @@ A field that is not listed is refused by name; null means that a field is not gi
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,6 +14,7 @@ from adapterlab.errors import nearest
 from adapterlab.serve.requests import Sampling
 from adapterlab.settings import SEEDS
 
+_ID = re.compile(r"[0-9]{1,9}")
 _COMPLETION_TOKENS = 16  # OpenAI's default for plain completions
 
 
@@ -104,7 +106,7 @@ class Wish(Strict):
     def _consistent(self) -> Wish:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options are for streams: set stream to true, or leave them out")
-        if not all(key.lstrip("-").isdecimal() for key in self.logit_bias):
+        if not all(_ID.fullmatch(key) for key in self.logit_bias):
             raise ValueError("logit_bias goes from token ids, written as texts, to numbers")
         return self
 

@@ -82,10 +82,9 @@ class Shelf:
         if self.root is None:
             raise ConfigError("This server loads no adapters: it was started without --adapters FOLDER.")
         home = self.root if tenant is None else self.root / f"{TENANT}{tenant}"
-        folder = _resolved(home / path)
+        folder = _folder(home / path)
         # Whether something lies outside is not told apart from whether it is there: it is nobody's business.
-        inside = folder is not None and folder != home and folder.is_relative_to(home) and folder.is_dir()
-        if folder is None or not inside:
+        if folder is None or folder == home or not folder.is_relative_to(home):
             raise ConfigError(f"There is no adapter {path!r} in the folder that this server loads adapters from.")
         self.check(folder)
         return folder
@@ -129,9 +128,11 @@ def checked_name(name: str) -> str:
     return name
 
 
-def _resolved(path: Path) -> Path | None:
+def _folder(path: Path) -> Path | None:
+    """The folder at a path, with links resolved; None where there is none."""
     try:
-        return path.resolve()
+        found = path.resolve()
+        return found if found.is_dir() else None
     except (OSError, ValueError, RuntimeError):  # too long, a null character, links in a circle
         return None
 
