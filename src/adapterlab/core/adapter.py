@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
@@ -15,6 +16,23 @@ from adapterlab.errors import AttachError
 from adapterlab.foreign.quantized import is_quantized
 
 READY, READY_FOR_ROWS = "_ready", "_ready_for_rows"  # attributes: factors that are kept cast while nobody trains them
+
+
+@dataclass(frozen=True)
+class Front:
+    """What an adapter puts in front of every sequence, whatever the sequence is.
+
+    Attributes:
+        embedded: vectors that are read before the tokens are, as if they were embedded ones, `[P, d]`.
+        keys: of one attention module, as they are used, `[kv_heads, P, head_dim]`.
+        values: likewise.
+        shift: by how many positions the tokens move.
+    """
+
+    embedded: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    shift: int = 0
 
 
 class Adapter(nn.Module):
@@ -91,6 +109,10 @@ class Adapter(nn.Module):
         Asked only of what adds and gives no factors, and where the frozen weight (`Site.frozen_weight`) may be
         multiplied in the module's place.
         """
+        return None
+
+    def front(self) -> Front | None:
+        """Return what it puts in front of every sequence, if it does nothing else; a server computes that once."""
         return None
 
     def covers(self, other: Adapter) -> str:

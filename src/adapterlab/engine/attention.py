@@ -14,7 +14,7 @@ import contextlib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,9 @@ from adapterlab.ops.attention import attention, each_segment, pays, varlen_atten
 
 BOUNDS = "cu_seq_lens_q"
 PACKED = (BOUNDS, "cu_seq_lens_k", "max_length_q", "max_length_k")  # what flash attention in transformers calls them
-_FAST = "_adapterlab_attention"  # attribute of the attention modules, and of the model, while it is fast
+_CORE = "_adapterlab_core"  # attribute of the attention modules while another function computes their core
+_FAST = "_adapterlab_attention"  # attribute of the model while it is fast
+Core = Callable[..., Any]  # (module, original, q, k, v, mask, **kwargs) -> (output, weights or None)
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 _EAGER = "eager_attention_forward"
 
@@ -70,33 +72,57 @@ def bridge(module: nn.Module) -> None:
         mapping[name] = _Dispatcher(mapping.get(name))
 
 
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model that compute attention through the interface of `transformers`."""
+    return [module for module in model.modules() if uses_interface(plain_class(module))]
+
+
+@contextlib.contextmanager
+def core_attention(modules: Sequence[nn.Module], core: Core | None) -> Iterator[None]:
+    """Let another function compute the attention core of some modules inside the context; None: their own.
+
+    Adapters that stand inside the attention stand around it too. Nothing is left behind but idle dispatchers.
+
+    Args:
+        modules: of `attention_modules`.
+        core: is called as `core(module, original, q, k, v, mask, **kwargs)` and returns what attention functions of
+            transformers do: `[batch, queries, heads, head_dim]`, and the weights or None.
+    """
+    before = [module.__dict__.get(_CORE) for module in modules]
+    try:
+        for module in modules:
+            module.__dict__[_CORE] = core
+            bridge(module)
+        yield
+    finally:
+        for module, function in zip(modules, before, strict=True):
+            module.__dict__[_CORE] = function
+            if function is None:
+                del module.__dict__[_CORE]
+
+
 @contextlib.contextmanager
 def fast_attention(model: nn.Module) -> Iterator[None]:
     """Compute a model's attention by the fastest exact way inside the context, and let it take packed batches.
 
     Forward and backward pass belong into the same context, as checkpointing runs forward passes in the backward one.
-    Other models are not affected, nor is anything left behind but idle dispatchers. Batches that name the borders of
-    their samples (see `PACKED`) get no mask: `transformers` would build one of tokens × tokens from the positions.
-    Outside the context it does, unless it makes a cache: with `use_cache=False` packed batches are right there too,
-    only slow.
+    Other models are not affected. Batches that name the borders of their samples (see `PACKED`) get no mask:
+    `transformers` would build one of tokens × tokens from the positions. Outside the context it does, unless it makes a
+    cache: with `use_cache=False` packed batches are right there too, only slow.
     """
-    within = _FAST in model.__dict__
-    modules = [] if within else [m for m in model.modules() if uses_interface(plain_class(m))]
+    modules = [] if _FAST in model.__dict__ else attention_modules(model)
     if not modules:
         yield
         return
     backbone: Any = getattr(model, "base_model", model)
     hook = backbone.register_forward_pre_hook(_without_mask, with_kwargs=True)
-    for module in (model, *modules):
-        module.__dict__[_FAST] = True
+    model.__dict__[_FAST] = True
     try:
-        for module in modules:
-            bridge(module)
-        yield
+        with core_attention(modules, _computed):
+            yield
     finally:
         hook.remove()
-        for module in (model, *modules):
-            module.__dict__.pop(_FAST, None)
+        del model.__dict__[_FAST]
 
 
 def _without_mask(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -118,10 +144,10 @@ class _Dispatcher:
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # "eager" is not one function: every modelling file brings its own.
         original = self.original or getattr(sys.modules[plain_class(module).__module__], _EAGER)
-        fast = _FAST in module.__dict__
-        run = functools.partial(_computed if fast else _plainly, module, original)
+        core = module.__dict__.get(_CORE)
+        run = functools.partial(core or _plainly, module, original)
         args = (*args, *(kwargs.pop(name) for name in _NAMES[len(args) :] if name in kwargs))
-        if fast and kwargs.get(BOUNDS) is not None:
+        if core is _computed and kwargs.get(BOUNDS) is not None:
             return _packed(module, original, run, *args, **kwargs)
         if ADAPTERS not in module._modules:
             return run(*args, **kwargs)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from adapterlab.core.adapter import Adapter
+from adapterlab.core.adapter import Adapter, Front
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.site import Site
 from adapterlab.errors import AttachError
@@ -82,6 +82,9 @@ class Positions(Adapter):
         else:
             given[self.key] = self.changed(given[self.key])
         return run(**given)
+
+    def front(self) -> Front | None:
+        return Front(shift=self.offset) if self.factor == 1 else None
 
     def changed(self, ids: Tensor) -> Tensor:
         """Return the positions to use; whole numbers stay whole unless they are divided.

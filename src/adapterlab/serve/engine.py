@@ -11,18 +11,35 @@ handed to that thread and done between two steps, so calls wait for the step tha
 
 from __future__ import annotations
 
+import itertools
+import threading
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+import torch
+
+from adapterlab.engine.modes import dropout_off
+from adapterlab.errors import AdapterlabError, BusyError, ConfigError, ServingError
+from adapterlab.hosts import host
+from adapterlab.io.folder import TENSORS, read_info
+from adapterlab.paths import user_path
+from adapterlab.serve.adapters import Version
 from adapterlab.serve.requests import AdapterState, EngineSettings, Event, Handle, Request, Statistics
+from adapterlab.serve.worker import Worker
+
+T = TypeVar("T")
+_LOOK = 1.0  # seconds after which a thread without work looks around
 
 
 class Engine:
     """Serves one base model and the adapters that are registered with it.
 
-    The model belongs to the engine from `start` to `stop`: nobody else may call it or change what is attached to it.
+    The model belongs to the engine from when it is made until `stop`: nobody else may call it or change what is
+    attached to it. Requests without an adapter get the plain base, whatever the model carries.
 
     Attributes:
         settings: see `EngineSettings`.
@@ -40,6 +57,19 @@ class Engine:
             ModelError: the model cannot be served so, with the reason.
         """
         self.settings = settings or EngineSettings()
+        self.model = model
+        self._changed = threading.Condition(threading.RLock())  # guards all below; told of everything that is new
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._closing, self._draining = False, False
+        self._ids = itertools.count(1)
+        carrier = host(model)
+        self._before = None if carrier is None else carrier.live
+        if carrier is not None:
+            carrier.activate()
+        with dropout_off(model), torch.no_grad():
+            self._worker = Worker(model, tokenizer, self.settings)
 
     def __enter__(self) -> Self:
         self.start()
@@ -56,6 +86,11 @@ class Engine:
         Raises:
             ServingError: it was started before.
         """
+        with self._changed:
+            if self._thread is not None or self._closing:
+                raise ServingError("The engine was started before. Make another one.")
+            self._thread = threading.Thread(target=self._live, name="adapterlab-engine", daemon=True)
+            self._thread.start()
 
     @property
     def failure(self) -> BaseException | None:
@@ -63,6 +98,9 @@ class Engine:
 
         What goes wrong with one request or adapter ends that alone, and is not seen here.
         """
+        return self._failure
+
+    # ------------------------------------------------------------------ requests
 
     def submit(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Handle:
         """Queue a request; its first step comes when there is room.
@@ -70,8 +108,9 @@ class Engine:
         Args:
             request: see `Request`. The version of its adapter is chosen now: what is registered later under the same
                 name serves later requests alone.
-            on_event: is called with each event on the engine's thread and must return at once, without an error (for
-                example `loop.call_soon_threadsafe(queue.put_nowait, event)`); default: events wait in the handle.
+            on_event: is called with each event on the engine's thread and must return at once (for example
+                `loop.call_soon_threadsafe(queue.put_nowait, event)`); an error cancels the request. Default: events
+                wait in the handle.
 
         Returns:
             The handle; with `on_event`, to cancel only.
@@ -83,7 +122,26 @@ class Engine:
             UnusableAdapterError: the adapter is quarantined; the message has the reason.
             BusyError: too many requests are waiting, or the engine drains, is stopped or has failed.
         """
-        raise NotImplementedError
+        handle = Handle(f"request-{next(self._ids)}", request, on_event)
+        with self._changed:
+            self._check_open()
+            if self._draining:
+                raise BusyError("The engine drains: it takes no new requests.")
+            self._worker.add(handle)
+            self._changed.notify_all()
+        return handle
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Refuse new requests and wait until all that were submitted have ended.
+
+        Returns:
+            Whether they have, in `timeout` seconds.
+        """
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(lambda: self._worker.is_idle, timeout)
+
+    # ------------------------------------------------------------------ adapters
 
     def register(self, name: str, folder: str | Path, tenant: str | None = None, *, pin: bool = False) -> AdapterState:
         """Make an adapter known; its files are looked at, and its tensors read when the first request needs them.
@@ -103,7 +161,24 @@ class Engine:
             UnusableAdapterError: it cannot be served, with the reason; known only after loading if `pin` is not set.
             BusyError: pinned adapters leave no room for it; or the engine is stopped or has failed.
         """
-        raise NotImplementedError
+        place = user_path(folder).resolve()
+        info = read_info(place)
+        if not name:
+            raise ConfigError("An adapter needs a name, for requests to say.")
+        file = place / TENSORS
+        size = file.stat().st_size if file.is_file() else 0
+
+        def add() -> AdapterState:
+            version = self._worker.adapters.add(name, tenant, str(place), info.method, size)
+            if not pin:
+                return version.shown()
+            try:
+                return self._pinned(version)
+            except AdapterlabError:
+                self._worker.adapters.remove(name, tenant)
+                raise
+
+        return self._between_steps(add)
 
     def unregister(self, name: str, tenant: str | None = None) -> None:
         """Forget an adapter; requests that were submitted are computed to their end.
@@ -111,6 +186,7 @@ class Engine:
         Raises:
             UnknownAdapterError: there is none of this name for exactly this tenant.
         """
+        self._between_steps(lambda: self._worker.adapters.remove(name, tenant))
 
     def pin(self, name: str, tenant: str | None = None, pinned: bool = True) -> AdapterState:
         """Load an adapter now and never unload it, or let it be unloaded again.
@@ -120,7 +196,15 @@ class Engine:
             UnusableAdapterError: it cannot be loaded or served, with the reason.
             BusyError: pinned and running adapters leave no room for it.
         """
-        raise NotImplementedError
+
+        def change() -> AdapterState:
+            version = self._worker.adapters.own(name, tenant)
+            if pinned:
+                return self._pinned(version)
+            version.pinned = False
+            return version.shown()
+
+        return self._between_steps(change)
 
     def warm(self, name: str, tenant: str | None = None) -> AdapterState:
         """Load an adapter now, so that its next request need not wait; it may be unloaded again.
@@ -128,7 +212,13 @@ class Engine:
         Raises:
             UnknownAdapterError, UnusableAdapterError, BusyError: as for `pin`.
         """
-        raise NotImplementedError
+
+        def load() -> AdapterState:
+            version = self._worker.adapters.own(name, tenant)
+            self._worker.adapters.now(version)
+            return version.shown()
+
+        return self._between_steps(load)
 
     def adapter(self, name: str, tenant: str | None = None) -> AdapterState:
         """Return the adapter that a request of this tenant would get under a name.
@@ -136,23 +226,96 @@ class Engine:
         Raises:
             UnknownAdapterError: there is none.
         """
-        raise NotImplementedError
+        with self._changed:
+            return self._worker.adapters.find(name, tenant).shown()
 
     def adapters(self, tenant: str | None = None, *, every: bool = False) -> list[AdapterState]:
         """Return the adapters that a tenant sees, by name; with `every`, those of all tenants."""
-        raise NotImplementedError
+        with self._changed:
+            return [version.shown() for version in self._worker.adapters.seen_by(tenant, every=every)]
 
     def statistics(self) -> Statistics:
         """Return counts; never waits longer than a step."""
-        raise NotImplementedError
+        with self._changed:
+            return self._worker.statistics()
 
-    def drain(self, timeout: float | None = None) -> bool:
-        """Refuse new requests and wait until all that were submitted have ended.
+    def _pinned(self, version: Version) -> AdapterState:
+        self._worker.adapters.now(version)
+        version.pinned = True
+        return version.shown()
 
-        Returns:
-            Whether they have, in `timeout` seconds.
-        """
-        raise NotImplementedError
+    # ------------------------------------------------------------------ the thread
 
     def stop(self) -> None:
         """End the thread after its step; requests that have not ended are cancelled. May be called again."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        elif self._thread is None:
+            self._close()
+
+    def _close(self) -> None:
+        """Leave the model as it was."""
+        with self._changed, torch.no_grad():
+            for _, waiting in self._calls:
+                waiting.set_exception(BusyError("The engine is stopped."))
+            self._calls.clear()
+            if self._worker.forward.pools:
+                self._worker.close()
+            carrier = host(self.model)
+            if carrier is not None and self._before is not None:
+                carrier.activate(*self._before)
+            self._changed.notify_all()
+
+    def _check_open(self) -> None:
+        if self._failure is not None:
+            raise BusyError(f"The engine has failed: {self._failure}. Start it again.")
+        if self._closing:
+            raise BusyError("The engine is stopped.")
+
+    def _between_steps(self, call: Callable[[], T]) -> T:
+        """Let the engine's thread do something when no step runs; before the start, do it here."""
+        with self._changed:
+            self._check_open()
+            if self._thread is None or self._thread is threading.current_thread():
+                with torch.no_grad(), dropout_off(self.model):
+                    return call()
+            future: Future[T] = Future()
+            self._calls.append((call, future))
+            self._changed.notify_all()
+        return future.result()
+
+    def _live(self) -> None:
+        """Compute until the end; what goes wrong here ends everything, and is told to all who wait."""
+        try:
+            with dropout_off(self.model), torch.no_grad():
+                while not self._closing:
+                    self._turn()
+        except BaseException as error:
+            self._failure = error
+            with self._changed:
+                self._worker.end_all(ServingError(f"The engine has failed: {type(error).__name__}: {error}"))
+        finally:
+            self._closing = True
+            self._close()
+
+    def _turn(self) -> None:
+        """Do what was called for, then a step; wait where there is none."""
+        with self._changed:
+            while self._calls:
+                call, future = self._calls.popleft()
+                try:
+                    future.set_result(call())
+                except Exception as error:
+                    future.set_exception(error)
+            pieces = self._worker.plan()
+            if not pieces:
+                self._changed.notify_all()
+                if not (self._calls or self._closing):
+                    self._changed.wait(_LOOK)
+                return
+        done = self._worker.compute(pieces)
+        with self._changed:
+            self._worker.apply(done)

@@ -11,21 +11,22 @@ import queue
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from adapterlab.errors import AdapterlabError, ServingError
 from adapterlab.settings import SEEDS, Settings
 
+PROMPT_TOKENS = 8  # of a prompt, for which it is worth to begin a piece
 Reason = Literal["stop", "length", "cancelled", "error"]
 
 
 class Sampling(Settings):
     """How the next token is chosen; without settings, by sampling from the whole distribution, as OpenAI's API has it.
 
-    Penalties and filters are applied in this order: repetition, presence and frequency, bias, temperature, top-k, min-p,
-    top-p. Log-probabilities are those of the model before all of them.
+    Penalties and filters are applied in this order: repetition, presence and frequency, bias, temperature, top-k,
+    min-p, top-p. Log-probabilities are those of the model before all of them.
     """
 
     max_tokens: int = Field(16, ge=1, description="the longest answer, in tokens")
@@ -62,13 +63,13 @@ class Request:
         priority: requests of a higher one are admitted before all others, until those have waited `patience` seconds.
         processors: makes a list of transformers' logits processors for one answer, called as
             `processor(ids [1, tokens], logits [1, vocabulary])` after penalties and before temperature; for constrained
-            decoding. It is called once for each answer, on the engine's thread, and is not trusted: an error ends that
-            answer alone.
+            decoding. It is called once for each answer when the request is submitted. A processor is not trusted: its
+            error ends that answer alone.
     """
 
     prompt: tuple[int, ...]
     adapter: str | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     tenant: str | None = None
     priority: int = 0
     processors: Callable[[], list[Any]] | None = None
@@ -162,10 +163,13 @@ class Handle:
 
     def put(self, event: Event) -> None:
         """Hand on an event; called by the engine's thread alone."""
-        if self._on_event is not None:
-            self._on_event(event)
-        else:
+        if self._on_event is None:
             self._events.put(event)
+            return
+        try:
+            self._on_event(event)
+        except Exception:  # whoever listened is gone
+            self.cancel()
 
     def __iter__(self) -> Iterator[Event]:
         """Yield events until all answers are finished."""
@@ -306,3 +310,12 @@ class EngineSettings(Settings):
     first_token_within: float | None = Field(
         None, gt=0, description="give up requests that have waited so many seconds for their first step"
     )
+
+    @model_validator(mode="after")
+    def _prompts_get_on(self) -> Self:
+        if self.step_tokens < self.max_running + PROMPT_TOKENS:
+            raise ValueError(
+                f"step_tokens must be at least max_running + {PROMPT_TOKENS}: each answer takes one token of a step, "
+                "and prompts get on with the rest"
+            )
+        return self

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from adapterlab.core.adapter import Adapter
+from adapterlab.core.adapter import Adapter, Front
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
 from adapterlab.core.method import Method
@@ -80,6 +80,13 @@ class InputPrompt(Method):
         def for_rows(self, x: Tensor) -> Tensor:
             """The prompt of each row of an embedded input, `[batch, P, d]`."""
             return self.vectors().to(x.dtype).expand(len(x), -1, -1)
+
+        def front(self) -> Front | None:
+            """The prompt, unless its places are marked in the row."""
+            if self.placeholder is not None:
+                return None
+            like = self.table.weight.new_empty(1, 0, self.table.embedding_dim)
+            return Front(embedded=self.for_rows(like)[0], shift=self.count)
 
         @property
         def count(self) -> int:

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterlab.core.adapter import Adapter
+from adapterlab.core.adapter import Adapter, Front
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
 from adapterlab.core.hub import HubCodec
@@ -203,6 +203,11 @@ class PrefixTuning(Method):
             length, heads, width = self.sizes
             made: Tensor = self.out(self.network())
             return made.view(length, 2, heads, width).permute(1, 2, 0, 3)
+
+        def front(self) -> Front | None:
+            """The prefix, unless a subclass does something else with it."""
+            plain = type(self).around is PrefixTuning.Layer.around
+            return Front(keys=self.pairs()[0], values=self.pairs()[1]) if plain else None
 
         def around(
             self, run: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **kwargs: Any
