@@ -145,3 +145,28 @@ def test_calls_are_taken_out_of_answers() -> None:
     ):
         assert calls_in(_Tagged(), None, whole) == (whole, [])
     assert calls_in(_Tagged(), "a template without tags", call) == (call, [])
+
+
+def test_a_load_is_put_on_a_server(server: Server, run: Callable[..., tuple[int, str, str]]) -> None:
+    at = ("--server", server.url, "--json")
+    code, said, _ = run("bench", "serve", "requests=12", "clients=3", "answer_tokens=4", *at)
+    found = json.loads(said)
+    assert (code, found["requests"], found["errors"], found["models"]) == (0, 12, 0, 2)
+    assert found["tokens_per_second"] == pytest.approx(12 * 4 / found["seconds"])
+    assert 0 < found["first_token_p50"] <= found["first_token_p95"]
+    _, said, _ = run("bench", "serve", "requests=4", "rate=20", "--base", *at)
+    assert json.loads(said)["seconds"] > 0.02
+    code, said, _ = run("bench", "serve", "requests=2", "--adapter", "nowhere", "--server", server.url)
+    assert code == 1
+    assert "2 requests" in said
+
+
+def test_loads_are_drawn_by_their_settings() -> None:
+    models = [f"a{i}" for i in range(50)]
+    asked = list(drawn(Load(requests=2000, rate=10.0, skew=1.0), models))
+    assert asked == list(drawn(Load(requests=2000, rate=10.0, skew=1.0), models))
+    assert asked[-1].at == pytest.approx(200, rel=0.1)
+    share = sum(one.model == "a0" for one in asked) / len(asked)
+    assert share == pytest.approx(1 / sum(1 / rank for rank in range(1, 51)), rel=0.15)
+    assert len({one.prompt.partition(" ")[0] for one in asked}) == len(asked)
+    assert [quantile([3.0, 1.0, 2.0, 4.0], share) for share in (0.25, 0.5, 0.51, 0.95, 1)] == [1, 2, 3, 4, 4]
