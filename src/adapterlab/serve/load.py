@@ -1,7 +1,7 @@
 """Load for a server, and what it feels like to its clients.
 
-In a closed loop a number of clients ask, wait for the whole answer, and ask again: it shows how much a server does. In an
-open loop requests come by a clock, however long the answers take: it shows how long people wait at a load.
+In a closed loop a number of clients ask, wait for the whole answer, and ask again: it shows how much a server does. In
+an open loop requests come by a clock, however long the answers take: it shows how long people wait at a load.
 """
 
 from __future__ import annotations

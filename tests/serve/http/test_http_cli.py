@@ -19,6 +19,7 @@ from adapterlab.errors import MissingDependencyError, ServingError
 from adapterlab.serve import vllm
 from adapterlab.serve.client import Client, RemoteConversation
 from adapterlab.serve.http.tools import calls_in
+from adapterlab.serve.load import Load, drawn, quantile
 
 
 @pytest.fixture
