@@ -52,10 +52,12 @@ def make_server(tokenizer: Any, shelf: Path) -> Callable[..., Server]:
     from adapterlab.serve.http.service import Service
     from adapterlab.serve.http.shelf import Shelf
 
-    def make(keys: Path | None = None, **limits: Any) -> Server:
+    def make(
+        keys: Path | None = None, engine: Callable[[], Any] | None = None, root: Path = shelf, **limits: Any
+    ) -> Server:
         bounds = Limits(**{"adapter_rank": 32, "drain_seconds": 5, **limits})
         service = Service(
-            lambda: FakeEngine(tokenizer), tokenizer, base="base", shelf=Shelf(shelf, bounds), window=64,
+            engine or (lambda: FakeEngine(tokenizer)), tokenizer, base="base", shelf=Shelf(root, bounds), window=64,
             grammars=Grammars(tokenizer, len(tokenizer), [2]), keys=Keys(keys) if keys else None, limits=bounds,
         )  # fmt: skip
         service.register_found()

@@ -45,7 +45,8 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=10)
 
     def stop(self) -> None:
-        self.engine.flowing.set()
+        if isinstance(self.service.engine, FakeEngine):
+            self.engine.flowing.set()
         self.uvicorn.should_exit = True
         self.thread.join(20)
         assert not self.thread.is_alive()
