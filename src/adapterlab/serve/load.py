@@ -27,7 +27,9 @@ class Load(Settings):
 
     requests: int = Field(64, ge=1, description="in all")
     clients: int = Field(16, ge=1, le=_MOST_OPEN, description="of the closed loop")
-    rate: float | None = Field(None, gt=0, description="requests a second of the open loop; default: a closed loop")
+    rate: float | None = Field(
+        None, gt=0, examples=[4.0], description="requests a second of the open loop; default: a closed loop"
+    )
     prompt_words: int = Field(24, ge=1, description="of each prompt; no two prompts begin alike")
     answer_tokens: int = Field(32, ge=1, description="of each answer")
     skew: float = Field(0.0, ge=0, description="exponent of Zipf's law by which adapters are chosen; 0: all alike")

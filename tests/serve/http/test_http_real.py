@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 pytest.importorskip("fastapi")
-openai = pytest.importorskip("openai")
+pytest.importorskip("openai")
 
 from http_servers import ASK, Server, ask, post
 from test_http_faults import FIELDS, PLACES, VALUES
@@ -34,7 +34,12 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(model_folder: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Adapters in a folder, and the greedy tokens of each by `generate`."""
     root, found = tmp_path_factory.mktemp("saved"), {}
-    for name, method in (("base", None), ("low", al.LoRA(r=4)), ("scaled", al.IA3()), ("front", al.PrefixTuning(n=3))):
+    for name, method in (
+        ("base", None),
+        ("low", al.LoRA(r=4)),
+        ("scaled", al.IA3()),
+        ("front", al.PrefixTuning(length=3)),
+    ):
         model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
         if method is not None:
             host = al.attach(model, method)

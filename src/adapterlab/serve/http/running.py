@@ -61,6 +61,8 @@ class Running:
 
     def close(self) -> None:
         """Cancel what has not ended."""
+        if not self._closed and (left := self.each * len(self.requests) - len(self._ends)):
+            self.service.metrics.answers.labels(self.adapter, "cancelled").inc(left)
         self._closed = True
         for handle in self._handles:
             handle.cancel()
@@ -130,8 +132,8 @@ class Running:
             index = i * self.each + event.index
             self._measure(index, event)
             if isinstance(event, Finished):
-                self._check(event)
                 self._ends[index] = event
+                self._check(event)
             yield index, event
 
     def _late(self) -> Refusal:
