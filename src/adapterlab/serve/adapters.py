@@ -36,7 +36,6 @@ class Version:
         pages: with what it puts in front of every sequence; held as long as it is loaded.
         in_front: how many positions that has.
         shift: by how many positions tokens move.
-        at_head: it changes the head, for which all tokens have to be there.
         state: see `AdapterState`.
         reason: why it is quarantined.
         pinned: never unloaded.
@@ -58,7 +57,6 @@ class Version:
     pages: list[int] = field(default_factory=list)
     in_front: int = 0
     shift: int = 0
-    at_head: bool = False
     state: Literal["registered", "loaded", "quarantined"] = "registered"
     reason: str = ""
     pinned: bool = False
@@ -90,7 +88,7 @@ class Loader(Protocol):
     """Puts adapters on the model and takes them off."""
 
     def load(self, version: Version, make_room: Callable[[int], bool]) -> bool:
-        """Put it on, take the `pages` it needs, and set `form` to `at_head` and `bytes`, the pages left out.
+        """Put it on, take the `pages` it needs, and set `form`, `in_front`, `shift` and `bytes`, the pages left out.
 
         Returns:
             Whether there was room for its pages. If not, or on an error, nothing is left behind.

@@ -22,7 +22,7 @@ from adapterlab.core.adapter import Front
 from adapterlab.engine.attention import attention_modules, core_attention
 from adapterlab.engine.packing import mixes_positions
 from adapterlab.errors import AdapterlabError, AttachError, UnusableAdapterError
-from adapterlab.foreign.model import output_head, text_config
+from adapterlab.foreign.model import text_config
 from adapterlab.hosts import Host, host, load
 from adapterlab.serve.adapters import Form, Version
 from adapterlab.serve.forward import Forward, Row
@@ -114,8 +114,6 @@ class OnModel:
         for part in carrier.parts(key):
             if why := mixes_positions(carrier.adapters(part)):
                 raise UnusableAdapterError(f"its tokens cannot be computed step by step: {why}.")
-        head = output_head(self.model)
-        version.at_head = any(a.site.module is head for p in carrier.parts(key) for a in carrier.adapters(p).values())
         version.bytes = _bytes(carrier, key)
         kind = repr(carrier.methods[key])
         version.form = self._tried.get(kind)
@@ -154,7 +152,7 @@ class OnModel:
             for start, stop in itertools.pairwise(_CUTS):
                 rows = [row_of(one, ids[start:stop], start, pages) for one, pages in zip(names, taken, strict=True)]
                 with self.live([(one, stop - start) for one in names]):
-                    found = self.forward.run(rows, whole=version.at_head)
+                    found = self.forward.run(rows)
                 for logits, expected in zip(found, wanted, strict=True):
                     _check_alike(logits, expected[stop - 1])
         except AdapterlabError:
@@ -199,14 +197,10 @@ def _length(front: Front) -> int:
 
 
 def _bytes(carrier: Host, key: str) -> int:
-    """What an adapter takes: its tensors, and for base values in place its own and the originals."""
-    parts = carrier.parts(key)
-    held = [a for part in parts for a in carrier.adapters(part).values()]
-    tensors = {t.data_ptr(): t for a in held for t in (*a.parameters(), *a.buffers())}
-    owned = [carrier.model.get_parameter(patch.path) for part in parts for patch in carrier.patches[part].values()]
-    return sum(t.numel() * t.element_size() for t in tensors.values()) + 2 * sum(
-        t.numel() * t.element_size() for t in owned
-    )
+    """What an adapter takes: its tensors, and the originals of base values that it changes in place."""
+    changed = [patch.path for part in carrier.parts(key) for patch in carrier.patches[part].values()]
+    tensors = (*carrier.tensors(key).values(), *map(carrier.model.get_parameter, changed))
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _check_alike(found: Tensor, wanted: Tensor) -> None:

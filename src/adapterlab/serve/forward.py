@@ -141,13 +141,12 @@ class Forward:
             slots = self._slots(pages, range(t.shape[1]))
             into.flatten(0, 1)[slots] = t.transpose(0, 1).to(into.dtype)
 
-    def run(self, rows: Sequence[Row], embedded: Tensor | None = None, *, whole: bool = False) -> Tensor:
+    def run(self, rows: Sequence[Row], embedded: Tensor | None = None) -> Tensor:
         """Compute a pass.
 
         Args:
             rows: those that go through the same adapters behind each other.
             embedded: vectors `[T, d]` in the place of the tokens' ids.
-            whole: compute logits for all tokens, and choose then: what stands around the head counts the tokens.
 
         Returns:
             Logits `[rows that choose, vocabulary]`.
@@ -160,13 +159,12 @@ class Forward:
         else:
             given["inputs_embeds"] = embedded[None]
         chosen = self._last(rows)
-        early = _CHOOSES in self.takes and not whole
-        if early:
+        if _CHOOSES in self.takes:
             given[_CHOOSES] = chosen
         self._layout = self._laid_out(rows)
         with core_attention(self.modules, self._attend):
             logits: Tensor = self.model(**given).logits[0]
-        return logits if early else logits[chosen]
+        return logits if _CHOOSES in given else logits[chosen]
 
     # ------------------------------------------------------------------ where tokens are
 

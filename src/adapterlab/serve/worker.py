@@ -153,9 +153,8 @@ class Worker:
             version, tokens = piece.sequence.version, piece.sequence.tokens[piece.start : piece.stop]
             rows.append(row_of(version, tokens, piece.start, piece.sequence.pages, piece.chooses))
             segments.append((version, len(tokens)))
-        whole = any(version is not None and version.at_head for version, _ in segments)
         with self.on_model.live(segments):
-            return self.forward.run(rows, whole=whole)
+            return self.forward.run(rows)
 
     def apply(self, done: Many[tuple[list[Piece], Tensor | Exception]]) -> None:
         """Choose tokens from what was computed, and hand them on."""
