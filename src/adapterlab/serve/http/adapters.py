@@ -37,14 +37,14 @@ async def adapter(name: str, caller: See, service: Here) -> dict[str, Any]:
 async def put(name: str, wish: PutAdapter, caller: Change, service: Here) -> dict[str, Any]:
     """Register an adapter, or a new version of it; load, pin or unpin it."""
     service.check_open()
-    return _written(service, await service.call(_put, service, name, wish, caller.tenant))
+    return _written(service, await service.change(_put, service, name, wish, caller.tenant))
 
 
 @router.delete("/adapters/{name:path}")
 async def delete(name: str, caller: Change, service: Here) -> dict[str, Any]:
     """Forget an adapter; requests that run with it are answered."""
     service.check_open()
-    await service.call(service.unregister, name, caller.tenant)
+    await service.change(service.unregister, name, caller.tenant)
     return {"id": name, "object": "adapter", "deleted": True}
 
 
@@ -53,9 +53,9 @@ async def load(wish: LoadLora, caller: Change, service: Here) -> PlainTextRespon
     """Register an adapter as vLLM does: a name that is taken is refused, unless `load_inplace`."""
     service.check_open()
     name = wish.lora_name
-    if not wish.load_inplace and await service.call(_own, service, name, caller.tenant) is not None:
+    if not wish.load_inplace and await service.change(_own, service, name, caller.tenant) is not None:
         raise ConfigError(f"The adapter {name!r} is loaded already. Set load_inplace to replace it by a new version.")
-    await service.call(service.register, name, wish.lora_path, caller.tenant)
+    await service.change(service.register, name, wish.lora_path, caller.tenant)
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
@@ -63,7 +63,7 @@ async def load(wish: LoadLora, caller: Change, service: Here) -> PlainTextRespon
 async def unload(wish: UnloadLora, caller: Change, service: Here) -> PlainTextResponse:
     """Forget an adapter as vLLM does."""
     service.check_open()
-    await service.call(service.unregister, wish.lora_name, caller.tenant)
+    await service.change(service.unregister, wish.lora_name, caller.tenant)
     return PlainTextResponse(f"Success: LoRA adapter '{wish.lora_name}' removed successfully.")
 
 

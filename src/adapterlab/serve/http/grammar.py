@@ -12,6 +12,8 @@ from adapterlab.errors import ConfigError, require
 _LARGEST = 1 << 16  # characters of a schema
 _KEPT = 64  # compiled schemas: programs ask with the same few again and again
 
+Processors = Callable[[], list[Any]]  # makes the logits processors of one answer
+
 
 class Grammars:
     """Compiles schemas for one vocabulary. One thread at a time may use it.
@@ -27,7 +29,7 @@ class Grammars:
         self._compiler: Any = None
         self._compiled: OrderedDict[str, Any] = OrderedDict()
 
-    def processors(self, schema: dict[str, Any]) -> Callable[[], list[Any]]:
+    def processors(self, schema: dict[str, Any]) -> Processors:
         """Return what makes the logits processors of one answer.
 
         Args:

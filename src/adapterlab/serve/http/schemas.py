@@ -111,6 +111,11 @@ class Wish(Strict):
         return self
 
     @property
+    def answers(self) -> int:
+        """How many are asked for."""
+        return self.n
+
+    @property
     def usage_in_stream(self) -> bool:
         """Whether a stream ends with what was used."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -162,6 +167,10 @@ class TextWish(Wish):
     @property
     def asked_logprobs(self) -> int | None:
         return self.logprobs
+
+    @property
+    def answers(self) -> int:
+        return self.n * len(self.prompts)
 
     @property
     def prompts(self) -> list[str | list[int]]:

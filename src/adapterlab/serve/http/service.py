@@ -86,10 +86,11 @@ class Service:
         self.prompts, self.metrics = Prompts(tokenizer), Metrics(self._statistics)
         self.started, self.draining = int(time.time()), False
         self._registered: dict[tuple[str | None, str], Registered] = {}
-        self._templates: dict[str, tuple[int, str | None]] = {}
+        self._templates: dict[tuple[str | None, str], tuple[int, str | None]] = {}
         self._changing = threading.Lock()
         self._text = ThreadPoolExecutor(1, "text")
         self._calls = ThreadPoolExecutor(_CALLS, "engine calls")
+        self._changes = ThreadPoolExecutor(1, "changes")
         self.engine = make()
         self.engine.start()
 
@@ -100,6 +101,10 @@ class Service:
     async def call(self, do: Callable[..., T], *args: Any) -> T:
         """Call the engine beside the event loop: its methods may wait for a step."""
         return await asyncio.get_running_loop().run_in_executor(self._calls, do, *args)
+
+    async def change(self, do: Callable[..., T], *args: Any) -> T:
+        """Change adapters, one change at a time, so that loading holds no requests up."""
+        return await asyncio.get_running_loop().run_in_executor(self._changes, do, *args)
 
     @property
     def alive(self) -> bool:
@@ -145,11 +150,12 @@ class Service:
         """
         if state is None:
             return None
-        version, found = self._templates.get(state.folder, (0, None))
+        key = (state.tenant, state.name)
+        version, found = self._templates.get(key, (0, None))
         if version != state.version:
             found = template_in(Path(state.folder))
             found = found and sys.intern(found)  # adapters of one training bring the same one
-            self._templates[state.folder] = state.version, found
+            self._templates[key] = state.version, found
         return found
 
     def register(self, name: str, path: str, tenant: str | None, *, pinned: bool = False) -> AdapterState:
@@ -180,7 +186,8 @@ class Service:
         """Forget an adapter; as `Engine.unregister`."""
         with self._changing:
             self.engine.unregister(name, tenant)
-            self._registered.pop((tenant, name), None)
+            for known in (self._registered, self._templates):
+                known.pop((tenant, name), None)
 
     def register_found(self, progress: Callable[[int], None] | None = None) -> list[str]:
         """Register what lies in the folder.
@@ -220,7 +227,7 @@ class Service:
             if failures > _RESTARTS:
                 raise ServingError(f"The engine failed {failures} times in a row; the last time: {self.engine.failure}")
             log.error("the engine failed and is started again: %r", self.engine.failure)
-            await self.call(self._restart)
+            await self.change(self._restart)
 
     def _restart(self) -> None:
         self.engine.stop()
@@ -241,7 +248,7 @@ class Service:
         if self.alive and not self.engine.drain(self.limits.drain_seconds):
             log.warning("requests were cancelled: they took longer than limits.drain_seconds")
         self.engine.stop()
-        for pool in (self._text, self._calls):
+        for pool in (self._text, self._calls, self._changes):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def caller(self, key: str | None) -> Caller | None:
