@@ -45,8 +45,10 @@ def through(place: str, module: nn.Module, run: Callable[..., Any], *args: Any, 
         return mixed(here, state, run, *args, **kwargs) if here else run(*args, **kwargs)
     if state.together is not None:
         return entered(state.together, run, functools.partial(_live, held, place))(*args, **kwargs)
-    active = state.active
-    live = [a for name, a in held.items() if name in active and a.place == place and not (a.is_merged or a.idle)]
+    # Many may be attached where few are live.
+    active = state.active if len(state.active) < 2 else [name for name in held if name in state.active]
+    found = [held[name] for name in active if name in held]
+    live = [a for a in found if a.place == place and not (a.is_merged or a.idle)]
     if len(live) > 1 and (y := _as_one(live, run, args, kwargs)) is not None:
         return y
     for adapter in live:

@@ -143,9 +143,7 @@ class Adapters:
         """
         found = self._names.get((tenant, name))
         if found is None:
-            raise UnknownAdapterError(
-                f"No adapter {name!r} is registered. {nearest(name, [n for t, n in self._names if t == tenant])}"
-            )
+            raise self._unknown(name, tenant)
         return found
 
     def find(self, name: str, tenant: str | None) -> Version:
@@ -154,7 +152,14 @@ class Adapters:
         Raises:
             UnknownAdapterError: there is none.
         """
-        return self._names.get((tenant, name)) or self._names.get((None, name)) or self.own(name, tenant)
+        found = self._names.get((tenant, name)) or self._names.get((None, name))
+        if found is None:
+            raise self._unknown(name, tenant, None)
+        return found
+
+    def _unknown(self, name: str, *tenants: str | None) -> UnknownAdapterError:
+        others = [other for tenant, other in self._names if tenant in tenants]
+        return UnknownAdapterError(f"No adapter {name!r} is registered. {nearest(name, others)}")
 
     def seen_by(self, tenant: str | None, *, every: bool = False) -> list[Version]:
         """Return what a tenant sees, by name; with `every`, all there are."""

@@ -7,6 +7,7 @@ nowhere else, so that what is wrong with one (NaN, say) stays with it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,7 +139,7 @@ class Forward:
         """Put keys and values `[heads, P, width]` into pages, from the beginning of the first."""
         pool = self.pools[module]
         for into, t in ((pool.keys, keys), (pool.values, values)):
-            slots = self._slots(pages, range(t.shape[1]))
+            slots = torch.tensor(self._slots(pages, range(t.shape[1])), device=into.device)
             into.flatten(0, 1)[slots] = t.transpose(0, 1).to(into.dtype)
 
     def run(self, rows: Sequence[Row], embedded: Tensor | None = None) -> Tensor:
@@ -160,11 +161,11 @@ class Forward:
             given["inputs_embeds"] = embedded[None]
         chosen = self._last(rows)
         if _CHOOSES in self.takes:
-            given[_CHOOSES] = chosen
+            given[_CHOOSES] = chosen if len(chosen) else chosen.new_zeros(1)
         self._layout = self._laid_out(rows)
         with core_attention(self.modules, self._attend):
             logits: Tensor = self.model(**given).logits[0]
-        return logits if _CHOOSES in given else logits[chosen]
+        return logits[: len(chosen)] if _CHOOSES in given else logits[chosen]
 
     # ------------------------------------------------------------------ where tokens are
 
@@ -173,28 +174,23 @@ class Forward:
         return torch.tensor([found], device=self.device)
 
     def _last(self, rows: Sequence[Row]) -> Tensor:
-        ends, end = [], 0
-        for row in rows:
-            end += len(row.ids)
-            if row.chooses:
-                ends.append(end - 1)
-        return torch.tensor(ends, dtype=torch.long, device=self.device)
+        ends = itertools.accumulate(len(row.ids) for row in rows)
+        found = [end - 1 for end, row in zip(ends, rows, strict=True) if row.chooses]
+        return torch.tensor(found, dtype=torch.long, device=self.device)
 
-    def _slots(self, pages: Sequence[int], places: Sequence[int]) -> Tensor:
+    def _slots(self, pages: Sequence[int], places: Sequence[int]) -> list[int]:
         size = self.page_tokens
-        return torch.tensor([pages[i // size] * size + i % size for i in places], device=self.device)
+        return [pages[i // size] * size + i % size for i in places]
 
     def _laid_out(self, rows: Sequence[Row]) -> _Layout:
-        slots = [self._slots(row.pages, range(row.start, row.start + len(row.ids))) for row in rows]
-        begins = [0]
-        for row in rows:
-            begins.append(begins[-1] + len(row.ids))
+        slots = [at for row in rows for at in self._slots(row.pages, range(row.start, row.start + len(row.ids)))]
+        begins = list(itertools.accumulate((len(row.ids) for row in rows), initial=0))
         alike: dict[tuple[int, int], list[int]] = {}
         for i, row in enumerate(rows):
             # Tables of up to twice the length go together, filled up.
             alike.setdefault((len(row.ids), self._table(row).bit_length()), []).append(i)
         groups = [self._group([rows[i] for i in each], [begins[i] for i in each]) for each in alike.values()]
-        return _Layout(torch.cat(slots), groups)
+        return _Layout(torch.tensor(slots, device=self.device), groups)
 
     def _table(self, row: Row) -> int:
         """Pages that a row attends to."""
