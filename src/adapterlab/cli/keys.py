@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from enum import StrEnum
 from typing import Annotated
 
@@ -37,14 +38,12 @@ def keys(
 
     path = user_path(file)
     if action is KeyAction.LIST:
-        found = [
-            {"name": k.caller.name, "scopes": list(k.caller.scopes), "tenant": k.caller.tenant}
-            for k in all_keys.read(path)
-        ]
+        found = [key.caller for key in all_keys.read(path)]
         if as_json:
-            print_json(found)
-        for one in found if not as_json else ():
-            say(f"{one['name']}: {', '.join(one['scopes'])}" + (f"; tenant {one['tenant']}" if one["tenant"] else ""))
+            print_json([dataclasses.asdict(caller) for caller in found])
+            return
+        for caller in found:
+            say(f"{caller.name}: {', '.join(caller.scopes)}" + (f"; tenant {caller.tenant}" if caller.tenant else ""))
         return
     if name is None:
         raise ConfigError(f"adapterlab keys {action} needs the name of a key: adapterlab keys {action} NAME.")

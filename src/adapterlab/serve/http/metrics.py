@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -25,20 +26,20 @@ class Metrics:
     def __init__(self, statistics: Callable[[], Statistics]):
         self.registry = CollectorRegistry()
         self.registry.register(_Engine(statistics))
-        by_adapter = {"labelnames": ("adapter",), "registry": self.registry}
+        counter = partial(Counter, labelnames=("adapter",), registry=self.registry)
         self.answers = Counter(
             "adapterlab_answers", "Answers by how they ended.", ("adapter", "reason"), registry=self.registry
         )
         self.refused = Counter(
             "adapterlab_refused", "Requests refused, by status.", ("status",), registry=self.registry
         )
-        self.prompt = Counter("adapterlab_prompt_tokens", "Tokens of prompts.", **by_adapter)
-        self.cached = Counter("adapterlab_cached_tokens", "Of these, found in the prefix cache.", **by_adapter)
-        self.generated = Counter("adapterlab_generated_tokens", "Tokens generated.", **by_adapter)
+        self.prompt = counter("adapterlab_prompt_tokens", "Tokens of prompts.")
+        self.cached = counter("adapterlab_cached_tokens", "Of these, found in the prefix cache.")
+        self.generated = counter("adapterlab_generated_tokens", "Tokens generated.")
         # Buckets by adapter would be a hundred thousand series for a few thousand adapters.
-        times = {"buckets": _SECONDS, "registry": self.registry}
-        self.first = Histogram("adapterlab_first_token_seconds", "From the request to its first token.", **times)
-        self.between = Histogram("adapterlab_token_seconds", "From one token to the next of an answer.", **times)
+        times = partial(Histogram, buckets=_SECONDS, registry=self.registry)
+        self.first = times("adapterlab_first_token_seconds", "From the request to its first token.")
+        self.between = times("adapterlab_token_seconds", "From one token to the next of an answer.")
 
     def ended(self, adapter: str, end: Finished) -> None:
         """Count an answer.

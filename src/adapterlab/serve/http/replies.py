@@ -97,7 +97,8 @@ class TextShape(Shape):
     def choice(self, answer: Gathered) -> dict[str, Any]:
         return {"text": answer.text, **self._end(answer)}
 
-    delta = choice
+    def delta(self, piece: Gathered) -> dict[str, Any]:
+        return self.choice(piece)
 
     def _logprobs(self, answer: Gathered) -> dict[str, Any]:
         texts, offsets = [self.decode(token.id) for token in answer.tokens], []

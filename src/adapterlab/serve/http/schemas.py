@@ -248,7 +248,7 @@ class ChatWish(Wish):
     @property
     def context(self) -> dict[str, Any]:
         """What the chat template gets besides the messages."""
-        tools = {"tools": [tool.model_dump() for tool in self.tools]} if self.offers_tools else {}
+        tools = {"tools": [tool.model_dump() for tool in self.tools or ()]} if self.offers_tools else {}
         return {**self.chat_template_kwargs, **tools}
 
     @property
