@@ -73,6 +73,11 @@ def test_tenants_see_their_own_adapters_and_everybodys(locked: Server, held: dic
     for path in ("../@other/own", "@other/own", "../sums", "sums"):
         assert ask(locked, "PUT", "/v1/adapters/stolen", {"path": path}, held["acme"])[0] == 400
     assert ask(locked, "DELETE", "/v1/adapters/sums", key=held["acme"])[0] == 404
+    hiding = {"lora_name": "sums", "lora_path": "own"}  # everybody's of this name is hidden, not replaced
+    assert post(locked, "/v1/load_lora_adapter", hiding, held["acme"])[0] == 200
+    assert ask(locked, "GET", "/v1/adapters/sums", key=held["acme"])[1]["tenant"] == "acme"
+    assert ask(locked, "GET", "/v1/adapters/sums", key=held["user"])[1]["tenant"] is None
+    assert ask(locked, "DELETE", "/v1/adapters/sums", key=held["acme"])[0] == 200
     assert ask(locked, "PUT", "/v1/adapters/copy", {"path": "own"}, held["acme"])[0] == 200
     assert "copy" not in names(locked, held["admin"])
     assert ask(locked, "DELETE", "/v1/adapters/copy", key=held["acme"])[0] == 200

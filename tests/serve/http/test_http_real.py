@@ -102,3 +102,15 @@ def test_strangers_break_nothing(real: Server, expected: dict[str, Any]) -> None
     answer = post(real, "/v1/completions", body)[1]
     assert answer["choices"][0]["logprobs"]["tokens"] == expected["tokens"]["low"][0]
     assert real.service.engine.failure is None
+
+
+def test_answers_keep_to_a_schema(real: Server) -> None:
+    pytest.importorskip("xgrammar")
+    form = {"type": "json_schema", "json_schema": {"name": "number", "schema": {"enum": [12, 345]}}}
+    wish = {"model": "low", "messages": ASK, "n": 8, "seed": 1, "max_tokens": 8, "response_format": form}
+    status, found, _ = post(real, "/v1/chat/completions", wish)
+    assert status == 200
+    assert {choice["message"]["content"] for choice in found["choices"]} <= {"12", "345"}
+    assert {choice["finish_reason"] for choice in found["choices"]} == {"stop"}
+    form["json_schema"]["schema"] = {"type": "no-such-type"}  # type: ignore[index]
+    assert post(real, "/v1/chat/completions", {**wish, "response_format": form})[0] == 400

@@ -87,7 +87,7 @@ class Running:
         return self.shape.head(stream=False).written(choices, usage=self._usage())
 
     async def pieces(self, with_usage: bool, *, at_end: bool = False) -> AsyncIterator[str]:
-        """Yield the response as server-sent events.
+        """Yield the response as server-sent events; whoever sends them closes.
 
         Args:
             with_usage: end with what was used.
@@ -111,8 +111,6 @@ class Running:
             yield "data: [DONE]\n\n"
         except Refusal as refusal:  # the status is sent already
             yield _event(refusal.body)
-        finally:
-            self.close()
 
     def _empty(self) -> list[Gathered]:
         return [Gathered(i) for i in range(self.each * len(self.requests))]
