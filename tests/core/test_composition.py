@@ -142,7 +142,7 @@ def test_parallel_rows_equal_separate_runs(family: str, tiny: Any, randomise: An
         found = model(**batch).logits
         assert torch.equal(model(**batch).logits, found)
     torch.testing.assert_close(found, torch.cat(alone), atol=1e-4, rtol=1e-4)
-    assert host.state.rows is None
+    assert host.state.segments is None
     assert min(float((a - b).abs().max()) for i, a in enumerate(alone) for b in alone[:i]) > 1e-3
 
 

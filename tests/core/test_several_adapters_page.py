@@ -10,5 +10,5 @@ PAGE = Path(__file__).parents[2] / "docs" / "several_adapters.md"
 
 def test_the_page_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     exec("\n".join(blocks), {})

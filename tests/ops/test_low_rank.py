@@ -15,7 +15,7 @@ import adapterlab as al
 from adapterlab.engine import fusion
 from adapterlab.engine.fusion import may_fuse
 from adapterlab.methods.low_rank import dora
-from adapterlab.ops.low_rank import low_rank_linear
+from adapterlab.ops.low_rank import Span, low_rank_linear, low_rank_spans
 from adapterlab.registry import method as method_of
 from adapterlab.testing.models import packed
 
@@ -135,6 +135,60 @@ def test_the_operator_says_what_it_returns(p: float) -> None:
     tensors = [t.detach() for t in (x, weight, shift, a, b)]
     torch.library.opcheck(torch.ops.adapterlab.low_rank.default, (*tensors, 0.5, p, torch.tensor(3) if p else None))
     torch.library.opcheck(torch.ops.adapterlab.dropout_mask.default, (tensors[0], 3, 0.5, torch.tensor(3)))
+
+
+def spans_case() -> tuple[Tensor, Tensor, list[tuple[int, int, Tensor, Tensor, float]]]:
+    """Tokens, a weight, and updates of some of them with ranks of their own."""
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=draw, dtype=torch.float64, requires_grad=True)
+
+    places = [(0, 40, 2, 0.0), (40, 80, 5, 0.4), (120, 150, 3, 0.7)]
+    return normal(2, 80, 6), normal(4, 6).detach(), [(a, b, normal(r, 6), normal(4, r), p) for a, b, r, p in places]
+
+
+def test_spans_of_one_product_are_what_each_would_be_alone() -> None:
+    """Values to rounding; gradients of factors to the bit, with the masks of a generator that stands where torch's did.
+
+    They are products of the same slices.
+    """
+    x, weight, spans = spans_case()
+    given = [Span(a, b, A, B, 1.3, p, torch.Generator().manual_seed(i)) for i, (a, b, A, B, p) in enumerate(spans)]
+    y = low_rank_spans(x, weight, None, given)
+    expected = F.linear(x, weight).flatten(0, 1).clone()
+    out = torch.randn(160, 4, dtype=torch.float64)
+    grads = torch.autograd.grad((y.flatten(0, 1) * out).sum(), [x, *(f for span in given for f in (span.a, span.b))])
+    gx = (out @ weight).clone()
+    for i, (a, b, A, B, p) in enumerate(spans):
+        torch.manual_seed(i)
+        part = x.flatten(0, 1)[a:b].detach().requires_grad_()
+        alone = low_rank_linear(part, weight, None, A, B, 1.3, p)
+        expected[a:b] = alone.detach()
+        ours = torch.autograd.grad((alone * out[a:b]).sum(), (part, A, B))
+        gx[a:b] = ours[0]
+        assert all(torch.equal(one, other) for one, other in zip(ours[1:], grads[1 + 2 * i : 3 + 2 * i], strict=True))
+    torch.testing.assert_close(y.flatten(0, 1), expected)
+    torch.testing.assert_close(grads[0].flatten(0, 1), gx)
+
+
+def test_spans_keep_x_once_and_thin_products() -> None:
+    x, weight, spans = spans_case()
+    given = [Span(a, b, A, B, 1.3, p) for a, b, A, B, p in spans]
+    held = {t.untyped_storage().data_ptr() for t in (weight, *(f for span in given for f in (span.a, span.b)))}
+    kept = saved_bytes(lambda: low_rank_spans(x, weight, None, given), held)
+    assert sorted(kept.values()) == sorted([8 * 960, 8 * (40 * 2 + 40 * 5 + 30 * 3), 8, 8])  # x, products, two seeds
+
+
+def test_spans_may_overlap_and_need_no_gradient() -> None:
+    x, weight, ((_, _, a, b, _), (_, _, c, d, _), _) = spans_case()
+    c = c.detach()
+    run = lambda x, a, b, d: low_rank_spans(x, weight, None, [Span(0, 9, a, b, 0.3), Span(4, 12, c, d, 0.5)])  # noqa: E731
+    few = x[:, :8].detach().requires_grad_()
+    assert torch.autograd.gradcheck(run, (few, a, b, d))
+    tensors = [few.detach().flatten(0, 1), weight, None, [a.detach(), c], [b.detach(), d.detach()]]
+    rest = ([0, 9, 4, 12], [0.3, 0.5], [0.0, 0.5], [None, torch.tensor(3)])
+    torch.library.opcheck(torch.ops.adapterlab.low_rank_spans.default, (*tensors, *rest))
 
 
 def test_a_gradient_that_is_not_contiguous() -> None:

@@ -51,6 +51,8 @@ class Adapter(nn.Module):
             None: at a linear layer, an embedding or a norm and inside the attention it does not, elsewhere it may.
         additive: the output is run(x) plus something, so a mixed batch needs the base's product once; what follows from
             having no `around` of its own.
+        shares_base: it calls `run` in the state that it finds, so that one result serves whoever asks the
+            same in a mixed batch; what only adds does so too.
         counts_tokens: it asks `state.real_tokens`; only models with such an adapter are watched for that.
         is_its_factors: what it adds is a product of two factors, which the engine computes; see `Delta`.
         alike: it is one of several of its name that stand at every module with a certain weight and change it alike, so
@@ -67,6 +69,7 @@ class Adapter(nn.Module):
     outlives: ClassVar[bool] = False
     takes: ClassVar[tuple[str, ...]] = ()
     tokenwise: ClassVar[bool | None] = None
+    shares_base: ClassVar[bool] = False
     counts_tokens: ClassVar[bool] = False
     additive: bool = True
     is_its_factors: bool = False
@@ -86,6 +89,16 @@ class Adapter(nn.Module):
     def dtype(self) -> torch.dtype:
         """Dtype the adapter computes in: that of its first parameter."""
         return next(self.parameters()).dtype
+
+    @property
+    def keeps_tokens_apart(self) -> bool:
+        """Whether it makes no position depend on another; what `tokenwise` says, or leaves open.
+
+        Inside the attention a sample comes by itself.
+        """
+        if self.tokenwise is None:
+            return self.place == "attention" or self.site.tokenwise
+        return self.tokenwise
 
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Compute the adapted module; without a form of its own: run(x) + added(x), in the dtype of run(x).

@@ -55,9 +55,9 @@ class Tokens:
             return _told(self._asked(real, lead), x, flat=not self.swaps)
         return self.memory.of(x)
 
-    def part(self, like: Tensor | None, index: Tensor) -> Part:
-        """The same for some entries of the first dimension of a tensor inside the call."""
-        return Part(self, like, index)
+    def part(self, like: Tensor | None, index: slice | Tensor, by_token: bool = False) -> Part:
+        """The same for some rows, or some tokens, of a tensor inside the call, see `Part`."""
+        return Part(self, like, index, by_token)
 
     def _asked(self, real: Tensor | None, lead: Shape) -> Tensor | None:
         """What is real of the positions that the head sees."""
@@ -70,28 +70,33 @@ class Tokens:
 
 @dataclass
 class Part:
-    """Some rows of a call, in a batch whose rows have different adapters.
+    """Some rows of a call, or some tokens, in a batch whose parts have different adapters.
 
     Attributes:
-        outer: what is known of all rows.
+        outer: what is known of all of them.
         like: what all of them were given.
-        index: which entries of its first dimension these are.
+        index: which entries of its first dimension these are, or which of its tokens, counted over all rows.
+        by_token: they are tokens, and have become a single row.
     """
 
     outer: Tokens | Part
     like: Tensor | None
-    index: Tensor
+    index: slice | Tensor
+    by_token: bool = False
 
     def of(self, x: Tensor) -> Tensor | None:
         """As `Tokens.of`."""
         if self.like is None:
             raise AttachError(_UNKNOWN.format(shape=list(x.shape)))
         real = self.outer.of(self.like)
-        return _told(None if real is None else real[self.index.to(real.device)], x)
+        if real is None:
+            return None
+        index = self.index if isinstance(self.index, slice) else self.index.to(real.device)
+        return _told(real.flatten()[index][None] if self.by_token else real[index], x)
 
-    def part(self, like: Tensor | None, index: Tensor) -> Part:
+    def part(self, like: Tensor | None, index: slice | Tensor, by_token: bool = False) -> Part:
         """As `Tokens.part`."""
-        return Part(self, like, index)
+        return Part(self, like, index, by_token)
 
 
 _UNKNOWN = (

@@ -234,6 +234,11 @@ class Site:
         return kind_of(self.module).name
 
     @property
+    def tokenwise(self) -> bool:
+        """Whether the module computes each token by itself, for all that is known of its kind."""
+        return self.kind in ("linear", "embedding", "norm")
+
+    @property
     def shape(self) -> tuple[int, int]:
         """`(out, in)` of the weight.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adapterlab.core.composition import Composition
+from adapterlab.core.segments import Segments
 from adapterlab.errors import AttachError
 
 
@@ -21,7 +22,9 @@ class State:
     Attributes:
         active: keys of the live adapters, parts of composites included.
         together: how they are put together, by keys; None: they nest in order of attachment.
-        rows: of a mixed batch, what each row goes through, keys or a composition of them; or None.
+        segments: of a mixed batch, who owns which rows or tokens; or None.
+        generators: of a mixed batch, where the dropout of an adapter takes its random numbers, by key; others take
+            them from torch's own.
         losses: sink for auxiliary losses while someone collects them, else None.
         listening: someone collects them, or did in the pass that is computed again now. An adapter inside a block asks
             this before it computes a loss, since both passes have to compute the same.
@@ -35,7 +38,8 @@ class State:
 
     active: tuple[str, ...] = ()
     together: Composition | None = None
-    rows: tuple[tuple[str, ...] | Composition, ...] | None = None
+    segments: Segments | None = None
+    generators: Mapping[str, torch.Generator] = field(default_factory=dict)
     losses: list[Tensor] | None = None
     listening: bool = False
     share: float = 1.0
@@ -71,12 +75,12 @@ class State:
         return found
 
     @contextlib.contextmanager
-    def seeing(self, like: Tensor | None, index: Tensor) -> Iterator[None]:
-        """Let `real_tokens` speak of some entries of the first dimension of what a module is given."""
+    def seeing(self, like: Tensor | None, index: slice | Tensor, by_token: bool = False) -> Iterator[None]:
+        """Let `real_tokens` speak of some rows, or some tokens, of what a module is given."""
         if not self.calls or self.calls[-1] is None:
             yield
             return
-        self.calls.append(self.calls[-1].part(like, index))
+        self.calls.append(self.calls[-1].part(like, index, by_token))
         try:
             yield
         finally:
@@ -142,30 +146,73 @@ class State:
             self.observed = before
 
     @contextlib.contextmanager
-    def showing(self, rows: Sequence[tuple[str, ...] | Composition], batch: Any) -> Iterator[None]:
-        """Take the batch to have other rows inside the context."""
-        before, self.rows = self.rows, tuple(rows)
+    def showing(self, segments: Segments, batch: Any) -> Iterator[None]:
+        """Take the batch to be another one inside the context, of which `batch` says what there is of it."""
+        before, self.segments = self.segments, segments
         self.batches.append(batch)
         try:
             yield
         finally:
-            self.rows = before
+            self.segments = before
             self.batches.pop()
+
+    def standing(self) -> dict[str, Any]:
+        """Record where in a batch the computation is, for `standing_at`."""
+        calls = None if self.calls is None else list(self.calls)
+        return {"segments": self.segments, "batches": list(self.batches), "calls": calls}
+
+    @contextlib.contextmanager
+    def standing_at(self, place: dict[str, Any]) -> Iterator[None]:
+        """Compute something of the whole batch, from inside a part of it."""
+        now = {key: self.__dict__[key] for key in place}
+        self.__dict__.update(place)
+        try:
+            yield
+        finally:
+            self.__dict__.update(now)
+
+    @contextlib.contextmanager
+    def drawing(self, names: tuple[str, ...]) -> Iterator[None]:
+        """Take random numbers on the CPU from the generator of one of these adapters, if one has one."""
+        generator = next((self.generators[name] for name in names if name in self.generators), None)
+        if generator is None:
+            yield
+            return
+        before = torch.get_rng_state()
+        torch.set_rng_state(generator.get_state())
+        try:
+            yield
+        finally:
+            generator.set_state(torch.get_rng_state())
+            torch.set_rng_state(before)
 
     def snapshot(self) -> dict[str, Any]:
         """Record what a later recomputation of the same forward pass must see."""
-        calls = None if self.calls is None else list(self.calls)
         return {
-            "active": self.active, "together": self.together, "rows": self.rows, "taps": dict(self.taps),
-            "calls": calls, "listening": self.listening,
+            "active": self.active, "together": self.together, "taps": dict(self.taps), "listening": self.listening,
+            "generators": self.generators, "drawn": self._drawn(self.generators), **self.standing(),
         }  # fmt: skip
 
     @contextlib.contextmanager
     def replay(self, snapshot: dict[str, Any]) -> Iterator[None]:
         """Show a recorded state again; what is emitted and observed is dropped, since the first pass did it."""
-        now = {**self.snapshot(), "calls": self.calls, "losses": self.losses, "observed": self.observed}
-        self.__dict__.update(snapshot, losses=None, observed=None)
+        seen = {**snapshot, "losses": None, "observed": None}
+        drawn = seen.pop("drawn")
+        now, drawn_now = {key: self.__dict__[key] for key in seen}, self._drawn(seen["generators"])
+        self.__dict__.update(seen)
+        self._draw_on(drawn)
         try:
             yield
         finally:
             self.__dict__.update(now)
+            self._draw_on(drawn_now)
+
+    @staticmethod
+    def _drawn(generators: Mapping[str, torch.Generator]) -> list[tuple[torch.Generator, Tensor]]:
+        """How far generators are; parts of a composite share one."""
+        return [(one, one.get_state()) for one in {id(g): g for g in generators.values()}.values()]
+
+    @staticmethod
+    def _draw_on(drawn: list[tuple[torch.Generator, Tensor]]) -> None:
+        for generator, state in drawn:
+            generator.set_state(state)

@@ -162,7 +162,7 @@ class Attachments(Switching):
         if name in adapters_of(module):
             raise AttachError(f"{name!r} is attached to {self.path_of(module)} already: one adapter a module and name.")
         put(module, name, adapter.train(module.training), self.state)
-        path = self.path_of(module)
+        path = where.path if isinstance(where, Site) else self.path_of(module)
         self.places[name][path] = Place(module, adapter)
         if adapter.counts_tokens:
             real_tokens.watch(self.model, path, self.state)

@@ -5,7 +5,8 @@ finds adapters through the attention module it is given, never through a closure
 must not serve another model's adapters. For modules without adapters it costs one dictionary look-up.
 
 Inside `fast_attention(model)` the dispatchers of that model's modules also compute the attention by the fastest exact
-way, and understand batches whose samples are packed behind each other: a sample is then a batch of one to the adapters.
+way, and understand batches whose samples are packed behind each other: samples are then rows to the adapters, those of
+one length a batch. What no adapter touches is computed for all samples at once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,14 +23,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterlab.engine.wrapping import through
+from adapterlab.core.segments import Who, names_of, segments
+from adapterlab.core.state import State
+from adapterlab.engine.batch_rows import Batch
+from adapterlab.engine.wrapping import STATE, adapters_of, through
 from adapterlab.errors import AttachError, ConfigError
+from adapterlab.foreign.calls import BOUNDS
 from adapterlab.foreign.model import ADAPTERS, plain_class
 from adapterlab.foreign.private_transformers import attention_implementation, attention_mapping, sdpa_attention_forward
 from adapterlab.foreign.written_attention import LINEAR, slopes, written_out
 from adapterlab.ops.attention import attention, each_segment, pays, varlen_attention, varlen_works
 
-BOUNDS = "cu_seq_lens_q"
 PACKED = (BOUNDS, "cu_seq_lens_k", "max_length_q", "max_length_k")  # what flash attention in transformers calls them
 _CORE = "_adapterlab_core"  # attribute of the attention modules while another function computes their core
 _FAST = "_adapterlab_attention"  # attribute of the model while it is fast
@@ -199,21 +204,111 @@ def _packed(
             f"{type(module).__name__} makes an attention mask of its own, {list(mask.shape)}, which packed rows would "
             "lose. Set training.packing to false."
         )
-    bounds, longest = kwargs[BOUNDS], kwargs["max_length_q"]
-    implementation, causal = attention_implementation(module), _is_causal(module, kwargs)
-    held: Any = module._modules.get(ADAPTERS)
-    if held is None or not any(adapter.place == "attention" for adapter in held._modules.values()):
-        if "flash" in implementation:
-            return original(module, q, k, v, None, **kwargs)
-        if _is_plain(original, kwargs) and pays(q, k, v, bounds):
-            return attention(q, k, v, kwargs.get("scaling"), causal=causal, bounds=bounds), None
-        if _is_plain(original, kwargs) and varlen_works(q, v):
-            return varlen_attention(q, k, v, bounds, longest, kwargs.get("scaling"), causal=causal), None
+    kinds = _kinds(module, kwargs[BOUNDS])
+    if kinds is None:
+        return _together(module, original, run, q, k, v, kwargs)
+    samples = list(each_segment(q, k, v, kwargs[BOUNDS]))
+    outputs: dict[int, Tensor] = {}
+    for around, numbers in kinds:
+        parts = [samples[i] for i in numbers]
+        if around is None:
+            lengths = [part[0].shape[2] for part in parts]
+            out = _together(module, original, run, *_behind(parts), {**kwargs, **_bounds(lengths, q.device)})[0]
+            outputs.update(zip(numbers, out.split(lengths, 1), strict=True))
+        else:
+            call = functools.partial(through, "attention", module, run)
+            for i, out in zip(numbers, _each(module, call, parts, kwargs, around), strict=True):
+                outputs[i] = out
+    return torch.cat([outputs[i] for i in range(len(samples))], 1), None
+
+
+def _together(
+    module: nn.Module,
+    original: Callable[..., Any],
+    run: Callable[..., Any],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    given: Any,
+) -> Any:
+    """The attention of packed samples without adapters, by the one call that takes them all where there is one."""
+    bounds, longest, scale = given[BOUNDS], given["max_length_q"], given.get("scaling")
+    causal = _is_causal(module, given)
+    if "flash" in attention_implementation(module):
+        return original(module, q, k, v, None, **given)
+    if _is_plain(original, given) and pays(q, k, v, bounds):
+        return attention(q, k, v, scale, causal=causal, bounds=bounds), None
+    if _is_plain(original, given) and varlen_works(q, v):
+        return varlen_attention(q, k, v, bounds, longest, scale, causal=causal), None
+    outputs = _each(module, run, list(each_segment(q, k, v, bounds)), given, contextlib.nullcontext)
+    return torch.cat(outputs, 1), None
+
+
+_Samples = list[tuple[Tensor, Tensor, Tensor]]
+_Around = Callable[[int], contextlib.AbstractContextManager[Any]]
+
+
+def _each(module: nn.Module, call: Callable[..., Any], samples: _Samples, kwargs: Any, around: _Around) -> list[Tensor]:
+    """Attention of samples by themselves, those of one length as rows of one call."""
     # What speaks of the whole batch means nothing to one sample.
     given = {name: value for name, value in kwargs.items() if name not in (*PACKED, "position_ids")}
-    call = run if held is None else functools.partial(through, "attention", module, run)
-    outputs = [call(*part, _own_mask(module, part[0], causal), **given)[0] for part in each_segment(q, k, v, bounds)]
-    return torch.cat(outputs, 1), None
+    causal, found = _is_causal(module, kwargs), list[Tensor]([samples[0][0]] * len(samples))
+    rowwise = all(adapter.rowwise for adapter in adapters_of(module).values())
+    alike: dict[int, list[int]] = {}
+    for i, (q, _, _) in enumerate(samples):
+        alike.setdefault(q.shape[2] if rowwise else -i, []).append(i)
+    for numbers in alike.values():
+        q, k, v = (torch.cat(parts) for parts in zip(*(samples[i] for i in numbers), strict=True))
+        with around(len(numbers)):
+            out = call(q, k, v, _own_mask(module, q, causal), **given)[0]
+        for i, row in zip(numbers, out.split(1), strict=True):
+            found[i] = row
+    return found
+
+
+def _behind(samples: _Samples) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples packed behind each other again."""
+    q, k, v = (torch.cat(parts, 2) for parts in zip(*samples, strict=True))
+    return q, k, v
+
+
+def _bounds(lengths: list[int], device: torch.device) -> dict[str, Any]:
+    """What a packed batch of samples of these lengths is called with."""
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    return dict(zip(PACKED, (bounds, bounds, max(lengths), max(lengths)), strict=True))
+
+
+def _kinds(module: nn.Module, bounds: Tensor) -> list[tuple[_Around | None, list[int]]] | None:
+    """The packed samples by what stands inside their attention, None being nothing; None where nothing does at all."""
+    held: dict[str, Any] = adapters_of(module)
+    inside = tuple(name for name, adapter in held.items() if adapter.place == "attention" and not adapter.idle)
+    if not inside:
+        return None
+    state, count = module.__dict__[STATE], len(bounds) - 1
+    whole = state.segments
+    if whole is None:
+        live = any(name in state.active and not held[name].is_merged for name in inside)
+        return [(contextlib.nullcontext, list(range(count)))] if live else None
+    if not whole.among(inside).used:
+        return None
+    if whole.by_token and not whole.whole_samples:
+        raise AttachError(
+            f"A packed sample has several owners, and {type(module).__name__} carries adapters inside its attention, "
+            "which see whole samples. Let the segments of host.tokens begin where samples do."
+        )
+    kinds: dict[Any, list[int]] = {}
+    for i, who in enumerate(whole.of_samples(tuple(bounds.tolist()))):
+        kinds.setdefault(who, []).append(i)
+    found: list[tuple[_Around | None, list[int]]] = []
+    for who, numbers in kinds.items():
+        plain = not set(inside) & set(names_of(who))
+        found.append((None if plain else functools.partial(_showing, state, who), numbers))
+    return found
+
+
+def _showing(state: State, who: Who, count: int) -> contextlib.AbstractContextManager[Any]:
+    """Take the batch to be so many rows of one owner."""
+    return state.showing(segments([(who, count)]), Batch(count, None, ids=False))
 
 
 def _own_mask(module: nn.Module, q: Tensor, causal: bool) -> Tensor | None:

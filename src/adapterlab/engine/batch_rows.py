@@ -1,9 +1,9 @@
-"""What is a row of a mixed batch: followed from the model's own input down to every module that adapters are on.
+"""What is a row or a token of a mixed batch: followed from the model's own input down to every module with adapters.
 
 The outermost call says how many rows and tokens there are. A module below has rows in what it is given if that begins
 with as many rows, with all tokens of all rows behind each other, or with the parts that rows were cut into. Whatever
 else it is given is not told apart by guessing: what all rows share (positions) is computed for all, and tokens that a
-router chose, or tensors of another order, are refused.
+router chose, or tensors of another order, are refused. Tokens are all there, or those that the head was asked for.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from adapterlab.core.segments import Segments
 from adapterlab.errors import AttachError
 from adapterlab.foreign.cache import NAMES as CACHES
-from adapterlab.foreign.calls import argument_names, swaps_rows
+from adapterlab.foreign.calls import BOUNDS, argument_names, swaps_rows
 from adapterlab.foreign.model import ADAPTERS, plain_class, stacks
 
 if TYPE_CHECKING:
@@ -35,12 +36,16 @@ class Batch:
         tokens: positions of a row; None where that is not told.
         ids: they are numbers of tokens, and no values yet.
         swaps: a module around exchanges rows and tokens of something, so that a square may stand either way.
+        shape: rows and tokens of the outermost call, or of the part of it that is computed.
+        asked: what that call wants logits of: the last so many positions, or these; 0: all.
     """
 
     rows: int
     tokens: int | None
     ids: bool
     swaps: bool = False
+    shape: tuple[int, int] = (0, 0)
+    asked: int | Tensor = 0
 
 
 def lead(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -49,31 +54,50 @@ def lead(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return next((v for v in (*args, *(kwargs[n] for n in named)) if isinstance(v, Tensor) and v.dim()), None)
 
 
-def below(x: Tensor, batch: Batch | str | None, wanted: int, chosen: bool = False) -> Batch | str:
+def outermost(x: Tensor, segments: Segments, asked: Any = 0) -> Batch:
+    """Say what rows and tokens the outermost call has.
+
+    Args:
+        x: the first tensor that it is given.
+        segments: who owns them.
+        asked: what it wants logits of.
+
+    Raises:
+        AttachError: they are not as many as have owners.
+    """
+    count, ids, wanted = len(x), not x.is_floating_point(), segments.total
+    tokens = x.shape[1] if x.dim() == (2 if ids else 3) else None
+    if not segments.by_token:
+        if not wanted or count % wanted:
+            raise AttachError(
+                f"host.rows names {wanted} rows and the batch has {count}: give one entry for each row of the batch."
+            )
+        return Batch(count, tokens, ids, asked=asked)
+    tokens = 1 if x.dim() == (1 if ids else 2) else tokens
+    if tokens is None or count * tokens != wanted:
+        what = f"{list(x.shape)}" if tokens is None else f"{count} rows of {tokens} tokens, {count * tokens} in all"
+        raise AttachError(
+            f"host.tokens names {wanted} tokens and the batch has {what}: give counts that add up to rows · length of "
+            "the call, padding included. Steps of generation have other counts: they take host.rows."
+        )
+    return Batch(count, tokens, ids, shape=(count, tokens), asked=asked)
+
+
+def below(x: Tensor, batch: Batch | str, chosen: bool = False) -> Batch | str:
     """Say what rows a module is given, from what the module around it is.
 
     Args:
         x: the first tensor that it is given.
-        batch: of the module around it; None for the outermost; a reason where there are no rows any more.
-        wanted: how many rows have adapters.
+        batch: of the module around it; a reason where there are no rows any more.
         chosen: it is one of several in a list, of which a router may choose.
 
     Returns:
         The rows, or why there are none.
-
-    Raises:
-        AttachError: the outermost call has another number of rows.
     """
     if isinstance(batch, str):
         return batch
     count, ids = len(x), not x.is_floating_point()
     tokens = x.shape[1] if x.dim() == (2 if ids else 3) else None
-    if batch is None:
-        if count % wanted:
-            raise AttachError(
-                f"host.rows names {wanted} rows and the batch has {count}: give one entry for each row of the batch."
-            )
-        return Batch(count, tokens, ids)
     if ids:
         return _of_ids(x, batch, tokens)
     shape, whole = list(x.shape), batch.rows * (batch.tokens or 0)
@@ -100,37 +124,81 @@ def _of_ids(x: Tensor, batch: Batch, tokens: int | None) -> Batch | str:
     return f"it gets numbers {list(x.shape)} that were made inside the model, not of its {batch.rows} rows"
 
 
-def rows_given(path: str, x: Tensor | None, state: State, wanted: int) -> Batch:
+def given(path: str, x: Tensor | None, state: State, segments: Segments) -> Batch:
     """Say what rows a module with adapters is given.
 
     Args:
         path: of the module.
         x: the first tensor that it is given.
         state: knows what the modules around it were given.
-        wanted: how many rows have adapters.
+        segments: who owns them.
 
     Raises:
         AttachError: there are no rows in what it is given.
     """
     outer = state.batches[-1] if state.batches else None
-    found = outer or "it gets no tensor" if x is None else below(x, outer, wanted)
+    if x is None:
+        found = outer or "it gets no tensor"
+    else:
+        found = outermost(x, segments) if outer is None else below(x, outer)
     if isinstance(found, str):
-        raise AttachError(
-            f"The adapters of a mixed batch cannot be told apart at {path}: {found}. Run the rows of each adapter in a "
-            "batch of their own, with host.using."
-        )
+        raise AttachError(_APART.format(path=path, why=found))
     return found
 
 
+_APART = (
+    "The adapters of a mixed batch cannot be told apart at {path}: {why}. Run the rows of each adapter in a batch of "
+    "their own, with host.using."
+)
+
+
+def tokens_given(path: str, x: Tensor | None, batch: Batch, segments: Segments) -> tuple[Segments, int]:
+    """Say which tokens a module with adapters is given, where tokens have owners.
+
+    Args:
+        path: of the module.
+        x: the first tensor that it is given.
+        batch: what of rows that is.
+        segments: who owns the tokens of the batch.
+
+    Returns:
+        Who owns the tokens that it is given, and how many of the first dimensions count them.
+
+    Raises:
+        AttachError: they cannot be told.
+    """
+    why = "it gets no tensor"
+    if x is not None:
+        ids, (rows, tokens) = not x.is_floating_point(), batch.shape
+        dims = x.dim() if ids else x.dim() - 1
+        lead = tuple(x.shape[:dims])
+        if lead in ((rows, tokens), (rows * tokens,)) or (ids and lead == (1, tokens)):
+            return segments, dims
+        asked = torch.arange(rows * tokens).view(rows, tokens)[:, _positions(batch.asked)]
+        if lead == tuple(asked.shape):
+            return segments.chosen(asked.flatten()), dims
+        why = f"it gets {list(x.shape)}, in which the {rows} rows of {tokens} tokens are not to be found"
+        if dims > 2:
+            why += "; what mixes the tokens of a row takes rows, or packed samples, with one owner each"
+    raise AttachError(_APART.format(path=path, why=why))
+
+
+def _positions(asked: int | Tensor) -> slice | Tensor:
+    """The positions of a row that logits are wanted of."""
+    if isinstance(asked, Tensor) and asked.dim():
+        return asked.cpu()
+    return slice(-int(asked) or None, None)
+
+
 @contextlib.contextmanager
-def followed(model: nn.Module, paths: Iterable[str], state: State, wanted: Callable[[], int]) -> Iterator[None]:
+def followed(model: nn.Module, paths: Iterable[str], state: State, wanted: Callable[[], Segments]) -> Iterator[None]:
     """Note inside the context what rows each module with adapters, and each module around one, is given.
 
     Args:
         model: the root.
         paths: of the modules with adapters.
         state: shared by the adapters.
-        wanted: tells how many rows have adapters.
+        wanted: tells who owns the rows or tokens of a call.
     """
     around = {""} | {path for whole in paths for path in _prefixes(whole)}
     handles: list[Any] = []
@@ -139,9 +207,9 @@ def followed(model: nn.Module, paths: Iterable[str], state: State, wanted: Calla
             module = model.get_submodule(path)
             parent = model.get_submodule(path.rpartition(".")[0]) if path else None
             chosen = isinstance(parent, (nn.ModuleList, nn.ModuleDict))
-            enter = _Enter(state, wanted, plain_class(module), chosen)
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(_Leave(state), always_call=True))
+            calls = _Calls(state, wanted, plain_class(module), chosen)
+            handles.append(module.register_forward_pre_hook(calls.enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(calls.leave, always_call=True))
         yield
     finally:
         for handle in handles:
@@ -152,7 +220,7 @@ def followed(model: nn.Module, paths: Iterable[str], state: State, wanted: Calla
 @contextlib.contextmanager
 def repeated(model: nn.Module, state: State) -> Iterator[None]:
     """Repeat the batch of each call of the model inside the context: once for each of the rows that `state` names."""
-    rows, names = state.rows or (), argument_names(plain_class(model))
+    parts, names = state.segments or Segments(()), argument_names(plain_class(model))
 
     def repeat(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if any(kwargs.get(name) is not None for name in CACHES):
@@ -165,14 +233,14 @@ def repeated(model: nn.Module, state: State) -> Iterator[None]:
 
         def spread(value: Any) -> Any:
             alike = isinstance(value, Tensor) and value.dim() and len(value) == size
-            return torch.cat([value] * len(rows)) if alike else value
+            return torch.cat([value] * parts.total) if alike else value
 
-        state.rows = tuple(row for row in rows for _ in range(size))
+        state.segments = parts.repeated(size)
         return tuple(map(spread, args)), {key: spread(value) for key, value in kwargs.items()}
 
     handles: list[Any] = [model.register_forward_pre_hook(repeat, with_kwargs=True, prepend=True)]
     for layer in _trunk(model):
-        once = _Once(len(rows), state)
+        once = _Once(parts.total, state)
         handles.append(layer.register_forward_pre_hook(once.enter, with_kwargs=True))
         handles.append(layer.register_forward_hook(once.leave))
     try:
@@ -201,7 +269,7 @@ class _Once:
 
     def enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Take the first rows of everything, if that is sure to be what the other parts have."""
-        rows = len(self.state.rows or ())
+        rows = self.state.segments.total if self.state.segments else 0
         values = [inner for value in (*args, *kwargs.values()) for inner in (value if _is_tuple(value) else (value,))]
         tensors = [value for value in values if isinstance(value, Tensor) and value.dim() > 1]
         plain = all(value is None or isinstance(value, (Tensor, bool, int, float)) for value in values)  # no cache
@@ -242,29 +310,36 @@ def _prefixes(path: str) -> list[str]:
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
 
 
-class _Enter:
-    """Notes what a module is given."""
+class _Calls:
+    """Notes what a module is given, and forgets it again; in the outermost call the map of the batch is settled."""
 
-    def __init__(self, state: State, wanted: Callable[[], int], cls: Any, chosen: bool):
+    def __init__(self, state: State, wanted: Callable[[], Segments], cls: Any, chosen: bool):
         self.state, self.wanted, self.chosen = state, wanted, chosen
         self.names, self.swaps = argument_names(cls), swaps_rows(cls)
+        self.before: list[Segments | None] = []
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        batches, x = self.state.batches, lead(self.names, args, kwargs)
-        outer = batches[-1] if batches else None
-        # What fails here fails the call, and `_Leave` is called for it all the same.
-        batches.append(outer)
-        if x is not None:
-            found = below(x, outer, self.wanted(), self.chosen)
-            batches[-1] = replace(found, swaps=True) if self.swaps and isinstance(found, Batch) else found
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note it."""
+        state, x = self.state, lead(self.names, args, kwargs)
+        outer = state.batches[-1] if state.batches else None
+        # What fails here fails the call, and `leave` is called for it all the same.
+        state.batches.append(outer)
+        self.before.append(state.segments)
+        if x is None:
+            return
+        found = self.first(x, kwargs) if outer is None else below(x, outer, self.chosen)
+        state.batches[-1] = replace(found, swaps=True) if self.swaps and isinstance(found, Batch) else found
 
+    def first(self, x: Tensor, kwargs: Mapping[str, Any]) -> Batch:
+        """Note the outermost call."""
+        wanted, asked = self.wanted(), kwargs.get("logits_to_keep")
+        found = outermost(x, wanted, 0 if asked is None else asked)
+        if self.state.segments is not None and found.tokens is not None:
+            self.state.segments = wanted.settled(found.rows, found.tokens, kwargs.get(BOUNDS))
+        return found
 
-class _Leave:
-    """Forgets it again."""
-
-    def __init__(self, state: State):
-        self.state = state
-
-    def __call__(self, *_: Any) -> None:
-        if self.state.batches:
+    def leave(self, *_: Any) -> None:
+        """Forget it."""
+        if self.before:
+            self.state.segments = self.before.pop()
             self.state.batches.pop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -83,7 +83,7 @@ class Loss:
             hidden = self.model.base_model(**inputs, use_cache=False)[0]
         labels = batch["labels"][:, 1:]
         bears = labels != IGNORED
-        return self._head_loss(hidden[:, :-1][bears], labels[bears]) / total
+        return self._head_loss(hidden[:, :-1][bears], labels[bears], bears) / total
 
     def tokens(self, batch: Mapping[str, Tensor]) -> int:
         """Number of positions of a batch that bear a label."""
@@ -106,7 +106,8 @@ class Loss:
         logits, labels = logits[bears], labels[bears]
         return logits_cross_entropy(logits, labels, self.form) - logits_cross_entropy(logits, labels)
 
-    def _head_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _head_loss(self, hidden: Tensor, labels: Tensor, bears: Tensor) -> Tensor:
+        """The loss of the positions that bear a label, `hidden[bears]`."""
         head = output_head(self.model)
         hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__
         if type(head) is nn.Linear and not hooked:
@@ -115,20 +116,35 @@ class Loss:
         if carrier is None:
             return module_cross_entropy(hidden, head, labels, head.out_features, form=self.form)
         state, whole = carrier.state, max(1, len(hidden))
+        segments = None if state.segments is None else state.segments.tokens(len(bears), 1 + bears.shape[1])
+        left = None if segments is None else segments.chosen(_padded(bears).flatten().cpu())
 
-        def portion(h: Tensor) -> Tensor:
-            with state.portion(len(h) / whole):
-                logits: Tensor = head(h)
-                return logits
+        @contextlib.contextmanager
+        def portion(rows: slice) -> Iterator[None]:
+            """The head is given some of the positions that are left."""
+            count = len(labels[rows])
+            with state.portion(count / whole):
+                if left is None:
+                    yield
+                else:
+                    with state.showing(left.chosen(rows), None):
+                        yield
 
         again = functools.partial(recomputation, carrier)
-        return module_cross_entropy(hidden, portion, labels, head.out_features, again, self.form)
+        return module_cross_entropy(hidden, head, labels, head.out_features, again, self.form, portion)
 
     def _entrances(self) -> list[Entrance]:
         """What changes the arguments of the whole model, the outermost first."""
         carrier = attachments(self.model)
         live = carrier.state.active if carrier is not None else ()
-        held = [a for key, a in adapters_of(self.model).items() if key in live and isinstance(a, Entrance)]
+        held = [
+            a for key, a in adapters_of(self.model).items() if key in live and isinstance(a, Entrance) and not a.idle
+        ]
+        if held and carrier is not None and carrier.state.segments is not None:
+            raise AttachError(
+                f"{type(held[0]).__qualname__} changes what the whole model is called with, for all rows alike. Train "
+                "its rows in a batch of their own, with host.using."
+            )
         return held[::-1]
 
     def _shape(self) -> str:
@@ -189,6 +205,11 @@ class Loss:
         if agrees:
             self.form = self.form._replace(scale=form.scale, cap=form.cap)
         return agrees
+
+
+def _padded(bears: Tensor) -> Tensor:
+    """Which positions of the model bear a label: nothing is predicted at the last one of a row."""
+    return torch.cat([bears, bears.new_zeros(len(bears), 1)], 1)
 
 
 def _known(logits: Tensor) -> Tensor:

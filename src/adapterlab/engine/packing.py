@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from adapterlab.core.adapter import Adapter
 from adapterlab.data.batching import Collator, PackingCollator, placed
 from adapterlab.engine.attachments import attachments
 from adapterlab.engine.attention import fast_attention, uses_interface
@@ -62,19 +61,9 @@ def _mixing(model: Any) -> str:
     if carrier and carrier.composition and any(one.by_position for one in carrier.composition.within()):
         return f"{', '.join(map(str, carrier.composition.parts))} tells positions apart"
     for key in carrier.state.active if carrier else ():
-        if why := mixes_positions(carrier.adapters(key)):  # type: ignore[union-attr]
-            return why
-    return ""
-
-
-def mixes_positions(adapters: Mapping[str, Adapter]) -> str:
-    """Say which of some adapters, by path, may let positions depend on each other beyond what the model does, or ""."""
-    for path, adapter in adapters.items():
-        apart = adapter.tokenwise
-        if apart is None:  # inside the attention each sample comes by itself
-            apart = adapter.place == "attention" or adapter.site.kind in ("linear", "embedding", "norm")
-        if not apart:
-            return f"what stands around {path or 'the whole model'} may mix positions"
+        for path, adapter in carrier.adapters(key).items():  # type: ignore[union-attr]
+            if not adapter.keeps_tokens_apart:
+                return f"what stands around {path or 'the whole model'} may mix positions"
     return ""
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from adapterlab.core.adapter import Delta
+from adapterlab.core.segments import Segments, segments
 from adapterlab.core.site import Site
-from adapterlab.engine.batch_rows import followed, rows_given
+from adapterlab.engine.batch_rows import followed, given
 from adapterlab.engine.resting import Padded
 from adapterlab.engine.wrapping import put, take
 from adapterlab.errors import AttachError, nearest
@@ -51,12 +52,13 @@ class Slots(Delta):
     def choose(self, rows: Tensor) -> None:
         """Give each row of the next batches its slot `[rows]`."""
         self.rows = rows
+        self.segments = _alike(len(rows))
         self.register_buffer("row_A", self.A[rows], persistent=False)
         self.register_buffer("row_B", self.B[rows], persistent=False)
 
     def added(self, x: Tensor) -> Tensor:
         """(x Aᵀ) B with each row's own factors, in the dtype of x: `[batch, ..., out]`."""
-        rows_given(self.site.path, x, self.state, len(self.rows))
+        given(self.site.path, x, self.state, self.segments)
         rows = x.reshape(len(self.rows), -1, x.shape[-1])  # beams and flattened tokens are runs of each row
         return low_rank_by_row(rows, self.row_A, self.row_B).view(*x.shape[:-1], -1)
 
@@ -101,12 +103,17 @@ def stacked(host: Attachments, names: Sequence[str]) -> Iterator[Stack]:
         for slot in slots:
             put(slot.site.module, _KEY, slot.eval(), host.state)
         host.state.active = (_KEY,)
-        with followed(host.model, paths, host.state, lambda: len(slots[0].rows)):
+        with followed(host.model, paths, host.state, lambda: slots[0].segments):
             yield Stack(names, slots, device)
     finally:
         for slot in slots:
             take(slot.site.module, _KEY)
         host.activate(*before)
+
+
+def _alike(rows: int) -> Segments:
+    """The map of rows that all go through the slots."""
+    return segments([((_KEY,), rows)])
 
 
 _NEXT = "Use host.rows, which mixes any row-wise adapters."

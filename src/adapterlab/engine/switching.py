@@ -1,26 +1,29 @@
-"""Which adapters of a model are live, and how they are put together: for all rows, by composition, or row by row."""
+"""Which adapters of a model are live, and how they are put together: for all rows, by composition, by row or token."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
+import torch
 from torch import nn
 
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.composition import Composition, Parallel, Stack, leaves
 from adapterlab.core.method import Method
+from adapterlab.core.segments import Who, names_of, segments
 from adapterlab.core.site import UNMERGED
 from adapterlab.core.state import State
 from adapterlab.engine.anatomy import Anatomy
 from adapterlab.engine.batch_rows import followed, repeated
 from adapterlab.engine.intact import Place, check_heard, hidden
-from adapterlab.engine.mixed_batch import Row, names_of
 from adapterlab.engine.patches import Patch
 from adapterlab.engine.wrapping import adapters_of
 from adapterlab.errors import AttachError
 from adapterlab.foreign.model import base_modules
+
+Owner = str | Composition | tuple[str, ...] | None  # of a row or of tokens: an adapter, several, or the plain base
 
 
 class Switching(Anatomy):
@@ -197,7 +200,8 @@ class Switching(Anatomy):
             AttachError: as for `activate`, or for `rows` where there is a `Parallel`.
         """
         if len(names) == 1 and isinstance(names[0], Parallel):
-            with self._mixed(names[0].parts), repeated(self.model, self.state):
+            parts = [(part, 1) for part in names[0].parts]
+            with self._mixed(parts), repeated(self.model, self.state):
                 yield self
             return
         before = self.live
@@ -208,7 +212,7 @@ class Switching(Anatomy):
             self.activate(*before)
 
     @contextlib.contextmanager
-    def rows(self, names: Sequence[str | Composition | tuple[str, ...] | None]) -> Iterator[Self]:
+    def rows(self, names: Sequence[Owner]) -> Iterator[Self]:
         """Give each row of a batch its own adapter inside the context.
 
         Args:
@@ -218,15 +222,57 @@ class Switching(Anatomy):
             AttachError: a name is unknown, an adapter is merged, or one lives in the base's own weights (every row
                 would see it).
         """
-        with self._mixed(names):
+        with self._mixed([(name, 1) for name in names]):
             yield self
 
     @contextlib.contextmanager
-    def _mixed(self, names: Sequence[str | Composition | tuple[str, ...] | None]) -> Iterator[None]:
-        if any(isinstance(row, Parallel) for row in names):
+    def tokens(
+        self, counted: Sequence[tuple[Owner, int]], *, generators: Mapping[str, torch.Generator] | None = None
+    ) -> Iterator[Self]:
+        """Give runs of the tokens of a batch their own adapters inside the context.
+
+            with host.tokens([("math", 120), (None, 8), (("math", "polite"), 64)]):
+                model(**batch)
+
+        Tokens are counted over the rows of the batch `[rows, length]`, one behind the other, padding included; in
+        every call of the model they must be as many. What works on each token by itself takes any runs; what stands
+        inside the attention, or around a whole block and changes what that is given, takes whole rows, or whole samples
+        of a packed batch whose borders the model is told (`cu_seq_lens_q`).
+
+        Args:
+            counted: (the name of an adapter, several names, a composition or None for the plain base; its tokens).
+            generators: where adapters take the random numbers of their dropout on the CPU, by name; the others take
+                them from torch's global one. An adapter whose generator stands where the global one stood draws the
+                masks that it would have drawn alone.
+
+        Raises:
+            AttachError: as for `rows`, or a count is no whole number; at the call, the counts do not add up, or an
+                adapter cannot have some of the tokens of a row.
+        """
+        for _, count in counted:
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise AttachError(f"host.tokens takes a whole number of tokens for each entry; received {count!r}.")
+        for name in generators or {}:
+            self.check(name)
+        cuts = [one for who, _ in counted if isinstance(who, Composition) for one in who.within() if one.by_position]
+        if cuts:
+            raise AttachError(
+                f"{cuts[0]} goes by the position of a token in its row, and tokens have owners here: give its parts as "
+                "entries of their own."
+            )
+        self.state.generators = {key: one for name, one in (generators or {}).items() for key in self.parts(name)}
+        try:
+            with self._mixed(counted, by_token=True):
+                yield self
+        finally:
+            self.state.generators = {}
+
+    @contextlib.contextmanager
+    def _mixed(self, counted: Sequence[tuple[Owner, int]], by_token: bool = False) -> Iterator[None]:
+        if any(isinstance(who, Parallel) for who, _ in counted):
             raise AttachError("Parallel makes rows and cannot be one: give the rows of its parts one by one.")
-        wanted = [() if n is None else n if isinstance(n, tuple) else (n,) for n in names]
-        used = list(dict.fromkeys(leaf for row in wanted for part in row for leaf in leaves(part)))
+        wanted = [() if n is None else n if isinstance(n, tuple) else (n,) for n, _ in counted]
+        used = list(dict.fromkeys(leaf for who in wanted for part in who for leaf in leaves(part)))
         for name in used:
             self.check(name)
         resident = [n for n in used if any(self.patches[key] for key in self.parts(n))]
@@ -235,21 +281,23 @@ class Switching(Anatomy):
                 f"{(resident or list(self.merged))[0]!r} lives in the base's own weights, which all rows share, so it "
                 "cannot be mixed in a batch. Run its rows in a batch of their own with host.using, or restore it first."
             )
-        rows = tuple(self._row(row) for row in wanted)
-        for row in dict.fromkeys(rows):
-            check_heard({key: self.places[key] for key in names_of(row)})
+        owners = [self._owner(who) for who in wanted]
+        for owner in dict.fromkeys(owners):
+            check_heard({key: self.places[key] for key in names_of(owner)})
+        whole = segments(zip(owners, (count for _, count in counted), strict=True), by_token)
         before = self.live
         self._switch(used)
-        self.state.rows = rows
-        paths = dict.fromkeys(path for name in used for path in self.adapters(name))
+        self.state.segments = whole
+        held = [self.places[key] for name in used for key in self.parts(name)]
+        paths = dict.fromkeys(path for places in held for path, place in places.items() if place.adapter is not None)
         try:
-            with followed(self.model, paths, self.state, lambda: len(self.state.rows or rows)):
+            with followed(self.model, paths, self.state, lambda: self.state.segments or whole):
                 yield
         finally:
-            self.state.rows = None
+            self.state.segments = None
             self.activate(*before)
 
-    def _row(self, parts: tuple[str | Composition, ...]) -> Row:
+    def _owner(self, parts: tuple[str | Composition, ...]) -> Who:
         if any(isinstance(part, Composition) for part in parts):
             return Stack(*parts).with_names(self._keys)
         return tuple(key for name in parts for key in self.parts(str(name)))

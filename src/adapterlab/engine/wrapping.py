@@ -40,9 +40,8 @@ def through(place: str, module: nn.Module, run: Callable[..., Any], *args: Any, 
     """Call `run` through the live adapters of a module that stand at one place (`call` or `attention`)."""
     state = module.__dict__[STATE]
     held: Any = module._modules[ADAPTERS]._modules  # type: ignore[union-attr]
-    if state.rows is not None:
-        here = {name: a for name, a in held.items() if a.place == place and not a.idle}
-        return mixed(here, state, run, *args, **kwargs) if here else run(*args, **kwargs)
+    if state.segments is not None:
+        return mixed(held, place, state, run, *args, **kwargs)
     if state.together is not None:
         return entered(state.together, run, functools.partial(_live, held, place))(*args, **kwargs)
     # Many may be attached where few are live.

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+BOUNDS = "cu_seq_lens_q"  # what flash attention in transformers calls the borders of packed samples
 # What is asked of a weight without computing with it.
 _FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "is_cuda", "requires_grad", "quant_state"}
 _QUESTIONS = {"isinstance", "hasattr", "getattr", "type", "id", "len"}

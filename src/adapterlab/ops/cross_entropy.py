@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -88,6 +89,7 @@ def module_cross_entropy(
     vocabulary: int,
     context_fn: Callable[[], tuple[Any, Any]] = noop_context_fn,
     form: TokenForm = PLAIN,
+    around: Callable[[slice], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> Tensor:
     """The same sum through any head: chunks are recomputed in the backward pass.
 
@@ -98,21 +100,23 @@ def module_cross_entropy(
         vocabulary: number of logits, for the size of a chunk.
         context_fn: contexts for the first computation and the second, for a head that consults changing state.
         form: the loss of one token.
+        around: makes the context in which the head is given these positions.
 
     Returns:
         A float32 scalar; float64 for float64 input.
     """
 
-    def part(h: Tensor, y: Tensor) -> Tensor:
-        return logits_cross_entropy(head(h), y, form)
+    def part(h: Tensor, y: Tensor, rows: slice) -> Tensor:
+        with around(rows):
+            return logits_cross_entropy(head(h), y, form)
 
     total = hidden.new_zeros((), dtype=_exact(hidden.dtype))
     for rows in _chunks(len(hidden), vocabulary):
         h, y = hidden[rows], labels[rows]
         if torch.is_grad_enabled():
-            total = total + checkpoint(part, h, y, use_reentrant=False, context_fn=context_fn)
+            total = total + checkpoint(part, h, y, rows, use_reentrant=False, context_fn=context_fn)
         else:
-            total = total + part(h, y)
+            total = total + part(h, y, rows)
     return total
 
 

@@ -45,9 +45,13 @@ def low_rank_linear(
     Returns:
         `[..., out]` in x's dtype.
     """
-    seed = torch.randint(2**62, (), device="cpu") if p else None
+    seed = _seed() if p else None
     y: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, scale, p, seed, again)
     return y
+
+
+def _seed(generator: torch.Generator | None = None) -> Tensor:
+    return torch.randint(2**62, (), generator=generator, device="cpu")
 
 
 FEW, FEW_OF_A_ROW = 64, 16  # tokens
@@ -223,6 +227,7 @@ class Span(NamedTuple):
         b: B `[out, r]`.
         scale: factor of the update.
         p: as for `low_rank_linear`.
+        generator: of the CPU, for the seed of the dropout; None: the global one.
     """
 
     start: int
@@ -231,6 +236,7 @@ class Span(NamedTuple):
     b: Tensor
     scale: float
     p: float = 0.0
+    generator: torch.Generator | None = None
 
 
 def low_rank_spans(
@@ -252,11 +258,57 @@ def low_rank_spans(
     Returns:
         `[..., out]` in x's dtype.
     """
-    seeds = [torch.randint(2**62, (), device="cpu") if span.p else None for span in spans]
+    seeds = [_seed(span.generator) if span.p else None for span in spans]
     factors = [factor for span in spans for factor in (span.a, span.b)]
-    places = [(span.start, span.stop, span.scale / kept(span.p), span.p) for span in spans]
+    bounds = [bound for span in spans for bound in (span.start, span.stop)]
+    places = (bounds, [span.scale for span in spans], [span.p for span in spans])
     y: Tensor = _LowRankSpans.apply(x, weight, bias, again, places, seeds, *factors)
     return y
+
+
+def _fake_spans(
+    x: Tensor, weight: Tensor, bias: Any, a: Sequence[Tensor], b: Any, bounds: Sequence[int], *_: Any
+) -> tuple[Tensor, Tensor]:
+    thin = sum((stop - start) * len(one) for one, (start, stop) in zip(a, _pairs(bounds), strict=True))
+    return x.new_empty(len(x), len(weight)), x.new_empty(thin)
+
+
+@operator(
+    "low_rank_spans(Tensor x, Tensor weight, Tensor? bias, Tensor[] a, Tensor[] b, int[] bounds, float[] scales,"
+    " float[] p, Tensor?[] seeds) -> (Tensor, Tensor)",
+    _fake_spans,
+)
+def spans_of_low_rank(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    bounds: Sequence[int],
+    scales: Sequence[float],
+    p: Sequence[float],
+    seeds: Sequence[Tensor | None],
+) -> tuple[Tensor, Tensor]:
+    """Compute y and the thin products of `low_rank`, one behind the other, for x `[tokens, in]`."""
+    y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    thin = x.new_empty(sum((stop - start) * len(one) for one, (start, stop) in zip(a, _pairs(bounds), strict=True)))
+    for i, (h, (start, stop)) in enumerate(zip(_each_thin(thin, a, bounds), _pairs(bounds), strict=True)):
+        part, seed = x[start:stop], seeds[i]
+        part = part if seed is None else part * dropout_mask(part, part.shape[1], p[i], seed)
+        torch.mm(part, a[i].to(x.dtype).T, out=h)
+        y[start:stop].addmm_(h, b[i].to(x.dtype).T, alpha=scales[i] / kept(p[i]))
+    return y, thin
+
+
+def _pairs(bounds: Sequence[int]) -> Sequence[tuple[int, int]]:
+    return list(zip(bounds[::2], bounds[1::2], strict=True))
+
+
+def _each_thin(thin: Tensor, a: Sequence[Tensor], bounds: Sequence[int]) -> Sequence[Tensor]:
+    """The thin product of each span `[tokens, r]`."""
+    shapes = [(stop - start, len(one)) for one, (start, stop) in zip(a, _pairs(bounds), strict=True)]
+    parts = thin.split([tokens * rank for tokens, rank in shapes])
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class _LowRankSpans(torch.autograd.Function):
@@ -266,40 +318,35 @@ class _LowRankSpans(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, again: Any, places: Any, seeds: Any, *factors: Tensor
     ) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        y = F.linear(flat, weight, None if bias is None else bias.to(x.dtype))
-        thin = []
-        for (start, stop, scale, p), seed, a, b in zip(places, seeds, factors[::2], factors[1::2], strict=True):
-            part = flat[start:stop]
-            h = (part if seed is None else part * dropout_mask(part, part.shape[1], p, seed)) @ a.to(x.dtype).T
-            y[start:stop].addmm_(h, b.to(x.dtype).T, alpha=scale)
-            thin.append(h)
+        flat, (bounds, scales, p) = x.reshape(-1, x.shape[-1]), places
+        a, b = factors[::2], factors[1::2]
+        y, thin = spans_of_low_rank(flat, weight, bias, a, b, bounds, scales, p, seeds)
         need = ctx.needs_input_grad[6:]
-        ctx.save_for_backward(
-            flat if any(need[::2]) else None,
-            None if again else weight,
-            *factors,
-            *(h if wanted else None for h, wanted in zip(thin, need[1::2], strict=True)),
-        )
-        ctx.again, ctx.places, ctx.seeds = again, places, seeds
+        x_kept, thin_kept = flat if any(need[::2]) else None, thin if any(need[1::2]) else None
+        ctx.save_for_backward(x_kept, thin_kept, None if again else weight, *seeds, *factors)
+        ctx.again, ctx.places = again, places
         return unfolded(y, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        flat, weight, *rest = ctx.saved_tensors
-        count, need = len(ctx.places), ctx.needs_input_grad
-        factors, thin = rest[: 2 * count], rest[2 * count :]
+        flat, thin, weight, *rest = ctx.saved_tensors
+        (bounds, scales, p), need = ctx.places, ctx.needs_input_grad
+        seeds, factors = rest[: len(scales)], rest[len(scales) :]
+        hs = [None] * len(scales) if thin is None else _each_thin(thin, factors[::2], bounds)
         g = grad.reshape(-1, grad.shape[-1])
         gx = g @ (ctx.again() if ctx.again else weight) if need[0] else None
         found: list[Tensor | None] = []
-        for i, (start, stop, scale, p) in enumerate(ctx.places):
-            a, b, seed, part = factors[2 * i], factors[2 * i + 1], ctx.seeds[i], g[start:stop]
-            gh = (part @ b.to(g.dtype)).mul_(scale)
-            mask = None if seed is None else dropout_mask(part, a.shape[1], p, seed)
-            if gx is not None:
-                thin_added(gx[start:stop], gh, a, mask)
-            found.append(_of_a(gh, flat[start:stop], mask).to(a.dtype) if need[6 + 2 * i] else None)
-            found.append((part.T @ thin[i]).mul_(scale).to(b.dtype) if need[7 + 2 * i] else None)
+        for i, (start, stop) in enumerate(_pairs(bounds)):
+            a, b, h, part = factors[2 * i], factors[2 * i + 1], hs[i], g[start:stop]
+            scale, (need_a, need_b) = scales[i] / kept(p[i]), need[6 + 2 * i : 8 + 2 * i]
+            ga = None
+            if need_a or gx is not None:
+                gh = (part @ b.to(g.dtype)).mul_(scale)
+                mask = None if seeds[i] is None else dropout_mask(part, a.shape[1], p[i], seeds[i])
+                if gx is not None:
+                    thin_added(gx[start:stop], gh, a, mask)
+                ga = _of_a(gh, flat[start:stop], mask).to(a.dtype) if need_a else None
+            found += [ga, (part.T @ h).mul_(scale).to(b.dtype) if need_b and h is not None else None]
         shaped = None if gx is None else gx.view(*grad.shape[:-1], gx.shape[1])
         return shaped, None, None, None, None, None, *found
 

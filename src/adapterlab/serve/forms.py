@@ -12,24 +12,40 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from adapterlab.core.adapter import Front
 from adapterlab.engine.attention import attention_modules, core_attention
-from adapterlab.engine.packing import mixes_positions
-from adapterlab.errors import AdapterlabError, AttachError, UnusableAdapterError
+from adapterlab.errors import AdapterlabError, UnusableAdapterError
 from adapterlab.foreign.model import text_config
 from adapterlab.hosts import Host, host, load
 from adapterlab.serve.adapters import Form, Version
 from adapterlab.serve.forward import Forward, Row
 from adapterlab.serve.pages import Pages
+from adapterlab.serve.whole_change import put_whole_change
 
+MakeRoom = Callable[[int], bool]
+Fronts = Mapping[nn.Module, Front]
 _CUTS = (0, 5, 8, 9)  # the passes in which the tokens of a trial are computed: a prompt in two pieces, then one token
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit
+
+
+class Trial(NamedTuple):
+    """What packed passes have to give: logits `[tokens, vocabulary]` of the model called as it is.
+
+    Attributes:
+        ids: of the tokens.
+        adapted: with the adapter by itself.
+        plain: without any.
+    """
+
+    ids: list[int]
+    adapted: Tensor
+    plain: Tensor
 
 
 class OnModel:
@@ -38,42 +54,57 @@ class OnModel:
     def __init__(self, model: Any, forward: Forward, pages: Pages):
         self.model, self.forward, self.pages = model, forward, pages
         self._tried: dict[str, Form] = {}
+        self._live = contextlib.ExitStack()
+        self._runs: list[tuple[str | None, int]] | None = None
 
-    @contextlib.contextmanager
-    def live(self, segments: Sequence[tuple[Version | None, int]]) -> Iterator[None]:
-        """Let the tokens of a pass go through their adapters.
+    def live(self, segments: Sequence[tuple[Version | None, int]]) -> None:
+        """Let the tokens of the next passes go through their adapters; steps that are alike change nothing.
 
         Args:
             segments: the adapter of each run of tokens, and how many tokens it has.
         """
         keys = [(None if version is None or version.form == "pages" else version.key, n) for version, n in segments]
         runs = [(key, sum(n for _, n in run)) for key, run in itertools.groupby(keys, lambda one: one[0])]
+        if runs == self._runs:
+            return
+        self.rest()
         carrier, names = host(self.model), {key for key, _ in runs}
-        if carrier is None:
-            yield
-        elif len(names) == 1:
-            with carrier.using(*(name for name in names if name is not None)):
-                yield
+        if carrier is None or names == {None}:
+            return
+        if len(names) == 1:
+            self._live.enter_context(carrier.using(*(name for name in names if name is not None)))
         else:
-            with carrier.tokens(runs):
-                yield
+            self._live.enter_context(carrier.tokens(runs))
+        self._runs = runs
 
-    def load(self, version: Version, make_room: Callable[[int], bool]) -> bool:
+    def rest(self) -> None:
+        """Leave the plain base."""
+        self._runs = None
+        self._live.close()
+
+    def load(self, version: Version, make_room: MakeRoom) -> bool:
         """Read an adapter and find its form.
 
         Raises:
             AdapterlabError: its files are damaged, or are not for this model.
             UnusableAdapterError: it can be computed in no form.
         """
+        self.rest()
         carrier = load(self.model, version.folder, version.key, active=False)
-        put = False
+        kind, put = repr(carrier.methods[version.key]), False
         try:
+            trial = None if kind in self._tried else self._trial(carrier, version)
             fronts = _fronts(carrier, version.key)
             if fronts is None:
-                put = self._on_tokens(carrier, version, make_room)
+                put_whole_change(carrier, version.key)
+                version.form = self._tried.get(kind)
+                put = self._on_tokens(carrier, version, trial, make_room)
             else:
-                put = self._in_pages(carrier, version, fronts, make_room)
+                put = self._in_pages(version, fronts, trial, make_room)
+            if put and version.form is not None:
+                self._tried[kind] = version.form
         finally:
+            self.rest()
             if not put:
                 self.pages.drop(version.pages)
                 version.pages = []
@@ -83,15 +114,14 @@ class OnModel:
 
     def unload(self, version: Version) -> None:
         """Take an adapter off the model; its pages are the caller's."""
+        self.rest()
         carrier = host(self.model)
         if carrier is not None and version.key in carrier.methods:
             carrier.detach(version.key)
 
     # ------------------------------------------------------------------ pages in front
 
-    def _in_pages(
-        self, carrier: Host, version: Version, fronts: Mapping[nn.Module, Front], make_room: Callable[[int], bool]
-    ) -> bool:
+    def _in_pages(self, version: Version, fronts: Fronts, trial: Trial | None, make_room: MakeRoom) -> bool:
         """Compute keys and values of what stands in front of every sequence."""
         length = max(map(_length, fronts.values()))
         count = -(-length // self.forward.page_tokens)
@@ -104,58 +134,59 @@ class OnModel:
                 self.forward.write(module, version.pages, front.keys, front.values)
             elif front.embedded is not None:
                 self.forward.run([Row(range(length), 0, version.pages)], front.embedded)
-        return self._right(carrier, version, make_room)
+        return trial is None or self._right(version, trial, make_room)
 
     # ------------------------------------------------------------------ other forms
 
-    def _on_tokens(self, carrier: Host, version: Version, make_room: Callable[[int], bool]) -> bool:
+    def _on_tokens(self, carrier: Host, version: Version, trial: Trial | None, make_room: MakeRoom) -> bool:
         """Choose between `tokens` and `alone`, or refuse."""
         key = version.key
         for part in carrier.parts(key):
-            if why := mixes_positions(carrier.adapters(part)):
-                raise UnusableAdapterError(f"its tokens cannot be computed step by step: {why}.")
+            for path, adapter in carrier.adapters(part).items():
+                if not adapter.keeps_tokens_apart:
+                    raise UnusableAdapterError(
+                        "it cannot be computed step by step, beside others: what stands around "
+                        f"{path or 'the whole model'} may make tokens depend on each other in a way of its own."
+                    )
         version.bytes = _bytes(carrier, key)
-        kind = repr(carrier.methods[key])
-        version.form = self._tried.get(kind)
-        if version.form is not None:
+        if trial is None:
             return True
-        forms: tuple[Form, ...] = ("tokens", "alone") if hasattr(carrier, "tokens") else ("alone",)
-        for version.form in forms:
-            try:
-                if not self._right(carrier, version, make_room):
-                    version.form = None
-                    return False
-                break
-            except AttachError:  # it cannot be told apart by tokens
-                if version.form == forms[-1]:
-                    raise
-        self._tried[kind] = version.form
-        return True
+        try:
+            version.form = "tokens"
+            return self._right(version, trial, make_room)
+        except (AdapterlabError, RuntimeError):  # it changes what all tokens see, or cannot be told apart by tokens
+            version.form = "alone"
+            return self._right(version, trial, make_room)
 
-    def _right(self, carrier: Host, version: Version, make_room: Callable[[int], bool]) -> bool:
-        """Compare packed passes, beside the base where it can be, with the model and the adapter by itself.
+    # ------------------------------------------------------------------ trials
+
+    def _trial(self, carrier: Host, version: Version) -> Trial:
+        """What the model gives with an adapter by itself, and without any."""
+        ids = [(7 * i * i + 3 * i + 1) % text_config(self.model).vocab_size for i in range(_CUTS[-1])]
+        return Trial(ids, self._plain(carrier, (version.key,), ids), self._plain(carrier, (), ids))
+
+    def _right(self, version: Version, trial: Trial, make_room: MakeRoom) -> bool:
+        """Compute a trial in packed passes, beside the base where it can be.
 
         Returns:
-            Whether there was room for a trial.
+            Whether there was room for it.
 
         Raises:
-            UnusableAdapterError: they differ.
+            UnusableAdapterError: they give something else.
         """
-        ids = [(7 * i * i + 3 * i + 1) % text_config(self.model).vocab_size for i in range(_CUTS[-1])]
-        names = (version, None) if version.form != "alone" else (version,)
-        needed = -(-len(ids) // self.forward.page_tokens)
+        names = (version,) if version.form == "alone" else (version, None)
+        needed = -(-len(trial.ids) // self.forward.page_tokens)
         if not make_room(needed * len(names)):
             return False
-        wanted = [self._plain(carrier, () if one is None else (version.key,), ids) for one in names]
         taken = [self.pages.take(needed) for _ in names]
         try:
             for start, stop in itertools.pairwise(_CUTS):
-                rows = [row_of(one, ids[start:stop], start, pages) for one, pages in zip(names, taken, strict=True)]
-                with self.live([(one, stop - start) for one in names]):
-                    found = self.forward.run(rows)
-                for logits, expected in zip(found, wanted, strict=True):
-                    _check_alike(logits, expected[stop - 1])
-        except AdapterlabError:
+                ids = trial.ids[start:stop]
+                self.live([(one, len(ids)) for one in names])
+                found = self.forward.run([row_of(one, ids, start, p) for one, p in zip(names, taken, strict=True)])
+                for logits, wanted in zip(found, (trial.adapted, trial.plain), strict=False):
+                    _check_alike(logits, wanted[stop - 1])
+        except (AdapterlabError, RuntimeError):
             self.forward.clear([page for pages in taken for page in pages])
             raise
         finally:
@@ -165,6 +196,7 @@ class OnModel:
 
     def _plain(self, carrier: Host, names: tuple[str, ...], ids: Sequence[int]) -> Tensor:
         """Logits of the model as it is, `[tokens, vocabulary]`."""
+        self.rest()
         given = torch.tensor([ids], device=self.forward.device)
         with carrier.using(*names), core_attention(self.forward.modules, None):
             logits: Tensor = self.model(input_ids=given, use_cache=False).logits[0]
@@ -178,17 +210,17 @@ def row_of(version: Version | None, ids: Sequence[int], start: int, pages: Seque
     return Row(ids, start, pages, version.pages, version.in_front, version.shift, chooses)
 
 
-def _fronts(carrier: Host, key: str) -> dict[nn.Module, Front] | None:
+def _fronts(carrier: Host, key: str) -> Fronts | None:
     """What an adapter puts in front, by module, if it does nothing else and pages can hold it."""
     parts = carrier.parts(key)
     found = {a.site.module: a.front() for part in parts for a in carrier.adapters(part).values()}
-    if any(carrier.patches[part] for part in parts):
-        return None
     fronts = {module: front for module, front in found.items() if front is not None}
+    if len(fronts) < len(found) or any(carrier.patches[part] for part in parts):
+        return None
+    embedded = [front for front in fronts.values() if front.embedded is not None]
     lengths = [_length(front) for front in fronts.values() if _length(front)]
-    # As many at every attention module, or vectors at the input.
-    alike = len(set(lengths)) == 1 and len(lengths) in (1, len(attention_modules(carrier.model)))
-    return fronts if len(fronts) == len(found) and alike else None
+    wanted = 1 if embedded else len(attention_modules(carrier.model))  # as many positions at every module
+    return fronts if len(lengths) == wanted and len(set(lengths)) == 1 else None
 
 
 def _length(front: Front) -> int:

@@ -142,6 +142,7 @@ class Worker:
         try:
             return [(list(pieces), self._pass(pieces))]
         except Exception as error:  # of a model and of methods that others wrote
+            self.on_model.rest()
             groups = [list(g) for _, g in itertools.groupby(pieces, lambda piece: piece.sequence.version)]
             if len(groups) == 1:
                 return [(list(pieces), error)]
@@ -153,8 +154,8 @@ class Worker:
             version, tokens = piece.sequence.version, piece.sequence.tokens[piece.start : piece.stop]
             rows.append(row_of(version, tokens, piece.start, piece.sequence.pages, piece.chooses))
             segments.append((version, len(tokens)))
-        with self.on_model.live(segments):
-            return self.forward.run(rows)
+        self.on_model.live(segments)
+        return self.forward.run(rows)
 
     def apply(self, done: Many[tuple[list[Piece], Tensor | Exception]]) -> None:
         """Choose tokens from what was computed, and hand them on."""
@@ -232,6 +233,7 @@ class Worker:
     def close(self) -> None:
         """Take the adapters off the model and give the memory back."""
         self.end_all()
+        self.on_model.rest()
         self.cache.forget()
         self.adapters.close()
         self.forward.pools.clear()

@@ -38,6 +38,7 @@ class Projections(Adapter):
 
     not_linear: ClassVar[str] = "a nonlinear function stands between its two projections"
     tokenwise: ClassVar[bool | None] = True
+    shares_base: ClassVar[bool] = True
 
     def __init__(self, method: Bottleneck, site: Site, width: int, out: int | None = None):
         """Make the projections.

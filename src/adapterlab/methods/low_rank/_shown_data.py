@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from adapterlab.core.carrier import Carrier
 from adapterlab.data.encoding import IGNORED
-from adapterlab.engine.attention import BOUNDS
 from adapterlab.engine.modes import dropout_off, evaluating
 from adapterlab.errors import DataError
+from adapterlab.foreign.calls import BOUNDS
 from adapterlab.methods.low_rank._starts import Place
 from adapterlab.terminal import Terminal
 

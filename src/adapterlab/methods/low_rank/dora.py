@@ -90,6 +90,8 @@ class DoRA(LoRA):
     class Layer(LoRA.Layer):
         """The two factors and the row norms at one module."""
 
+        shares_base: ClassVar[bool] = True
+
         def __init__(self, method: LoRA, site: Site):
             super().__init__(method, site)
             self.kept = Kept()

@@ -163,7 +163,7 @@ class Types(Entrance):
     @property
     def idle(self) -> bool:  # type: ignore[override]
         """In batches whose rows have different adapters, which are not trained on, there is nothing to take."""
-        return self.state.rows is not None
+        return self.state.segments is not None
 
     @idle.setter
     def idle(self, value: bool) -> None:

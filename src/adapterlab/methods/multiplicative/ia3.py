@@ -93,6 +93,8 @@ class IA3(LayerMethod):
     class Layer(Adapter):
         """The scales of one module."""
 
+        shares_base: ClassVar[bool] = True
+
         def __init__(self, method: IA3, site: Site):
             super().__init__(site)
             out, in_ = site.shape

@@ -284,7 +284,7 @@ class Ladder(Adapter):
     def _check_alone(self) -> None:
         """Refuse to replace the answer of another live side network."""
         live = [n for n, a in adapters_of(self.site.module).items() if isinstance(a, Ladder) and n in self.state.active]
-        if len(live) > 1 and not self.residual and self.state.rows is None and live[0] != self.name:
+        if len(live) > 1 and not self.residual and self.state.segments is None and live[0] != self.name:
             raise AttachError(
                 f"LST: the side network {self.name!r} would replace the answer of {live[0]!r}, which is live too. Make "
                 "one of them active with host.activate or host.using, or attach the later one with residual=True."
