@@ -9,7 +9,6 @@ import traceback
 from pathlib import Path
 
 from fastapi import HTTPException
-from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -43,7 +42,7 @@ class Gate:
         deadline = asyncio.timeout(self.limits.seconds + _GRACE)
         try:
             async with deadline:
-                await self.app(scope, self._bounded(scope, receive), noted)
+                await self.app(scope, self._bounded(receive), noted)
         except Exception as error:
             refusal = self._late() if deadline.expired() else _unforeseen(error)
             if not status:  # an answer that has begun breaks off: the connection is closed
@@ -54,15 +53,14 @@ class Gate:
     def _late(self) -> Refusal:
         return Refusal(504, f"This took longer than {self.limits.seconds:g} s (limits.seconds).", code="timeout")
 
-    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+    def _bounded(self, receive: Receive) -> Receive:
         most, come = self.limits.body_bytes, 0
-        said = Headers(scope=scope).get("content-length", "0")
 
         async def bounded() -> Message:
             nonlocal come
             message = await receive()
             come += len(message.get("body", b""))
-            if come > most or (said.isdecimal() and int(said) > most):
+            if come > most:
                 # of FastAPI, which would take another one for a fault of the body
                 raise HTTPException(413, f"The body is larger than {most:,} bytes (limits.body_bytes).")
             return message
