@@ -181,9 +181,8 @@ def changed(tree: Any, draw: Callable[[Any], Any], gone: bool) -> Any:
 
 
 ROOT = typer.main.get_command(build())
-VERBS = [
-    name for name in ROOT.list_commands(click.Context(ROOT)) if name not in ("chat", "pull", "quickstart", "train")
-]
+LONG = ("chat", "pull", "quickstart", "serve", "train")  # they ask, fetch or work until somebody ends them
+VERBS = [name for name in ROOT.list_commands(click.Context(ROOT)) if name not in LONG]
 
 
 @seed(4)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from adapterlab import yaml_text
 from adapterlab.cli import build
 from adapterlab.compare.config import CompareConfig
 from adapterlab.errors import ConfigError
+from adapterlab.serve.http.limits import ServerSettings
+from adapterlab.serve.load import Load
 from adapterlab.settings import keys
 from adapterlab.train.config import TrainConfig
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, CompareConfig])
-def test_every_key_says_what_it_is(cls: type[TrainConfig] | type[CompareConfig]) -> None:
+@pytest.mark.parametrize("cls", [TrainConfig, CompareConfig, Load, ServerSettings])
+def test_every_key_says_what_it_is(cls: type[BaseModel]) -> None:
     faults = {}
     for key in keys(cls):
         assert key.meaning, key.name

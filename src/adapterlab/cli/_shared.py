@@ -26,6 +26,7 @@ Trust = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher values sample.")]
 Seed = Annotated[int, typer.Option(help="Seed of the sampling.")]
+ApiKey = Annotated[str | None, typer.Option("--key", help="Key of the server; default: $ADAPTERLAB_KEY.")]
 System = Annotated[str | None, typer.Option(help="System message; default: the one of the run.")]
 
 

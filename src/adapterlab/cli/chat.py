@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from adapterlab.cli._shared import (
+    ApiKey,
     BaseModel,
     Checkpoint,
     Device,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from adapterlab.evaluate.conversation import Conversation
     from adapterlab.evaluate.opening import Opened, Place
     from adapterlab.hosts import Host
+    from adapterlab.serve.client import RemoteConversation
 
 
 def chat(
@@ -43,8 +45,20 @@ def chat(
     device: Device = None,
     precision: Precision = None,
     trust_remote_code: Trust = False,
+    server: Annotated[
+        str | None, typer.Option(help="Address of a server; TARGET is then the base or an adapter there.")
+    ] = None,
+    key: ApiKey = None,
 ) -> None:
     """Talk with a model and switch its adapters meanwhile; /help lists the commands."""
+    if server is not None:
+        from adapterlab.serve.client import Client, RemoteConversation
+
+        if more or model or device or precision or trust_remote_code:
+            raise ConfigError("With --server, TARGET is a model or adapter there, and the server has chosen the rest.")
+        far = RemoteConversation(Client(server, key), target, system, max_new_tokens, temperature, seed)
+        Prompt(far, far).run()
+        return
     from adapterlab.evaluate.conversation import Conversation
     from adapterlab.evaluate.opening import locate
 
@@ -90,7 +104,7 @@ def _free(name: str, host: Host | None) -> str:
 class Prompt:
     """Reads lines, answers them, and obeys commands."""
 
-    def __init__(self, talk: Conversation, host: Host | None):
+    def __init__(self, talk: Conversation | RemoteConversation, host: Host | RemoteConversation | None):
         self.talk, self.host, self.going = talk, host, True
         self.commands: dict[str, tuple[str, Callable[[str], None]]] = {
             "adapter": ("NAME  switch to this adapter", self.adapter),

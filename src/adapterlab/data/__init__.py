@@ -22,6 +22,7 @@ _PUBLIC = {
     "Encoded": "report",
     "Report": "report",
     "encode": "encoding",
+    "prompt_and_unshown": "encoding",
     "prompt_of": "encoding",
     "Collator": "batching",
     "PackingCollator": "batching",

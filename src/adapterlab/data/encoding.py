@@ -179,6 +179,29 @@ def prompt_of(example: Example, tokenizer: Any, cfg: DataConfig, *, seq2seq: boo
     return _Coder(tokenizer, cfg, seq2seq).prompts([example])[0]
 
 
+def prompt_and_unshown(
+    messages: Sequence[Message], context: Mapping[str, Any], tokenizer: Any
+) -> tuple[Ids, list[str]]:
+    """Tokens of a conversation up to the opening of the next assistant turn, as training renders it.
+
+    Args:
+        messages: the turns so far, for a causal model.
+        context: what the template gets besides, such as `tools`.
+        tokenizer: its chat template is used; without one, the plain form that training uses.
+
+    Returns:
+        Token ids, and what the template leaves out of what was said.
+
+    Raises:
+        DataError: the template cannot render it; the cause says why.
+    """
+    coder = _Coder(tokenizer, DataConfig(path="conversation"), seq2seq=False)  # no path is read; a config names one
+    example = Example(messages=tuple(messages), row=1, context=dict(context))
+    text = coder.render([messages], [example], reply=True)[0]
+    whole = coder.render([messages], [example])[0]
+    return coder._ids([text])[0], coder.showing.problems(example, whole)
+
+
 def _fitting(
     rows: list[_Row], limit: int, window: int | None, cfg: DataConfig, seq2seq: bool, some: bool
 ) -> list[_Row]:

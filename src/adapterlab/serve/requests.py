@@ -304,11 +304,16 @@ class EngineSettings(Settings):
     max_running: int = Field(64, ge=1, description="answers that are computed at the same time")
     max_waiting: int = Field(1024, ge=1, description="answers that may wait; more are refused")
     max_adapters: int = Field(64, ge=1, description="different adapters among the answers that are computed")
-    max_length: int | None = Field(None, ge=2, description="prompt and answer in tokens; default: the model's window")
+    max_length: int | None = Field(
+        None, ge=2, examples=[4096], description="prompt and answer in tokens; default: the model's window"
+    )
     prefix_cache: bool = Field(True, description="keep keys and values of prompts for those that begin alike")
     patience: float = Field(2.0, ge=0, description="seconds a request may be passed by before it comes first")
     first_token_within: float | None = Field(
-        None, gt=0, description="give up requests that have waited so many seconds for their first step"
+        None,
+        gt=0,
+        examples=[30.0],
+        description="give up requests that have waited so many seconds for their first step",
     )
 
     @model_validator(mode="after")

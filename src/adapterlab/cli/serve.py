@@ -1,0 +1,138 @@
+"""`adapterlab serve`."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from adapterlab.cli._shared import Device, Precision, Trust, bars, help_config, say
+from adapterlab.errors import ConfigError
+from adapterlab.paths import user_path
+
+if TYPE_CHECKING:
+    from adapterlab.evaluate.opening import Place
+    from adapterlab.serve.http.limits import ServerSettings
+    from adapterlab.serve.http.service import Service
+
+_SHOWN = 8
+
+
+class EngineKind(StrEnum):
+    """What computes."""
+
+    OWN = "own"
+    VLLM = "vllm"
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="The base: a catalogue alias, local folder or hub id.")],
+    options: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings, such as engine.memory_gb=4 limits.seconds=60.", show_default=False),
+    ] = None,
+    adapters: Annotated[
+        str | None, typer.Option(help="Folder of adapters; each is served under its path in it.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the base in requests; default: that of MODEL.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own need --keys.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 8000,
+    keys: Annotated[str | None, typer.Option(help="File of keys, as adapterlab keys writes it.")] = None,
+    engine: Annotated[EngineKind, typer.Option(help="own, or vllm where it is installed.")] = EngineKind.OWN,
+    device: Device = None,
+    precision: Precision = None,
+    trust_remote_code: Trust = False,
+    help_config: Annotated[bool, help_config("adapterlab.serve.http.limits", "ServerSettings")] = False,
+) -> None:
+    """Serve a base model and all adapters of a folder over OpenAI's HTTP API."""
+    from adapterlab.evaluate.opening import locate
+    from adapterlab.serve.http.limits import ServerSettings
+    from adapterlab.serve.http.shelf import Shelf
+    from adapterlab.yaml_text import overrides
+
+    settings = ServerSettings(**overrides(options or [], "engine.memory_gb=4"))
+    place = locate(model, trust_remote_code=trust_remote_code)
+    if place.kind != "model":
+        raise ConfigError(
+            f"{model} is {place.kind} and no base model. Serve its base, {place.base}, and name the folder that "
+            "holds adapters with --adapters."
+        )
+    called = name or _name_of(place)
+    shelf = Shelf(user_path(adapters) if adapters is not None else None, settings.limits)
+    if engine is EngineKind.VLLM:
+        _start_vllm(place, shelf, host, port, called, bool(options or keys or device or precision))
+        return
+    from adapterlab.serve.http.server import check_address, check_packages
+
+    check_packages()
+    check_address(host, keys=keys is not None)
+    _serve(place, shelf, settings, called, host, port, keys, device, precision)
+
+
+def _serve(
+    place: Place, shelf: Any, settings: ServerSettings, name: str, host: str, port: int,
+    keys: str | None, device: str | None, precision: str | None,
+) -> None:  # fmt: skip
+    import logging
+
+    from adapterlab.evaluate.generation import stop_ids, window_of
+    from adapterlab.evaluate.opening import open_target
+    from adapterlab.foreign.model import vocabulary
+    from adapterlab.serve import Engine
+    from adapterlab.serve.http.grammar import Grammars
+    from adapterlab.serve.http.keys import Keys
+    from adapterlab.serve.http.server import run
+    from adapterlab.serve.http.service import Service
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    known = Keys(user_path(keys)) if keys is not None else None
+    say(f"Loading {place.base} ...")
+    opened = open_target(place, device=device, precision=precision)
+    model, tokenizer = opened.model, opened.tokenizer
+    window = settings.engine.max_length or window_of(model, tokenizer)
+    service = Service(
+        lambda: Engine(model, tokenizer, settings.engine), tokenizer, base=name, shelf=shelf, window=window,
+        grammars=Grammars(tokenizer, vocabulary(model)[1] or len(tokenizer), stop_ids(model, tokenizer)), keys=known,
+        limits=settings.limits,
+    )  # fmt: skip
+    _register(service)
+    say(f"Serving {name} on http://{host}:{port}/v1; Ctrl-C ends it.")
+    run(service, host, port)
+
+
+def _register(service: Service) -> None:
+    with bars() as update:
+        bad = service.register_found(lambda done: update("adapters", done, done))
+    for line in bad[:_SHOWN]:
+        say(f"not served: {line}", err=True, fg="yellow")
+    if len(bad) > _SHOWN:
+        say(f"... and {len(bad) - _SHOWN} more that cannot be served", err=True, fg="yellow")
+    say(f"Adapters: {len(service.engine.adapters(every=True)):,}.")
+
+
+def _name_of(place: Place) -> str:
+    from adapterlab.models.catalogue import public_name
+
+    folder = user_path(place.base)
+    return folder.resolve().name if folder.is_dir() else public_name(place.base)
+
+
+def _start_vllm(place: Place, shelf: Any, host: str, port: int, name: str, more: bool) -> None:
+    import subprocess
+
+    from adapterlab.serve.vllm import plan
+
+    if more:
+        raise ConfigError(
+            "--keys, --device, --precision and settings are those of adapterlab's own engine. Leave them out, or start "
+            "vllm yourself with its own options."
+        )
+    found = [(at.name, at.folder) for at in shelf.found() if at.tenant is None]
+    made = plan(place.base, found, host=host, port=port, name=name)
+    for adapter, why in made.refused.items():
+        say(f"not served: {adapter}: {why}", err=True, fg="yellow")
+    say(f"Starting vLLM with {len(made.served)} adapters.")
+    raise typer.Exit(subprocess.run(made.command, check=False).returncode)
