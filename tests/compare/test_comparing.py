@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from inline_comparisons import small_comparison, use_inline_pool
 
 import adapterlab as al
 from adapterlab import io
@@ -23,15 +24,19 @@ from adapterlab.models import load_model
 LORA = {"name": "lora", "r": 4, "targets": "all-linear"}
 
 
-@pytest.fixture
-def whole(fields: dict[str, Any], inline: Callable[..., Any]) -> Any:
-    """Two names for one method, one that cannot learn, one that is another method; two seeds."""
-    inline()
+@pytest.fixture(scope="module")
+def made(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, dict[str, Any]]:
+    """Two names for one method, one that cannot learn, one that is another method; two seeds. And the settings."""
+    fields = small_comparison(tiny_base, tmp_path_factory.mktemp("whole"))
     methods = [{**LORA, "label": "first"}, {**LORA, "label": "second"}, {**LORA, "label": "broken", "lr": 0.0}, "ia3"]
-    return compare(CompareConfig(**{**fields, "methods": methods, "seeds": 2, "budget": {"steps": 20}}))
+    with pytest.MonkeyPatch.context() as patch:
+        use_inline_pool(patch)
+        config = CompareConfig(**{**fields, "methods": methods, "seeds": 2, "budget": {"steps": 20}})
+        return compare(config), fields
 
 
-def test_a_comparison_measures_ranks_and_recommends(whole: Any, fields: dict[str, Any]) -> None:
+def test_a_comparison_measures_ranks_and_recommends(made: Any) -> None:
+    whole, fields = made
     place = {s.label: s for s in whole.standings}
     difference = next(d for d in whole.differences if {d.a, d.b} == {"first", "second"})
     assert difference.value == 0
@@ -61,7 +66,8 @@ def test_a_comparison_measures_ranks_and_recommends(whole: Any, fields: dict[str
     assert load(fields["output"]) == whole
 
 
-def test_figures_agree_with_the_evaluation_of_the_same_adapter(whole: Any, fields: dict[str, Any]) -> None:
+def test_figures_agree_with_the_evaluation_of_the_same_adapter(made: Any) -> None:
+    whole, fields = made
     run = whole.runs_of("first")[0]
     folder = fields["output"] / "runs" / run.key / "seed0" / "train" / "best"
     model, tokenizer = load_model(fields["model"], precision="fp32", device="cpu")
@@ -83,8 +89,8 @@ def test_figures_agree_with_the_evaluation_of_the_same_adapter(whole: Any, field
     assert run.forgetting == pytest.approx(run.general_loss - untrained.general_loss)
 
 
-def test_only_best_and_last_adapters_stay(whole: Any, fields: dict[str, Any]) -> None:
-    for train in (fields["output"] / "runs").glob("*/*/train"):
+def test_only_best_and_last_adapters_stay(made: Any) -> None:
+    for train in (made[1]["output"] / "runs").glob("*/*/train"):
         assert {p.name for p in train.iterdir() if p.is_dir()} <= {"best", "last", "checkpoint"}
         assert not list(train.glob("checkpoint/*"))
 
@@ -173,10 +179,10 @@ def test_free_text_is_judged_by_its_loss(fields: dict[str, Any], inline: Callabl
     assert result.runs_of("lora")[0].best.score is None
 
 
-def test_the_report_can_be_written(whole: Any, fields: dict[str, Any], tmp_path: Path) -> None:
+def test_the_report_can_be_written(made: Any, tmp_path: Path) -> None:
     from adapterlab.compare.report import write
 
-    files = write(whole, tmp_path / "report")
+    files = write(made[0], tmp_path / "report")
     assert "first" in files[0].read_text(encoding="utf-8")
     table = next(file for file in files if file.suffix == ".csv")
     assert list(csv.reader(table.open(encoding="utf-8")))
