@@ -207,6 +207,13 @@ def test_download_goes_through_the_users_pip_settings(local_index, tmp_path):
     assert got.read_bytes() == (local_index / got.name).read_bytes()
 
 
+def test_a_download_does_not_take_setuptools_for_pip(local_index, tmp_path, monkeypatch):
+    hack = pytest.importorskip("_distutils_hack")
+    monkeypatch.setattr(hack.DISTUTILS_FINDER, "spec_for_pip", lambda: pytest.fail("asked for pip"), raising=False)
+    monkeypatch.setattr(sys, "meta_path", [hack.DISTUTILS_FINDER, *sys.meta_path])
+    wheel.download("tinypkg==1.0", tmp_path, lambda done: None)
+
+
 def test_a_failing_pip_is_quoted(local_index, tmp_path):
     place = tmp_path / "place"
     place.mkdir()

