@@ -35,7 +35,7 @@ def serve(
     adapters: Annotated[
         str | None, typer.Option(help="Folder of adapters; each is served under its path in it.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the base in requests; default: that of MODEL.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the base in requests; default: MODEL, or the name of that folder.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own need --keys.")] = (
         "127.0.0.1"
     ),
@@ -114,10 +114,9 @@ def _register(service: Service) -> None:
 
 
 def _name_of(place: Place) -> str:
-    from adapterlab.models.catalogue import public_name
-
+    """The alias or hub id as it was given; of a folder its name."""
     folder = user_path(place.base)
-    return folder.resolve().name if folder.is_dir() else public_name(place.base)
+    return folder.resolve().name if folder.is_dir() else place.base
 
 
 def _start_vllm(place: Place, shelf: Any, host: str, port: int, name: str, more: bool) -> None:

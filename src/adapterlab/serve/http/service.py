@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from adapterlab.errors import AdapterlabError, ConfigError, ServingError
+from adapterlab.errors import AdapterlabError, ConfigError, ServingError, UnknownAdapterError
 from adapterlab.serve.engine import Engine
 from adapterlab.serve.http.faults import Refusal, refusal_of, unavailable
 from adapterlab.serve.http.grammar import Grammars
@@ -140,7 +140,12 @@ class Service:
         Raises:
             UnknownAdapterError: there is neither for this tenant.
         """
-        return None if name in ("", self.base) else self.engine.adapter(name, tenant)
+        if name in ("", self.base):
+            return None
+        try:
+            return self.engine.adapter(name, tenant)
+        except UnknownAdapterError as error:
+            raise UnknownAdapterError(f"{error} The base is {self.base!r}.") from None
 
     def template(self, state: AdapterState | None) -> str | None:
         """The chat template that an adapter brings.
