@@ -128,8 +128,7 @@ def by_task(found: Any) -> dict[str, dict[str, Any]]:
         figures[run.label] = {}
         for kind, task in enumerate(TASKS):
             mine = slice(kind, None, len(TASKS))
-            tokens = judged.tokens[mine]
-            loss = sum(a * n for a, n in zip(judged.losses[mine], tokens, strict=True)) / sum(tokens)
+            loss = sum(judged.losses[mine]) / sum(judged.tokens[mine])
             right = judged.right[mine]
             figures[run.label][task] = {"right": sum(right) / len(right), "loss": loss, "rows": len(right)}
     return figures
