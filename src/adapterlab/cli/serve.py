@@ -35,7 +35,9 @@ def serve(
     adapters: Annotated[
         str | None, typer.Option(help="Folder of adapters; each is served under its path in it.")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the base in requests; default: MODEL, or the name of that folder.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the base in requests; default: MODEL, or its folder's name.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own need --keys.")] = (
         "127.0.0.1"
     ),
