@@ -1,7 +1,8 @@
-"""JSON from files of others."""
+"""JSON: from files of others, and as what plain values are told apart by."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -20,3 +21,12 @@ def parsed(text: str, **options: Any) -> Any:
         return json.loads(text, **options)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def digest(value: Any) -> str:
+    """Hash plain values; the order of keys does not count, and what JSON does not know counts as its text.
+
+    Returns:
+        64 hexadecimal digits (SHA-256).
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -45,7 +45,7 @@ from adapterlab.train import folder as files
 from adapterlab.train.config import TrainConfig
 from adapterlab.train.course import Course
 from adapterlab.train.loop import Listener, Loop, Record, Status
-from adapterlab.train.many import adapter_name, fit_many, in_the_base
+from adapterlab.train.many import adapter_name, fit_many, in_the_base, leave
 from adapterlab.train.memory import Meter
 from adapterlab.train.result import RunResult
 from adapterlab.train.run import NAME, fit, load, make_accelerator
@@ -128,22 +128,22 @@ class Session:
         try:
             return self._loop(steps, lr, NAME, self.accelerator, listeners, evaluate).run()
         finally:
-            self._leave(NAME)
+            leave(self.loaded.host, NAME)
 
     def train_each(self, steps: int, rates: Sequence[float], *listeners: Listener) -> list[Ending]:
         """Train the method anew with each of some rates, all on the one base at once, and take it off again."""
-        _, needs = found = before_run.needed([self._config(steps, lr) for lr in rates], print)
-        names = [f"{NAME}{number}" for number in range(len(rates))]
+        room, needs = before_run.needed([self._config(steps, lr) for lr in rates], print)
+        names = [adapter_name(number) for number in range(len(rates))]
 
         def course(lr: float, name: str, stopping: Stopping) -> Course[Loop, Record, Status]:
             accelerator = make_accelerator(self.config, beside=True)
             return self._loop(steps, lr, name, accelerator, listeners).course(stopping)
 
         entrants = [
-            Entrant(name, functools.partial(course, lr, name), need, functools.partial(self._leave, name))
+            Entrant(name, functools.partial(course, lr, name), need, functools.partial(leave, self.loaded.host, name))
             for lr, name, need in zip(rates, names, needs, strict=True)
         ]
-        return train_together(self.loaded.host, entrants, room=found[0])
+        return train_together(self.loaded.host, entrants, room=room)
 
     def _loop(
         self,
@@ -165,10 +165,6 @@ class Session:
             host, name, self.loaded.rows, training, eval_rows=self.loaded.eval_rows if evaluate else (),
             collate=collator_for(host.model, self.loaded.tokenizer), accelerator=accelerator, listeners=listeners,
         )  # fmt: skip
-
-    def _leave(self, name: str) -> None:
-        if name in self.loaded.host.methods:
-            self.loaded.host.detach(name)
 
 
 def probe(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
@@ -256,11 +252,11 @@ class WatchEach(Listener):
     """Passes the steps of runs that train together on to the progress of each one's job."""
 
     def __init__(self, folders: Sequence[JobFolder]):
-        self.each = {adapter_name(number): Progress(folder) for number, folder in enumerate(folders)}
+        self.each = {adapter_name(number): Watch(Progress(folder)) for number, folder in enumerate(folders)}
 
     def stepped(self, loop: Loop, record: Record) -> None:
         """Note the step."""
-        Watch(self.each[loop.name]).stepped(loop, record)
+        self.each[loop.name].stepped(loop, record)
 
 
 def together(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ from adapterlab.data.views import Joined, Lookup, Picked
 from adapterlab.data.vocabulary import Tables, check_within
 from adapterlab.evaluate.filling import Filling, helpers
 from adapterlab.evaluate.shards import SIZE, Shard, Shards, shard_of
+from adapterlab.json_text import digest
 from adapterlab.models.catalogue import home
 
 _RECENT = 4096  # rows that are remembered while no file holds them
@@ -276,7 +276,7 @@ def key_of(examples: Examples, recipe: Recipe) -> str:
         fingerprint(examples), layout.name, {k: [*v] for k, v in layout.numbers.items()}, settings, encoder.window,
         encoder.seq2seq, recipe.tables, tokenizer_key(encoder.tokenizer), recipe.size, _code(),
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return digest(parts)[:32]
 
 
 def tokenizer_key(tokenizer: Any) -> str:
@@ -289,7 +289,7 @@ def tokenizer_key(tokenizer: Any) -> str:
         type(tokenizer).__name__, inside, added, settings, tokenizer.special_tokens_map,
         getattr(tokenizer, "chat_template", None),
     ]  # fmt: skip
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return digest(parts)
 
 
 _PLACES = ("_file", "_path", "_local", "_files_only")  # settings of a tokenizer that say where it came from

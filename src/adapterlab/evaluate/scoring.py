@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import time
@@ -24,7 +23,7 @@ from adapterlab.evaluate.result import Evaluation, Figures
 from adapterlab.hosts import Host, host
 from adapterlab.io.atomic import write_json, write_text
 from adapterlab.io.disk import alone, explained, tidy
-from adapterlab.json_text import parsed
+from adapterlab.json_text import digest, parsed
 from adapterlab.paths import user_path
 from adapterlab.settings import explain
 
@@ -253,5 +252,4 @@ def _stem(checkpoint: str, data: Any, limit: int | None) -> str:
     if data is None and limit is None:
         return checkpoint
     plain = data.model_dump() if isinstance(data, DataConfig) else dict(data or {})
-    digest = hashlib.sha256(json.dumps([plain, limit], sort_keys=True, default=str).encode()).hexdigest()
-    return f"{checkpoint}-{digest[:8]}"
+    return f"{checkpoint}-{digest([plain, limit])[:8]}"

@@ -38,6 +38,7 @@ from adapterlab.io.files import check_there, read_json, read_tensors
 from adapterlab.io.finite import not_finite
 from adapterlab.io.info import AdapterInfo
 from adapterlab.io.links import check_links
+from adapterlab.json_text import digest
 from adapterlab.models.catalogue import public_name
 from adapterlab.models.pulling import nothing_fetched
 from adapterlab.paths import user_path
@@ -363,7 +364,7 @@ def _seal(info: Mapping[str, Any]) -> str:
     """The checksum of what decides an adapter's meaning; names may be edited."""
     meaning = [info[key] for key in ("method", "fields", "modules", "sha256")]
     plain = json.loads(json.dumps(meaning))  # keys are text then, as they are when the file is read
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return digest(plain)
 
 
 def _method(info: AdapterInfo, tensors: dict[str, Tensor], host: Attachments) -> Method:

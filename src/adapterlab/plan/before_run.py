@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import threading
@@ -19,7 +18,7 @@ import transformers
 from adapterlab.errors import AdapterlabError, ConfigError
 from adapterlab.foreign.model import output_head, text_config
 from adapterlab.io.atomic import write_text
-from adapterlab.json_text import parsed
+from adapterlab.json_text import digest, parsed
 from adapterlab.models.catalogue import home
 from adapterlab.models.loading import PRECISIONS
 from adapterlab.plan import process
@@ -231,7 +230,7 @@ def _kept(setup: Setup, place: Device) -> Plan | None:
     """The plan that an earlier run left, for the memory of now."""
     try:
         kept = parsed(_file(setup, place).read_text(encoding="utf-8"))
-        if kept["sha256"] != _sha256(kept["plan"]):
+        if kept["sha256"] != digest(kept["plan"]):
             return None  # damaged: a wrong figure could refuse a run that fits
         found = Plan.from_json(kept["plan"])
     except (AdapterlabError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError):
@@ -264,13 +263,9 @@ def remember(setup: Setup, place: Device, found: Plan) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         plan = json.loads(json.dumps(found.to_json()))
-        write_text(file, json.dumps({"plan": plan, "sha256": _sha256(plan)}))
+        write_text(file, json.dumps({"plan": plan, "sha256": digest(plan)}))
     except OSError:  # a full or read-only disk is no reason not to train
         return
-
-
-def _sha256(plan: Any) -> str:
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
 
 
 def check_fits(config: TrainConfig, found: Plan | None) -> None:
@@ -345,8 +340,7 @@ def _file(setup: Setup, place: Device) -> Path:
         setup.length, setup.labelled, setup.precision, setup.quantize, place.kind, place.memory, process.figures(),
         __version__, torch.__version__, transformers.__version__, _newest(),
     ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-    return home() / "plans" / f"{digest[:32]}.json"
+    return home() / "plans" / f"{digest(parts)[:32]}.json"
 
 
 def _newest() -> int:

@@ -6,6 +6,7 @@ an open loop requests come by a clock, however long the answers take: it shows h
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -161,4 +162,4 @@ def _ask(client: Client, asked: Asked, tokens: int, due: float | None) -> Felt:
 def quantile(values: Sequence[float], share: float) -> float | None:
     """The smallest value that a share of the values does not exceed; None of none."""
     ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))] if ordered else None
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] if ordered else None

@@ -162,7 +162,12 @@ class _Many:
         base = load_base(runs[0].config, runs[0].accelerator)
         self._announce(base.host)
         entrants = [
-            Entrant(run.name, functools.partial(self._start, base, run), run.need, functools.partial(_leave, base, run))
+            Entrant(
+                run.name,
+                functools.partial(self._start, base, run),
+                run.need,
+                functools.partial(leave, base.host, run.name),
+            )
             for run in runs
         ]
         endings = train_together(base.host, entrants, room=room, exact=self.exact, tell=self._tell)
@@ -190,16 +195,16 @@ class _Many:
     def _start(self, base: Base, run: _Run, stopping: Stopping) -> Course[Loop, Record, RunResult]:
         if _changes(base.host, run):
             raise _Apart(_IN_THE_BASE)
-        return self._course(base, run, run.name, stopping)
+        return self._course(base, run, stopping)
 
-    def _course(self, base: Base, run: _Run, name: str, stopping: Stopping) -> Course[Loop, Record, RunResult]:
+    def _course(self, base: Base, run: _Run, stopping: Stopping) -> Course[Loop, Record, RunResult]:
         """Attach a run's method and make it ready."""
         saved = run.state["adapter"] if run.state else None
-        job = attached(run.config, base, saved, name)
+        job = attached(run.config, base, saved, run.name)
         loop = loop_of(run.config, job, run.accelerator, prepare=run.state is None)
         self._say(
-            f"{run.label}: {loop.method.id}, {job.host.summary(name).trainable:,} trainable; {loop.total:,} steps of "
-            f"{loop.sampler.per_step} of {len(job.rows):,} rows, lr {run.config.training.lr:g}"
+            f"{run.label}: {loop.method.id}, {job.host.summary(run.name).trainable:,} trainable; {loop.total:,} steps "
+            f"of {loop.sampler.per_step} of {len(job.rows):,} rows, lr {run.config.training.lr:g}"
         )
         shown = [] if self.console.quiet else [Display(self.console, run.label, self.bars)]
         beside = [other.label for other in self.runs if other is not run]
@@ -217,7 +222,7 @@ class _Many:
         self._say(f"{run.label} is trained by itself: {why}.")
         try:
             base = load_base(run.config, run.accelerator)
-            course = self._course(base, run, run.name, stop_on_signals)
+            course = self._course(base, run, stop_on_signals)
             return Ending(run.name, carried_out(course, operator.methodcaller("step")), why=why)
         except (Exception, Interrupted) as error:
             return Ending(run.name, error=error, why=why)
@@ -249,6 +254,7 @@ def _changes(host: Host, run: _Run) -> bool:
         host.detach(run.name)
 
 
-def _leave(base: Base, run: _Run) -> None:
-    if run.name in base.host.methods:
-        base.host.detach(run.name)
+def leave(host: Host, name: str) -> None:
+    """Take an adapter off again, if its run came as far as to put it on."""
+    if name in host.methods:
+        host.detach(name)
