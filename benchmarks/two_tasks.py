@@ -146,7 +146,8 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", nargs="+", default=[*TRAINED, *SAVED])
+    every = [*TRAINED, *SAVED]
+    parser.add_argument("--methods", nargs="+", default=every, choices=every)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--judge", type=int, default=100, help="rows that judge, of both tasks together")
     parser.add_argument("--threads", type=int, default=1)
