@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adapterlab as al
-from adapterlab.data import Collator
+from adapterlab.data import Collator, PackingCollator, placed
 from adapterlab.ops.cross_entropy import linear_cross_entropy
 from adapterlab.ops.experts import routed_low_rank
 from adapterlab.ops.fourier import Entries, spectral_matrix, spectral_product, symmetric_entries
@@ -159,6 +159,19 @@ def test_a_run_is_that_of_the_cpu(id: str, card: str, tiny: Any) -> None:
     assert loss == pytest.approx(expected, rel=1e-4)
     for here, there in zip(found, wanted, strict=True):
         assert (here - there).norm() < 0.05 * there.norm()
+
+
+def test_rows_that_share_their_opening_have_the_gradients_of_whole_ones(card: str, tiny: Any, randomise: Any) -> None:
+    host = al.attach(tiny("llama").to(card, torch.bfloat16), al.LoRA(r=2))
+    randomise(host)
+    rows = [{"input_ids": [*range(3, 23), 30 + i, 9], "labels": [-100] * 21 + [9]} for i in range(4)]
+    found = []
+    for share in (True, False):
+        host.model.zero_grad()
+        with al.fast_attention(host.model):
+            al.Loss(host.model)(placed(PackingCollator(share=share)(rows), torch.device(card))).backward()
+        found.append(torch.cat([p.grad.flatten() for p in host.parameters("default") if p.grad is not None]))
+    assert (found[0] - found[1]).norm() < 2e-2 * found[1].norm()
 
 
 def test_a_packed_base_trains(card: str, tiny: Any) -> None:

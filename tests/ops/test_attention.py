@@ -121,14 +121,47 @@ def test_samples_padded_to_like_lengths_are_the_same(lengths: list[int], monkeyp
     found = []
     for grouped in ((), (torch.float64,)):
         monkeypatch.setattr(module, "_GROUPED", grouped)
-        sizes = [len(getattr(group, "shape", ())) for group in module._groups(parts[0], True, bounds)]
+        sizes = [len(getattr(group, "shape", ())) for group, _ in module._groups(parts[0], True, bounds, None)]
         out = attention(*parts, bounds=bounds)
         found.append((sizes, out, *torch.autograd.grad(out, parts, grad)))
     (alone, *expected), (together, *padded) = found
-    assert len(together) <= len(alone) == sum(length > 0 for length in lengths)
+    assert len(together) <= len(alone) <= sum(length > 0 for length in lengths)
     assert any(together) == (len(lengths) > 1)
     for one, other in zip(padded, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("tiles", [True, False], ids=["torch's forward pass", "tiles"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_samples_may_see_more_keys_than_they_have_queries(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tiles: bool, causal: bool
+) -> None:
+    """Each sample against itself alone; lengths are such that some share a batch, padded or not, and some do not."""
+    monkeypatch.setattr(module, "has_tile_products", lambda: tiles)
+    lengths, before = [5, 7, 7, 6, 0, 90, 7, 7], [0, 5, 5, 5, 0, 70, 0, 0]
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    key_bounds = torch.tensor([0, *accumulate(map(sum, zip(lengths, before, strict=True)))], dtype=torch.int32)
+    q = tensors(1, int(bounds[-1]), 6, 2, dtype, width=16, value=16)[0]
+    k, v = tensors(1, int(key_bounds[-1]), 6, 2, dtype, width=16, value=16)[1:]
+    found = attention(q, k, v, 0.3, causal=causal, bounds=bounds, key_bounds=key_bounds)
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    outputs = []
+    for one, keys, values in each_segment(*exact, bounds, key_bounds):
+        scores = 0.3 * one @ keys.repeat_interleave(3, 1).mT
+        if causal:
+            hidden = torch.ones_like(scores, dtype=torch.bool).triu(1 + keys.shape[2] - one.shape[2])
+            scores = scores.masked_fill(hidden, -torch.inf)
+        outputs.append((scores.softmax(-1) @ values.repeat_interleave(3, 1)).transpose(1, 2))
+    expected = torch.cat(outputs, 1)
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pairs = [(found, expected)]
+    pairs += zip(
+        torch.autograd.grad(found, (q, k, v), grad), torch.autograd.grad(expected, exact, grad.double()), strict=True
+    )
+    for value, right in pairs:
+        difference = float((value.double() - right).detach().norm()) / float(right.detach().norm())
+        assert difference < (1e-12 if dtype is torch.float64 else 2e-2)
 
 
 def test_only_the_inputs_are_kept() -> None:
@@ -143,9 +176,10 @@ def test_only_the_inputs_are_kept() -> None:
 def test_operators_are_sound(bounds: Tensor | None) -> None:
     q, k, v = (t.detach() for t in tensors(1, 13, 4, 2))
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(module.softmax_attention, (q, k, v, 0.5, True, bounds), test_utils=checks)
+    rest = (0.5, True, bounds, None)
+    torch.library.opcheck(module.softmax_attention, (q, k, v, *rest), test_utils=checks)
     grad = torch.randn(1, 13, 4, 4, dtype=q.dtype)
-    torch.library.opcheck(module.softmax_attention_backward, (grad, q, k, v, 0.5, True, bounds), test_utils=checks)
+    torch.library.opcheck(module.softmax_attention_backward, (grad, q, k, v, *rest), test_utils=checks)
 
 
 def test_it_compiles_to_one_graph() -> None:

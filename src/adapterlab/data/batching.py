@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapterlab.data.encoding import IGNORED
 from adapterlab.errors import DataError
+from adapterlab.foreign.calls import PLACES
 
 _STYLES = {"trained": "bold green", "not trained": "dim", "special": "magenta"}
 
@@ -63,7 +64,19 @@ class PackingCollator:
     Positions begin at 0 in each row, and the borders of the rows travel along under the names that `transformers`
     knows, so that no token sees another row. Call the model inside `engine.attention.fast_attention`, or with flash
     attention, or with `use_cache=False`: else `transformers` does not look at the borders.
+
+    Rows may share their opening: tokens that several begin with (a system prompt, the instruction of a task) stand in
+    the batch once, as a sample of their own, and the rest of each row sees them in front of it. In a causal model the
+    vectors there depend on no later token, so loss and gradients are the same, and what the opening would cost in the
+    other rows is saved ("Prefix Grouper: Efficient GRPO Training through Shared-Prefix Forward", arXiv 2506.05433, does
+    it for the answers of one prompt). Such a batch is for `fast_attention` alone.
+
+    Attributes:
+        share: whether rows share their opening where that saves enough.
     """
+
+    def __init__(self, *, share: bool = False) -> None:
+        self.share = share
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Any]:
         """Make one batch.
@@ -73,44 +86,133 @@ class PackingCollator:
 
         Returns:
             `input_ids`, `position_ids` and `labels`, int64 of [1, tokens]; `cu_seq_lens_q` and `cu_seq_lens_k`, int32
-            of [rows + 1]; `max_length_q` and `max_length_k`, whole numbers. The first token of a row bears no label:
-            nothing predicts it.
+            of [samples + 1], borders among tokens and among the keys that they see; `max_length_q` and `max_length_k`,
+            whole numbers; and with shared openings `key_places`, int64 of [keys]: which token's key stands there. The
+            first token of a sample bears no label: nothing in it predicts it.
         """
         if further := _further(rows):
             raise DataError(
                 f"Rows with further columns ({', '.join(further)}) cannot be put behind each other. Set "
                 "training.packing to false."
             )
-        lengths = [len(row["input_ids"]) for row in rows]
-        bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        longest = max(lengths)
-        return {
-            "input_ids": self._joined(row["input_ids"] for row in rows),
-            "position_ids": self._joined(range(length) for length in lengths),
-            "labels": self._joined([IGNORED, *row["labels"][1:]] for row in rows),
-            "cu_seq_lens_q": bounds,
-            "cu_seq_lens_k": bounds,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
-
-    def _joined(self, parts: Iterable[Iterable[int]]) -> Tensor:
-        return torch.tensor([[*chain.from_iterable(parts)]], dtype=torch.int64)
+        if self.share and (openings := _openings(rows)):
+            return _branching(rows, openings)
+        return _packed([(row, 0) for row in rows])
 
 
 def joined(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Put batches of a `PackingCollator` behind each other, as if all their rows had been in one."""
-    ends = [0, *accumulate(batch["input_ids"].shape[1] for batch in batches)]
-    starts = [batch["cu_seq_lens_q"][:-1] + start for batch, start in zip(batches, ends, strict=False)]
-    bounds = torch.cat([*starts, batches[-1]["cu_seq_lens_q"][-1:] + ends[-2]])
-    longest = max(batch["max_length_q"] for batch in batches)
+    together = {key: torch.cat([batch[key] for batch in batches], 1) for key in ("input_ids", "position_ids", "labels")}
+    for key in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        ends = [0, *accumulate(int(batch[key][-1]) for batch in batches)]
+        starts = [batch[key][:-1] + start for batch, start in zip(batches, ends, strict=False)]
+        together[key] = torch.cat([*starts, batches[-1][key][-1:] + ends[-2]])
+    longest = {key: max(batch[key] for batch in batches) for key in ("max_length_q", "max_length_k")}
+    if any(PLACES in batch for batch in batches):
+        ends = [0, *accumulate(batch["input_ids"].shape[1] for batch in batches)]
+        together[PLACES] = torch.cat([_places(batch) + start for batch, start in zip(batches, ends, strict=False)])
+    return {**together, **longest}
+
+
+def count_tokens(batch: Mapping[str, Any]) -> int:
+    """Number of tokens of the rows of a batch, padding not counted; a shared opening counts in each row."""
+    if (places := batch.get(PLACES)) is not None:
+        seen: Tensor = places.bincount()
+        return len(places) - int((seen > 1).sum())  # an opening by itself is no row
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else int(batch["input_ids"].numel())
+
+
+def _packed(parts: Sequence[tuple[Mapping[str, Sequence[int]], int]]) -> dict[str, Any]:
+    """Rows behind each other, each from a token on; what is left out must be seen by `key_places`."""
+    lengths = [len(row["input_ids"]) - start for row, start in parts]
+    bounds = _bounds(lengths)
     return {
-        **{key: torch.cat([batch[key] for batch in batches], 1) for key in ("input_ids", "position_ids", "labels")},
+        "input_ids": _joined(row["input_ids"][start:] for row, start in parts),
+        "position_ids": _joined(range(start, len(row["input_ids"])) for row, start in parts),
+        "labels": _joined([IGNORED, *row["labels"][start + 1 :]] for row, start in parts),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
     }
+
+
+_Rows = Sequence[Mapping[str, Sequence[int]]]
+_LEAST, _WORTH = 8, 0.1  # tokens of an opening, and share of a batch's tokens to be saved, from which on it is shared
+
+
+def _openings(rows: _Rows) -> list[tuple[int, list[int]]]:
+    """The openings to share: their length, and which rows have them; [] where that saves too little.
+
+    An opening ends before the token that predicts the first label of a row, which is the row's own.
+    """
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        if _bare(row) >= _LEAST:
+            alike.setdefault(tuple(row["input_ids"][:_LEAST]), []).append(i)
+    found = [(_common([rows[i] for i in numbers]), numbers) for numbers in alike.values() if len(numbers) > 1]
+    saved = sum(length * (len(numbers) - 1) for length, numbers in found)
+    return found if saved >= _WORTH * sum(len(row["input_ids"]) for row in rows) else []
+
+
+def _common(rows: _Rows) -> int:
+    """How many tokens rows have in common that another may have for them: the first and the last of them tell."""
+    parts = [list(row["input_ids"][: _bare(row)]) for row in rows]
+    least, most = min(parts), max(parts)
+    return next((i for i, (one, other) in enumerate(zip(least, most, strict=False)) if one != other), len(least))
+
+
+def _bare(row: Mapping[str, Sequence[int]]) -> int:
+    """How many tokens of a row another may have for it: those before the one that predicts its first label."""
+    first = next((i for i, label in enumerate(row["labels"]) if i and label != IGNORED), len(row["input_ids"]))
+    return first - 1
+
+
+def _branching(rows: _Rows, openings: Sequence[tuple[int, list[int]]]) -> dict[str, Any]:
+    """The packed batch of rows of which some share their opening; each opening stands before the first of its rows."""
+    opened = {i: (length, numbers[0]) for length, numbers in openings for i in numbers}
+    parts: list[tuple[Mapping[str, Sequence[int]], int]] = []
+    places: list[range] = []
+    widths: list[int] = []
+    starts: dict[int, int] = {}
+    done = 0
+
+    def put(row: Mapping[str, Sequence[int]], start: int, before: range) -> None:
+        nonlocal done
+        length = len(row["input_ids"]) - start
+        parts.append((row, start))
+        places.extend((before, range(done, done + length)))
+        widths.append(len(before) + length)
+        done += length
+
+    for i, row in enumerate(rows):
+        length, first = opened.get(i, (0, i))
+        if length and first == i:
+            starts[i] = done
+            put({"input_ids": row["input_ids"][:length], "labels": [IGNORED] * length}, 0, range(0))
+        put(row, length, range(starts[first], starts[first] + length) if length else range(0))
+    return {
+        **_packed(parts),
+        "cu_seq_lens_k": _bounds(widths),
+        "max_length_k": max(widths),
+        PLACES: torch.tensor([*chain.from_iterable(places)], dtype=torch.int64),
+    }
+
+
+def _places(batch: Mapping[str, Any]) -> Tensor:
+    """The places of the keys of a batch, its tokens' own where none are shared."""
+    found: Tensor | None = batch.get(PLACES)
+    ids: Tensor = batch["input_ids"]
+    return torch.arange(ids.shape[1], device=ids.device) if found is None else found
+
+
+def _bounds(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def _joined(parts: Iterable[Iterable[int]]) -> Tensor:
+    return torch.tensor([[*chain.from_iterable(parts)]], dtype=torch.int64)
 
 
 def _further(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -28,13 +28,14 @@ from adapterlab.core.state import State
 from adapterlab.engine.batch_rows import Batch
 from adapterlab.engine.wrapping import STATE, adapters_of, through
 from adapterlab.errors import AttachError, ConfigError
-from adapterlab.foreign.calls import BOUNDS
+from adapterlab.foreign.calls import BOUNDS, PLACES
 from adapterlab.foreign.model import ADAPTERS, plain_class
 from adapterlab.foreign.private_transformers import attention_implementation, attention_mapping, sdpa_attention_forward
 from adapterlab.foreign.written_attention import LINEAR, slopes, written_out
-from adapterlab.ops.attention import attention, each_segment, pays, varlen_attention, varlen_works
+from adapterlab.ops.attention import attention, each_segment, pays, varlen_attention, varlen_works, visible
 
-PACKED = (BOUNDS, "cu_seq_lens_k", "max_length_q", "max_length_k")  # what flash attention in transformers calls them
+KEY_BOUNDS, LONGEST, LONGEST_KEYS = "cu_seq_lens_k", "max_length_q", "max_length_k"
+PACKED = (BOUNDS, KEY_BOUNDS, LONGEST, LONGEST_KEYS)  # what flash attention in transformers calls them
 _CORE = "_adapterlab_core"  # attribute of the attention modules while another function computes their core
 _FAST = "_adapterlab_attention"  # attribute of the model while it is fast
 Core = Callable[..., Any]  # (module, original, q, k, v, mask, **kwargs) -> (output, weights or None)
@@ -154,6 +155,12 @@ class _Dispatcher:
         args = (*args, *(kwargs.pop(name) for name in _NAMES[len(args) :] if name in kwargs))
         if core is _computed and kwargs.get(BOUNDS) is not None:
             return _packed(module, original, run, *args, **kwargs)
+        if kwargs.get(PLACES) is not None:
+            raise ConfigError(
+                f"The rows of this batch share their opening ({PLACES}), which only this package's attention knows. "
+                "Call the model inside adapterlab.engine.attention.fast_attention, or make batches without it: "
+                "PackingCollator()."
+            )
         if ADAPTERS not in module._modules:
             return run(*args, **kwargs)
         return through("attention", module, run, *args, **kwargs)
@@ -198,23 +205,27 @@ def _packed(
     mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Attention inside each sample of a packed batch; the mask is the one that hides nothing."""
+    """Attention inside each sample of a packed batch; the mask is the one that hides nothing.
+
+    The batch may say which token's keys and values stand where, so that samples see what they share.
+    """
     if mask is not None and mask.numel() > 1:
         raise ConfigError(
             f"{type(module).__name__} makes an attention mask of its own, {list(mask.shape)}, which packed rows would "
             "lose. Set training.packing to false."
         )
+    if (places := kwargs.pop(PLACES, None)) is not None:
+        k, v = k.index_select(2, places), v.index_select(2, places)
     kinds = _kinds(module, kwargs[BOUNDS])
     if kinds is None:
         return _together(module, original, run, q, k, v, kwargs)
-    samples = list(each_segment(q, k, v, kwargs[BOUNDS]))
+    samples = list(each_segment(q, k, v, kwargs[BOUNDS], kwargs[KEY_BOUNDS]))
     outputs: dict[int, Tensor] = {}
     for around, numbers in kinds:
         parts = [samples[i] for i in numbers]
         if around is None:
-            lengths = [part[0].shape[2] for part in parts]
-            out = _together(module, original, run, *_behind(parts), {**kwargs, **_bounds(lengths, q.device)})[0]
-            outputs.update(zip(numbers, out.split(lengths, 1), strict=True))
+            out = _together(module, original, run, *_behind(parts), {**kwargs, **_bounds(parts, q.device)})[0]
+            outputs.update(zip(numbers, out.split([part[0].shape[2] for part in parts], 1), strict=True))
         else:
             call = functools.partial(through, "attention", module, run)
             for i, out in zip(numbers, _each(module, call, parts, kwargs, around), strict=True):
@@ -232,15 +243,16 @@ def _together(
     given: Any,
 ) -> Any:
     """The attention of packed samples without adapters, by the one call that takes them all where there is one."""
-    bounds, longest, scale = given[BOUNDS], given["max_length_q"], given.get("scaling")
+    bounds, key_bounds, scale = given[BOUNDS], given[KEY_BOUNDS], given.get("scaling")
     causal = _is_causal(module, given)
     if "flash" in attention_implementation(module):
         return original(module, q, k, v, None, **given)
     if _is_plain(original, given) and pays(q, k, v, bounds):
-        return attention(q, k, v, scale, causal=causal, bounds=bounds), None
+        return attention(q, k, v, scale, causal=causal, bounds=bounds, key_bounds=key_bounds), None
     if _is_plain(original, given) and varlen_works(q, v):
-        return varlen_attention(q, k, v, bounds, longest, scale, causal=causal), None
-    outputs = _each(module, run, list(each_segment(q, k, v, bounds)), given, contextlib.nullcontext)
+        longest = given[LONGEST], given[LONGEST_KEYS]
+        return varlen_attention(q, k, v, (bounds, key_bounds), longest, scale, causal=causal), None
+    outputs = _each(module, run, list(each_segment(q, k, v, bounds, key_bounds)), given, contextlib.nullcontext)
     return torch.cat(outputs, 1), None
 
 
@@ -254,13 +266,13 @@ def _each(module: nn.Module, call: Callable[..., Any], samples: _Samples, kwargs
     given = {name: value for name, value in kwargs.items() if name not in (*PACKED, "position_ids")}
     causal, found = _is_causal(module, kwargs), list[Tensor]([samples[0][0]] * len(samples))
     rowwise = all(adapter.rowwise for adapter in adapters_of(module).values())
-    alike: dict[int, list[int]] = {}
-    for i, (q, _, _) in enumerate(samples):
-        alike.setdefault(q.shape[2] if rowwise else -i, []).append(i)
+    alike: dict[tuple[int, int], list[int]] = {}
+    for i, (q, k, _) in enumerate(samples):
+        alike.setdefault((q.shape[2], k.shape[2]) if rowwise else (-i, 0), []).append(i)
     for numbers in alike.values():
         q, k, v = (torch.cat(parts) for parts in zip(*(samples[i] for i in numbers), strict=True))
         with around(len(numbers)):
-            out = call(q, k, v, _own_mask(module, q, causal), **given)[0]
+            out = call(q, k, v, _own_mask(module, q, k, causal), **given)[0]
         for i, row in zip(numbers, out.split(1), strict=True):
             found[i] = row
     return found
@@ -272,10 +284,11 @@ def _behind(samples: _Samples) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _bounds(lengths: list[int], device: torch.device) -> dict[str, Any]:
-    """What a packed batch of samples of these lengths is called with."""
-    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    return dict(zip(PACKED, (bounds, bounds, max(lengths), max(lengths)), strict=True))
+def _bounds(samples: _Samples, device: torch.device) -> dict[str, Any]:
+    """What a packed batch of these samples is called with."""
+    lengths = [[part.shape[2] for part in column] for column in list(zip(*samples, strict=True))[:2]]
+    bounds = (torch.tensor([0, *itertools.accumulate(one)], dtype=torch.int32, device=device) for one in lengths)
+    return dict(zip(PACKED, (*bounds, *map(max, lengths)), strict=True))
 
 
 def _kinds(module: nn.Module, bounds: Tensor) -> list[tuple[_Around | None, list[int]]] | None:
@@ -311,11 +324,14 @@ def _showing(state: State, who: Who, count: int) -> contextlib.AbstractContextMa
     return state.showing(segments([(who, count)]), Batch(count, None, ids=False))
 
 
-def _own_mask(module: nn.Module, q: Tensor, causal: bool) -> Tensor | None:
-    """The mask that a sample by itself would come with: the eager functions know no causality but their mask's."""
-    if not causal or attention_implementation(module) != "eager":
+def _own_mask(module: nn.Module, q: Tensor, k: Tensor, causal: bool) -> Tensor | None:
+    """The mask that a sample by itself would come with.
+
+    The eager functions know no causality but their mask's, and the others none with more keys than queries.
+    """
+    if not causal or (attention_implementation(module) != "eager" and q.shape[2] == k.shape[2]):
         return None
-    return understood(module, q.new_ones(1, 1, q.shape[2], q.shape[2], dtype=torch.bool).tril(), q.dtype)
+    return understood(module, visible(q, k)[None, None], q.dtype)
 
 
 def prepend(

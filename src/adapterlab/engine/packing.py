@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,14 +14,16 @@ from adapterlab.engine.attention import fast_attention, uses_interface
 from adapterlab.engine.loss import Loss
 from adapterlab.engine.modes import evaluating
 from adapterlab.errors import ConfigError
-from adapterlab.foreign.model import attention_limits, is_encoder_decoder, plain_class, text_config
+from adapterlab.foreign.model import attention_limits, is_causal, is_encoder_decoder, plain_class, text_config
 
 Row = Mapping[str, Sequence[int]]
 Collate = Callable[[Sequence[Row]], Mapping[str, Any]]
 _PROBE = 12  # tokens of the first row of the probe
 
 
-def choose(model: Any, collate: Collate, longest: int, wanted: bool | None = None) -> tuple[Collate, str]:
+def choose(
+    model: Any, collate: Collate, longest: int, wanted: bool | None = None, shared: bool | None = None
+) -> tuple[Collate, str]:
     """Choose how rows become batches.
 
     Args:
@@ -28,21 +31,31 @@ def choose(model: Any, collate: Collate, longest: int, wanted: bool | None = Non
         collate: what pads; one that is not this package's is kept.
         longest: tokens of the longest row.
         wanted: whether to pack; None: whenever it is possible.
+        shared: whether packed rows share their opening; None: whenever it is possible.
 
     Returns:
         The collator to use, and a sentence that says why.
 
     Raises:
-        ConfigError: packing is wanted and impossible.
+        ConfigError: packing, or sharing, is wanted and impossible.
     """
     if isinstance(collate, PackingCollator):
-        return collate, "rows are packed, without padding"
-    if wanted is False:
-        return collate, "rows are padded, as asked for"
-    why = obstacle(model, collate, longest)
+        return collate, _PACKED + (_SHARED if collate.share else "")
+    why = "rows are padded, as asked for" if wanted is False else obstacle(model, collate, longest)
     if why and wanted:
         raise ConfigError(f"packing=true is not possible here: {why}. Set training.packing to null or false.")
-    return (collate, f"rows are padded: {why}") if why else (PackingCollator(), "rows are packed, without padding")
+    apart = "it is switched off" if shared is False else why or _apart(model)
+    if shared and apart:
+        raise ConfigError(
+            f"shared_openings=true is not possible here: {apart}. Set training.shared_openings to null or false."
+        )
+    if why:
+        return collate, why if wanted is False else f"rows are padded: {why}"
+    return PackingCollator(share=not apart), _PACKED + (f"; openings are not shared: {apart}" if apart else _SHARED)
+
+
+_PACKED = "rows are packed, without padding"
+_SHARED = "; what rows of a batch begin with alike is computed once"
 
 
 def obstacle(model: Any, collate: Collate, longest: int) -> str:
@@ -75,24 +88,75 @@ def _window(model: Any, longest: int) -> str:
     return ""
 
 
-@torch.no_grad()
-def _disagreement(model: Any, collate: Collate) -> str:
-    """Try it: two rows must have the same loss packed as padded.
+def _apart(model: Any) -> str:
+    """Return why rows that can be packed cannot share their opening, or ""."""
+    if not is_causal(model):
+        return "tokens see later ones"
+    carrier = attachments(model)
+    for key in carrier.state.active if carrier else ():
+        held: Any = carrier.adapters(key).values()  # type: ignore[union-attr]
+        if any(adapter.counts_tokens for adapter in held):
+            return f"{key!r} weighs the tokens of a batch"
+        if any(adapter.place == "attention" for adapter in held):
+            return f"{key!r} stands inside the attention, where it sees whole rows"
+    return _draws(model) or _difference(model, PackingCollator(), PackingCollator(share=True), opening=True)
 
-    The second repeats a part of the first, which helps a model that sees it, and it alone bears labels.
+
+@torch.no_grad()
+def _draws(model: Any) -> str:
+    """Try it: random numbers of training, such as those of dropout, are to be each row's own."""
+    if not model.training:
+        return ""
+    device = next(model.parameters()).device
+    batch, carrier = placed(PackingCollator()(_rows(model, opening=True)), device), attachments(model)
+    collected: Any = carrier.state.collect() if carrier else contextlib.nullcontext([])
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        before = _generators(device)
+        try:
+            with fast_attention(model), collected as emitted:
+                Loss(model).hidden(batch)
+        except Exception as error:  # foreign code may fail in any way
+            return f"the model does not take such a batch ({type(error).__name__}: {str(error)[:120]})"
+        drawn = not all(map(torch.equal, before, _generators(device)))
+    if emitted:
+        return "a loss that adapters emit is a mean over the tokens of a batch"
+    return "training draws random numbers, which are each row's own" if drawn else ""
+
+
+def _generators(device: torch.device) -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _disagreement(model: Any, collate: Collate) -> str:
+    return _difference(model, collate, PackingCollator())
+
+
+def _rows(model: Any, opening: bool) -> list[Row]:
+    """Two rows for a trial: the second repeats a part of the first, which helps a model that sees it.
+
+    The second alone bears labels; with an opening they begin alike, and both do.
     """
     vocabulary = text_config(model).vocab_size
     ids = [(7 * i * i + 3 * i + 1) % vocabulary for i in range(_PROBE)]
-    rows = [
+    if opening:
+        other = ids[:-3] + ids[2:4]
+        return [{"input_ids": row, "labels": [-100] * (_PROBE - 2) + row[_PROBE - 2 :]} for row in (ids, other)]
+    return [
         {"input_ids": ids, "labels": [-100] * _PROBE},
         {"input_ids": ids[4:], "labels": [-100] * 2 + ids[6:]},
     ]
+
+
+@torch.no_grad()
+def _difference(model: Any, one: Collate, other: Collate, *, opening: bool = False) -> str:
+    """Try it: rows must have the same loss in both kinds of batches; return how it differs, or ""."""
+    rows = _rows(model, opening)
     parameter = next(model.parameters())
     tolerance = 1e-3 if parameter.dtype in (torch.float32, torch.float64) else 2e-2
     losses = []
     with evaluating(model), fast_attention(model):
         loss = Loss(model)
-        for make in (collate, PackingCollator()):
+        for make in (one, other):
             try:
                 losses.append(float(loss(placed(make(rows), parameter.device))))
             except Exception as error:  # foreign code that does not know such a batch may fail in any way

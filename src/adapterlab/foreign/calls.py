@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BOUNDS = "cu_seq_lens_q"  # what flash attention in transformers calls the borders of packed samples
+PLACES = "key_places"  # our own: of which token the keys and values are that packed samples see, where they share some
 # What is asked of a weight without computing with it.
 _FACTS = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "is_cuda", "requires_grad", "quant_state"}
 _QUESTIONS = {"isinstance", "hasattr", "getattr", "type", "id", "len"}

@@ -165,7 +165,9 @@ class _Simulation:
         rows *= setup.batch * setup.accumulation
         seq2seq = is_encoder_decoder(setup)
         # The rows are those of one step; a method's schedule must find the room that it has in the run.
-        training = setup.training.model_copy(update={"steps": setup.training.steps or _MANY, "epochs": None})
+        # What rows have in common nobody knows here, so they share nothing.
+        changes = {"steps": setup.training.steps or _MANY, "epochs": None, "shared_openings": False}
+        training = setup.training.model_copy(update=changes)
         loop = Loop(
             host, NAME, rows, training, collate=Collator(0, seq2seq=seq2seq), accelerator=accelerator,
         )  # fmt: skip

@@ -87,6 +87,12 @@ class Training(BaseModel):
         description="rows of a batch behind each other instead of padded, which changes no gradient; null: whenever "
         "model and method allow it",
     )
+    shared_openings: bool | None = Field(
+        None,
+        examples=[False],
+        description="packed rows of a batch that begin alike (a system prompt, an instruction) compute that beginning "
+        "once, which changes no gradient; null: whenever model and method allow it",
+    )
     group_by_length: bool = Field(
         False, description="rows of like length in a step: less padding, and an order of rows that is less random"
     )

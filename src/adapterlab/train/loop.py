@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.usage import LOAD, shares
 from adapterlab.data import Collator, placed
+from adapterlab.data.batching import count_tokens
 from adapterlab.data.mixture import Named
 from adapterlab.data.vocabulary import check_ids
 from adapterlab.engine.attention import fast_attention
@@ -228,7 +229,7 @@ class Loop:
                 tensor.data.copy_(broadcast(tensor.data))
             host.refresh(self.name)
         longest = max(longest_of(self.rows), longest_of(self.eval_rows))
-        self.collate, self.batching = choose(model, self.collate, longest, training.packing)
+        self.collate, self.batching = choose(model, self.collate, longest, training.packing, training.shared_openings)
         self.loss = Loss(model, training.label_smoothing, training.z_loss)  # evaluation uses the plain loss
         make = functools.partial(
             adamw, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps
@@ -340,7 +341,7 @@ class Loop:
         self.method.after_step(self.host, self.name, index, self._raw)
         self.optimizer.zero_grad()
         status.step, status.train_loss = index + 1, value
-        status.tokens += int(self._sum(sum(_tokens(batch) for batch in batches)))
+        status.tokens += int(self._sum(sum(map(count_tokens, batches))))
         status.seconds += time.perf_counter() - began
         return {
             "step": status.step, "epoch": round(self.sampler.epoch(status.step), 4), "loss": value, "lr": rate,
@@ -567,8 +568,3 @@ def _check_step(per_step: int, rows: int) -> None:
 
 def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
-
-
-def _tokens(batch: Mapping[str, Tensor]) -> int:
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
