@@ -129,7 +129,7 @@ def train(case: dict[str, Any]) -> dict[str, int]:
     ids = [i % model.config.vocab_size for i in range(1, length + 1)]
     bare = round((1 - case["labelled"]) * length)
     rows = [{"input_ids": ids, "labels": [-100] * bare + ids[bare:]}] * count
-    training = Training(batch_size=count, steps=3, recompute=case["recompute"])
+    training = Training(batch_size=count, steps=3, recompute=case["recompute"], shared_openings=False)
     collate = Collator(0, seq2seq=case["model"] == "seq2seq")
     Loop(host, "default", rows, training, collate=collate, accelerator=Accelerator(cpu=True)).run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
