@@ -75,6 +75,27 @@ def test_figures_pairs_and_answers(known: Any, tokenizer: Any, tmp_path: Path) -
     assert found.to_dict()["base"]["score"] == pytest.approx(2 / 6)
 
 
+def test_each_of_several_sources_has_its_own_figures(known: Any, tokenizer: Any, tmp_path: Path) -> None:
+    host, file, ours, _ = known
+    right = tmp_path / "right.jsonl"
+    rows = [{"question": q, "answer": a} for q, a in zip(QUESTIONS[:3], ours, strict=False)]
+    right.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [{"path": str(f), "eval_path": str(f)} for f in (file, right)]
+    data = DataConfig(sources=sources, scorer="exact")
+    found = al.score(host, tokenizer, data=data, base=True, max_new_tokens=5, batch_size=4)
+    assert {name: (part.correct, part.n) for name, part in found.sources.items()} == {"known": (3, 6), "right": (3, 3)}
+    assert found.n == 9
+    alone = al.score(host, tokenizer, data=DataConfig(path=str(right), eval_path=str(right)), max_new_tokens=5)
+    assert found.sources["right"].loss == pytest.approx(alone.loss, rel=1e-5)
+    assert sum(part.loss * part.tokens for part in found.sources.values()) == pytest.approx(found.loss * found.tokens)
+    assert found.base is not None
+    assert found.base.sources.keys() == found.sources.keys()
+    assert found.to_dict()["sources"]["right"]["correct"] == 3
+    assert "sources" not in alone.to_dict()
+    few = al.score(host, tokenizer, data=data, limit=7, max_new_tokens=5)
+    assert {name: part.n for name, part in few.sources.items()} == {"known": 6, "right": 1}
+
+
 def test_limit_takes_the_first_examples(known: Any, tokenizer: Any) -> None:
     host, file, _, _ = known
     data = {"eval_path": str(file), "scorer": "exact"}

@@ -93,6 +93,8 @@ def _show(found: Evaluation) -> None:
     for name, figures in {"base": found.base, "evaluated": found}.items():
         if figures is not None:
             table.add_row(name, *_cells(figures))
+            for source, part in figures.sources.items():
+                table.add_row(f"  {source}", *_cells(part), style="dim")
     console.print(table)
     if found.fixed is not None:
         console.print(f"Against the base: {found.fixed} answers fixed, {found.broken} broken.")

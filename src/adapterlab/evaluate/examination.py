@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from adapterlab.data import (
     wilson,
 )
 from adapterlab.data.formats import Columns
+from adapterlab.data.mixture import Named
 from adapterlab.data.turns import texts_in
 from adapterlab.data.views import Picked
 from adapterlab.engine.attention import fast_attention
@@ -55,6 +59,7 @@ class Paper:
         source: where the examples come from.
         left_out: number of examples that leave no room for an answer within the longest row; nobody is asked those.
         columns: which columns of the rows became examples, and which parts of turns the template does not show.
+        sources: the numbers of the examples of each source, by its name, where there are several.
     """
 
     examples: Sequence[Example]
@@ -67,6 +72,7 @@ class Paper:
     source: str
     left_out: int
     columns: Columns = field(default_factory=Columns)
+    sources: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,8 @@ class Sheet:
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy of the labelled tokens of all rows, in nats."""
-        return sum(self.losses) / sum(self.tokens)
+        """Mean cross-entropy of the labelled tokens of all rows, in nats; NaN where there are none."""
+        return sum(self.losses) / sum(self.tokens) if any(self.tokens) else math.nan
 
     @property
     def score(self) -> float | None:
@@ -99,6 +105,14 @@ class Sheet:
     def interval(self) -> tuple[float, float] | None:
         """95 % Wilson interval of the score."""
         return wilson(sum(self.right), len(self.right)) if self.right else None
+
+    def part(self, numbers: Sequence[int]) -> Sheet:
+        """Return what the model made of some of the examples."""
+        scored = numbers if self.right else ()
+        return Sheet(
+            [self.losses[i] for i in numbers], [self.tokens[i] for i in numbers],
+            [self.answers[i] for i in scored], [self.right[i] for i in scored],
+        )  # fmt: skip
 
 
 def set_paper(
@@ -146,8 +160,19 @@ def set_paper(
     why = "" if scorer else _why(data, examples)
     return Paper(
         examples, encoded.rows, prompts, scorer, why, tokens, batch_size, splits.eval_source, encoded.report.dropped,
-        splits.columns.joined(Columns(unused=encoded.report.unshown)),
+        splits.columns.joined(Columns(unused=encoded.report.unshown)), _sources(splits.eval, encoded.kept),
     )  # fmt: skip
+
+
+def _sources(examples: Sequence[Example], kept: Sequence[int]) -> dict[str, list[int]]:
+    """The numbers of the kept examples of each source; {} where there is one source."""
+    if not isinstance(examples, Named) or len(examples.names) < 2:
+        return {}
+    ends = [*accumulate(map(len, examples.parts))]
+    found: dict[str, list[int]] = {}
+    for number, place in enumerate(kept):
+        found.setdefault(examples.names[bisect_right(ends, place)], []).append(number)
+    return found
 
 
 def _why(data: DataConfig, examples: Sequence[Example]) -> str:

@@ -19,6 +19,7 @@ class Figures:
         n: number of examples.
         correct: how many answers were right; None when answers are not scored.
         interval: 95 % Wilson interval of the score; None when answers are not scored.
+        sources: the same of the examples of each source by itself, where there are several.
     """
 
     loss: float
@@ -26,6 +27,7 @@ class Figures:
     n: int
     correct: int | None = None
     interval: tuple[float, float] | None = None
+    sources: dict[str, Figures] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -43,6 +45,8 @@ class Figures:
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as plain values, ready for JSON."""
         plain = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        if not self.sources:
+            del plain["sources"]
         return {**plain, "perplexity": self.perplexity, "score": self.score}
 
 
@@ -84,6 +88,8 @@ class Evaluation(Figures):
 def _plain(value: Any) -> Any:
     if isinstance(value, Figures):
         return value.to_dict()
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, Path):
         return str(value)
     return list(value) if isinstance(value, tuple) else value

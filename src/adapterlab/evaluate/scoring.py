@@ -103,7 +103,7 @@ def score(
             plain = sit(paper, net, tokenizer, progress, "base: ")
     rows = _rows(paper, sheet, plain)
     paired = list(zip(sheet.right, plain.right, strict=True)) if plain and paper.scorer else None
-    figures = _figures(sheet)
+    figures = _figures(sheet, paper)
     result = Evaluation(
         **{f.name: getattr(figures, f.name) for f in dataclasses.fields(Figures)},
         target=label,
@@ -116,7 +116,7 @@ def score(
         seconds=time.monotonic() - began,
         answers=stem.with_suffix(".jsonl") if stem and rows else None,
         samples=tuple(rows[:samples]),
-        base=_figures(plain) if plain else None,
+        base=_figures(plain, paper) if plain else None,
         fixed=sum(now and not then for now, then in paired) if paired else None,
         broken=sum(then and not now for now, then in paired) if paired else None,
     )
@@ -220,13 +220,15 @@ def _data(given: DataConfig | Mapping[str, Any] | None, of_run: Mapping[str, Any
         raise ConfigError(explain(error, DataConfig)) from None
 
 
-def _figures(sheet: Sheet) -> Figures:
+def _figures(sheet: Sheet, paper: Paper | None = None) -> Figures:
+    parts = {name: sheet.part(numbers) for name, numbers in paper.sources.items()} if paper else {}
     return Figures(
         loss=sheet.loss,
         tokens=sum(sheet.tokens),
         n=len(sheet.tokens),
         correct=sum(sheet.right) if sheet.right else None,
         interval=sheet.interval,
+        sources={name: _figures(part) for name, part in parts.items()},
     )
 
 
