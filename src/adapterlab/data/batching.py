@@ -50,7 +50,7 @@ class Collator:
             "input_ids": self._padded([row["input_ids"] for row in rows], width, self.pad_token_id),
             "attention_mask": self._padded([[1] * len(row["input_ids"]) for row in rows], width, 0),
             "labels": self._padded([row["labels"] for row in rows], label_width, IGNORED),
-            **{key: _stacked(key, rows) for key in _further(rows)},
+            **{key: _stacked(key, rows) for key in further_columns(rows)},
         }
 
     def _padded(self, rows: Sequence[Sequence[int]], width: int, filler: int) -> Tensor:
@@ -90,7 +90,7 @@ class PackingCollator:
             whole numbers; and with shared openings `key_places`, int64 of [keys]: which token's key stands there. The
             first token of a sample bears no label: nothing in it predicts it.
         """
-        if further := _further(rows):
+        if further := further_columns(rows):
             raise DataError(
                 f"Rows with further columns ({', '.join(further)}) cannot be put behind each other. Set "
                 "training.packing to false."
@@ -215,8 +215,8 @@ def _joined(parts: Iterable[Iterable[int]]) -> Tensor:
     return torch.tensor([[*chain.from_iterable(parts)]], dtype=torch.int64)
 
 
-def _further(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The columns that hold tensors, beside those of every batch."""
+def further_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the columns that hold tensors, beside those of every batch."""
     found = dict.fromkeys(key for row in rows for key, value in row.items() if isinstance(value, Tensor))
     return [key for key in found if key not in ("input_ids", "attention_mask", "labels")]
 

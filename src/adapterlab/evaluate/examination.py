@@ -12,7 +12,6 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,12 +25,15 @@ from adapterlab.data import (
     scorer_for,
     wilson,
 )
+from adapterlab.data.batching import further_columns
+from adapterlab.data.encoding import IGNORED
 from adapterlab.data.formats import Columns
 from adapterlab.data.mixture import Named
 from adapterlab.data.turns import texts_in
 from adapterlab.data.views import Picked
 from adapterlab.engine.attention import fast_attention
 from adapterlab.engine.modes import evaluating
+from adapterlab.engine.packing import choose
 from adapterlab.errors import ConfigError, DataError
 from adapterlab.evaluate.generation import generate, window_of
 from adapterlab.evaluate.lengths import by_length
@@ -259,38 +261,40 @@ def row_losses(
         batch_size: rows computed at once.
         progress: called with the number of rows that each batch adds.
     """
-    seq2seq = is_encoder_decoder(model)
-    collate = collator_for(model, tokenizer)
+    first = 0 if is_encoder_decoder(model) else 1
     device = input_device(model)
     order = by_length(rows)  # little padding
     losses, tokens = [0.0] * len(rows), [0] * len(rows)
     with evaluating(model), fast_attention(model):
+        longest = len(rows[order[0]]["input_ids"]) if order else 0
+        padding = collator_for(model, tokenizer)
+        packing, _ = choose(model, padding, longest)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = placed(collate([rows[i] for i in chosen]), device)
-            for i, (value, count) in zip(chosen, _sums(model, batch, seq2seq), strict=True):
-                losses[i], tokens[i] = value, count
+            some = [rows[i] for i in chosen]
+            collate = padding if further_columns(some) else packing
+            each = _token_losses(model, placed(collate(some), device), first)
+            counts = [sum(label != IGNORED for label in row["labels"][first:]) for row in some]
+            for i, values in zip(chosen, each.split(counts), strict=True):
+                losses[i], tokens[i] = float(values.sum()), len(values)
             if progress:
                 progress(len(chosen))
     return losses, tokens
 
 
-def _sums(model: Any, batch: Mapping[str, Tensor], seq2seq: bool) -> list[tuple[float, int]]:
-    labels = batch["labels"]
-    if seq2seq:
+def _token_losses(model: Any, batch: Mapping[str, Any], first: int) -> Tensor:
+    """The loss of each label of a batch, row by row, in float64; of the labels from the first that is predicted on."""
+    labels = batch["labels"][:, first:]
+    given = {**{key: value for key, value in batch.items() if key != "labels"}, "use_cache": False}
+    if not first:
         logits = model(**batch).logits
+    elif "logits_to_keep" in inspect.signature(plain_class(model).forward).parameters:
+        # The vocabulary is large, and no row needs what follows a prompt's tokens.
+        wanted = (labels != IGNORED).any(0).nonzero().flatten()
+        labels = labels[:, wanted]
+        logits = model(**given, logits_to_keep=wanted).logits
     else:
-        labels = labels[:, 1:]
-        given = {key: value for key, value in batch.items() if key != "labels"}
-        if "logits_to_keep" in inspect.signature(plain_class(model).forward).parameters:
-            # The vocabulary is large, and no row needs what follows a prompt's tokens.
-            wanted = (labels != -100).any(0).nonzero().flatten()
-            labels, given = labels[:, wanted], {**given, "logits_to_keep": wanted}
-            logits = model(**given, use_cache=False).logits
-        else:
-            logits = model(**given, use_cache=False).logits[:, :-1]
-    bears = labels != -100
-    each = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
+        logits = model(**given).logits[:, :-1]
+    bears = labels != IGNORED
     # Only positions with a label become float32.
-    each[bears] = F.cross_entropy(logits[bears].float(), labels[bears], reduction="none").double()
-    return list(zip(each.sum(dim=1).tolist(), bears.sum(dim=1).tolist(), strict=True))
+    return F.cross_entropy(logits[bears].float(), labels[bears], reduction="none").double()
