@@ -41,6 +41,8 @@ def through(place: str, module: nn.Module, run: Callable[..., Any], *args: Any, 
     state = module.__dict__[STATE]
     held: Any = module._modules[ADAPTERS]._modules  # type: ignore[union-attr]
     if state.segments is not None:
+        if state.products is not None and (y := state.products.computed(state.segments, run, args, kwargs)) is not None:
+            return y
         return mixed(held, place, state, run, *args, **kwargs)
     if state.together is not None:
         return entered(state.together, run, functools.partial(_live, held, place))(*args, **kwargs)
