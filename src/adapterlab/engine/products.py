@@ -1,4 +1,4 @@
-"""Updates of several adapters in one pass, without gradients, in a way of `ops.segmented`: for whoever owns the adapters.
+"""Updates of several adapters in one pass, in a way of `ops.segmented`: without gradients, for who owns the adapters.
 
 A server loads adapters and lets nobody write to them. So where their factors lie is written down when they are loaded;
 what a step needs is put together once for all modules, when its adapters are others than those of the step before;
@@ -8,6 +8,7 @@ and nothing is checked in a call.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -30,6 +31,10 @@ def fastest(device: str) -> tuple[Way | None, str]:
     try:
         if device == "cpu":
             return ByAddress(), ""
+        if device == "cuda" and importlib.util.find_spec("triton") is not None:
+            from adapterlab.ops.by_triton import ByTriton
+
+            return ByTriton(), ""
     except BuildError as error:
         return None, str(error)
     return None, f"there is no kernel for {device}"

@@ -1,6 +1,6 @@
 """Updates of runs of tokens on a CPU: a kernel in C (`by_address.c`), compiled when it is needed.
 
-Nothing is gathered, stacked or cast: a step with 32 adapters reads each number of theirs once, from where it was loaded.
+Nothing is gathered, stacked or cast: a step with 32 adapters reads each number of theirs once, where it was loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adapterlab.errors import BuildError
 from adapterlab.foreign.compiler import library
-from adapterlab.ops.segmented import ENTRY, TYPES, Entries, Run, Runs, Update, formula, product
+from adapterlab.ops.segmented import ENTRY, TYPES, Entries, Run, Runs, cut, off
 
 SOURCE = Path(__file__).with_suffix(".c")
 _PRODUCT = "QQqqqii"  # the kernel's structure of this name
@@ -41,29 +41,11 @@ class ByAddress:
         self._call.restype = None
         # Bytes are passed as the address of the first, and addresses as they are.
         self._call.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p]
-        if off := self._off():
-            raise BuildError(f"the compiled kernel computes something else here: {off}")
+        if why := off(self, "cpu"):
+            raise BuildError(f"the compiled kernel computes something else here: {why}")
 
     def step(self, table: Entries, widths: Sequence[tuple[int, int]], runs: Runs) -> _Step:
         return _Step(self._call, table, widths, runs)
-
-    def _off(self) -> str:
-        """Try a small product of each type, and say what is wrong with it, or ""."""
-        draw = torch.Generator().manual_seed(0)
-        runs = Runs([Run(0, 1, 0), Run(1, 9, 1), Run(2, 3, 0), Run(10, 40, 2)], 41)
-        for dtype in self.dtypes:
-            for factors in TYPES:
-                shapes = [((r, 35), (21, r)) for r in (3, 8, 17)]
-                made = [[torch.randn(shape, generator=draw).to(factors) for shape in pair] for pair in shapes]
-                updates = [Update(a, b, 0.5) for a, b in made]
-                x, y = (torch.randn(41, width, generator=draw).to(dtype) for width in (35, 21))
-                wanted = y.double()
-                formula(x, wanted, updates, runs)
-                product(self, updates, runs)(x, y)
-                off = float((y.double() - wanted).abs().max() / wanted.abs().max())
-                if not off <= 2 * torch.finfo(dtype).eps:
-                    return f"off by {off:.1e} for {factors} and {dtype}"
-        return ""
 
 
 class _Step:
@@ -72,7 +54,7 @@ class _Step:
     def __init__(self, call: Any, table: Entries, widths: Sequence[tuple[int, int]], runs: Runs):
         self.call, self.widths, self.total = call, widths, runs.total
         self.table = np.ascontiguousarray(table, ENTRY)
-        self.pieces = [np.array([p for run in one for p in _pieces(run)], np.int32) for one in runs.rounds]
+        self.pieces = [np.array(cut(one, _AT_ONCE), np.int32) for one in runs.rounds]
         self.work = [_work(self.table, widths, one) for one in runs.rounds]
         self.threads = torch.get_num_threads()
         self.told: dict[tuple[int, torch.dtype], list[bytes]] = {}
@@ -101,10 +83,6 @@ class _Step:
             struct.pack(_PRODUCT, updates, p.ctypes.data, len(p), *shape, self.threads if work[module] > _ALONE else 1)
             for p, work in zip(self.pieces, self.work, strict=True)
         ]
-
-
-def _pieces(run: Run) -> list[Run]:
-    return [Run(at, min(at + _AT_ONCE, run.stop), run.update) for at in range(run.start, run.stop, _AT_ONCE)]
 
 
 def _work(table: Entries, widths: Sequence[tuple[int, int]], runs: Sequence[Run]) -> np.ndarray[Any, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 RANK = 1024  # the largest
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 UNREADABLE = -1
-# As kernels read it. A rank of 0 is an adapter that is not at this module, the type UNREADABLE one that no kernel reads.
+# As kernels read it. A rank of 0: the adapter is not at this module. The type UNREADABLE: no kernel can read it.
 ENTRY = np.dtype([("a", np.uint64), ("b", np.uint64), ("rank", np.int64), ("scale", np.float32), ("type", np.int32)])
 Entries = np.ndarray[Any, Any]  # of ENTRY
 Product = Callable[[Tensor, Tensor], None]  # of x `[..., in]`, added to y `[..., out]` in place
@@ -67,6 +67,15 @@ class Runs:
                 self.rounds.append([run])
             else:
                 free.append(run)
+
+
+def cut(runs: Iterable[Run], most: int) -> list[Run]:
+    """Cut runs into pieces of at most so many tokens."""
+    return [
+        Run(start, min(start + most, run.stop), run.update)
+        for run in runs
+        for start in range(run.start, run.stop, most)
+    ]
 
 
 class Update(NamedTuple):
@@ -148,3 +157,22 @@ def formula(x: Tensor, y: Tensor, updates: Sequence[Update], runs: Runs) -> None
     for start, stop, number in (run for one in runs.rounds for run in one):
         a, b, scale = updates[number]
         y[start:stop] += scale * (x[start:stop].to(y.dtype) @ a.to(y.dtype).T @ b.to(y.dtype).T)
+
+
+def off(way: Way, device: str) -> str:
+    """Try a small product of each type, and say what is wrong with it, or ""."""
+    draw = torch.Generator().manual_seed(0)
+    runs = Runs([Run(0, 1, 0), Run(1, 9, 1), Run(2, 3, 0), Run(10, 40, 2)], 41)
+    for dtype in way.dtypes:
+        for factors in TYPES:
+            shapes = [((rank, 35), (21, rank)) for rank in (3, 8, 17)]
+            made = [[torch.randn(shape, generator=draw).to(device, factors) for shape in pair] for pair in shapes]
+            updates = [Update(a, b, 0.5) for a, b in made]
+            x, y = (torch.randn(41, width, generator=draw).to(device, dtype) for width in (35, 21))
+            wanted = y.double()
+            formula(x, wanted, updates, runs)
+            product(way, updates, runs)(x, y)
+            found = float((y.double() - wanted).abs().max() / wanted.abs().max())
+            if not found <= 4 * torch.finfo(dtype).eps:
+                return f"off by {found:.1e} for factors in {factors} and inputs in {dtype}"
+    return ""
