@@ -35,7 +35,7 @@ LENGTHS, QUICK_LENGTHS = [[8, 512], [2, 2048]], [[2, 8], [1, 16]]
 OURS, THEIRS = "adapterlab", "TRL"
 MANY, RANK = 32, 16  # adapters of a batch, and their rank
 METHODS = {"lora": {"r": RANK}, "dora": {"r": RANK}, "qlora": {"r": RANK, "dropout": 0.0}, "full": {}}
-LIMITS = {"tests": 110, "step": 40, "plan": 75, "decoding": 60, "grouped": 30, "runs": 40}  # seconds of one run
+LIMITS = {"tests": 95, "step": 40, "plan": 75, "decoding": 55, "grouped": 20, "runs": 25}  # seconds of one run
 WARM = 2  # steps before those that are timed
 Product = Callable[[Any, Any, Any], Any]  # of x `[tokens, width]`, A `[adapters, r, width]`, B `[adapters, width, r]`
 

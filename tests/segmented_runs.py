@@ -39,8 +39,8 @@ def check(way: Any, seed: int, dtype: torch.dtype, factors: torch.dtype, device:
     wanted, before = y.double(), y.clone()
     formula(x[0], wanted[0], updates, runs)
     product(way, updates, runs)(x, y)
-    rounds = len(runs.rounds)
-    assert (y.double() - wanted).abs().max() <= 2 * max(rounds, 1) * torch.finfo(dtype).eps * wanted.abs().max()
+    roundings = len(runs.rounds) * (8 if dtype == torch.float32 else 1)  # sums are in float32
+    assert (y.double() - wanted).abs().max() <= roundings * torch.finfo(dtype).eps * wanted.abs().max()
     owned = torch.zeros(runs.total, dtype=torch.bool)
     for run in (run for one in runs.rounds for run in one):
         owned[run.start : run.stop] = True

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from adapterlab.core.composition import Composition
 from adapterlab.core.segments import Segments
-from adapterlab.engine.fusion import Base, only_adds
+from adapterlab.core.state import State
+from adapterlab.engine.fusion import only_adds
 from adapterlab.engine.resting import factors_at_rest
 from adapterlab.errors import BuildError
 from adapterlab.ops.by_address import ByAddress
@@ -90,29 +91,31 @@ class Products:
         self._held.pop(key, None)
         self._prepared = None
 
-    def computed(self, segments: Segments, run: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor | None:
+    def computed(self, state: State, module: Any, forward: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor | None:
         """Compute a module and what its adapters add.
 
         Args:
-            segments: the map of the pass.
-            run: the module's own computation.
+            state: shared by the adapters.
+            module: the module.
+            forward: its own forward.
             args: what it is called with.
             kwargs: likewise.
 
         Returns:
             None where it is not given all tokens of the map in one row, or an adapter there is no product of factors.
         """
-        if kwargs or len(args) != 1 or not isinstance(run, Base) or torch.is_grad_enabled():
+        segments, number = state.segments, self._numbers.get(module)
+        if segments is None or number is None or kwargs or len(args) != 1 or torch.is_grad_enabled():
             return None
-        x, number = args[0], self._numbers.get(run.module)
-        if number is None or type(x) is not Tensor or x.dtype not in self.way.dtypes or torch.compiler.is_compiling():
+        x = args[0]
+        if type(x) is not Tensor or x.dtype not in self.way.dtypes or torch.compiler.is_compiling():
             return None
         prepared = self._prepared
         if prepared is None or prepared.segments is not segments:
             prepared = self._prepared = self._prepare(segments)
         if x.shape[:-1] != (1, segments.total) or not prepared.readable[number]:
             return None
-        y: Tensor = run(x)
+        y: Tensor = forward(module, x)
         prepared.step(number, x, y)
         return y
 

@@ -41,8 +41,6 @@ def through(place: str, module: nn.Module, run: Callable[..., Any], *args: Any, 
     state = module.__dict__[STATE]
     held: Any = module._modules[ADAPTERS]._modules  # type: ignore[union-attr]
     if state.segments is not None:
-        if state.products is not None and (y := state.products.computed(state.segments, run, args, kwargs)) is not None:
-            return y
         return mixed(held, place, state, run, *args, **kwargs)
     if state.together is not None:
         return entered(state.together, run, functools.partial(_live, held, place))(*args, **kwargs)
@@ -103,6 +101,9 @@ def wrapped(cls: Any, takes: tuple[str, ...] = ()) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if ADAPTERS not in self._modules:  # a hook set in between still holds this method after a detach
             return plain(self, *args, **kwargs)
+        state = self.__dict__[STATE]
+        if state.products is not None and (y := state.products.computed(state, self, plain, args, kwargs)) is not None:
+            return y
         return dispatch(self, Base(plain, self), *args, **kwargs)
 
     if takes:
