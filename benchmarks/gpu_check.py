@@ -324,7 +324,7 @@ def runs(job: dict[str, Any]) -> Figures:
     import torch
 
     from adapterlab.ops.low_rank import low_rank_by_row
-    from adapterlab.ops.segmented import Run, Runs, Update, formula
+    from adapterlab.ops.segmented import Run, Runs, Update, by_column, formula
 
     width, device = job["model"]["hidden"], job["device"]
     found: Figures = {}
@@ -332,7 +332,7 @@ def runs(job: dict[str, Any]) -> Figures:
         draw = torch.Generator().manual_seed(0)
         made = [torch.randn(shape, generator=draw) for shape in ((RANK, width), (width, RANK)) for _ in range(MANY)]
         factors = [t.to(device, torch.bfloat16) for t in made]
-        updates = [Update(a, b) for a, b in zip(factors[:MANY], factors[MANY:], strict=True)]
+        updates = [Update(a, by_column(b)) for a, b in zip(factors[:MANY], factors[MANY:], strict=True)]
         x = torch.randn(MANY * tokens, width, generator=draw).to(device, torch.bfloat16)
         parts = Runs([Run(i * tokens, (i + 1) * tokens, i) for i in range(MANY)], len(x))
         a, b = torch.stack(factors[:MANY]), torch.stack([t.T for t in factors[MANY:]])

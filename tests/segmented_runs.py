@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterlab.ops.segmented import Run, Runs, Update, formula, product
+from adapterlab.ops.segmented import Run, Runs, Update, by_column, formula, product
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -23,7 +23,8 @@ def drawn(seed: int, dtype: torch.dtype, factors: torch.dtype, device: str = "cp
 
     ranks = draw.sample([1, 2, 4, 7, 8, 16, 33, 64], 4)
     pairs = [(normal(rank, n_in) / n_in**0.5, normal(out, rank) / rank**0.5) for rank in ranks]
-    updates = [Update(a.to(device, factors), b.to(device, factors), draw.uniform(-2, 2)) for a, b in pairs]
+    pairs = [(a.to(device, factors), by_column(b.to(device, factors))) for a, b in pairs]
+    updates = [Update(a, b, draw.uniform(-2, 2)) for a, b in pairs]
     runs, total = [], 0
     for length in draw.choices([0, 1, 1, 1, 3, 37], k=9):
         owners = draw.sample(range(4), draw.choice([0, 1, 1, 1, 2]))

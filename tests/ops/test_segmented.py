@@ -16,7 +16,7 @@ from adapterlab.errors import BuildError
 from adapterlab.foreign import compiler
 from adapterlab.ops import by_address
 from adapterlab.ops.by_address import ByAddress
-from adapterlab.ops.segmented import Run, Runs, Update, product
+from adapterlab.ops.segmented import Run, Runs, Update, by_column, product
 from segmented_runs import DTYPES, check, drawn
 
 needs_compiler = pytest.mark.skipif(
@@ -52,7 +52,9 @@ def test_a_token_gets_the_same_whatever_is_beside_it(way: Any, monkeypatch: pyte
 @needs_compiler
 def test_factors_are_read_where_they_are_and_stay_with_their_run(way: Any) -> None:
     a, b, x, y = (torch.randn(shape) for shape in ((4, 8), (6, 4), (3, 8), (3, 6)))
-    call = product(way, [Update(a, b), Update(a.clone(), b.clone())], Runs([Run(0, 1, 0), Run(1, 2, 1)], 3))
+    call = product(
+        way, [Update(a, by_column(b)), Update(a.clone(), by_column(b))], Runs([Run(0, 1, 0), Run(1, 2, 1)], 3)
+    )
     a.zero_()
     found = y.clone()
     call(x, found)
@@ -72,9 +74,9 @@ def test_factors_are_read_where_they_are_and_stay_with_their_run(way: Any) -> No
 
 
 def test_what_no_kernel_can_read_is_refused() -> None:
-    a, b, runs = torch.zeros(4, 8), torch.zeros(6, 4), Runs([Run(0, 1, 0)], 1)
+    a, b, runs = torch.zeros(4, 8), by_column(torch.zeros(6, 4)), Runs([Run(0, 1, 0)], 1)
     wrong = [(a.T.contiguous().T, b), (a.double(), b.double()), (a, b.half()), (a[:3], b), (a.flatten(), b)]
-    for one, other in [*wrong, (torch.zeros(2000, 8), torch.zeros(6, 2000))]:
+    for one, other in [*wrong, (a, b.contiguous()), (torch.zeros(2000, 8), by_column(torch.zeros(6, 2000)))]:
         with pytest.raises((ValueError, IndexError)):
             product(None, [Update(a, b), Update(one, other)], runs)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not within 3 tokens"):

@@ -23,7 +23,7 @@ from adapterlab.engine.fusion import only_adds
 from adapterlab.engine.resting import factors_at_rest
 from adapterlab.errors import BuildError
 from adapterlab.ops.by_address import ByAddress
-from adapterlab.ops.segmented import ENTRY, UNREADABLE, Entries, Run, Runs, Step, Update, Way, entry
+from adapterlab.ops.segmented import ENTRY, UNREADABLE, Entries, Run, Runs, Step, Update, Way, by_column, entry
 
 
 @functools.cache
@@ -71,7 +71,7 @@ class Products:
         self._prepared: _Prepared | None = None
 
     def take(self, key: str, adapters: Iterable[Any]) -> None:
-        """Write down where the factors of an adapter are; from now on they stay there, with the values that they have.
+        """Lay the factors of an adapter out and write down where they are; from now on they stay there as they are.
 
         Args:
             key: of the adapter.
@@ -148,4 +148,9 @@ class Products:
 def _update(adapter: Any) -> Update | None:
     """What an adapter adds, if it is nothing but a product of two factors at rest."""
     rest = factors_at_rest((adapter,)) if only_adds(adapter) and adapter.place == "call" else None
-    return None if rest is None else Update(rest[0].a.detach(), rest[0].b.detach(), rest[0].scale)
+    if rest is None:
+        return None
+    b = rest[0].b
+    if not b.T.is_contiguous():
+        b.data = by_column(b.data)
+    return Update(rest[0].a.detach(), b.detach(), rest[0].scale)

@@ -50,11 +50,13 @@ def library(source: Path) -> ctypes.CDLL:
         facts = (*given, _ALWAYS, flags)
         key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
         file = folder / f"{source.stem}-{key}.so"
+        if file.is_symlink() or file.exists():
+            _check_own(file)
         try:
             if not file.exists():
                 _compile(compiler, flags, source, file)
-            return _loaded(file)
-        except BuildError as error:
+            return ctypes.CDLL(str(file))
+        except (BuildError, OSError) as error:
             why = why or str(error)  # the others fail for the same reason, or for one that says less
     raise BuildError(why)
 
@@ -107,24 +109,21 @@ def _run(work: Path, compiler: str, *arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{compiler} cannot be run: {error}") from error
     if done.returncode:
-        said = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        said = next(iter(lines), f"exit code {done.returncode}")
         raise BuildError(f"{compiler} failed: {said[:300]}")
     return done.stdout
 
 
-def _loaded(file: Path) -> ctypes.CDLL:
-    """Load a library that nobody else can have written.
+def _check_own(file: Path) -> None:
+    """Refuse a library that somebody else can have written.
 
     Raises:
-        BuildError: somebody else can, or it cannot be loaded.
+        BuildError: somebody else can.
     """
-    try:
-        found = file.lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
-            raise BuildError(f"{file} was not written by this user alone: remove it")
-        return ctypes.CDLL(str(file))
-    except OSError as error:
-        raise BuildError(f"{file} cannot be loaded: {error}") from error
+    found = file.lstat()
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
+        raise BuildError(f"{file} was not written by this user alone: remove it")
 
 
 @functools.cache

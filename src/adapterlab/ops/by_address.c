@@ -1,6 +1,8 @@
 /* Low-rank updates of runs of tokens, with factors that are read where they lie.
  *
- *     y[t] += scale * B (A x[t])    for t in each run, with the factors A [rank, in] and B [out, rank] of its update
+ *     y[t] += scale * B (A x[t])    for t in each run, with the factors A and B of its update
+ *
+ * A is [rank, in] and B is [out, rank], of which the columns lie behind each other, as the rows of A do.
  *
  * Factors are float32, bfloat16 or float16, x and y float32 or bfloat16; sums are in float32. What a token gets does not
  * depend on the run it stands in, to the bit: each sum is taken in one order, whatever is computed beside it.
@@ -12,14 +14,14 @@
 #include <string.h>
 
 #define WIDTH 8    /* floats of a vector */
-#define TOKENS 4   /* tokens, and rows of A, that are multiplied together */
+#define TOKENS 4   /* tokens that are multiplied together */
+#define BESIDE 4   /* rows of A, or vectors of a row of y, that are beside each other in registers */
 #define CHUNK 1024 /* columns of x that are multiplied at a time, so that they stay in the cache */
 #define RANK 1024  /* the largest */
 
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
 typedef uint32_t bits __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t half __attribute__((vector_size(2 * WIDTH)));
 
@@ -84,15 +86,27 @@ INLINE half rounded(vec f)
     return __builtin_convertvector((r & ~nan) | (0x7fc0 & nan), half);
 }
 
-/* Add to the n numbers from place i on; y has no type but these two. */
-INLINE void add_some(void *y, int64_t i, int64_t n, vec f, int type)
+INLINE void store(void *p, int64_t i, vec f, int type)
 {
+    half h;
     if (type == FLOAT32) {
-        f += n == WIDTH ? load(y, i, FLOAT32) : load_some(y, i, n, FLOAT32);
-        memcpy((float *)y + i, &f, n == WIDTH ? sizeof f : n * sizeof(float));
+        memcpy((float *)p + i, &f, sizeof f);
     } else {
-        half h = rounded(f + (n == WIDTH ? load(y, i, BFLOAT16) : load_some(y, i, n, BFLOAT16)));
-        memcpy((uint16_t *)y + i, &h, n == WIDTH ? sizeof h : n * sizeof(uint16_t));
+        h = rounded(f);
+        memcpy((uint16_t *)p + i, &h, sizeof h);
+    }
+}
+
+/* Add to the numbers from place i on, of which there are at least n. */
+INLINE void add(void *y, int64_t i, int64_t n, vec f, int type)
+{
+    int64_t size = type == FLOAT32 ? 4 : 2;
+    char held[4 * WIDTH];
+    if (n >= WIDTH) {
+        store(y, i, f + load(y, i, type), type);
+    } else {
+        store(held, 0, f + load_some(y, i, n, type), type);
+        memcpy((char *)y + i * size, held, n * size);
     }
 }
 
@@ -111,38 +125,13 @@ INLINE float sum(vec f)
     return ((f[0] + f[4]) + (f[2] + f[6])) + ((f[1] + f[5]) + (f[3] + f[7]));
 }
 
-#if defined(__clang__) || __GNUC__ >= 12
-#define PICK(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define PICK(x, y, ...) __builtin_shuffle(x, y, (ints){__VA_ARGS__})
-#endif
-
-/* Make columns of eight rows. */
-INLINE void transpose(vec t[WIDTH])
-{
-    vec u[WIDTH], v[WIDTH];
-    for (int i = 0; i < WIDTH; i += 2) {
-        u[i] = PICK(t[i], t[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-        u[i + 1] = PICK(t[i], t[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-    }
-    for (int i = 0; i < WIDTH; i += 4)
-        for (int j = 0; j < 2; j++) {
-            v[i + 2 * j] = PICK(u[i + j], u[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-            v[i + 2 * j + 1] = PICK(u[i + j], u[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-        }
-    for (int i = 0; i < 4; i++) {
-        t[i] = PICK(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        t[i + 4] = PICK(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    }
-}
-
 /* ---------------------------------------------------------------------- products */
 
 /* h[t][i] += A[i] x[t] over some columns, for n tokens and rows rows of A; a is the first of these. */
 INLINE void shrink(const void *a, int64_t in, int64_t columns, const float *x[TOKENS], float (*h)[RANK], int64_t n,
                    int64_t rows, int type)
 {
-    vec s[TOKENS][TOKENS] = {{{0}}};
+    vec s[TOKENS][BESIDE] = {{{0}}};
     int64_t k = 0, left;
     for (; k + WIDTH <= columns; k += WIDTH)
         for (int64_t r = 0; r < rows; r++) {
@@ -161,43 +150,22 @@ INLINE void shrink(const void *a, int64_t in, int64_t columns, const float *x[TO
             h[t][r] += sum(s[t][r]);
 }
 
-/* Eight rows of B from row o on, and eight columns from column i on, as columns. */
-INLINE void tile(const update *u, int64_t out, int64_t o, int64_t i, vec b[WIDTH], int type)
+/* y[t] += B h[t] for n tokens and count vectors of outputs, from output o on. */
+INLINE void expand(const update *u, int64_t out, int64_t o, void *y, float (*h)[RANK], int64_t n, int64_t count,
+                   int y_type, int type)
 {
-    static const ints place = {0, 1, 2, 3, 4, 5, 6, 7};
-    int64_t rank = u->rank, left = rank - i;
-    if ((o + WIDTH - 1) * rank + i + WIDTH <= out * rank) {
-        for (int r = 0; r < WIDTH; r++)
-            b[r] = load(u->b, (o + r) * rank + i, type);
-        if (left < WIDTH) {  /* what was read of the next row does not count, whatever it is */
-            bits own = (bits)(place < (int32_t)left);
-            for (int r = 0; r < WIDTH; r++)
-                b[r] = (vec)((bits)b[r] & own);
-        }
-    } else {
-        vec held[WIDTH] = {{0}};
-        for (int64_t r = 0; r < WIDTH && o + r < out; r++)
-            held[r] = load_some(u->b, (o + r) * rank + i, left < WIDTH ? left : WIDTH, type);
-        memcpy(b, held, sizeof held);
-    }
-    transpose(b);
-}
-
-/* y[t] += B h[t] for n tokens, whose rows of y are out numbers apart. */
-INLINE void expand(const update *u, int64_t out, void *y, float (*h)[RANK], int64_t n, int y_type, int type)
-{
-    for (int64_t o = 0; o < out; o += WIDTH) {
-        vec s[TOKENS] = {{0}};
-        for (int64_t i = 0; i < u->rank; i += WIDTH) {
-            vec b[WIDTH];
-            tile(u, out, o, i, b, type);
+    vec s[TOKENS][BESIDE] = {{{0}}};
+    int64_t left = out - o;
+    for (int64_t i = 0; i < u->rank; i++)
+        for (int64_t v = 0; v < count; v++) {
+            int64_t at = i * out + o + v * WIDTH;
+            vec f = left < WIDTH ? load_some(u->b, at, left, type) : load(u->b, at, type);
             for (int64_t t = 0; t < n; t++)
-                for (int r = 0; r < WIDTH; r++)
-                    s[t] += h[t][i + r] * b[r];
+                s[t][v] += h[t][i] * f;
         }
-        for (int64_t t = 0; t < n; t++)
-            add_some(y, t * out + o, out - o < WIDTH ? out - o : WIDTH, s[t], y_type);
-    }
+    for (int64_t t = 0; t < n; t++)
+        for (int64_t v = 0; v < count; v++)
+            add(y, t * out + o + v * WIDTH, left, s[t][v], y_type);
 }
 
 /* Both for n tokens from token t on. */
@@ -205,9 +173,10 @@ INLINE void both(const product *p, const update *u, const char *x, char *y, int6
 {
     float h[TOKENS][RANK], held[TOKENS][CHUNK];
     const float *part[TOKENS];
-    int64_t size = p->type == FLOAT32 ? 4 : 2, padded = (u->rank + WIDTH - 1) / WIDTH * WIDTH;
+    const int64_t beside = n == 1 ? BESIDE : BESIDE / 2;  /* there are sixteen registers */
+    int64_t size = p->type == FLOAT32 ? 4 : 2, o = 0;
     for (int64_t t = 0; t < n; t++)
-        memset(h[t], 0, padded * sizeof(float));
+        memset(h[t], 0, u->rank * sizeof(float));
     for (int64_t k = 0; k < p->in; k += CHUNK) {
         int64_t columns = p->in - k < CHUNK ? p->in - k : CHUNK, i = 0;
         for (int64_t t = 0; t < n; t++) {
@@ -216,15 +185,18 @@ INLINE void both(const product *p, const update *u, const char *x, char *y, int6
         }
         const char *a = (const char *)u->a + k * (type == FLOAT32 ? 4 : 2);
         int64_t next = p->in * (type == FLOAT32 ? 4 : 2);
-        for (; i + TOKENS <= u->rank; i += TOKENS)
-            shrink(a + i * next, p->in, columns, part, (float(*)[RANK])(h[0] + i), n, TOKENS, type);
+        for (; i + beside <= u->rank; i += beside)
+            shrink(a + i * next, p->in, columns, part, (float(*)[RANK])(h[0] + i), n, beside, type);
         for (; i < u->rank; i++)
             shrink(a + i * next, p->in, columns, part, (float(*)[RANK])(h[0] + i), n, 1, type);
     }
     for (int64_t t = 0; t < n; t++)
         for (int64_t i = 0; i < u->rank; i++)
             h[t][i] *= u->scale;
-    expand(u, p->out, y, h, n, p->type, type);
+    for (; o + beside * WIDTH <= p->out; o += beside * WIDTH)
+        expand(u, p->out, o, y, h, n, beside, p->type, type);
+    for (; o < p->out; o += WIDTH)
+        expand(u, p->out, o, y, h, n, 1, p->type, type);
 }
 
 INLINE void whole(const product *p, const run *r, const char *x, char *y, int type)

@@ -6,6 +6,7 @@ of which an update has as many as it needs. A piece of one token, as in decoding
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ def _expand(
         inside = (tokens[:, None] < stop) & (ranks[None, :] < rank)
         left = tl.load(h + tokens[:, None].to(tl.int64) * width + ranks[None, :], mask=inside, other=0.0)
         there = (ranks[:, None] < rank) & (columns[None, :] < out)
-        right = _numbers(b, columns[None, :].to(tl.int64) * rank + ranks[:, None], there, kind, dtype)
+        right = _numbers(b, ranks[:, None].to(tl.int64) * out + columns[None, :], there, kind, dtype)
         found = tl.dot(left.to(dtype), right, found, input_precision="ieee")
     inside = (tokens[:, None] < stop) & (columns[None, :] < out)
     held = y + tokens[:, None].to(tl.int64) * out + columns[None, :]
@@ -136,6 +137,8 @@ class _Step:
         words, scales = (t[module] for t in self.tables)
         # Tiles are multiplied in half precision only if that rounds no factor.
         dtype = _DTYPES[x.dtype] if TYPES[x.dtype] == self.kind else tl.float32
+        if dtype == tl.bfloat16 and _INTERPRETED:
+            dtype = tl.float32
         x = x.contiguous()
         h = torch.empty(self.total, self.width, dtype=torch.float32, device=x.device)
         for pieces in self.pieces:
@@ -145,4 +148,5 @@ class _Step:
             _expand[len(pieces), triton.cdiv(out, _BLOCK)](words, pieces, h, y, out, self.width, **told)
 
 
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # it multiplies bfloat16 as if it were whole numbers
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

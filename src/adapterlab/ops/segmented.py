@@ -82,8 +82,8 @@ class Update(NamedTuple):
     """The factors of an adapter at one module.
 
     Attributes:
-        a: A `[r, in]`.
-        b: B `[out, r]`.
+        a: A `[r, in]`, whose rows lie behind each other.
+        b: B `[out, r]`, whose columns do; see `by_column`.
         scale: s.
     """
 
@@ -92,11 +92,17 @@ class Update(NamedTuple):
     scale: float = 1.0
 
 
+def by_column(b: Tensor) -> Tensor:
+    """Lay B out as kernels read it, so that vectors of outputs lie beside each other: the same numbers elsewhere."""
+    return b.T.contiguous().T
+
+
 def entry(update: Update, n_in: int, out: int) -> tuple[int, int, int, float, int]:
     """Return the `ENTRY` of an update for a module of a size; it holds while the factors stay where they are."""
     a, b, scale = update
     shaped = a.dim() == b.dim() == 2 and len(a) <= RANK and (a.shape[1], *b.shape) == (n_in, out, len(a))
-    plain = all(t.layout is torch.strided and t.is_contiguous() and type(t.data) is Tensor for t in (a, b))
+    plain = all(t.layout is torch.strided and type(t.data) is Tensor for t in (a, b))
+    plain = plain and shaped and a.is_contiguous() and b.T.is_contiguous()
     if not (shaped and plain) or a.dtype is not b.dtype or a.dtype not in TYPES or a.device != b.device:
         return 0, 0, 0, 0.0, UNREADABLE
     return a.data_ptr(), b.data_ptr(), len(a), scale, TYPES[a.dtype]
@@ -143,7 +149,7 @@ def product(way: Way, updates: Sequence[Update], runs: Runs) -> Product:
     widths = updates[0].a.shape[1], updates[0].b.shape[0]
     table = np.array([[entry(update, *widths) for update in updates]], ENTRY)
     if (table["type"] == UNREADABLE).any():
-        raise ValueError(f"factors are float32, bfloat16 or float16, contiguous, and of a rank up to {RANK}")
+        raise ValueError(f"factors are float32, bfloat16 or float16, laid out as kernels read them, of rank <= {RANK}")
     step = way.step(table, [widths], runs)
 
     def call(x: Tensor, y: Tensor) -> None:
@@ -167,7 +173,7 @@ def off(way: Way, device: str) -> str:
         for factors in TYPES:
             shapes = [((rank, 35), (21, rank)) for rank in (3, 8, 17)]
             made = [[torch.randn(shape, generator=draw).to(device, factors) for shape in pair] for pair in shapes]
-            updates = [Update(a, b, 0.5) for a, b in made]
+            updates = [Update(a, by_column(b), 0.5) for a, b in made]
             x, y = (torch.randn(41, width, generator=draw).to(device, dtype) for width in (35, 21))
             wanted = y.double()
             formula(x, wanted, updates, runs)
