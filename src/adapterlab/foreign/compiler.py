@@ -22,8 +22,8 @@ from adapterlab.errors import BuildError
 from adapterlab.paths import home
 
 _COMPILERS = ("cc", "gcc", "clang")
-# GCC takes some fused multiplications apart, where it thinks that the processor likes that, so that the same sum would be
-# rounded in one way here and in another way there.
+# GCC takes some fused multiplications apart, where it thinks that the processor likes that, so that the same sum would
+# be rounded in one way here and in another way there.
 _ALWAYS = ("-O3", "-std=gnu11", "-fPIC", "--param=avoid-fma-max-bits=0")
 # The first with which it can be built and loaded. OpenMP's calls are left open when the library is linked: the runtime
 # that torch has loaded for all answers them, so that both share their threads. A second one would fight for the cores.
