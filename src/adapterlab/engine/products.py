@@ -25,6 +25,8 @@ from adapterlab.errors import BuildError
 from adapterlab.ops.by_address import ByAddress
 from adapterlab.ops.segmented import ENTRY, UNREADABLE, Entries, Run, Runs, Step, Update, Way, by_column, entry
 
+_MAPS = 16  # that are kept prepared: of a step there are several where adapters stand around whole blocks
+
 
 @functools.cache
 def fastest(device: str) -> tuple[Way | None, str]:
@@ -68,7 +70,7 @@ class Products:
         self._numbers: dict[nn.Module, int] = {}
         self._widths: list[tuple[int, int]] = []
         self._held: dict[str, _Held] = {}
-        self._prepared: _Prepared | None = None
+        self._prepared: dict[int, _Prepared] = {}
 
     def take(self, key: str, adapters: Iterable[Any]) -> None:
         """Lay the factors of an adapter out and write down where they are; from now on they stay there as they are.
@@ -84,12 +86,12 @@ class Products:
                 known = (0, 0, 0, 0.0, UNREADABLE) if update is None else entry(update, *self._widths[number])
                 entries[number] = known
         self._held[key] = _Held(entries, [(update.a, update.b) for _, update in found if update is not None])
-        self._prepared = None
+        self._prepared.clear()
 
     def drop(self, key: str) -> None:
         """Forget an adapter."""
         self._held.pop(key, None)
-        self._prepared = None
+        self._prepared.clear()
 
     def computed(self, state: State, module: Any, forward: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor | None:
         """Compute a module and what its adapters add.
@@ -110,10 +112,10 @@ class Products:
         x = args[0]
         if type(x) is not Tensor or x.dtype not in self.way.dtypes or torch.compiler.is_compiling():
             return None
-        prepared = self._prepared
-        if prepared is None or prepared.segments is not segments:
-            prepared = self._prepared = self._prepare(segments)
-        if x.shape[:-1] != (1, segments.total) or not prepared.readable[number]:
+        if x.shape[:-1] != (1, segments.total):
+            return None
+        prepared = self._prepared.get(id(segments)) or self._prepare(segments)
+        if not prepared.readable[number]:
             return None
         y: Tensor = forward(module, x)
         prepared.step(number, x, y)
@@ -133,7 +135,11 @@ class Products:
         plain = segments.by_token and not any(isinstance(part.who, Composition) for part in parts)
         readable = (table["type"] != UNREADABLE).all(1) & plain
         runs = [Run(start, stop, numbers[key]) for who, start, stop in parts if plain for key in who]
-        return _Prepared(segments, self.way.step(table, self._widths, Runs(runs, segments.total)), readable.tolist())
+        step = self.way.step(table, self._widths, Runs(runs, segments.total))
+        if len(self._prepared) >= _MAPS:
+            self._prepared.clear()
+        made = self._prepared[id(segments)] = _Prepared(segments, step, readable.tolist())
+        return made
 
     def _number(self, adapter: Any) -> int | None:
         """The number of an adapter's module, or None where that is no linear layer."""
