@@ -50,6 +50,20 @@ def test_a_token_gets_the_same_whatever_is_beside_it(way: Any, monkeypatch: pyte
 
 
 @needs_compiler
+def test_bfloat16_is_rounded_as_torch_does(way: Any) -> None:
+    """Ties go to even numbers, and what is not finite stays so."""
+    added = torch.tensor(
+        [2.0**-8, 2.0**-8, -(2.0**-9), 2.0**-9 + 2.0**-16, 0.0, torch.inf, -torch.inf, torch.nan, 1e38]
+    )
+    y = torch.tensor([1.0, 1 + 2.0**-7, 1.0, 1.0, torch.nan, 1.0, torch.inf, 1.0, 3.39e38]).bfloat16()
+    wanted = (y.float() + added).bfloat16()
+    product(way, [Update(torch.ones(1, 1), added[:, None])], Runs([Run(0, 1, 0)], 1))(
+        torch.ones(1, 1).bfloat16(), y[None]
+    )
+    torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_compiler
 def test_factors_are_read_where_they_are_and_stay_with_their_run(way: Any) -> None:
     a, b, x, y = (torch.randn(shape) for shape in ((4, 8), (6, 4), (3, 8), (3, 6)))
     call = product(
