@@ -287,7 +287,12 @@ def _git() -> str | None:
 
 def code(script: str) -> str:
     """Checksum of the library's sources and the benchmark's own."""
-    files = [*sorted((ROOT / "src").rglob("*.py")), Path(__file__), Path(script).resolve()]
+    files = [
+        *sorted((ROOT / "src").rglob("*.py")),
+        *sorted((ROOT / "src").rglob("*.c")),
+        Path(__file__),
+        Path(script).resolve(),
+    ]
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

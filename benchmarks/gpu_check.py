@@ -1,4 +1,4 @@
-"""What a GPU says in ten minutes: tests, steps against PEFT and TRL, the planner's error, decoding, grouped products.
+"""What a GPU says in ten minutes: tests, steps against PEFT and TRL, the planner's error, decoding, products.
 
     python benchmarks/gpu_check.py            # on a machine with a CUDA device
     python benchmarks/gpu_check.py --quick    # a tiny model on the CPU: shows that everything works
@@ -35,7 +35,7 @@ LENGTHS, QUICK_LENGTHS = [[8, 512], [2, 2048]], [[2, 8], [1, 16]]
 OURS, THEIRS = "adapterlab", "TRL"
 MANY, RANK = 32, 16  # adapters of a batch, and their rank
 METHODS = {"lora": {"r": RANK}, "dora": {"r": RANK}, "qlora": {"r": RANK, "dropout": 0.0}, "full": {}}
-LIMITS = {"tests": 110, "step": 40, "plan": 75, "decoding": 60, "grouped": 30}  # seconds of one run
+LIMITS = {"tests": 95, "step": 40, "plan": 75, "decoding": 55, "grouped": 20, "runs": 25}  # seconds of one run
 WARM = 2  # steps before those that are timed
 Product = Callable[[Any, Any, Any], Any]  # of x `[tokens, width]`, A `[adapters, r, width]`, B `[adapters, width, r]`
 
@@ -65,7 +65,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
     rows, prompt = (2, 8) if args.quick else (MANY, 128)
     jobs.append(job("plan"))
     jobs += [job("decoding", pair, rows=rows, prompt=prompt, rank=RANK) for pair in range(args.pairs)]
-    return [*jobs, *(job("grouped", pair) for pair in range(args.pairs))]
+    return [*jobs, *(job(part, pair) for part in ("grouped", "runs") for pair in range(args.pairs))]
 
 
 def _card() -> bool:
@@ -316,8 +316,54 @@ def _both(call: Callable[[], Any], wanted: Any, times: int) -> Figures:
     return {"error": error, "forward": bench.statistics.median(alone), "step": bench.statistics.median(pair)}
 
 
+# ---------------------------------------------------------------------- products of runs
+
+
+def runs(job: dict[str, Any]) -> Figures:
+    """Updates of a server's step, each adapter's tokens behind each other: Triton's kernels, and stacks in torch."""
+    import torch
+
+    from adapterlab.ops.low_rank import low_rank_by_row
+    from adapterlab.ops.segmented import Run, Runs, Update, by_column, formula
+
+    width, device = job["model"]["hidden"], job["device"]
+    found: Figures = {}
+    for tokens in (1, 4) if device == "cpu" else (1, 64, 512):
+        draw = torch.Generator().manual_seed(0)
+        made = [torch.randn(shape, generator=draw) for shape in ((RANK, width), (width, RANK)) for _ in range(MANY)]
+        factors = [t.to(device, torch.bfloat16) for t in made]
+        updates = [Update(a, by_column(b)) for a, b in zip(factors[:MANY], factors[MANY:], strict=True)]
+        x = torch.randn(MANY * tokens, width, generator=draw).to(device, torch.bfloat16)
+        parts = Runs([Run(i * tokens, (i + 1) * tokens, i) for i in range(MANY)], len(x))
+        a, b = torch.stack(factors[:MANY]), torch.stack([t.T for t in factors[MANY:]])
+        wanted = torch.zeros(x.shape, device=device)
+        formula(x, wanted, updates, parts)
+
+        def stacked(x: Any, y: Any, a: Any = a, b: Any = b, tokens: int = tokens) -> None:
+            y += low_rank_by_row(x.view(MANY, tokens, -1), a, b).flatten(0, 1)
+
+        found[str(tokens)] = {}
+        for name, make in {"stacks": lambda s=stacked: s, "Triton": lambda u=updates, p=parts: _triton(u, p)}.items():
+            try:
+                call, y = make(), torch.zeros_like(x)
+                call(x, y)
+                error = float((y.float() - wanted).norm() / wanted.norm())
+                seconds = bench.timed(functools.partial(call, x, y), 10 * job["steps"], warm=3)
+                found[str(tokens)][name] = {"error": error, "forward": bench.statistics.median(seconds)}
+            except Exception as error:  # not on this device
+                found[str(tokens)][name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return found
+
+
+def _triton(updates: Any, parts: Any) -> Any:
+    from adapterlab.ops.by_triton import ByTriton
+    from adapterlab.ops.segmented import product
+
+    return product(ByTriton(), updates, parts)
+
+
 PARTS: dict[str, Callable[[dict[str, Any]], Figures]] = {
-    "tests": tests, "step": step, "plan": planned, "decoding": decoding.work, "grouped": grouped,
+    "tests": tests, "step": step, "plan": planned, "decoding": decoding.work, "grouped": grouped, "runs": runs,
 }  # fmt: skip
 
 
@@ -413,8 +459,22 @@ def _shown_grouped(of: dict[str, Any]) -> tuple[Any, str]:
     return summary, bench.markdown(header, table)
 
 
+def _shown_runs(of: dict[str, Any]) -> tuple[Any, str]:
+    summary: dict[str, Any] = {}
+    table = []
+    for tokens in of["runs"][0][1]:
+        found = [figures[tokens] for _, figures in of["runs"]]
+        if any("forward" not in run[form] for run in found for form in run):
+            table.append([tokens, next(str(f["error"]) for f in found[0].values() if "forward" not in f)])
+            continue
+        summary[tokens] = bench.spread([run["Triton"]["forward"] / run["stacks"]["forward"] for run in found])
+        table.append([tokens, bench.shown(summary[tokens])])
+    return summary, bench.markdown([f"tokens of each of {MANY} adapters", "Triton's kernels, time / stacks"], table)
+
+
 SHOWN: dict[str, Callable[[dict[str, Any]], tuple[Any, str]]] = {
     "tests": _shown_tests, "step": _shown_steps, "decoding": _shown_decoding, "grouped": _shown_grouped,
+    "runs": _shown_runs,
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@
     │   ├── UnknownAdapterError   no adapter of this name is registered
     │   ├── UnusableAdapterError  an adapter is damaged, or cannot be served
     │   └── BusyError             there is no room now; it may be asked for again
+    ├── BuildError             a kernel cannot be compiled here, and what it computes is computed in another way
     ├── OutputError            a folder or file cannot be written, or would be overwritten
     └── MissingDependencyError an optional package is needed
 
@@ -81,6 +82,10 @@ class UnusableAdapterError(ServingError):
 
 class BusyError(ServingError):
     """A server has no room now, drains, or is stopped."""
+
+
+class BuildError(AdapterlabError):
+    """A kernel cannot be compiled or used on this machine."""
 
 
 class OutputError(AdapterlabError, OSError):

@@ -1,7 +1,8 @@
-"""Paths as users write them."""
+"""Paths as users write them, and where adapterlab keeps things of its own."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from adapterlab.errors import ConfigError
@@ -17,3 +18,8 @@ def user_path(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise ConfigError(f"{path} begins with the home folder of somebody unknown. Write the whole path.") from None
+
+
+def home() -> Path:
+    """Say where adapterlab keeps what it downloads or builds: `$ADAPTERLAB_HOME`, else `~/.cache/adapterlab`."""
+    return Path(os.environ.get("ADAPTERLAB_HOME") or "~/.cache/adapterlab").expanduser().absolute()

@@ -197,6 +197,8 @@ def test_forms_of_products_of_many_adapters_agree() -> None:
     """The form with a mask of blocks and the one with a product for each row; the third is not on every device."""
     found = gpu_check.grouped({"model": bench.TINY, "device": "cpu", "steps": 1})
     assert {form[name]["error"] < 1e-2 for form in found.values() for name in ("each", "masked")} == {True}
+    found = gpu_check.runs({"model": bench.TINY, "device": "cpu", "steps": 1})
+    assert {form["stacks"]["error"] < 1e-2 for form in found.values()} == {True}
 
 
 def test_what_failed_in_the_gpu_check_leaves_the_rest() -> None:

@@ -24,6 +24,7 @@ from adapterlab.ops.sparse_update import sparse_linear
 from adapterlab.registry import method
 from adapterlab.testing.models import packed
 from adapterlab.train import Loop, Training
+from segmented_runs import with_triton
 
 pytestmark = pytest.mark.gpu
 TOKENS, IN, OUT, RANK = 24, 32, 48, 4
@@ -231,3 +232,10 @@ def test_decoding_gives_the_same_tokens_however_the_adapter_is_there(three: Any,
     assert torch.equal(answers(three, tokens), beside)
     three.activate()
     assert not torch.equal(answers(three, tokens), beside)
+
+
+def test_tritons_products_of_runs_are_the_formula(card: str) -> None:
+    pytest.importorskip("triton")
+    if card == "cpu":
+        pytest.skip("Triton compiles for a card; tests/ops has it interpreted")
+    with_triton(card)

@@ -13,8 +13,10 @@ import torch
 from served import METHODS, ask, filled, tiny_llama
 
 import adapterlab as al
+from adapterlab.engine.products import fastest
 from adapterlab.errors import BusyError, ConfigError, FormatError, ModelError, UnknownAdapterError, UnusableAdapterError
-from adapterlab.serve import Engine, EngineSettings, Finished, Request, Sampling, Token
+from adapterlab.ops import by_address
+from adapterlab.serve import Engine, EngineSettings, Finished, Request, Sampling, Token, worker
 
 PROMPTS = [(5, 9, 31), (5, 9, 31, 7, 7, 12, 90, 4, 11), tuple(range(20, 41)), (3,)]
 
@@ -43,6 +45,30 @@ def test_all_kinds_in_one_batch_answer_as_they_do_alone(alone: Any, engine: Any)
     forms = {state.name: state.form for state in one.adapters()}
     assert forms == {**dict.fromkeys(METHODS, "tokens"), "before": "pages", "words": "pages", "norms": "alone"}
     settled(one)
+
+
+def test_updates_are_computed_by_a_kernel_or_in_torch(alone: Any, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    way, _ = fastest("cpu")
+    if way is not None:
+        step = by_address._Step.__call__
+        monkeypatch.setattr(by_address._Step, "__call__", lambda *args: (computed.append(args[1]), step(*args))[1])
+    without = "torch (there is no compiler)"
+    monkeypatch.setattr(
+        worker, "fastest", lambda kind: (way, "") if way is not None else (None, "there is no compiler")
+    )
+    for products, said in (("auto", without if way is None else way.name), ("torch", "torch (as settings say)")):
+        computed.clear()
+        one = engine("low", "low2", "low3", "moved", "scaled", products=products)
+        asked = [(name, prompt) for name in ("low", "low2", None, "low3", "moved", "scaled") for prompt in PROMPTS]
+        handles = [one.submit(ask(prompt, name)) for name, prompt in asked]
+        for handle, (name, prompt) in zip(handles, asked, strict=True):
+            assert handle.result(60)[0].ids == alone.answer(name, prompt), name
+        assert one.products == said
+        assert bool(computed) == (way is not None and products == "auto")
+        settled(one)
+    monkeypatch.setattr(worker, "fastest", lambda kind: (None, "there is no compiler"))
+    assert engine("low").products == without
 
 
 @pytest.mark.parametrize("seed", range(3))

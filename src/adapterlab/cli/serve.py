@@ -112,7 +112,7 @@ def _register(service: Service) -> None:
         say(f"not served: {line}", err=True, fg="yellow")
     if len(bad) > _SHOWN:
         say(f"... and {len(bad) - _SHOWN} more that cannot be served", err=True, fg="yellow")
-    say(f"Adapters: {len(service.engine.adapters(every=True)):,}.")
+    say(f"Adapters: {len(service.engine.adapters(every=True)):,}, computed by: {service.engine.products}.")
 
 
 def _name_of(place: Place) -> str:

@@ -101,6 +101,9 @@ def wrapped(cls: Any, takes: tuple[str, ...] = ()) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if ADAPTERS not in self._modules:  # a hook set in between still holds this method after a detach
             return plain(self, *args, **kwargs)
+        state = self.__dict__[STATE]
+        if state.products is not None and (y := state.products.computed(state, self, plain, args, kwargs)) is not None:
+            return y
         return dispatch(self, Base(plain, self), *args, **kwargs)
 
     if takes:

@@ -30,7 +30,7 @@ from adapterlab.data.vocabulary import Tables, check_within
 from adapterlab.evaluate.filling import Filling, helpers
 from adapterlab.evaluate.shards import SIZE, Shard, Shards, shard_of
 from adapterlab.json_text import digest
-from adapterlab.models.catalogue import home
+from adapterlab.paths import home
 
 _RECENT = 4096  # rows that are remembered while no file holds them
 _WORTH = 4  # files for which another process is started

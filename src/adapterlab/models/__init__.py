@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adapterlab.models.catalogue import DEFAULT, Entry, catalogue, home
+from adapterlab.models.catalogue import DEFAULT, Entry, catalogue
 from adapterlab.models.pulling import check, pull, resolve
+from adapterlab.paths import home
 
 if TYPE_CHECKING:
     from adapterlab.models.loading import load_model

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapterlab.models.source import Hub, Source
 from adapterlab.models.wheel import WheelGGUF
-from adapterlab.paths import user_path
+from adapterlab.paths import home, user_path
 
 DEFAULT = "smollm2-135m"
-
-
-def home() -> Path:
-    """Say where adapterlab keeps what it downloads: `$ADAPTERLAB_HOME`, else `~/.cache/adapterlab`."""
-    return Path(os.environ.get("ADAPTERLAB_HOME") or "~/.cache/adapterlab").expanduser().absolute()
 
 
 @dataclass(frozen=True)

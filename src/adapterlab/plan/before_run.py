@@ -19,8 +19,8 @@ from adapterlab.errors import AdapterlabError, ConfigError
 from adapterlab.foreign.model import output_head, text_config
 from adapterlab.io.atomic import write_text
 from adapterlab.json_text import digest, parsed
-from adapterlab.models.catalogue import home
 from adapterlab.models.loading import PRECISIONS
+from adapterlab.paths import home
 from adapterlab.plan import process
 from adapterlab.plan.child import Child, each, processes
 from adapterlab.plan.device import Device

@@ -100,6 +100,11 @@ class Engine:
         """
         return self._failure
 
+    @property
+    def products(self) -> str:
+        """How updates of several adapters are computed, in words."""
+        return self._worker.products
+
     # ------------------------------------------------------------------ requests
 
     def submit(self, request: Request, on_event: Callable[[Event], None] | None = None) -> Handle:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.adapter import Front
 from adapterlab.engine.attention import attention_modules, core_attention
+from adapterlab.engine.products import Products
 from adapterlab.errors import AdapterlabError, UnusableAdapterError
 from adapterlab.foreign.model import text_config
 from adapterlab.hosts import Host, host, load
@@ -51,8 +52,8 @@ class Trial(NamedTuple):
 class OnModel:
     """Puts adapters on a model and takes them off; see `serve.adapters.Loader`."""
 
-    def __init__(self, model: Any, forward: Forward, pages: Pages):
-        self.model, self.forward, self.pages = model, forward, pages
+    def __init__(self, model: Any, forward: Forward, pages: Pages, products: Products | None = None):
+        self.model, self.forward, self.pages, self.products = model, forward, pages, products
         self._tried: dict[str, Form] = {}
         self._live = contextlib.ExitStack()
         self._runs: list[tuple[str | None, int]] | None = None
@@ -75,6 +76,8 @@ class OnModel:
             self._live.enter_context(carrier.using(*(name for name in names if name is not None)))
         else:
             self._live.enter_context(carrier.tokens(runs))
+            carrier.state.products = self.products
+            self._live.callback(setattr, carrier.state, "products", None)
         self._runs = runs
 
     def rest(self) -> None:
@@ -97,6 +100,9 @@ class OnModel:
             fronts = _fronts(carrier, version.key)
             if fronts is None:
                 put_whole_change(carrier, version.key)
+                if self.products is not None:
+                    for part in carrier.parts(version.key):
+                        self.products.take(part, carrier.adapters(part).values())
                 version.form = self._tried.get(kind)
                 put = self._on_tokens(carrier, version, trial, make_room)
             else:
@@ -109,7 +115,7 @@ class OnModel:
                 self.pages.drop(version.pages)
                 version.pages = []
             if not put or version.form == "pages":  # the pages hold all there is
-                carrier.detach(version.key)
+                self.unload(version)
         return put
 
     def unload(self, version: Version) -> None:
@@ -117,6 +123,9 @@ class OnModel:
         self.rest()
         carrier = host(self.model)
         if carrier is not None and version.key in carrier.methods:
+            if self.products is not None:
+                for part in carrier.parts(version.key):
+                    self.products.drop(part)
             carrier.detach(version.key)
 
     # ------------------------------------------------------------------ pages in front

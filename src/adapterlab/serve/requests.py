@@ -308,6 +308,9 @@ class EngineSettings(Settings):
         None, ge=2, examples=[4096], description="prompt and answer in tokens; default: the model's window"
     )
     prefix_cache: bool = Field(True, description="keep keys and values of prompts for those that begin alike")
+    products: Literal["auto", "torch"] = Field(
+        "auto", description="how updates of several adapters are computed: auto: by a kernel, where there is one"
+    )
     patience: float = Field(2.0, ge=0, description="seconds a request may be passed by before it comes first")
     first_token_within: float | None = Field(
         None,

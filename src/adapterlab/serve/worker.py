@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterlab.engine.products import Products, fastest
 from adapterlab.errors import AdapterlabError, BusyError, ConfigError, ServingError, UnusableAdapterError
 from adapterlab.evaluate.generation import stop_ids
 from adapterlab.foreign.model import input_table, text_config
@@ -28,6 +29,7 @@ class Worker:
     """A model, its pages, its adapters, and what is asked of it.
 
     Attributes:
+        products: how updates of several adapters are computed, in words.
         adapters: that are registered.
         scheduler: of sequences.
     """
@@ -50,7 +52,9 @@ class Worker:
         self.forward.make_pools(count)
         self.pages = Pages(count)
         self.cache = PrefixCache(self.pages, settings.page_tokens)
-        self.on_model = OnModel(model, self.forward, self.pages)
+        way, why = (None, "as settings say") if settings.products == "torch" else fastest(self.forward.device.type)
+        self.products = f"torch ({why})" if way is None else way.name
+        self.on_model = OnModel(model, self.forward, self.pages, None if way is None else Products(way))
         self.adapters = Adapters(self.on_model, self.pages, self.cache, self.forward.page_bytes)
         positions = getattr(text_config(model), "max_position_embeddings", None)
         self.window = min((n for n in (positions, settings.max_length) if n is not None), default=None)

@@ -32,6 +32,8 @@ class FakeEngine(Engine):
         dead: what the engine failed of.
     """
 
+    products = "nothing"
+
     def __init__(self, tokenizer: Any):
         self.settings, self.tokenizer = EngineSettings(), tokenizer
         self.flowing = threading.Event()

@@ -15,10 +15,10 @@ Here = Annotated[Service, Depends(service_of)]
 
 @router.get("/health")
 async def health(service: Here) -> dict[str, str]:
-    """200 while the engine computes."""
+    """200 while the engine computes; and how updates of several adapters are."""
     if not service.alive:
         service.check_open()
-    return {"status": "ok"}
+    return {"status": "ok", "products": service.engine.products}
 
 
 @router.get("/ready")

@@ -1,0 +1,184 @@
+"""Low-rank updates of runs of tokens, added in place, with factors that are read where they lie.
+
+    y[t] += s_i · (x[t] A_iᵀ) B_iᵀ    for the tokens t of each run, whose update is i
+
+A step of a server has one set of runs and hundreds of modules. What an adapter has at its modules is written down once,
+as addresses; the lists of a step's adapters side by side are the table of the step; and a call for a module brings the
+addresses of x and y. There are several ways to compute it, each for some devices (`Way`); where there is none, the
+forms of `ops.low_rank` do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+RANK = 1024  # the largest
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+UNREADABLE = -1
+# As kernels read it. A rank of 0: the adapter is not at this module. The type UNREADABLE: no kernel can read it.
+ENTRY = np.dtype([("a", np.uint64), ("b", np.uint64), ("rank", np.int64), ("scale", np.float32), ("type", np.int32)])
+Entries = np.ndarray[Any, Any]  # of ENTRY
+Product = Callable[[Tensor, Tensor], None]  # of x `[..., in]`, added to y `[..., out]` in place
+
+
+class Run(NamedTuple):
+    """Tokens that get one update.
+
+    Attributes:
+        start: first token.
+        stop: behind the last one.
+        update: its number.
+    """
+
+    start: int
+    stop: int
+    update: int
+
+
+class Runs:
+    """Which tokens get which updates.
+
+    Attributes:
+        rounds: runs that do not overlap, so that they may be computed at the same time; a token that gets several
+            updates is in several rounds.
+        total: number of tokens.
+    """
+
+    def __init__(self, runs: Iterable[Run], total: int):
+        """Put runs into rounds.
+
+        Raises:
+            ValueError: one has tokens that are not there.
+        """
+        self.total = total
+        self.rounds: list[list[Run]] = []
+        for run in sorted(runs):
+            if not 0 <= run.start <= run.stop <= total:
+                raise ValueError(f"{run} is not within {total} tokens")
+            if run.start == run.stop:
+                continue
+            free = next((one for one in self.rounds if one[-1].stop <= run.start), None)
+            if free is None:
+                self.rounds.append([run])
+            else:
+                free.append(run)
+
+
+def cut(runs: Iterable[Run], most: int) -> list[Run]:
+    """Cut runs into pieces of at most so many tokens."""
+    return [
+        Run(start, min(start + most, run.stop), run.update)
+        for run in runs
+        for start in range(run.start, run.stop, most)
+    ]
+
+
+class Update(NamedTuple):
+    """The factors of an adapter at one module.
+
+    Attributes:
+        a: A `[r, in]`, whose rows lie behind each other.
+        b: B `[out, r]`, whose columns do; see `by_column`.
+        scale: s.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+
+
+def by_column(b: Tensor) -> Tensor:
+    """Lay B out as kernels read it, so that vectors of outputs lie beside each other: the same numbers elsewhere."""
+    return b.T.contiguous().T
+
+
+def entry(update: Update, n_in: int, out: int) -> tuple[int, int, int, float, int]:
+    """Return the `ENTRY` of an update for a module of a size; it holds while the factors stay where they are."""
+    a, b, scale = update
+    shaped = a.dim() == b.dim() == 2 and len(a) <= RANK and (a.shape[1], *b.shape) == (n_in, out, len(a))
+    plain = all(t.layout is torch.strided and type(t.data) is Tensor for t in (a, b))
+    plain = plain and shaped and a.is_contiguous() and b.T.is_contiguous()
+    if not (shaped and plain) or a.dtype is not b.dtype or a.dtype not in TYPES or a.device != b.device:
+        return 0, 0, 0, 0.0, UNREADABLE
+    return a.data_ptr(), b.data_ptr(), len(a), scale, TYPES[a.dtype]
+
+
+class Step(Protocol):
+    """The products of one step."""
+
+    def __call__(self, module: int, x: Tensor, y: Tensor) -> None:
+        """Add to y `[..., out]` the updates of x `[..., in]` at the module of a number.
+
+        Raises:
+            ValueError: x and y are not what the step is for.
+        """
+
+
+class Way(Protocol):
+    """A way to compute products of runs.
+
+    Attributes:
+        name: for people.
+        dtypes: of x that it takes.
+    """
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+
+    def step(self, table: Entries, widths: Sequence[tuple[int, int]], runs: Runs) -> Step:
+        """Prepare the products of a step.
+
+        Args:
+            table: `[modules, updates]`, all of them readable. The factors must stay where they are.
+            widths: `(in, out)` of each module.
+            runs: their updates are columns of the table.
+        """
+
+
+def product(way: Way, updates: Sequence[Update], runs: Runs) -> Product:
+    """Prepare the product of a single module.
+
+    Raises:
+        ValueError: factors that do not go together, or that cannot be read in place.
+    """
+    widths = updates[0].a.shape[1], updates[0].b.shape[0]
+    table = np.array([[entry(update, *widths) for update in updates]], ENTRY)
+    if (table["type"] == UNREADABLE).any():
+        raise ValueError(f"factors are float32, bfloat16 or float16, laid out as kernels read them, of rank <= {RANK}")
+    step = way.step(table, [widths], runs)
+
+    def call(x: Tensor, y: Tensor) -> None:
+        step(0, x, y)
+
+    return call
+
+
+def formula(x: Tensor, y: Tensor, updates: Sequence[Update], runs: Runs) -> None:
+    """Add the updates of x `[tokens, in]` to y `[tokens, out]` run by run, in the dtype of y."""
+    for start, stop, number in (run for one in runs.rounds for run in one):
+        a, b, scale = updates[number]
+        y[start:stop] += scale * (x[start:stop].to(y.dtype) @ a.to(y.dtype).T @ b.to(y.dtype).T)
+
+
+def off(way: Way, device: str) -> str:
+    """Try a small product of each type, and say what is wrong with it, or ""."""
+    draw = torch.Generator().manual_seed(0)
+    runs = Runs([Run(0, 1, 0), Run(1, 9, 1), Run(2, 3, 0), Run(10, 40, 2)], 41)
+    for dtype in way.dtypes:
+        for factors in TYPES:
+            shapes = [((rank, 35), (21, rank)) for rank in (3, 8, 17)]
+            made = [[torch.randn(shape, generator=draw).to(device, factors) for shape in pair] for pair in shapes]
+            updates = [Update(a, by_column(b), 0.5) for a, b in made]
+            x, y = (torch.randn(41, width, generator=draw).to(device, dtype) for width in (35, 21))
+            wanted = y.double()
+            formula(x, wanted, updates, runs)
+            product(way, updates, runs)(x, y)
+            found = float((y.double() - wanted).abs().max() / wanted.abs().max())
+            if not found <= 4 * torch.finfo(dtype).eps:
+                return f"off by {found:.1e} for factors in {factors} and inputs in {dtype}"
+    return ""

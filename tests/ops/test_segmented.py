@@ -1,0 +1,166 @@
+"""Updates of runs of tokens: each way that runs here, against the formula in float64."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapterlab.errors import BuildError
+from adapterlab.foreign import compiler
+from adapterlab.ops import by_address
+from adapterlab.ops.by_address import ByAddress
+from adapterlab.ops.segmented import Run, Runs, Update, by_column, product
+from segmented_runs import DTYPES, check, drawn
+
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="needs a C compiler"
+)
+
+
+@pytest.fixture(scope="module")
+def way() -> Any:
+    return ByAddress()
+
+
+@needs_compiler
+@pytest.mark.parametrize("factors", DTYPES)
+@pytest.mark.parametrize("dtype", ByAddress.dtypes)
+def test_the_compiled_kernel_is_the_formula(dtype: torch.dtype, factors: torch.dtype, way: Any) -> None:
+    for seed in range(20):
+        check(way, seed, dtype, factors)
+
+
+@needs_compiler
+def test_a_token_gets_the_same_whatever_is_beside_it(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_address, "_ALONE", 0)
+    updates, _, x, y = drawn(3, torch.float32, torch.float32)
+    update, tokens = updates[0], x.shape[1]
+    alone = y.clone()
+    for t in range(tokens):
+        product(way, [update], Runs([Run(0, 1, 0)], 1))(x[:, t], alone[:, t])
+    product(way, [update], Runs([Run(0, tokens, 0)], tokens))(x, y)
+    assert torch.equal(y, alone)
+
+
+@needs_compiler
+def test_bfloat16_is_rounded_as_torch_does(way: Any) -> None:
+    """Ties go to even numbers, and what is not finite stays so."""
+    added = torch.tensor(
+        [2.0**-8, 2.0**-8, -(2.0**-9), 2.0**-9 + 2.0**-16, 0.0, torch.inf, -torch.inf, torch.nan, 1e38]
+    )
+    y = torch.tensor([1.0, 1 + 2.0**-7, 1.0, 1.0, torch.nan, 1.0, torch.inf, 1.0, 3.39e38]).bfloat16()
+    wanted = (y.float() + added).bfloat16()
+    product(way, [Update(torch.ones(1, 1), added[:, None])], Runs([Run(0, 1, 0)], 1))(
+        torch.ones(1, 1).bfloat16(), y[None]
+    )
+    torch.testing.assert_close(y, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_compiler
+def test_factors_are_read_where_they_are_and_stay_with_their_run(way: Any) -> None:
+    a, b, x, y = (torch.randn(shape) for shape in ((4, 8), (6, 4), (3, 8), (3, 6)))
+    call = product(
+        way, [Update(a, by_column(b)), Update(a.clone(), by_column(b))], Runs([Run(0, 1, 0), Run(1, 2, 1)], 3)
+    )
+    a.zero_()
+    found = y.clone()
+    call(x, found)
+    assert torch.equal(found[[0, 2]], y[[0, 2]])
+    assert not torch.equal(found[1], y[1])
+    a.fill_(torch.nan)
+    call(x, found)
+    assert found[0].isnan().all()
+    assert found[1:].isfinite().all()
+    call(torch.randn(8, 3).T, found)  # x may lie in any order
+    with pytest.raises(ValueError, match="3 tokens of 8 numbers"):
+        call(x[:2], found)
+    with pytest.raises(ValueError, match="one behind"):
+        call(x, torch.zeros(6, 3).T)
+    with pytest.raises(ValueError, match="received"):
+        call(x.double(), y.double())
+
+
+def test_what_no_kernel_can_read_is_refused() -> None:
+    a, b, runs = torch.zeros(4, 8), by_column(torch.zeros(6, 4)), Runs([Run(0, 1, 0)], 1)
+    wrong = [(a.T.contiguous().T, b), (a.double(), b.double()), (a, b.half()), (a[:3], b), (a.flatten(), b)]
+    for one, other in [*wrong, (a, b.contiguous()), (torch.zeros(2000, 8), by_column(torch.zeros(6, 2000)))]:
+        with pytest.raises((ValueError, IndexError)):
+            product(None, [Update(a, b), Update(one, other)], runs)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not within 3 tokens"):
+        Runs([Run(2, 4, 0)], 3)
+
+
+@needs_compiler
+def test_a_kernel_that_computes_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTERLAB_HOME", str(tmp_path))
+    monkeypatch.setattr(compiler, "_ALWAYS", ("-O0", "-std=gnu11", "-fPIC"))
+    text = by_address.SOURCE.read_text()
+    assert "h[t][i] *= u->scale;" in text
+    (tmp_path / "wrong.c").write_text(text.replace("h[t][i] *= u->scale;", "h[t][i] *= 1;"))
+    with pytest.raises(BuildError, match="something else here: off by"):
+        ByAddress(tmp_path / "wrong.c")
+
+
+# ---------------------------------------------------------------------- the compiler
+
+
+@needs_compiler
+def test_a_library_is_compiled_once_in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTERLAB_HOME", str(tmp_path))
+    source = tmp_path / "seven.c"
+    source.write_text("int seven(void) { return 7; }")
+    assert compiler.library(source).seven() == 7
+    native = tmp_path / "native"
+    (kept,) = native.iterdir()
+    assert (native.stat().st_mode & 0o777, kept.stat().st_mode & 0o777) == (0o700, 0o500)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "_compile", lambda *_: pytest.fail("it is there"))
+        assert compiler.library(source).seven() == 7
+    source.write_text("int seven(void) { return 8; }")
+    assert compiler.library(source).seven() == 8
+    assert len(list(native.iterdir())) == 2
+    source.write_text("int seven(void) { return nine; }")
+    with pytest.raises(BuildError, match=r"failed: .*nine"):
+        compiler.library(source)
+    assert len(list(native.iterdir())) == 2
+
+
+@needs_compiler
+def test_what_others_can_write_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, source = tmp_path / "home", tmp_path / "seven.c"
+    monkeypatch.setenv("ADAPTERLAB_HOME", str(home))
+    source.write_text("int seven(void) { return 7; }")
+    compiler.library(source)
+    (kept,) = (home / "native").iterdir()
+    for place, mode, good, why in (
+        (kept, 0o722, 0o500, "not written by this user alone"),
+        (home / "native", 0o755, 0o700, "must belong to this user alone"),
+        (home, 0o777, 0o755, "everybody may write"),
+    ):
+        place.chmod(mode)
+        with pytest.raises(BuildError, match=why):
+            compiler.library(source)
+        place.chmod(good)
+    compiler.library(source)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BuildError, match="no C compiler"):
+        compiler.library(source)
+
+
+# ---------------------------------------------------------------------- Triton
+
+
+def test_tritons_kernels_are_the_formula_in_its_interpreter() -> None:
+    pytest.importorskip("triton")
+    program = "from segmented_runs import with_triton; with_triton('cpu')"
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
