@@ -6,6 +6,7 @@ metrics.jsonl     one line a step and one an evaluation; where tokens are routed
                   for each module by its path the share of the weight that each expert got in that step
 best/, last/      adapters
 trackers/         what trackers such as tensorboard write
+logs/             what each process of the run but the first printed
 checkpoint/       the state for `--resume`; one file with its checksum, replaced when the next one is complete
 
 Where a run takes the place of an earlier one, all this is written into .adapterlab-next/ until there is a first
@@ -35,6 +36,7 @@ from adapterlab.io.finite import not_finite
 from adapterlab.io.links import check_links
 from adapterlab.json_text import parsed
 from adapterlab.train.loop import Listener, Loop, Record
+from adapterlab.train.ranks import LOGS
 from adapterlab.train.signals import Interrupted
 
 RUN, CONFIG, METRICS, BEST, LAST = "run.json", "config.yaml", "metrics.jsonl", "best", "last"
@@ -43,6 +45,8 @@ CHECKPOINT = Path("checkpoint") / "state.pt"
 _RESULTS = (RUN, CONFIG, METRICS, BEST, LAST, CHECKPOINT.parent.name)  # what the next run in the folder replaces
 _SEAL = b"\nsha256 %s\n"
 # Settings that may differ when a run is resumed, because they cannot change what is trained.
+_ACCUMULATION = "training.accumulation"
+_BATCHES = f"{_ACCUMULATION} x processes"
 _FREE = ("output", "trust_remote_code", "training.log_every", "training.save_every", "training.trackers")
 
 
@@ -87,6 +91,25 @@ def _check_usable(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"The folder {folder} is not empty, and nothing is overwritten unless asked. Choose another output, or "
             f"pass --overwrite (overwrite=True).{hint}"
         )
+
+
+def identity(settings: Mapping[str, Any], processes: int) -> dict[str, Any]:
+    """Return what a run must have in common with a checkpoint to continue from it.
+
+    Which process computes which batch of a step is free: what counts is how many batches there are.
+
+    Args:
+        settings: flat configuration.
+        processes: of the run.
+    """
+    rest = {key: value for key, value in settings.items() if key != _ACCUMULATION}
+    return {**rest, _BATCHES: settings[_ACCUMULATION] * processes}
+
+
+def identity_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint says of the run that wrote it; early ones know the processes by their random states."""
+    saved = dict(state["identity"])
+    return identity(saved, len(state["rng"])) if _ACCUMULATION in saved else saved
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -226,6 +249,8 @@ class RunFolder(Listener):
         Raises:
             OutputError: it cannot be written.
         """
+        with explained(self.folder):
+            remove(self.folder / LOGS)
         if any((self.folder / name).exists() for name in (CHECKPOINT, BEST, LAST)):
             self._outdated = [path for path in (self.folder / TRACKERS).rglob("*") if path.is_file()]
             self._work = successor.begin(self.folder)
@@ -255,7 +280,7 @@ class RunFolder(Listener):
         Raises:
             ConfigError: configuration or data are others than those of the checkpoint.
         """
-        check_same(self.folder, state["identity"], self.identity)
+        check_same(self.folder, identity_of(state), self.identity)
         loop.load_state_dict(state)
         self._saved = loop.status.step
         if loop.accelerator.is_main_process:
@@ -301,6 +326,7 @@ class RunFolder(Listener):
         self.save(loop)
         if loop.accelerator.is_main_process:
             self.note("interrupted")
+        loop.accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
         raise Interrupted(loop.status.step, self.folder)
 
     def trained(self, loop: Loop) -> None:

@@ -10,7 +10,7 @@ import math
 import operator
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,9 +48,11 @@ from adapterlab.train.display import Display, config_table, proof_table, result_
 from adapterlab.train.fast_paths import fast_paths
 from adapterlab.train.folder import RunFolder
 from adapterlab.train.loop import Listener, Loop, Record, Row, nothing_to_train
+from adapterlab.train.ranks import agreed, check_fits, check_joined, check_start, on_cpu
 from adapterlab.train.result import RunResult
 from adapterlab.train.signals import Interrupted, Stopping, stop_on_signals
 from adapterlab.train.trackers import Trackers, check_trackers
+from adapterlab.train.watch import watched
 from adapterlab.version import __version__
 
 NAME = "default"
@@ -128,14 +130,20 @@ def fit(
         OutputError: the output folder cannot be used.
         DataError: there are no usable rows.
         TrainingError: training cannot go on, or something does not train.
-        Interrupted: SIGINT, SIGTERM or SIGHUP arrived; a checkpoint was saved.
+        RankError: another process of the run ended before its time.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived at one of the processes; a checkpoint was saved.
     """
     config = config if isinstance(config, TrainConfig) else TrainConfig(**config)
     check_trackers(config.training.trackers)
+    check_start(config.device)
     accelerator = make_accelerator(config)
+    check_joined(accelerator)
     sources = sources_of(config, provenance)
     with contextlib.ExitStack() as held:
         held.enter_context(steady_output())
+        watch = held.enter_context(watched(accelerator, config.output))
+        options = {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run}
+        agreed(accelerator, {**config.flat(), **versions(), **options})
         console = Terminal(quiet=quiet or not accelerator.is_main_process)
         console.print(config_table(config.flat(), sources, config.meanings() if dry_run else None))
         if dry_run:
@@ -144,14 +152,15 @@ def fit(
         if accelerator.is_main_process:
             held.enter_context(files.claimed(config.output, resume=resume, overwrite=overwrite))
         accelerator.wait_for_everyone()
-        done, state = left_behind(config) if resume else (None, None)
+        done, state = left_behind(config, accelerator.num_processes) if resume else (None, None)
+        agreed(accelerator, {"what --resume finds": _found(done, state)})
         if done is not None:
             console.print(f"The run in {config.output} is finished already; nothing is left to do.", highlight=False)
             console.print(result_table(done))
             return done
         job, loop = _loaded(config, accelerator, console, force=force, state=state)
         listeners = [*([] if console.quiet else [Display(console)]), *callbacks]
-        run = recorded(config, job, loop, sources, state=state, listeners=listeners)
+        run = recorded(config, job, loop, sources, state=state, listeners=listeners, explained=watch.explained)
         result = carried_out(run, operator.methodcaller("step"))
         console.print(result_table(result))
         return result
@@ -162,8 +171,12 @@ def sources_of(config: TrainConfig, provenance: Provenance | None) -> Provenance
     return dict(provenance or provenance_of(config, {"Python": config.model_dump(exclude_unset=True)}))
 
 
-def left_behind(config: TrainConfig) -> tuple[RunResult | None, dict[str, Any] | None]:
+def left_behind(config: TrainConfig, processes: int = 1) -> tuple[RunResult | None, dict[str, Any] | None]:
     """Return what an earlier process left of a run: its result, or the state of its checkpoint, or neither.
+
+    Args:
+        config: of the run.
+        processes: that continue it.
 
     Raises:
         ConfigError: the checkpoint is one of another configuration.
@@ -174,8 +187,16 @@ def left_behind(config: TrainConfig) -> tuple[RunResult | None, dict[str, Any] |
     checkpoint = config.output / files.CHECKPOINT
     state = files.read_state(checkpoint) if checkpoint.is_file() else None
     if state is not None:  # before anything is loaded; the data follow when they are read
-        files.check_same(config.output, state["identity"], {**state["identity"], **config.flat()})
+        saved = files.identity_of(state)
+        files.check_same(config.output, saved, {**saved, **files.identity(config.flat(), processes)})
     return None, state
+
+
+def _found(done: RunResult | None, state: Mapping[str, Any] | None) -> str:
+    """What every rank must find in the output folder."""
+    if done is not None:
+        return "a finished run"
+    return "nothing" if state is None else f"a checkpoint of step {state['status']['step']}"
 
 
 def _loaded(
@@ -184,6 +205,9 @@ def _loaded(
     """Load everything and show what will train."""
     with _announced(config, accelerator, console, force=force):
         job = load(config, accelerator, saved=state["adapter"] if state else None)
+        summary = job.host.summary(job.name)
+        agreed(accelerator, {**job.data, "trainable scalars": summary.trainable, "scalars": summary.total})
+        check_fits(accelerator.num_processes, len(job.rows))
         loop = loop_of(config, job, accelerator, prepare=state is None)
     console.print(proof_table(job.host.summary(job.name), _story(job, loop), _sample(job)))
     if not loop.total:
@@ -233,6 +257,7 @@ def recorded(
     state: Mapping[str, Any] | None = None,
     listeners: Sequence[Listener] = (),
     stopping: Stopping = stop_on_signals,
+    explained: Callable[[BaseException], BaseException] = lambda error: error,
     **facts: Any,
 ) -> Course[Loop, Record, RunResult]:
     """A run that leaves everything in its folder, as a course; see `Loop.course`.
@@ -245,11 +270,12 @@ def recorded(
         state: of the checkpoint to go on from.
         listeners: to be told first.
         stopping: as for `Loop.course`.
+        explained: from what ended this process to what ended the run.
         facts: more that run.json says.
     """
     paths = [dataclasses.asdict(path) for path in fast_paths(loop)]
     known = _facts(config, job, sources) | {"fast_paths": paths} | facts
-    run_folder = RunFolder(config.output, _identity(config, job), known, NAME)
+    run_folder = RunFolder(config.output, _identity(config, job, loop), known, NAME)
     trackers = [Trackers(config.flat())] if config.training.trackers else []
     loop.listeners = [*listeners, *trackers, run_folder]
     _open(config, loop, run_folder, state)
@@ -259,12 +285,15 @@ def recorded(
             yield from loop.course(stopping)
     except Interrupted:
         raise
-    except BaseException as error:
+    except BaseException as caught:
+        error = explained(caught)
         if main:
             with contextlib.suppress(OutputError):  # on a full disk there is no room for a note either
                 run_folder.note("failed", error=f"{type(error).__name__}: {error}")
             run_folder.abandon()
-        raise
+        if error is caught:
+            raise
+        raise error from caught
     result = _result(config, loop)
     if main:
         run_folder.note("finished", finished=now(), result=dataclasses.asdict(result), data=_data(loop, run_folder))
@@ -363,7 +392,7 @@ def make_accelerator(config: TrainConfig, *, beside: bool = False) -> Accelerato
     trackers = list(config.training.trackers)
     return Accelerator(
         mixed_precision="fp16" if config.precision == "fp16" and torch.cuda.is_available() else "no",
-        cpu=config.device == "cpu",
+        cpu=on_cpu(config.device),
         log_with=trackers or None,
         project_dir=str(config.output / files.TRACKERS) if trackers else None,
     )
@@ -413,9 +442,10 @@ def _steps(loop: Loop) -> str:
     return f"{loop.total:,} of {loop.sampler.per_step} rows: {epochs:.2f} epochs" if loop.total else "none"
 
 
-def _identity(config: TrainConfig, job: Job) -> dict[str, Any]:
+def _identity(config: TrainConfig, job: Job, loop: Loop) -> dict[str, Any]:
     """What a resumed run must have in common with the checkpoint."""
-    return {**config.flat(), "data fingerprint": job.data["fingerprint"]}
+    settings = files.identity(config.flat(), loop.accelerator.num_processes)
+    return {**settings, "data fingerprint": job.data["fingerprint"]}
 
 
 def _facts(config: TrainConfig, job: Job, sources: Provenance) -> dict[str, Any]:
