@@ -18,7 +18,6 @@ import yaml
 from safetensors.torch import load_file
 
 from adapterlab.errors import ConfigError
-from adapterlab.train.folder import identity
 from adapterlab.train.ranks import check_fits, check_start, differences
 from tiny_folder import write_model
 from tiny_runs import make_config, write_data
@@ -82,12 +81,8 @@ class TestRanks:
         assert killed["seconds"] < 20
         assert re.search(r"error: Rank 1 of 2 \(on \S+, process \d+\) ended without a word", killed["said"][0])
         assert "--resume" in killed["said"][0]
-        other = runs["other world"]
-        assert other["codes"] == [2]
-        assert "training.accumulation x processes: 2 in the checkpoint, 1 now" in other["said"][0]
-        assert runs["resumed"]["codes"] == [0], runs["resumed"]["said"]
-        for one, two in zip(metrics(root / "alone"), metrics(root / "killed"), strict=True):
-            assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
+        assert runs["resumed"]["codes"] == [0, 0], runs["resumed"]["said"]
+        assert metrics(root / "killed") == metrics(root / "pair")
 
     def test_whoever_is_left_says_what_happened(self, runs: dict[str, Any]) -> None:
         first = runs["first killed"]
@@ -165,5 +160,3 @@ def test_processes_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_what_differs_is_listed_by_rank() -> None:
     every = [{"a": 1, "b": "x" * 100}, {"a": 2, "b": "x" * 100}, {"a": 1, "b": "x" * 100, "c": None}]
     assert differences(every) == ["  a: 1 on rank 0, 2; 2 on rank 1"]
-    settings = {"training.accumulation": 4, "training.lr": 0.1}
-    assert identity(settings, 2) == identity({**settings, "training.accumulation": 1}, 8)

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import transformers.models.llama.modeling_llama  # noqa: F401: once, before the forks
+import transformers.models.llama.modeling_llama  # noqa: F401
 
 from adapterlab import cli
 from adapterlab.evaluate import filling, prepared
-from adapterlab.train import rank_log, run, watch
+from adapterlab.train import run, watch
 from adapterlab.train.loop import Listener, Loop
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -178,8 +178,7 @@ def main() -> dict[str, Any]:
     go("alone", 1, configuration("alone", joined, accumulation=2, **whole))
     go("pair", 2, configuration("pair", joined, accumulation=1, **whole))
     go("killed", 2, killed := configuration("killed", joined, accumulation=1, **whole), trouble=on(1, 5, kill))
-    go("other world", 1, killed, "--resume")
-    go("resumed", 1, killed, "--resume", "training.accumulation=2")
+    go("resumed", 2, killed, "--resume")
     trouble = configuration("trouble", joined, accumulation=1, **whole)
     go("first killed", 2, trouble, "--overwrite", trouble=on(0, 1, kill))
     go("raised", 2, trouble, "--overwrite", trouble=on(1, 1, boom))

@@ -88,7 +88,7 @@ def _one(settings: TrainConfig, words: list[str], **options: Any) -> None:
 
     from adapterlab.train import Interrupted, fit
     from adapterlab.train.rank_log import RankLog
-    from adapterlab.train.ranks import launched
+    from adapterlab.train.ranks import launched, rank
 
     try:
         result = fit(settings, callbacks=[RankLog(settings.output)], **options)
@@ -97,7 +97,7 @@ def _one(settings: TrainConfig, words: list[str], **options: Any) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends the others when the first one leaves
         say(f"{stop}\nContinue with: {_again(words)}", err=True)
         raise typer.Exit(130) from None
-    if result is not None and not options["quiet"]:
+    if result is not None and not options["quiet"] and rank() == 0:
         folder = shlex.quote(str(result.folder))
         adapter = shlex.quote(str(result.adapter))
         say(f"Next:  adapterlab evaluate {folder if result.best else adapter}")

@@ -45,8 +45,6 @@ CHECKPOINT = Path("checkpoint") / "state.pt"
 _RESULTS = (RUN, CONFIG, METRICS, BEST, LAST, CHECKPOINT.parent.name)  # what the next run in the folder replaces
 _SEAL = b"\nsha256 %s\n"
 # Settings that may differ when a run is resumed, because they cannot change what is trained.
-_ACCUMULATION = "training.accumulation"
-_BATCHES = f"{_ACCUMULATION} x processes"
 _FREE = ("output", "trust_remote_code", "training.log_every", "training.save_every", "training.trackers")
 
 
@@ -91,25 +89,6 @@ def _check_usable(folder: Path, *, resume: bool, overwrite: bool) -> None:
             f"The folder {folder} is not empty, and nothing is overwritten unless asked. Choose another output, or "
             f"pass --overwrite (overwrite=True).{hint}"
         )
-
-
-def identity(settings: Mapping[str, Any], processes: int) -> dict[str, Any]:
-    """Return what a run must have in common with a checkpoint to continue from it.
-
-    Which process computes which batch of a step is free: what counts is how many batches there are.
-
-    Args:
-        settings: flat configuration.
-        processes: of the run.
-    """
-    rest = {key: value for key, value in settings.items() if key != _ACCUMULATION}
-    return {**rest, _BATCHES: settings[_ACCUMULATION] * processes}
-
-
-def identity_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint says of the run that wrote it; early ones know the processes by their random states."""
-    saved = dict(state["identity"])
-    return identity(saved, len(state["rng"])) if _ACCUMULATION in saved else saved
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -280,7 +259,7 @@ class RunFolder(Listener):
         Raises:
             ConfigError: configuration or data are others than those of the checkpoint.
         """
-        check_same(self.folder, identity_of(state), self.identity)
+        check_same(self.folder, state["identity"], self.identity)
         loop.load_state_dict(state)
         self._saved = loop.status.step
         if loop.accelerator.is_main_process:

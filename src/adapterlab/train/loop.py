@@ -425,8 +425,7 @@ class Loop:
         self.schedule.load_state_dict(state["schedule"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if (rank := self.accelerator.process_index) < len(state["rng"]):  # a rank that is new keeps its own start
-            rng.restore(state["rng"][rank])
+        rng.restore(state["rng"][self.accelerator.process_index])
         vars(self.status).update(state["status"])
 
     def _optimized(self) -> list[str]:

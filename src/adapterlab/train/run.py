@@ -152,7 +152,7 @@ def fit(
         if accelerator.is_main_process:
             held.enter_context(files.claimed(config.output, resume=resume, overwrite=overwrite))
         accelerator.wait_for_everyone()
-        done, state = left_behind(config, accelerator.num_processes) if resume else (None, None)
+        done, state = left_behind(config) if resume else (None, None)
         agreed(accelerator, {"what --resume finds": _found(done, state)})
         if done is not None:
             console.print(f"The run in {config.output} is finished already; nothing is left to do.", highlight=False)
@@ -171,12 +171,8 @@ def sources_of(config: TrainConfig, provenance: Provenance | None) -> Provenance
     return dict(provenance or provenance_of(config, {"Python": config.model_dump(exclude_unset=True)}))
 
 
-def left_behind(config: TrainConfig, processes: int = 1) -> tuple[RunResult | None, dict[str, Any] | None]:
+def left_behind(config: TrainConfig) -> tuple[RunResult | None, dict[str, Any] | None]:
     """Return what an earlier process left of a run: its result, or the state of its checkpoint, or neither.
-
-    Args:
-        config: of the run.
-        processes: that continue it.
 
     Raises:
         ConfigError: the checkpoint is one of another configuration.
@@ -187,8 +183,7 @@ def left_behind(config: TrainConfig, processes: int = 1) -> tuple[RunResult | No
     checkpoint = config.output / files.CHECKPOINT
     state = files.read_state(checkpoint) if checkpoint.is_file() else None
     if state is not None:  # before anything is loaded; the data follow when they are read
-        saved = files.identity_of(state)
-        files.check_same(config.output, saved, {**saved, **files.identity(config.flat(), processes)})
+        files.check_same(config.output, state["identity"], {**state["identity"], **config.flat()})
     return None, state
 
 
@@ -275,7 +270,7 @@ def recorded(
     """
     paths = [dataclasses.asdict(path) for path in fast_paths(loop)]
     known = _facts(config, job, sources) | {"fast_paths": paths} | facts
-    run_folder = RunFolder(config.output, _identity(config, job, loop), known, NAME)
+    run_folder = RunFolder(config.output, _identity(config, job), known, NAME)
     trackers = [Trackers(config.flat())] if config.training.trackers else []
     loop.listeners = [*listeners, *trackers, run_folder]
     _open(config, loop, run_folder, state)
@@ -442,10 +437,9 @@ def _steps(loop: Loop) -> str:
     return f"{loop.total:,} of {loop.sampler.per_step} rows: {epochs:.2f} epochs" if loop.total else "none"
 
 
-def _identity(config: TrainConfig, job: Job, loop: Loop) -> dict[str, Any]:
+def _identity(config: TrainConfig, job: Job) -> dict[str, Any]:
     """What a resumed run must have in common with the checkpoint."""
-    settings = files.identity(config.flat(), loop.accelerator.num_processes)
-    return {**settings, "data fingerprint": job.data["fingerprint"]}
+    return {**config.flat(), "data fingerprint": job.data["fingerprint"]}
 
 
 def _facts(config: TrainConfig, job: Job, sources: Provenance) -> dict[str, Any]:
