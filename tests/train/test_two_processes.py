@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from adapterlab.errors import ConfigError
+from adapterlab.train import signals
 from adapterlab.train.ranks import check_fits, check_start, differences
 from tiny_folder import write_model
 from tiny_runs import make_config, write_data
@@ -69,7 +70,7 @@ class TestRanks:
                 assert two[key] == pytest.approx(one[key], rel=1e-4, abs=1e-6), (key, one, two)
         expected = weights(root / "alone")
         assert all(torch.allclose(value, expected[key], atol=1e-5) for key, value in weights(root / "pair").items())
-        assert sorted(rows_of(runs["pair"])) == sorted(rows_of(runs["alone"])) == sorted([*range(54)] * 2)
+        assert sorted(rows_of(runs["pair"])) == sorted(rows_of(runs["alone"])) == [*range(54)]
         assert {p.name for p in (root / "pair").iterdir()} - {p.name for p in (root / "alone").iterdir()} == {"logs"}
         assert [p.name for p in (root / "pair" / "logs").iterdir()] == ["rank_1.log"]
         assert runs["pair"]["said"][0].count("Next:") == 1
@@ -78,7 +79,7 @@ class TestRanks:
     def test_a_killed_rank_ends_the_others_and_the_run_resumes(self, root: Path, runs: dict[str, Any]) -> None:
         killed = runs["killed"]
         assert killed["codes"] == [2, -signal.SIGKILL]
-        assert killed["seconds"] < 20
+        assert killed["seconds"] < 30
         assert re.search(r"error: Rank 1 of 2 \(on \S+, process \d+\) ended without a word", killed["said"][0])
         assert "--resume" in killed["said"][0]
         assert runs["resumed"]["codes"] == [0, 0], runs["resumed"]["said"]
@@ -87,15 +88,12 @@ class TestRanks:
     def test_whoever_is_left_says_what_happened(self, runs: dict[str, Any]) -> None:
         first = runs["first killed"]
         assert first["codes"] == [-signal.SIGKILL, 2]
+        assert first["seconds"] < 30, "the main thread of the other one would have waited for a minute"
         assert "error: Rank 0 of 2" in first["said"][1]
         raised = runs["raised"]
         assert raised["codes"] == [2, 1]
         assert re.search(r"error: Rank 1 of 2 .*failed: ValueError: boom", raised["said"][0])
         assert raised["said"][1] == ""
-        stuck = runs["stuck"]
-        assert stuck["codes"] == [2, -signal.SIGKILL]
-        assert stuck["seconds"] < 20
-        assert "error: Rank 1 of 2" in stuck["said"][0]
 
     def test_ranks_that_differ_are_named(self, runs: dict[str, Any]) -> None:
         assert runs["other things"]["codes"] == [2, 2]
@@ -108,14 +106,14 @@ class TestRanks:
     def test_a_signal_to_one_rank_stops_all_and_the_run_goes_on_exactly(self, root: Path, runs: dict[str, Any]) -> None:
         stopped = runs["stopped"]
         assert stopped["codes"] == [130, 130]
-        assert "interrupted after step 3" in stopped["said"][0]
+        assert "interrupted after step 2" in stopped["said"][0]
         assert "accelerate launch [...] -m adapterlab train" in stopped["said"][0]
         assert [runs[name]["codes"] for name in ("stream", "continued")] == [[0, 0]] * 2, runs["continued"]["said"]
         assert metrics(root / "stopped") == metrics(root / "stream")
         expected = weights(root / "stream")
         assert all(torch.equal(value, expected[key]) for key, value in weights(root / "stopped").items())
-        assert sorted(rows_of(runs["stream"])) == [*range(48)], "each place of the stream once"
-        assert sorted(rows_of(runs["stopped"]) + rows_of(runs["continued"])) == [*range(48)]
+        assert sorted(rows_of(runs["stream"])) == [*range(32)], "each place of the stream once"
+        assert sorted(rows_of(runs["stopped"]) + rows_of(runs["continued"])) == [*range(32)]
 
 
 @pytest.mark.slow
@@ -155,6 +153,23 @@ def test_processes_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(ConfigError, match=r"starts one process.*--processes N"):
         check_start(None)
+
+
+def test_a_signal_that_a_launcher_passes_on_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        for window, expected in ((60.0, []), (-1.0, [signal.SIGTERM])):
+            monkeypatch.setattr(signals, "_ECHO", window)
+            with signals.stop_on_signals() as asked:
+                assert not asked()
+                signal.raise_signal(signal.SIGTERM)
+                assert asked()
+                signal.raise_signal(signal.SIGTERM)
+            assert came == expected
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_what_differs_is_listed_by_rank() -> None:
