@@ -36,6 +36,7 @@ _GRACE = 5.0  # seconds for the main thread to leave by itself: a collective may
 _HINT = 3.0  # seconds in which it becomes known that an error is the echo of another rank's end
 _REACH = 30.0  # seconds for all connections
 _LINE = 1 << 16  # bytes of a message at most
+_PIECES = 8  # in which a first message may arrive
 _TAIL = 6  # last lines of a log or of a traceback
 _PROBES = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}  # a machine that is gone: some 25 seconds
 
@@ -66,6 +67,15 @@ class _Peer:
         except (OSError, ValueError, TypeError):
             return None
         return found if data and len(self._rest) < _LINE else None
+
+    def first(self) -> dict[str, Any]:
+        """Return the first message; an empty one if none comes."""
+        for _ in range(_PIECES):
+            if (found := self.receive()) is None:
+                break
+            if found:
+                return found[0]
+        return {}
 
 
 class Watch:
@@ -103,7 +113,7 @@ class Watch:
         with contextlib.suppress(OSError):
             peer = _Peer(socket.create_connection((address, port), timeout=_REACH), 0, place)
             peer.send(token=token, rank=self.rank, place=_place())
-            if peer.receive():
+            if peer.first():
                 self._peers[0] = peer
                 hide()
 
@@ -111,11 +121,11 @@ class Watch:
         end = time.monotonic() + _REACH
         while len(self._peers) < self.world - 1 and (left := end - time.monotonic()) > 0:
             server.settimeout(left)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError, TypeError):
                 peer = _Peer(server.accept()[0])
-                hello = (peer.receive() or [{}])[0]
-                number = hello.get("rank")
-                if not hmac.compare_digest(str(hello.get("token")), token) or number not in range(1, self.world):
+                hello = peer.first()
+                number = int(hello.get("rank") or 0)
+                if not hmac.compare_digest(str(hello.get("token")), token) or not 0 < number < self.world:
                     continue  # not one of ours
                 peer.number, peer.place = number, str(hello.get("place"))
                 peer.send(welcome=True)
