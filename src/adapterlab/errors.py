@@ -9,7 +9,8 @@
     ├── DataError              rows are missing, malformed, or leave nothing to train on
     ├── FormatError            an adapter folder or checkpoint is damaged, foreign, or made for another base
     ├── TrainingError          training cannot go on
-    │   └── NotTrainingError   what should train did not: no gradient, a non-finite one, or unchanged bits
+    │   ├── NotTrainingError   what should train did not: no gradient, a non-finite one, or unchanged bits
+    │   └── RankError          another process of the run ended before its time
     ├── ServingError           a server cannot do what is asked of it
     │   ├── UnknownAdapterError   no adapter of this name is registered
     │   ├── UnusableAdapterError  an adapter is damaged, or cannot be served
@@ -66,6 +67,18 @@ class TrainingError(AdapterlabError):
 
 class NotTrainingError(TrainingError):
     """A tensor that should train received no finite, non-zero gradient, or did not change."""
+
+
+class RankError(TrainingError):
+    """Another process of the run ended before its time, and this one ends with it.
+
+    Attributes:
+        rank: of the process that ended first.
+    """
+
+    def __init__(self, message: str, rank: int):
+        super().__init__(message)
+        self.rank = rank
 
 
 class ServingError(AdapterlabError):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from adapterlab.cli._shared import Trust, help_config, say
+
+if TYPE_CHECKING:
+    from adapterlab.train import TrainConfig
 
 
 def train(
@@ -25,6 +28,10 @@ def train(
     exact: Annotated[
         bool, typer.Option("--exact", help="With --together: the numbers of separate runs to the bit; saves no time.")
     ] = False,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train in this many processes of this machine, one a GPU; accelerate starts them."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint, exactly.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Load, check and show everything; train nothing.")] = False,
@@ -36,16 +43,20 @@ def train(
     """Train an adapter as a YAML file says, with KEY=VALUE overrides such as training.lr=1e-4.
 
     The output folder gets adapters (best/, last/), metrics.jsonl, run.json, config.yaml and a checkpoint.
-    Ctrl-C finishes the step and saves a checkpoint; so do a closed terminal and SIGTERM.
+    Ctrl-C finishes the step and saves a checkpoint; so do a closed terminal and SIGTERM. Over several machines, or with
+    options of accelerate: accelerate launch [...] -m adapterlab train ...; see docs/many_processes.md.
     """
-    import shlex
-
     from adapterlab.errors import ConfigError
-    from adapterlab.train import Interrupted, fit, load_config
+    from adapterlab.train import load_config
 
     overrides = [*(overrides or []), *["trust_remote_code=true"] * trust_remote_code]
     files = [str(config), *(word for word in overrides if "=" not in word)]
+    several = processes is not None and processes > 1
     if together:
+        if several:
+            raise ConfigError(
+                "--together trains several runs in one process, and --processes one run in several. Choose one of them."
+            )
         if dry_run:
             raise ConfigError(
                 "--dry-run tries one run. Try each by itself; what runs need together says adapterlab plan --together."
@@ -60,25 +71,51 @@ def train(
             "Settings are written key=value."
         )
     settings, provenance = load_config(config, overrides)
+    flags = {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run, "--force": force, "--quiet": quiet}
+    words = ["train", str(config), *overrides, *(flag for flag, given in flags.items() if given)]
+    if several:
+        from adapterlab.train.launching import launch
+
+        raise typer.Exit(launch(words, processes or 1, settings.device, settings.output))
+    options = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run, "force": force, "quiet": quiet}
+    _one(settings, words, provenance=provenance, **options)
+
+
+def _one(settings: TrainConfig, words: list[str], **options: Any) -> None:
+    """Train one run, in this process or as one of several ranks."""
+    import shlex
+    import signal
+
+    from adapterlab.train import Interrupted, fit
+    from adapterlab.train.rank_log import RankLog
+    from adapterlab.train.ranks import launched, rank
+
     try:
-        result = fit(
-            settings,
-            resume=resume,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            force=force,
-            quiet=quiet,
-            provenance=provenance,
-        )
+        result = fit(settings, callbacks=[RankLog(settings.output)], **options)
     except Interrupted as stop:
-        again = shlex.join(["adapterlab", "train", str(config), *overrides, "--resume"])
-        say(f"{stop}\nContinue with: {again}", err=True)
+        if launched() > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends the others when the first one leaves
+        say(f"{stop}\nContinue with: {_again(words)}", err=True)
         raise typer.Exit(130) from None
-    if result is not None and not quiet:
+    if result is not None and not options["quiet"] and rank() == 0:
         folder = shlex.quote(str(result.folder))
         adapter = shlex.quote(str(result.adapter))
         say(f"Next:  adapterlab evaluate {folder if result.best else adapter}")
         say(f"       adapterlab chat {adapter}")
+
+
+def _again(words: list[str]) -> str:
+    """The command that continues an interrupted run, in as many processes as it had."""
+    import os
+    import shlex
+
+    from adapterlab.train.launching import PROCESSES
+    from adapterlab.train.ranks import launched
+
+    words = [*(word for word in words if word not in ("--overwrite", "--resume")), "--resume"]
+    if number := os.environ.get(PROCESSES):
+        return shlex.join(["adapterlab", *words, "--processes", number])
+    return ("accelerate launch [...] -m " if launched() > 1 else "") + shlex.join(["adapterlab", *words])
 
 
 def _together(files: list[str], pairs: list[str], options: dict[str, bool]) -> None:

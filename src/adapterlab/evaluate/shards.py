@@ -16,6 +16,7 @@ from adapterlab.data.encoding import IGNORED
 from adapterlab.data.formats import Columns
 from adapterlab.data.report import Encoded, Report
 from adapterlab.errors import OutputError
+from adapterlab.evaluate.pruning import limit, prune, use
 from adapterlab.io.atomic import new_file
 from adapterlab.terminal import Terminal
 
@@ -126,6 +127,7 @@ class Shards:
         self._mapped: OrderedDict[int, Shard] = OrderedDict()
         self._checked: set[int] = set()
         self._memory: dict[int, Shard] = {}
+        self._use: Any = None  # while it is open nobody removes the folder
 
     def has(self, number: int) -> bool:
         """Say whether a file was written, without reading it."""
@@ -158,7 +160,15 @@ class Shards:
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.rows"
 
+    def _hold(self) -> None:
+        """Keep the folder, and make room for a new one."""
+        if self._use is None:
+            self._use = use(self.folder)
+            if not self.folder.exists():
+                prune(self.folder.parent, limit())
+
     def _write(self, file: Path, shard: Shard) -> None:
+        self._hold()
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, shard.table.schema) as stream:
             stream.write_table(shard.table)
@@ -169,6 +179,9 @@ class Shards:
 
     def _read(self, number: int) -> Shard | None:
         file = self._file(number)
+        if not file.exists():
+            return None
+        self._hold()
         try:
             with pa.memory_map(str(file)) as mapped:
                 whole = mapped.read_buffer()

@@ -6,6 +6,7 @@ metrics.jsonl     one line a step and one an evaluation; where tokens are routed
                   for each module by its path the share of the weight that each expert got in that step
 best/, last/      adapters
 trackers/         what trackers such as tensorboard write
+logs/             what each process of the run but the first printed
 checkpoint/       the state for `--resume`; one file with its checksum, replaced when the next one is complete
 
 Where a run takes the place of an earlier one, all this is written into .adapterlab-next/ until there is a first
@@ -35,6 +36,7 @@ from adapterlab.io.finite import not_finite
 from adapterlab.io.links import check_links
 from adapterlab.json_text import parsed
 from adapterlab.train.loop import Listener, Loop, Record
+from adapterlab.train.ranks import LOGS
 from adapterlab.train.signals import Interrupted
 
 RUN, CONFIG, METRICS, BEST, LAST = "run.json", "config.yaml", "metrics.jsonl", "best", "last"
@@ -226,6 +228,8 @@ class RunFolder(Listener):
         Raises:
             OutputError: it cannot be written.
         """
+        with explained(self.folder):
+            remove(self.folder / LOGS)
         if any((self.folder / name).exists() for name in (CHECKPOINT, BEST, LAST)):
             self._outdated = [path for path in (self.folder / TRACKERS).rglob("*") if path.is_file()]
             self._work = successor.begin(self.folder)
@@ -301,6 +305,7 @@ class RunFolder(Listener):
         self.save(loop)
         if loop.accelerator.is_main_process:
             self.note("interrupted")
+        loop.accelerator.wait_for_everyone()  # a launcher ends the others when the first one leaves
         raise Interrupted(loop.status.step, self.folder)
 
     def trained(self, loop: Loop) -> None:

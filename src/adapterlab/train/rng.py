@@ -30,7 +30,7 @@ def restore(saved: dict[str, Any]) -> None:
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(saved["torch"])
     if saved["cuda"]:
-        torch.cuda.set_rng_state_all(saved["cuda"])
+        torch.cuda.set_rng_state_all(saved["cuda"][: torch.cuda.device_count()])
 
 
 class Stream:

@@ -10,7 +10,7 @@ import math
 import operator
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -48,9 +48,11 @@ from adapterlab.train.display import Display, config_table, proof_table, result_
 from adapterlab.train.fast_paths import fast_paths
 from adapterlab.train.folder import RunFolder
 from adapterlab.train.loop import Listener, Loop, Record, Row, nothing_to_train
+from adapterlab.train.ranks import agreed, check_fits, check_joined, check_start, on_cpu
 from adapterlab.train.result import RunResult
 from adapterlab.train.signals import Interrupted, Stopping, stop_on_signals
 from adapterlab.train.trackers import Trackers, check_trackers
+from adapterlab.train.watch import watched
 from adapterlab.version import __version__
 
 NAME = "default"
@@ -128,14 +130,20 @@ def fit(
         OutputError: the output folder cannot be used.
         DataError: there are no usable rows.
         TrainingError: training cannot go on, or something does not train.
-        Interrupted: SIGINT, SIGTERM or SIGHUP arrived; a checkpoint was saved.
+        RankError: another process of the run ended before its time.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived at one of the processes; a checkpoint was saved.
     """
     config = config if isinstance(config, TrainConfig) else TrainConfig(**config)
     check_trackers(config.training.trackers)
+    check_start(config.device)
     accelerator = make_accelerator(config)
+    check_joined(accelerator)
     sources = sources_of(config, provenance)
     with contextlib.ExitStack() as held:
         held.enter_context(steady_output())
+        watch = held.enter_context(watched(accelerator, config.output))
+        options = {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run}
+        agreed(accelerator, {**config.flat(), **versions(), **options})
         console = Terminal(quiet=quiet or not accelerator.is_main_process)
         console.print(config_table(config.flat(), sources, config.meanings() if dry_run else None))
         if dry_run:
@@ -145,13 +153,14 @@ def fit(
             held.enter_context(files.claimed(config.output, resume=resume, overwrite=overwrite))
         accelerator.wait_for_everyone()
         done, state = left_behind(config) if resume else (None, None)
+        agreed(accelerator, {"what --resume finds": _found(done, state)})
         if done is not None:
             console.print(f"The run in {config.output} is finished already; nothing is left to do.", highlight=False)
             console.print(result_table(done))
             return done
         job, loop = _loaded(config, accelerator, console, force=force, state=state)
         listeners = [*([] if console.quiet else [Display(console)]), *callbacks]
-        run = recorded(config, job, loop, sources, state=state, listeners=listeners)
+        run = recorded(config, job, loop, sources, state=state, listeners=listeners, explained=watch.explained)
         result = carried_out(run, operator.methodcaller("step"))
         console.print(result_table(result))
         return result
@@ -178,12 +187,22 @@ def left_behind(config: TrainConfig) -> tuple[RunResult | None, dict[str, Any] |
     return None, state
 
 
+def _found(done: RunResult | None, state: Mapping[str, Any] | None) -> str:
+    """What every rank must find in the output folder."""
+    if done is not None:
+        return "a finished run"
+    return "nothing" if state is None else f"a checkpoint of step {state['status']['step']}"
+
+
 def _loaded(
     config: TrainConfig, accelerator: Accelerator, console: Terminal, *, force: bool, state: Mapping[str, Any] | None
 ) -> tuple[Job, Loop]:
     """Load everything and show what will train."""
     with _announced(config, accelerator, console, force=force):
         job = load(config, accelerator, saved=state["adapter"] if state else None)
+        summary = job.host.summary(job.name)
+        agreed(accelerator, {**job.data, "trainable scalars": summary.trainable, "scalars": summary.total})
+        check_fits(accelerator.num_processes, len(job.rows))
         loop = loop_of(config, job, accelerator, prepare=state is None)
     console.print(proof_table(job.host.summary(job.name), _story(job, loop), _sample(job)))
     if not loop.total:
@@ -233,6 +252,7 @@ def recorded(
     state: Mapping[str, Any] | None = None,
     listeners: Sequence[Listener] = (),
     stopping: Stopping = stop_on_signals,
+    explained: Callable[[BaseException], BaseException] = lambda error: error,
     **facts: Any,
 ) -> Course[Loop, Record, RunResult]:
     """A run that leaves everything in its folder, as a course; see `Loop.course`.
@@ -245,6 +265,7 @@ def recorded(
         state: of the checkpoint to go on from.
         listeners: to be told first.
         stopping: as for `Loop.course`.
+        explained: from what ended this process to what ended the run.
         facts: more that run.json says.
     """
     paths = [dataclasses.asdict(path) for path in fast_paths(loop)]
@@ -259,12 +280,15 @@ def recorded(
             yield from loop.course(stopping)
     except Interrupted:
         raise
-    except BaseException as error:
+    except BaseException as caught:
+        error = explained(caught)
         if main:
             with contextlib.suppress(OutputError):  # on a full disk there is no room for a note either
                 run_folder.note("failed", error=f"{type(error).__name__}: {error}")
             run_folder.abandon()
-        raise
+        if error is caught:
+            raise
+        raise error from caught
     result = _result(config, loop)
     if main:
         run_folder.note("finished", finished=now(), result=dataclasses.asdict(result), data=_data(loop, run_folder))
@@ -363,7 +387,7 @@ def make_accelerator(config: TrainConfig, *, beside: bool = False) -> Accelerato
     trackers = list(config.training.trackers)
     return Accelerator(
         mixed_precision="fp16" if config.precision == "fp16" and torch.cuda.is_available() else "no",
-        cpu=config.device == "cpu",
+        cpu=on_cpu(config.device),
         log_with=trackers or None,
         project_dir=str(config.output / files.TRACKERS) if trackers else None,
     )

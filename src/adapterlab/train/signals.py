@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 Stopping = Callable[[], contextlib.AbstractContextManager[Callable[[], bool]]]
+_ECHO = 3.0  # seconds in which a launcher may pass on a signal that came to all processes anyway
 _ASKED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -32,13 +35,15 @@ class Interrupted(KeyboardInterrupt):
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
     """Turn the first SIGINT, SIGTERM or SIGHUP into an answer "yes" of the function that is given.
 
-    A second one acts at once. SIGHUP stays ignored where it is already, as under nohup. Outside the main thread,
-    where signals cannot be caught, the answer is always "no".
+    A second one acts at once; in a process that a launcher started, if it is no echo of the first. SIGHUP stays ignored
+    where it is already, as under nohup. Outside the main thread, where signals cannot be caught, the answer is always
+    "no".
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     asked = threading.Event()
+    echoes = [0.0]  # until when
     before: dict[signal.Signals, Any] = {}
 
     def restore() -> None:
@@ -46,8 +51,16 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
     def note(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            if time.monotonic() > echoes[0]:
+                restore()
+                signal.raise_signal(number)
+            return
         asked.set()
-        restore()
+        if "LOCAL_RANK" in os.environ:
+            echoes[0] = time.monotonic() + _ECHO
+        else:
+            restore()
 
     ignored = {number for number in _ASKED if signal.getsignal(number) is signal.SIG_IGN}
     heeded = [number for number in _ASKED if number.name != "SIGHUP" or number not in ignored]
