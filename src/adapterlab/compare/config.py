@@ -88,6 +88,11 @@ class Exams(_Part):
         None, examples=[256], ge=1, description="longest answer; null: from the longest reference"
     )
     samples: int = Field(5, ge=0, description="answers kept for reading")
+    costs: bool = Field(
+        True,
+        description="measure what use costs too: the time of a forward pass beside the weights and merged, and the "
+        "operations of a step",
+    )
 
 
 class Contender(_Part):
