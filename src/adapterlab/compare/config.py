@@ -90,8 +90,8 @@ class Exams(_Part):
     samples: int = Field(5, ge=0, description="answers kept for reading")
     costs: bool = Field(
         True,
-        description="measure what use costs too: the time of a forward pass beside the weights and merged, and the "
-        "operations of a step",
+        description="measure what each method costs too: time and memory of its training, operations of a step, time "
+        "of a forward pass beside the weights and merged; false: runs of the first seed share a base as well",
     )
 
 
