@@ -66,7 +66,9 @@ def test_seeds_that_spread_too_far_need_more_seeds_and_no_number_of_rows() -> No
     assert [need.rows is None for need in made] == [True, True, False, False]
     assert (cheapest(made) or made[0]).seeds == 10
     assert cheapest(made[:2]) is None
-    assert made[0].least is not None and made[-1].least is not None and made[0].least > made[-1].least
+    assert made[0].least is not None
+    assert made[-1].least is not None
+    assert made[0].least > made[-1].least
 
 
 def test_the_smallest_difference_is_the_one_that_needs_these_rows() -> None:
@@ -74,7 +76,9 @@ def test_the_smallest_difference_is_the_one_that_needs_these_rows() -> None:
     assert rows_needed(SPREAD, least, 3, level=0.01) == pytest.approx(150, abs=1)
     many = needs(SPREAD, 0.1, pairs=45)[0].rows
     one = needs(SPREAD, 0.1)[0].rows
-    assert many is not None and one is not None and many > one
+    assert many is not None
+    assert one is not None
+    assert many > one
 
 
 def pilot(seeds: int, judge: str = "loss", rows: int = 400) -> Comparison:
@@ -97,23 +101,28 @@ def pilot(seeds: int, judge: str = "loss", rows: int = 400) -> Comparison:
 
 def test_a_pilot_says_how_far_rows_and_seeds_spread() -> None:
     spread = spread_of(pilot(30))
-    assert spread is not None and spread.seeds is not None
+    assert spread is not None
+    assert spread.seeds is not None
     assert (spread.rows, spread.rest) == pytest.approx((SPREAD.rows, SPREAD.rest), rel=0.15)
     assert spread.seeds == pytest.approx(0.02, rel=0.5)
     alone = spread_of(pilot(1))
-    assert alone is not None and alone.seeds is None
+    assert alone is not None
+    assert alone.seeds is None
     assert alone.rows == pytest.approx((SPREAD.rows**2 + SPREAD.rest**2) ** 0.5, rel=0.15)
     assert spread_of(fabricate(methods=("dora",), failed=False)) is None
 
 
 def test_what_cannot_be_told_is_said_with_what_it_would_take() -> None:
     made = pilot(3)
-    assert made.recommendation is not None and "would" not in made.recommendation.text  # everything is told apart
+    assert made.recommendation is not None
+    assert "would" not in made.recommendation.text
     close = fabricate(methods=("lora r=8", "lora r=16"), failed=False, seeds=3)
     facts = {key: getattr(close, key) for key in ("name", "started", "updated", "finished", "config", "data")}
     text = summarise(close.runs, judge="score", level=0.05, **facts).recommendation
-    assert text is not None and "To tell 5 points apart here takes about " in text.text
-    assert "evaluation rows and" in text.text and "seeds of each method." in text.text
+    assert text is not None
+    assert "To tell 5 points apart here takes about " in text.text
+    assert "evaluation rows and" in text.text
+    assert "seeds of each method." in text.text
 
 
 def test_the_command_asks_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,7 +133,8 @@ def test_the_command_asks_and_runs_nothing(tmp_path: Path, capsys: pytest.Captur
     assert [need["seeds"] for need in told["needs"]] == [2, 3, 5, 10, 20]
     assert main(["compare", "--power", "--discordance", "0.2"]) == 0
     text = capsys.readouterr().out
-    assert "To tell 5 points apart" in text and max(map(len, text.splitlines())) <= 80
+    assert "To tell 5 points apart" in text
+    assert max(map(len, text.splitlines())) <= 80
     assert main(["compare", "--pilot", str(tmp_path)]) == 2
     assert "belongs to --power" in capsys.readouterr().err
 
