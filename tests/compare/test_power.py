@@ -125,17 +125,24 @@ def test_what_cannot_be_told_is_said_with_what_it_would_take() -> None:
     assert "seeds of each method." in text.text
 
 
+def ask(*arguments: str) -> int:
+    """The exit status of `compare --power`."""
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", *arguments])
+    return int(str(ended.value.code))
+
+
 def test_the_command_asks_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pilot(3).save(tmp_path)
-    assert main(["compare", "--power", "--pilot", str(tmp_path), "--nats", "0.1", "--json"]) == 0
+    assert ask("--power", "--pilot", str(tmp_path), "--nats", "0.1", "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["judge"], told["difference"], told["methods"], told["pairs"], told["rows"]) == ("loss", 0.1, 2, 3, 400)
     assert [need["seeds"] for need in told["needs"]] == [2, 3, 5, 10, 20]
-    assert main(["compare", "--power", "--discordance", "0.2"]) == 0
+    assert ask("--power", "--discordance", "0.2") == 0
     text = capsys.readouterr().out
     assert "To tell 5 points apart" in text
     assert max(map(len, text.splitlines())) <= 80
-    assert main(["compare", "--pilot", str(tmp_path)]) == 2
+    assert ask("--pilot", str(tmp_path)) == 2
     assert "belongs to --power" in capsys.readouterr().err
 
 

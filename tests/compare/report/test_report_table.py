@@ -288,8 +288,9 @@ def test_names_at_the_ends_of_lines_are_apart_and_inside():
         labels, _ = boxes(plot)
         assert not any(overlap(a, b) for a, b in itertools.combinations(labels, 2))
         assert all(top >= 0 and bottom <= WIDE[1] - 40 and right <= WIDE[0] for _, top, right, bottom in labels)
-        order = [label for _, label in sorted(zip(values, labels, strict=True), reverse=True)]
-        assert [top for _, top, *_ in order] == sorted(top for _, top, *_ in order)
+        names = [node for node in plot.root.iter("text") if "label" in node.get("class")]
+        names.sort(key=lambda node: float(node.get("y")))
+        assert [values[int(node.text[1:])] for node in names] == sorted(values, reverse=True)
 
 
 def test_a_chart_of_very_many_methods_names_the_first_ones():

@@ -13,7 +13,7 @@ Point = tuple[float, float]
 Size = tuple[float, float]
 
 # Drawn at about their own size: on a desk, on a phone, and where many stand side by side.
-WIDE, NARROW, SMALL = (560.0, 360.0), (360.0, 380.0), (340.0, 250.0)
+WIDE, NARROW, SMALL = (560.0, 360.0), (330.0, 380.0), (330.0, 250.0)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72.0, 16.0, 14.0, 52.0
 _LETTER = 7.4  # width of a bold letter at the font size of the style sheet
 _LINE = 15.0  # height of a label
