@@ -6,6 +6,7 @@ What has no result yet is named with the command that makes one. `scripts/genera
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import statistics
@@ -385,10 +386,10 @@ def _seeds(found: Measured) -> str:
 def _conditions(comparison: Comparison) -> str:
     """What a figure was measured on, and how long it took."""
     told, data = comparison.conditions, comparison.data
-    seconds = sum(run.wall_seconds or 0 for run in comparison.runs)
+    begun, ended = map(datetime.datetime.fromisoformat, (comparison.started, comparison.updated))
     return (
         f"{comparison.model['name']} in {comparison.model['precision']}, {data['source']}, {told['budget']} of "
-        f"{told['rows in a step']} rows, {data['eval_rows']} evaluation rows, {seconds / 60:.0f} minutes of runs"
+        f"{told['rows in a step']} rows, {data['eval_rows']} evaluation rows, {(ended - begun).total_seconds() / 60:.0f} minutes in all"
     )
 
 

@@ -87,7 +87,7 @@ def _to_name(drawn: Sequence[Row], at: Mapping[str, tuple[float, float]], front:
     if len(drawn) <= _NAMES:
         return set(at)
     on_front = [row.name for row in drawn if at[row.name] in front]
-    return set([*on_front, *(row.name for row in drawn)][:_NAMES])
+    return set(list(dict.fromkeys([*on_front, *(row.name for row in drawn)]))[:_NAMES])
 
 
 def _cloud(
