@@ -25,7 +25,8 @@ from adapterlab.registry import ids, method
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 
-import support_matrix  # noqa: E402  (a script beside this one)
+import rules  # noqa: E402  (a script beside this one)
+import support_matrix  # noqa: E402  (likewise)
 
 
 def table() -> str:
@@ -138,6 +139,7 @@ def files(support: dict[str, Any]) -> dict[Path, str]:
     out |= {ROOT / "docs" / "methods" / f"{id}.md": page(id) for id in ids()}
     out[ROOT / "docs" / "cli.md"] = cli_reference()
     out[ROOT / "docs" / "configuration.md"] = configuration()
+    out |= {rules.PAGE: rules.page(), rules.EVIDENCE: json_text(rules.evidence())}
     out |= {support_matrix.STORED: json_text(support), support_matrix.PAGE: support_matrix.render(support)}
     return out
 

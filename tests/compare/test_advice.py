@@ -126,6 +126,16 @@ def test_advice_is_a_training_configuration_with_sources(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("quick")
+def test_what_was_measured_is_cited_and_does_not_speak_for_larger_models(tmp_path: Path) -> None:
+    small = advise("smollm2-135m", rows(tmp_path, 100), memory=8 * GB).tested
+    large = advise("qwen2.5-7b", rows(tmp_path, 100), memory=80 * GB).tested
+    assert any(said.startswith("method.r: ") and "docs/rules.md" in said for said in small)
+    assert not any("cannot speak" in said for said in small)
+    assert large[:-1] == small
+    assert "135M parameters and cannot speak for 7.6B" in large[-1]
+
+
+@pytest.mark.usefixtures("quick")
 def test_memory_decides_on_packing_and_batch(tmp_path: Path) -> None:
     data = rows(tmp_path, 1000)
     roomy = values(advise("qwen2.5-7b", data, memory=80 * GB))

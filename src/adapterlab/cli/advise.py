@@ -98,5 +98,5 @@ def _show(found: Advice) -> None:
     for rule in found.rules:
         table.add_row(rule.key, str(rule.value), rule.why, rule.source)
     console.print(table)
-    for sentence in found.past:
+    for sentence in [*found.tested, *found.past]:
         console.print(sentence, soft_wrap=True)

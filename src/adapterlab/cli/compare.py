@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from adapterlab.cli._shared import AsJson, Trust, help_config, print_json, say, settings
+from adapterlab.errors import ConfigError
 
 if TYPE_CHECKING:
     from adapterlab.compare import Comparison, Watcher
@@ -37,6 +38,22 @@ def compare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew in a folder that is in use.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Try runs again that failed in an earlier start.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, list the runs, start none.")] = False,
+    power: Annotated[
+        bool, typer.Option("--power", help="Say how many evaluation rows and seeds it takes, and run nothing.")
+    ] = False,
+    points: Annotated[
+        float | None, typer.Option(help="With --power: points of right answers to tell apart; default: 5.")
+    ] = None,
+    nats: Annotated[
+        float | None, typer.Option(help="With --power: nats a token to tell apart where the loss judges.")
+    ] = None,
+    pilot: Annotated[
+        Path | None,
+        typer.Option(help="With --power: folder of a comparison whose rows and seeds say how far they spread."),
+    ] = None,
+    discordance: Annotated[
+        float | None, typer.Option(help="With --power: share of rows on which exactly one of two methods is right.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing while it runs.")] = False,
     trust_remote_code: Trust = False,
     as_json: AsJson = False,
@@ -54,6 +71,12 @@ def compare(
     given |= {"data": {"task": task} if task else {"path": data} if data else None}
     given |= {"trust_remote_code": trust_remote_code or None}
     changes = _merged(settings(pairs, "A setting") if pairs else {}, given)
+    asked = {"points": points, "nats": nats, "discordance": discordance}
+    if power:
+        _say_power(load_config(config, changes) if config or changes else None, pilot, asked, as_json)
+        return
+    if idle := [f"--{name}" for name, value in {**asked, "pilot": pilot}.items() if value is not None]:
+        raise ConfigError(f"{', '.join(idle)} belongs to --power, which asks before anything runs.")
     comparison = load_config(config, changes)
     for id, keys in comparison.left_out().items():
         say(f"Left out: {id}, which needs {', '.join(keys)}. Name it with its settings to compare it.", err=True)
@@ -112,6 +135,46 @@ def _list(comparison: Any) -> None:
         f"{facts['source']}; {facts['eval_rows']} evaluation rows, judged by {judge}.\n"
         f"Columns: {facts['columns']}."
     )
+
+
+def _say_power(config: Any, pilot: Path | None, asked: dict[str, float | None], as_json: bool) -> None:
+    """Tell how many rows and seeds a difference needs."""
+    import dataclasses
+
+    from rich.table import Table
+
+    from adapterlab.compare.power import outlook
+    from adapterlab.compare.results import load
+    from adapterlab.terminal import Terminal
+
+    found = outlook(config, None if pilot is None else load(pilot), **asked)
+    if as_json:
+        print_json(dataclasses.asdict(found))
+        return
+    scale, unit, digits = (100, "points", 1) if found.judge == "score" else (1, "nats a token", 3)
+    parts = {"seeds": found.spread.seeds, "rows": found.spread.rows, "rest": found.spread.rest}
+    spread = ", ".join(f"{name} {scale * value:.{digits}f}" for name, value in parts.items() if value is not None)
+    title = f"To tell {scale * found.difference:g} {unit} apart"
+    table = Table("seeds of each method", "evaluation rows", title=title, title_justify="left")
+    if found.rows:
+        table.add_column(f"told apart with {found.rows:,} rows")
+    for column in table.columns:
+        column.justify = "right"
+    for need in found.needs:
+        rows = "no number is enough" if need.rows is None else f"{need.rows:,}"
+        least = [] if need.least is None else [f"{scale * need.least:.{digits}f} {unit}"]
+        table.add_row(str(need.seeds), rows, *least)
+    console = Terminal(highlight=False)
+    console.print(table)
+    console.print(
+        f"{found.methods} methods and the untrained model: {found.pairs} pairs at the {100 * found.level:g} % level, "
+        f"corrected; found in {100 * found.power:g} % of comparisons.\n"
+        f"Spread of a difference in {unit}: {spread} ({found.spread.source})."
+    )
+    if found.spread.seeds is None:
+        console.print("How far seeds differ is not known here and counts as nothing: rows alone are told.")
+    elif pilot is None:
+        console.print("Another model or other rows spread otherwise: run a small comparison and pass it with --pilot.")
 
 
 def _report(result: Comparison, folder: Path) -> list[Path]:

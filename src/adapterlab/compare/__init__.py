@@ -15,11 +15,13 @@ _PUBLIC = {
     "Active": "engine",
     "CompareConfig": "config",
     "Comparison": "results",
+    "Outlook": "power",
     "Run": "results",
     "Watcher": "engine",
     "compare": "engine",
     "load": "results",
     "load_config": "config",
+    "outlook": "power",
 }
 
 __all__ = [*_PUBLIC]

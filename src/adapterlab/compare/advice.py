@@ -6,10 +6,12 @@ holds for its scale.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from adapterlab.data.turns import texts_in
 from adapterlab.errors import AdapterlabError, ConfigError, DataError
 from adapterlab.plan import Plan, plan
 
+_SPEAKS = 4  # times as large as the model that something was measured on, from which it says nothing any more
 _DEEP = 4  # folders below the given one in which comparisons are looked for
 _LETTERS = 4.0  # characters of English a token stands for, where there is no tokenizer to ask
 _LONGEST = 1 << 16  # tokens of the longest row that is planned for
@@ -93,6 +96,7 @@ class Advice:
         rules: one for each setting.
         plan: what the planner says of them; None when it could not be asked.
         past: sentences on comparisons that were found.
+        tested: sentences on the field's rules that bear on these settings and were measured here.
     """
 
     model: str
@@ -101,6 +105,7 @@ class Advice:
     rules: list[Rule]
     plan: Plan | None
     past: list[str]
+    tested: list[str]
 
     def config(self) -> dict[str, Any]:
         """Return a training configuration with these settings."""
@@ -156,7 +161,8 @@ def advise(
     if "method.name" in replaced:  # settings of another method mean nothing to this one
         rules = [rule for rule in rules if not rule.key.startswith("method.")]
     rules = [rule for rule in [*rules, *fitting] if rule.key not in replaced] + better
-    return Advice(model, data.model_dump(mode="json", exclude_defaults=True), facts, rules, chosen, past)
+    given = data.model_dump(mode="json", exclude_defaults=True)
+    return Advice(model, given, facts, rules, chosen, past, _tested(rules, facts))
 
 
 def _device(memory: int | None) -> str | None:
@@ -300,6 +306,25 @@ def _fitting(made: Plan, rows: int) -> list[Rule]:
     if made.quantize is not None:
         rules.append(Rule("quantize", made.quantize, "16-bit weights would not fit", PACKED))
     return rules
+
+
+def _tested(rules: Sequence[Rule], facts: Facts) -> list[str]:
+    """What our own comparisons say of the field's rules on these settings, and for which models they cannot speak."""
+    text = resources.files("adapterlab.compare").joinpath("evidence.json").read_text(encoding="utf-8")
+    keys = {rule.key for rule in rules}
+    found = [entry for entry in json.loads(text) if entry["key"] in keys]
+    said = [
+        f"{entry['key']}: “{entry['rule']}” {entry['verdict']}; {entry['says']}: {entry['measured']} "
+        f"({entry['model']}; {entry['source']})."
+        for entry in found
+    ]
+    largest = max((entry["parameters"] for entry in found), default=0)
+    if said and facts.parameters > _SPEAKS * largest:
+        said.append(
+            f"These were measured on {largest / 1e6:,.0f}M parameters and cannot speak for "
+            f"{facts.parameters / 1e9:.2g}B: put your model into examples/rules and look."
+        )
+    return said
 
 
 def _past(model: str, data: DataConfig, folder: Path) -> tuple[list[str], list[Rule]]:

@@ -88,6 +88,11 @@ class Exams(_Part):
         None, examples=[256], ge=1, description="longest answer; null: from the longest reference"
     )
     samples: int = Field(5, ge=0, description="answers kept for reading")
+    costs: bool = Field(
+        True,
+        description="measure what each method costs too: time and memory of its training, operations of a step, time "
+        "of a forward pass beside the weights and merged; false: runs of the first seed share a base as well",
+    )
 
 
 class Contender(_Part):

@@ -270,8 +270,9 @@ class _Work:
             yield Job(kind="together", members=members, config=self.plain)
 
     def _may_share(self, job: Job) -> bool:
-        """Whether a run trains with others: those of the first seed say what each costs by itself."""
-        if self.config.together == "never" or job.kind != "run" or job.seed == self.config.seeds[0]:
+        """Whether a run trains with others: those of the first seed say what each costs, where that is asked."""
+        measures = self.config.evaluation.costs and job.seed == self.config.seeds[0]
+        if self.config.together == "never" or job.kind != "run" or measures:
             return False
         return shared(JobFolder(job.folder(self.root))) is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from adapterlab.compare.power import WORTH, cheapest, needs, spread_of
 from adapterlab.compare.results import UNTRAINED, Comparison, Recommendation, Run, Standing
 
 ONE_SEED = (
@@ -67,10 +68,20 @@ def _open(comparison: Comparison, ranked: Sequence[Standing], undecided: Sequenc
     cheap = _least(comparison, undecided, lambda run: run.train_seconds)
     many = cheap is not None and len(undecided) > 1
     hint = f" Of these, {cheap.label} trains fastest ({_clock(comparison, cheap)})." if cheap and many else ""
-    return (
-        f"It cannot be told apart from {names} at {_level(comparison)}: "
-        f"more seeds or more evaluation rows would be needed.{hint}"
-    )
+    return f"It cannot be told apart from {names} at {_level(comparison)}. {_would_take(comparison, undecided)}{hint}"
+
+
+def _would_take(comparison: Comparison, undecided: Sequence[Standing]) -> str:
+    """What it would take to tell a difference that matters, by how far rows and seeds spread in this comparison."""
+    difference = WORTH[comparison.judge]
+    gap = f"{100 * difference:g} points" if comparison.judge == "score" else f"{difference:g} nats a token"
+    best = next(s.label for s in comparison.standings if s.rank is not None and s.label != UNTRAINED)
+    spread = spread_of(comparison, [(best, s.label) for s in undecided])
+    pairs = max(1, len(comparison.differences))
+    need = spread and cheapest(needs(spread, difference, pairs=pairs, level=comparison.level))
+    if need is None:
+        return "More seeds and more evaluation rows would be needed."
+    return f"To tell {gap} apart here takes about {need.rows:,} evaluation rows and {need.seeds} seeds of each method."
 
 
 def _level(comparison: Comparison) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adapterlab.compare.results import Difference, Interval
+from adapterlab.compare.results import Difference, Interval, Run
 from adapterlab.data import wilson
 
 Array = NDArray[np.float64]
@@ -34,7 +34,7 @@ class Sheets:
 
     def mean(self, label: str, seeds: Sequence[int] | None = None) -> float:
         """Mean of the judge over rows and seeds."""
-        return float(self._of(label, tuple(seeds or ())).mean(axis=0).sum() / self.weights.sum())
+        return float(self.of(label, tuple(seeds or ())).mean(axis=0).sum() / self.weights.sum())
 
     def common(self, a: str, b: str) -> tuple[int, ...]:
         """Seeds that both labels have; those of the other when one was not trained."""
@@ -50,7 +50,7 @@ class Sheets:
         """
         key = (label, seeds, count)
         if key not in self._draws:
-            values, n = self._of(label, seeds), len(self.weights)
+            values, n = self.of(label, seeds), len(self.weights)
             stretch = np.sqrt(len(values) / (len(values) - 1)) if len(values) > 1 else 0.0
             observed, wide = float(values.mean(axis=0).sum() / self.weights.sum()), widening(n)
             parts = []
@@ -66,9 +66,26 @@ class Sheets:
             self._draws[key] = np.concatenate(parts)
         return self._draws[key]
 
-    def _of(self, label: str, seeds: tuple[int, ...]) -> Array:
+    def of(self, label: str, seeds: tuple[int, ...]) -> Array:
+        """Return the values of a label `[seed, row]`: of these seeds, or all it has."""
         own = list(self.seeds[label])
         return self.values[label][[own.index(s) for s in seeds]] if own and seeds else self.values[label]
+
+
+def sheets_of(runs: Iterable[Run], judge: str) -> Sheets | None:
+    """Collect the judge's values of all finished runs, row by row; None while there are none."""
+    values: dict[str, list[Sequence[float]]] = {}
+    seeds: dict[str, list[int]] = {}
+    weights: Sequence[float] = ()
+    for run in runs:
+        if run.status == "finished" and run.best is not None:
+            given, weights = run.best.marks(judge)
+            values.setdefault(run.label, []).append(given)
+            seeds.setdefault(run.label, []).extend([] if run.is_untrained else [run.seed])
+    if not values:
+        return None
+    arrays = {label: np.array(rows, dtype=float) for label, rows in values.items()}
+    return Sheets(arrays, seeds, np.array(weights, dtype=float))
 
 
 def widening(n: int) -> float:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
-
 from adapterlab.compare.recommending import recommend
 from adapterlab.compare.results import Comparison, Run, Standing
-from adapterlab.compare.statistics import Sheets, differences, interval, ranks
+from adapterlab.compare.statistics import Sheets, differences, interval, ranks, sheets_of
 
 
 def summarise(runs: Sequence[Run], *, judge: Literal["score", "loss"], level: float, **facts: Any) -> Comparison:
@@ -22,7 +20,7 @@ def summarise(runs: Sequence[Run], *, judge: Literal["score", "loss"], level: fl
         facts: the other fields of `Comparison`.
     """
     runs = _with_forgetting(runs)
-    sheets = _sheets(runs, judge)
+    sheets = sheets_of(runs, judge)
     found = differences(sheets, level) if sheets else []
     standings = _standings(runs, sheets, ranks(_order(sheets, judge), found) if sheets else {})
     comparison = Comparison(
@@ -39,22 +37,6 @@ def _with_forgetting(runs: Sequence[Run]) -> list[Run]:
         run if run.general_loss is None else run.model_copy(update={"forgetting": run.general_loss - before})
         for run in runs
     ]
-
-
-def _sheets(runs: Sequence[Run], judge: str) -> Sheets | None:
-    """The judge's values of all finished runs, row by row; None while there are none."""
-    values: dict[str, list[Sequence[float]]] = {}
-    seeds: dict[str, list[int]] = {}
-    weights: Sequence[float] = ()
-    for run in runs:
-        if run.status == "finished" and run.best is not None:
-            given, weights = run.best.marks(judge)
-            values.setdefault(run.label, []).append(given)
-            seeds.setdefault(run.label, []).extend([] if run.is_untrained else [run.seed])
-    if not values:
-        return None
-    arrays = {label: np.array(rows, dtype=float) for label, rows in values.items()}
-    return Sheets(arrays, seeds, np.array(weights, dtype=float))
 
 
 def _order(sheets: Sheets, judge: str) -> list[str]:

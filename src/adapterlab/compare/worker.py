@@ -87,7 +87,9 @@ def untrained(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]
     memory = meter.report()
     total = sum(p.numel() for p in model.parameters())
     general = general_loss(model, tokenizer)
-    cost = measuring.base_inference(model, measuring.sample_batch(model, tokenizer, paper.rows))
+    cost = None
+    if config.evaluation.costs:
+        cost = measuring.base_inference(model, measuring.sample_batch(model, tokenizer, paper.rows))
     run = Run(
         label=UNTRAINED, key=UNTRAINED, method=UNTRAINED, seed=0, status="finished", trainable=0, total=total,
         memory=_memory(memory), steps=0, tokens=0, train_seconds=0.0, wall_seconds=progress.elapsed,
@@ -305,10 +307,11 @@ def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
     best = examine()
     general = general_loss(model, tokenizer)
     progress.say(now=True, phase="measuring")
-    cost = None
-    with contextlib.suppress(AttachError):  # a method that kept no original values cannot be compared with the base
-        cost = measuring.inference(host, "best", measuring.sample_batch(model, tokenizer, paper.rows))
-    step = _step_flops(host, paper, tokenizer)
+    cost, step = None, None
+    if comparison.evaluation.costs:
+        with contextlib.suppress(AttachError):  # a method that kept no original values cannot be compared with the base
+            cost = measuring.inference(host, "best", measuring.sample_batch(model, tokenizer, paper.rows))
+        step = _step_flops(host, paper, tokenizer)
     final = _final(trained, host, best, examine)
     train, held = _curves(output)
     last = [loss for _, loss in train[-_LAST:]]
@@ -330,7 +333,7 @@ def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
 
 
 def _paper(config: CompareConfig, model: Any, tokenizer: Any) -> Paper:
-    return set_paper(config.data, model, tokenizer, **config.evaluation.model_dump())
+    return set_paper(config.data, model, tokenizer, **config.evaluation.model_dump(exclude={"costs"}))
 
 
 def _fit(config: TrainConfig, progress: Progress) -> RunResult:

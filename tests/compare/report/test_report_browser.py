@@ -105,7 +105,7 @@ def test_it_renders_sorts_and_keeps_the_console_clean(tmp_path):
         "untrained",
     ]
     assert (found["extraBefore"], found["extraAfter"]) == (False, True)
-    assert found["drawings"] == 4 + 1 + 6  # charts, the differences shown, a learning-rate search each
+    assert found["drawings"] == 2 + 6 + 1 + 6  # charts, losses, the differences shown, a learning-rate search each
     assert (found["markBefore"], found["markAfter"], found["pressed"]) == (True, False, "false")
     assert found["forest"] == [found["chosen"]]
     assert found["themed"]
@@ -121,6 +121,11 @@ def test_it_fits_a_phone(tmp_path, width):
       pane.scrollLeft = 150;
       outcome.scrolled = pane.scrollLeft;
       outcome.stays = Math.abs(cell.getBoundingClientRect().x - before) < 1;
+      outcome.hint = view.getComputedStyle(all("#table .more")[0]).visibility;
+      const seen = (node) => node.getBoundingClientRect().height > 50;
+      outcome.drawings = [all(".on-wide svg").filter(seen).length, all(".on-narrow svg").filter(seen).length];
+      outcome.letters = all(".charts .on-narrow svg")
+        .map((svg) => svg.getBoundingClientRect().width / svg.viewBox.baseVal.width);
       outcome.share = cell.getBoundingClientRect().width / view.innerWidth;
       outcome.wide = all("main *").filter((node) => !node.closest(".scroll, pre, svg, .legend, .unseen")
         && node.getBoundingClientRect().right > view.innerWidth + 1).map((node) => node.outerHTML.slice(0, 80));
@@ -132,6 +137,9 @@ def test_it_fits_a_phone(tmp_path, width):
     assert found["scrolled"] == 150
     assert found["stays"]
     assert found["share"] < 0.5
+    assert found["hint"] == "visible"
+    assert found["drawings"] == [0, 4 + 2]  # two charts and the differences shown, for each of two sets of rows
+    assert min(found["letters"]) > 0.85  # of their own size: legible
 
 
 def test_contrast_of_text_in_both_themes(tmp_path):

@@ -11,7 +11,7 @@ from fabricate import fabricate
 
 from adapterlab.cli import main
 from adapterlab.compare.recommending import recommend
-from adapterlab.compare.report import page, picture, rebuild, write
+from adapterlab.compare.report import page, picture, rebuild, table, write
 from adapterlab.compare.results import Comparison, Exam, Sample
 from adapterlab.errors import ConfigError, FormatError, OutputError
 
@@ -68,8 +68,9 @@ def test_every_part_is_there():
     text = page.page([fabricate()])
     for section in ("advice", "table", "charts", "differences", "rates", "answers", "configuration"):
         assert f'<section id="{section}"' in text
-    for title in ("Score against peak memory", "Score against training time", "Validation loss", "Training loss"):
+    for title in ("Score against peak memory", "Score against training time"):
         assert f"<h4>{title}</h4>" in text
+    assert "<h3>Loss of each method</h3>" in text
     assert 'class="front"' in text
     assert "cannot be told apart" in text
     assert "failed: NotTrainingError: 120 of 120" in text
@@ -139,13 +140,42 @@ def test_with_one_seed_sets_of_weights_are_compared():
 def test_several_folders_stand_side_by_side():
     same = page.page([fabricate("first"), fabricate("second")])
     assert "ranked together" in same
-    assert same.count("<h4>Validation loss</h4>") == 1
+    assert same.count("<h4>Score against peak memory</h4>") == 1
     other = page.page([fabricate("first"), fabricate("second", fingerprint="0" * 64)])
     assert "cannot be ranked together" in other
-    assert other.count("<h4>Validation loss</h4>") == 2
+    assert other.count("<h4>Score against peak memory</h4>") == 2
     for text in (same, other):
         Tree(text)
         assert '<td data-v="second">second</td>' in text
+
+
+def test_few_curves_share_a_chart_and_many_have_one_each():
+    few = page.page([fabricate(methods=("dora", "ia3", "bitfit"))])
+    assert few.count("<h4>Validation loss</h4>") == few.count("<h4>Training loss</h4>") == 1
+    assert "Loss of each method" not in few
+    for name in ("dora", "ia3", "bitfit"):  # named at the end of its line, on the desk and on the phone, in two charts
+        assert len(re.findall(rf'<text class="label series [^>]*>{name}</text>', few)) >= 4
+    many = page.page([fabricate()])
+    assert "<h4>Validation loss</h4>" not in many
+    many = many[many.index("Loss of each method") : many.index('<section id="differences"')]
+    for row in table.build([fabricate(failed=False)]):
+        own = row.series is not None
+        assert len(re.findall(rf'<polyline class="line series {row.css}"', many)) == own
+        assert len(re.findall(rf'<polyline class="context {row.css}"', many)) == 5 * own  # behind each of the others
+
+
+def test_the_untrained_model_is_named_and_does_not_squeeze_the_others():
+    base = fabricate(failed=False, methods=("lora r=16", "dora"))
+    text = page.page([base])
+    shown = base.runs[0].best.score
+    assert f">▼ untrained {100 * shown:.1f} %</text>" in text
+    assert not re.search(r'<text class="tick end"[^>]*>0 %</text>', text)
+    forest = text[text.index("Difference to dora") :]
+    assert re.search(r'<text class="label base"[^>]*>◀ -\d', forest)
+    near = base.model_copy(
+        update={"runs": [base.runs[0].model_copy(update={"best": base.runs[1].best}), *base.runs[1:]]}
+    )
+    assert 'class="base dashed"' in page.page([near])
 
 
 def test_conditions_that_differ_are_pointed_out():

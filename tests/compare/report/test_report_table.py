@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 import itertools
 import random
@@ -10,7 +11,7 @@ from fabricate import fabricate
 
 from adapterlab.compare.report import amounts, charts, peft, table
 from adapterlab.compare.report.join import alike, join
-from adapterlab.compare.report.svg import Axis
+from adapterlab.compare.report.svg import NARROW, WIDE, Axis, Plot
 from adapterlab.compare.report.write import write
 from adapterlab.compare.results import UNTRAINED, Recommendation
 from adapterlab.compare.summary import summarise
@@ -245,3 +246,60 @@ def test_a_logarithmic_axis():
 )  # fmt: skip
 def test_numbers_as_people_read_them(form, value, text):
     assert form(value) == text
+
+
+def boxes(plot):
+    """Left, top, right and bottom of what stands in a drawing: labels and marks apart."""
+    labels, marks = [], []
+    for node in plot.root.iter():
+        if node.tag == "text" and "label" in node.get("class"):
+            x, y, width = float(node.get("x")), float(node.get("y")), 7.0 * len(node.text)
+            left = x - width if " end" in node.get("class") else x - width / 2 if "middle" in node.get("class") else x
+            labels.append((left, y - 10, left + width, y + 2))
+        elif node.tag == "circle":
+            x, y, r = (float(node.get(key)) for key in ("cx", "cy", "r"))
+            marks.append((x - r, y - r, x + r, y + r))
+    return labels, marks
+
+
+def overlap(a, b):
+    return min(a[2], b[2]) > max(a[0], b[0]) and min(a[3], b[3]) > max(a[1], b[1])
+
+
+def test_names_cover_neither_marks_nor_each_other_on_a_phone():
+    points = {name: (i % 3 + 0.02 * i, 0.5 + 0.02 * (i % 4)) for i, name in enumerate(
+        ["lora r=8", "lora r=16", "dora", "ia3", "adapter", "lora_plus", "bitfit", "rslora", "prefix"])}  # fmt: skip
+    plot = Plot("", Axis.over([x for x, _ in points.values()], ""), Axis("", 0.3, 0.8), size=NARROW)
+    for point in points.values():
+        plot.dot(point, "dot")
+    for name, point in points.items():
+        plot.label(point, name, "series")
+    labels, marks = boxes(plot)
+    assert len(labels) == len(marks) == 9
+    assert not any(overlap(a, b) for a in labels for b in marks)
+    assert not any(overlap(a, b) for a, b in itertools.combinations(labels, 2))
+    assert all(left >= 0 and right <= NARROW[0] for left, _, right, _ in labels)
+
+
+def test_names_at_the_ends_of_lines_are_apart_and_inside():
+    for values in ([0.0, 0.001, 0.002, 0.003], [1.0, 0.999, 0.998, 0.5], [0.1, 0.5, 0.9]):
+        plot = Plot("", Axis("", 0, 10), Axis("", 0, 1), aside=6)
+        plot.ends([((10, value), f"m{i}", "series") for i, value in enumerate(values)])
+        labels, _ = boxes(plot)
+        assert not any(overlap(a, b) for a, b in itertools.combinations(labels, 2))
+        assert all(top >= 0 and bottom <= WIDE[1] - 40 and right <= WIDE[0] for _, top, right, bottom in labels)
+        names = [node for node in plot.root.iter("text") if "label" in node.get("class")]
+        names.sort(key=lambda node: float(node.get("y")))
+        assert [values[int(node.text[1:])] for node in names] == sorted(values, reverse=True)
+
+
+def test_a_chart_of_very_many_methods_names_the_first_ones():
+    rows = table.build([fabricate(failed=False)])
+    many = [
+        dataclasses.replace(row, name=f"{row.name} {i}") for i in range(40) for row in rows if row.series is not None
+    ]
+    figure = charts.tradeoff(many, "peak_memory_bytes")
+    assert figure.svg.count('class="label ') == 24
+    assert "24 of 240 are named" in figure.note
+    _, each = charts.losses(many)
+    assert len(each) == 24

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from adapterlab.compare.report import amounts
-from adapterlab.compare.report.svg import Axis, Plot
-from adapterlab.compare.report.table import COLUMNS, JUDGED, Row
+from adapterlab.compare.report.svg import NARROW, SMALL, WIDE, Axis, Plot
+from adapterlab.compare.report.table import COLUMNS, JUDGED, Column, Row
 from adapterlab.compare.results import Comparison, Difference, Search
 
 Curve = list[tuple[float, float]]
@@ -18,6 +18,10 @@ Curve = list[tuple[float, float]]
 _SMOOTHING = 0.9  # weight of the past in a training curve
 _POINTS = 240  # of a curve at most; more cannot be seen
 _REFERENCES = 12  # methods that the others can be compared with
+OVERLAID = 4  # methods whose curves can be told apart in one chart
+_PANELS = 24  # methods with a chart of their own at most
+_NAMES = 24  # methods that are named in a chart at most; the others are found by pointing at them
+LOG = 4  # times that the largest loss is the smallest from which a logarithmic scale shows more
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,18 @@ class Figure:
     Attributes:
         title: stands above it.
         svg: the drawing, ready for a page.
+        narrow: the same drawn for a narrow screen; "" where it fits there as it is.
         note: stands below it.
         key: short name, unique in a group of alternatives.
+        css: classes of what it shows.
     """
 
     title: str
     svg: str
+    narrow: str = ""
     note: str = ""
     key: str = ""
+    css: str = ""
 
 
 def judged(rows: Sequence[Row]) -> tuple[str, str, Callable[[float], str], bool]:
@@ -48,38 +56,68 @@ def judged(rows: Sequence[Row]) -> tuple[str, str, Callable[[float], str], bool]
 def tradeoff(rows: Sequence[Row], key: str) -> Figure | None:
     """Draw score (or loss) against a cost, with the Pareto front.
 
+    The scale is that of the trained methods; an untrained model that lies outside is named at the edge.
+
     Args:
         rows: of comparisons that share their evaluation data.
         key: column of the cost.
     """
-    judge, title, form, higher = judged(rows)
+    judge, title, _, higher = judged(rows)
     cost = next(c for c in COLUMNS if c.key == key)
     drawn = [r for r in rows if r.series is not None and _both(r, key, judge)]
     if not drawn:
         return None
-    base = [r for r in rows if r.series is None and r.cells[judge].value is not None]
     ends = [end for r in drawn for end in r.cells[judge].interval or ()]
-    y_form = _whole_percent if higher else amounts.plain
-    y = Axis.over([*ends, *(_value(r, judge) for r in [*drawn, *base])], title, form=y_form)
+    y = Axis.over([*ends, *(_value(r, judge) for r in drawn)], title, form=_whole_percent if higher else amounts.plain)
     scale, unit = cost_unit(key, max(_value(r, key) for r in drawn))
     at = {r.name: (_value(r, key) / scale, _value(r, judge)) for r in drawn}
     x = Axis.over([cost_ for cost_, _ in at.values()], f"{cost.title} ({unit})", form="{:,g}".format)
-    plot = Plot(f"{title} against {cost.title}", x, y)
-    for row in base:
-        plot.level(_value(row, judge), "base dashed", f"{row.name}: {form(_value(row, judge))}")
-    front = _stairs(pareto(at.values(), higher))
-    plot.line(front, "front", "Pareto front: no method is better at no higher cost", clear=True)
+    front = pareto(at.values(), higher)
+    named = _to_name(drawn, at, front)
+    wide, narrow = (_cloud(Plot(f"{title} against {cost.title}", x, y, size=size), rows, cost, at, front, named)
+                    for size in (WIDE, NARROW))  # fmt: skip
+    note = f"{'Up' if higher else 'Down'} and to the left is better. The line joins the Pareto front."
+    if len(named) < len(drawn):
+        note += f" {len(named)} of {len(drawn)} are named: the front and the first ranks; point at the others."
+    return Figure(f"{'Score' if higher else 'Evaluation loss'} against {cost.title}", wide, narrow, note)
+
+
+def _to_name(drawn: Sequence[Row], at: Mapping[str, tuple[float, float]], front: Curve) -> set[str]:
+    """The methods whose names stand in the drawing: all where there is room, else the front and the first ranks."""
+    if len(drawn) <= _NAMES:
+        return set(at)
+    on_front = [row.name for row in drawn if at[row.name] in front]
+    return set(list(dict.fromkeys([*on_front, *(row.name for row in drawn)]))[:_NAMES])
+
+
+def _cloud(
+    plot: Plot,
+    rows: Sequence[Row],
+    cost: Column,
+    at: Mapping[str, tuple[float, float]],
+    front: Curve,
+    named: Collection[str],
+) -> str:
+    """Draw the methods, their intervals and the front."""
+    judge, _, form, _ = judged(rows)
+    drawn = [row for row in rows if row.name in at]
+    for row in rows:
+        if row.series is None and (value := row.cells[judge].value) is not None:
+            if plot.y.low <= value <= plot.y.high:
+                plot.level(value, "base dashed", f"{row.name}: {form(value)}")
+            else:
+                plot.beyond((plot.x.low, value), f"{row.name} {form(value)}", "base")
+    plot.line(_stairs(front), "front", "Pareto front: no method is better at no higher cost", clear=True)
     for row in drawn:
         if interval := row.cells[judge].interval:
             plot.line([(at[row.name][0], end) for end in interval], f"whisker series {row.css}", clear=True)
     for row in drawn:
-        tip = f"{row.name}: {row.cells[judge]}, {cost.title} {row.cells[key]}"
+        tip = f"{row.name}: {row.cells[judge]}, {cost.title} {row.cells[cost.key]}"
         plot.dot(at[row.name], f"dot series {row.css}", tip, row.shape, 5.5)
     for row in drawn:
-        plot.label(at[row.name], row.name, f"series {row.css}")
-    dashed = " The dashed line is the untrained model." if base else ""
-    note = f"{'Up' if higher else 'Down'} and to the left is better. The line joins the Pareto front.{dashed}"
-    return Figure(f"{'Score' if higher else 'Evaluation loss'} against {cost.title}", plot.to_html(), note)
+        if row.name in named:
+            plot.label(at[row.name], row.name, f"series {row.css}")
+    return plot.to_html()
 
 
 def cost_unit(key: str, largest: float) -> tuple[float, str]:
@@ -104,34 +142,89 @@ def pareto(points: Iterable[tuple[float, float]], higher: bool) -> Curve:
     return front
 
 
-def losses(rows: Sequence[Row], which: str) -> Figure | None:
-    """Draw loss curves, one line for each method: the mean over seeds, and their range.
+def losses(rows: Sequence[Row]) -> tuple[list[Figure], list[Figure]]:
+    """Draw the loss curves: few methods in one chart each for validation and training, many in a chart of their own.
+
+    Lines of more than a few methods lie over each other, whatever their colour.
 
     Args:
         rows: of comparisons that share their evaluation data.
-        which: "validation" or "training".
+
+    Returns:
+        Charts with all methods, and small ones with a method each; one of the two is empty.
     """
-    curves = [(row, curves_of(row, which)) for row in rows]
-    drawn = [(row, across(many), many) for row, many in curves if many]
-    if not drawn:
+    drawn = [row for row in rows if curves_of(row, "validation") or curves_of(row, "training")]
+    if len(drawn) <= OVERLAID:
+        found = [_overlaid(drawn, which) for which in ("validation", "training")]
+        return [figure for figure in found if figure is not None], []
+    return [], _each(drawn[:_PANELS])
+
+
+def _overlaid(rows: Sequence[Row], which: str) -> Figure | None:
+    """Lines of a few methods in one chart, each named at its end: the mean over seeds, and their range."""
+    curves = [(row, across(many), many) for row in rows if (many := curves_of(row, which))]
+    if not curves:
         return None
-    values = [y for *_, many in drawn for end in (min, max) for _, y in across(many, end)]
-    log = min(values) > 0 and max(values) > 8 * min(values)
-    y = Axis.over(values, f"{which} loss (nats/token)", log=log)
-    plot = Plot(f"{which} loss", Axis.over([x for _, line, _ in drawn for x, _ in line], "step", form=amounts.plain), y)
-    for row, line, many in drawn:
-        if len(many) > 1:
-            plot.band(across(many, min), across(many, max), f"band series {row.css}")
-        plot.line(line, f"line series {row.css}", row.name)
-    if which == "validation":
-        for row, line, _ in drawn:
+    y = _loss_axis([y for *_, many in curves for end in (min, max) for _, y in across(many, end)], which)
+    x = Axis.over([x for _, line, _ in curves for x, _ in line], "step", form=amounts.plain)
+    drawings = []
+    for size in (WIDE, NARROW):
+        plot = Plot(f"{which} loss", x, y, size=size, aside=min(18, max(len(row.name) for row, *_ in curves)))
+        for number, (row, line, many) in enumerate(curves):
+            if len(many) > 1:
+                plot.band(across(many, min), across(many, max), f"band series {row.css}")
+            plot.line(line, f"line stroke{number} series {row.css}", row.name)
+        for row, line, _ in curves if which == "validation" else ():
             for step, value in line if len(line) <= 24 else []:
                 tip = f"{row.name}, step {step:g}: {amounts.loss(value)}"
                 plot.dot((step, value), f"dot series {row.css}", tip, row.shape, 3)
-    seeds = " Bands show the range over seeds." if any(len(many) > 1 for *_, many in drawn) else ""
+        plot.ends([(line[-1], row.name, f"series {row.css}") for row, line, _ in curves])
+        drawings.append(plot.to_html())
+    seeds = " Bands show the range over seeds." if any(len(many) > 1 for *_, many in curves) else ""
     how = " Smoothed." if which == "training" else ""
-    scale = " Logarithmic scale." if log else ""
-    return Figure(f"{which.capitalize()} loss", plot.to_html(), f"Mean over seeds.{how}{seeds}{scale}")
+    return Figure(f"{which.capitalize()} loss", *drawings, f"Mean over seeds.{how}{seeds}{_scale(y)}")
+
+
+def _each(rows: Sequence[Row]) -> list[Figure]:
+    """A small chart for each method, all on the same scale, with the other methods behind it."""
+    held = {row.name: across(curves) for row in rows if (curves := curves_of(row, "validation"))}
+    first = min((line[0][0] for line in held.values()), default=0.0)  # before it, nothing can be compared
+    trained = {row.name: _after(across(curves_of(row, "training")), first) for row in rows}
+    spans = [y for row in rows for end in (min, max) for _, y in across(curves_of(row, "validation"), end)]
+    y = _loss_axis([*spans, *(y for line in trained.values() for _, y in line)], "loss")
+    x = Axis.over([x for line in [*held.values(), *trained.values()] for x, _ in line], "step", form=amounts.plain)
+    return [_one(row, rows, held, trained, x, y) for row in rows]
+
+
+def _one(
+    row: Row, rows: Sequence[Row], held: Mapping[str, Curve], trained: Mapping[str, Curve], x: Axis, y: Axis
+) -> Figure:
+    plot = Plot(f"loss of {row.name}", x, y, size=SMALL)
+    for other in rows:
+        if other is not row and other.name in held:
+            plot.line(held[other.name], f"context {other.css}", other.name)
+    own, many = held.get(row.name, []), curves_of(row, "validation")
+    if len(many) > 1:
+        plot.band(across(many, min), across(many, max), f"band series {row.css}")
+    plot.line(trained[row.name], f"line thin series {row.css}", f"{row.name}, training")
+    plot.line(own, f"line series {row.css}", f"{row.name}, validation")
+    for step, value in own if len(own) <= 24 else []:
+        plot.dot((step, value), f"dot series {row.css}", f"step {step:g}: {amounts.loss(value)}", row.shape, 3)
+    note = f"{amounts.loss(own[-1][1])} at step {own[-1][0]:g}." if own else "Not looked at yet."
+    return Figure(row.name, plot.to_html(), note=note, css=row.css)
+
+
+def _loss_axis(values: Sequence[float], name: str) -> Axis:
+    label = "loss (nats/token)" if name == "loss" else f"{name} loss (nats/token)"
+    return Axis.over(values, label, log=bool(values) and min(values) > 0 and max(values) > LOG * min(values))
+
+
+def _scale(axis: Axis) -> str:
+    return " Logarithmic scale." if axis.log else ""
+
+
+def _after(curve: Curve, first: float) -> Curve:
+    return [(x, y) for x, y in curve if x >= first]
 
 
 def curves_of(row: Row, which: str) -> list[Curve]:
@@ -168,9 +261,8 @@ def learning_rate(search: Search, row: Row) -> Figure | None:
         return None
     values = [t.loss for t in known if t.loss is not None]
     x = Axis.over([t.lr for trials in search.rounds for t in trials], "learning rate", log=True, form=amounts.rate)
-    log = min(values) > 0 and max(values) > 8 * min(values)
-    y = Axis.over(values, "validation loss", log=log)
-    plot = Plot(f"learning-rate search of {row.name}", x, y, width=340, height=250)
+    y = _loss_axis(values, "validation")
+    plot = Plot(f"learning-rate search of {row.name}", x, y, size=SMALL)
     if search.chosen:
         plot.upright(search.chosen, "chosen", f"chosen: {amounts.rate(search.chosen)}")
     for number, trials in enumerate(search.rounds, 1):
@@ -185,7 +277,7 @@ def learning_rate(search: Search, row: Row) -> Figure | None:
     steps = ", then ".join(f"{trials[0].steps}" for trials in search.rounds if trials)
     note = f"Chosen: {amounts.rate(search.chosen)}." if search.chosen else "No rate worked."
     broken = " Red: training failed." if any(t.loss is None for trials in search.rounds for t in trials) else ""
-    return Figure(row.name, plot.to_html(), f"{note} Rounds of {steps} steps.{broken}")
+    return Figure(row.name, plot.to_html(), note=f"{note} Rounds of {steps} steps.{broken}")
 
 
 def differences(rows: Sequence[Row]) -> list[Figure]:
@@ -217,23 +309,34 @@ def _forest(comparison: Comparison, reference: Row, others: Sequence[Row]) -> Fi
         return None
     form = amounts.points if comparison.higher_is_better else amounts.signed
     unit = "percentage points" if comparison.higher_is_better else "nats/token"
-    ends = [end for _, d in found for end in d.interval]
+    ends = [end for row, d in found if row.series is not None or len(found) == 1 for end in d.interval]
     x = Axis.over([0.0, *ends], f"difference of the {comparison.judge} ({unit})", form=form)
-    names = [row.key for row, _ in found]
-    y = Axis("", len(found) - 0.5, -0.5)
-    plot = Plot(f"differences to {reference.key}", x, y, y_names=names, width=620, height=66 + 26.0 * len(found))
-    plot.upright(0.0, "zero")
-    for i, (row, d) in enumerate(found):
-        low, high = (form(end) for end in d.interval)
-        verdict = "distinct" if d.distinct else "cannot be told apart"
-        tip = f"{d.a} minus {d.b}: {form(d.value)} ({low} to {high}), corrected p = {d.p_holm:.2g}: {verdict}"
-        faint = "" if d.distinct else " hollow"
-        plot.line([(d.interval[0], i), (d.interval[1], i)], f"bar series {row.css}{faint}", tip)
-        plot.dot((d.value, i), f"dot series {row.css}{faint}", tip, row.shape, 5)
+    drawings = [_bars(found, reference, x, form, width) for width in (620.0, NARROW[0])]
     better = "right" if comparison.higher_is_better else "left"
     note = f"Each method minus {reference.key}; further to the {better} is better. Bars are 95 % intervals. "
     note += "Hollow marks cannot be told apart from the reference after Holm's correction."
-    return Figure(f"Difference to {reference.key}", plot.to_html(), note, reference.key)
+    return Figure(f"Difference to {reference.key}", *drawings, note, reference.key)
+
+
+def _bars(
+    found: Sequence[tuple[Row, Difference]], reference: Row, x: Axis, form: Callable[[float], str], width: float
+) -> str:
+    y, size = Axis("", len(found) - 0.5, -0.5), (width, 66 + 26.0 * len(found))
+    plot = Plot(f"differences to {reference.key}", x, y, y_names=[row.key for row, _ in found], size=size)
+    plot.upright(0.0, "zero")
+    for i, (row, d) in enumerate(found):
+        low, high = (form(end) for end in d.interval)
+        if d.interval[1] < x.low or d.interval[0] > x.high:
+            plot.beyond((d.value, i), f"{form(d.value)} ({low} to {high})", row.css)
+            continue
+        verdict = "distinct" if d.distinct else "cannot be told apart"
+        tip = f"{d.a} minus {d.b}: {form(d.value)} ({low} to {high}), corrected p = {d.p_holm:.2g}: {verdict}"
+        faint = "" if d.distinct else " hollow"
+        shown = [(min(max(end, x.low), x.high), i) for end in d.interval]
+        plot.line(shown, f"bar series {row.css}{faint}", tip)
+        if x.low <= d.value <= x.high:
+            plot.dot((d.value, i), f"dot series {row.css}{faint}", tip, row.shape, 5)
+    return plot.to_html()
 
 
 def _both(row: Row, *keys: str) -> bool:

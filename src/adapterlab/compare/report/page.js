@@ -44,6 +44,20 @@
     }
   }
 
+  // Tables wider than the screen say so, until their last column is seen.
+  const panes = all(".pane");
+  const measure = (pane) => {
+    const scroll = pane.querySelector(".scroll");
+    pane.classList.toggle("wider", scroll.clientWidth < scroll.scrollWidth - 2);
+    pane.classList.toggle("cut", scroll.scrollLeft + scroll.clientWidth < scroll.scrollWidth - 2);
+  };
+  const watched = new ResizeObserver((seen) => seen.forEach((one) => measure(one.target.closest(".pane"))));
+  for (const pane of panes) {
+    pane.querySelector(".scroll").addEventListener("scroll", () => measure(pane), { passive: true });
+    watched.observe(pane.querySelector(".scroll"));
+    watched.observe(pane.querySelector("table"));
+  }
+
   // Columns of the main table.
   const main = document.querySelector("#table table");
   main.classList.add("few");

@@ -57,12 +57,23 @@ class Part:
 
 @dataclass(frozen=True)
 class Group:
-    """Comparisons that are ranked together and drawn in the same axes; `shown` are the rows with curves."""
+    """Comparisons that are ranked together and drawn in the same axes.
+
+    Attributes:
+        name: of the comparison that they make.
+        level: of significance.
+        shown: the rows with curves.
+        figures: charts with all methods.
+        each: small charts with a method each.
+        differences: a chart for each reference.
+        pairs: all differences, written out.
+    """
 
     name: str
     level: float
     shown: list[Row]
     figures: list[Figure]
+    each: list[Figure]
     differences: list[Figure]
     pairs: list[tuple[Difference, str, str]]
 
@@ -169,13 +180,14 @@ def _part(comparison: Comparison, rows: list[Row]) -> Part:
 def _group(rows: Sequence[Row]) -> Group:
     whole = rows[0].comparison
     drawn = [charts.tradeoff(rows, key) for key in ("peak_memory_bytes", "train_seconds")]
-    drawn += [charts.losses(rows, which) for which in ("validation", "training")]
+    together, each = charts.losses(rows)
     form = amounts.points if whole.higher_is_better else amounts.signed
     return Group(
         name=whole.name,
         level=whole.level,
         shown=[row for row in rows if any(run.train_curve for run in whole.runs_of(row.key, None))],
-        figures=[figure for figure in drawn if figure is not None],
+        figures=[*(figure for figure in drawn if figure is not None), *together],
+        each=each,
         differences=charts.differences(rows),
         pairs=[(d, form(d.value), " to ".join(form(end) for end in d.interval)) for d in whole.differences],
     )
@@ -184,7 +196,7 @@ def _group(rows: Sequence[Row]) -> Group:
 def _sections(parts: Sequence[Part], groups: Sequence[Group]) -> list[tuple[str, str]]:
     there = {
         "advice": any(part.comparison.recommendation for part in parts),
-        "charts": any(group.figures for group in groups),
+        "charts": any(group.figures or group.each for group in groups),
         "differences": any(group.differences for group in groups),
         "rates": any(part.rates for part in parts),
         "answers": any(part.questions for part in parts),

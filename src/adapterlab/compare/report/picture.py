@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +13,7 @@ from adapterlab.compare.report.table import COLUMNS, Row
 from adapterlab.errors import require
 
 _MARKS = "os^D"
+_ACROSS, _MOST = 3, 12  # small panels in a line, and in all
 
 
 def can_draw() -> bool:
@@ -20,7 +22,9 @@ def can_draw() -> bool:
 
 
 def draw(groups: Sequence[Sequence[Row]], file: Path | BinaryIO) -> None:
-    """Draw training loss, validation loss, and the judge against memory: one line of panels for each group.
+    """Draw the losses and the judge against memory, one line of panels for each group.
+
+    The curves of a few methods share two panels; those of many have a small one each.
 
     Args:
         groups: rows that share their evaluation data.
@@ -32,31 +36,68 @@ def draw(groups: Sequence[Sequence[Row]], file: Path | BinaryIO) -> None:
     require("matplotlib", "reports", "to draw a picture")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.8 * len(groups)), layout="constrained")
-    panels = figure.subplots(len(groups), 3, squeeze=False)
-    for rows, (left, middle, right) in zip(groups, panels, strict=True):
-        _losses(left, rows, "training")
-        _losses(middle, rows, "validation")
-        _tradeoff(right, rows)
-        handles, labels = middle.get_legend_handles_labels()
-        if handles:
-            right.legend(handles, labels, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    counts = [max(1, math.ceil(len(_with_curves(rows)) / _ACROSS)) for rows in groups]
+    heights = [4.8 if len(_with_curves(rows)) <= charts.OVERLAID else max(4.8, 2.1 * n)
+               for rows, n in zip(groups, counts, strict=True)]  # fmt: skip
+    figure = Figure(figsize=(15, sum(heights)), layout="constrained")
+    bands = figure.subfigures(len(groups), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for rows, band, count in zip(groups, bands, counts, strict=True):
+        left, right = band.subfigures(1, 2, width_ratios=(2, 1))
+        drawn = _with_curves(rows)
+        if len(drawn) <= charts.OVERLAID:
+            training, validation = left.subplots(1, 2)
+            _losses(training, drawn, "training")
+            _losses(validation, drawn, "validation")
+        else:
+            _each(left, drawn, count)
+        _tradeoff(right.subplots(), rows)
     figure.savefig(file, dpi=110, format="png")
 
 
+def _with_curves(rows: Sequence[Row]) -> list[Row]:
+    """The methods whose curves are drawn, the first ones by rank."""
+    return [row for row in rows if charts.curves_of(row, "validation") or charts.curves_of(row, "training")][:_MOST]
+
+
+def _each(band: Any, rows: Sequence[Row], lines: int) -> None:
+    """A small panel for each method, all on the same scale, with the validation losses of the others in grey."""
+    panels = band.subplots(lines, _ACROSS, sharex=True, sharey=True, squeeze=False).flatten()
+    held = {row.name: charts.across(curves) for row in rows if (curves := charts.curves_of(row, "validation"))}
+    for panel in panels[len(rows) :]:
+        panel.set_visible(False)
+    for row, panel in zip(rows, panels, strict=False):
+        for name, line in held.items():
+            if name != row.name:
+                panel.plot(*zip(*line, strict=True), color="0.82", linewidth=0.9, zorder=0)
+        values = _curve(panel, row, "validation") if row.name in held else []
+        last = f", {values[-1]:.3f}" if values else ""
+        panel.set_title(f"{row.name}{last}", fontsize=9, color=row.colour)
+        _clean(panel)
+    every = [y for line in held.values() for _, y in line]
+    if every and min(every) > 0 and max(every) > charts.LOG * min(every):
+        panels[0].set_yscale("log")
+    band.supxlabel("step", fontsize=9)
+    band.supylabel("validation loss, nats/token", fontsize=9)
+
+
 def _losses(panel: Any, rows: Sequence[Row], which: str) -> None:
-    values: list[float] = []
-    for row in rows:
-        if curves := charts.curves_of(row, which):
-            steps, means = zip(*charts.across(curves), strict=True)
-            low, high = ([y for _, y in charts.across(curves, end)] for end in (min, max))
-            style = f"-{_MARKS[row.shape % 4]}" if which == "validation" else "-"
-            panel.plot(steps, means, style, color=row.colour, label=row.name, markersize=4, linewidth=1.6)
-            panel.fill_between(steps, low, high, color=row.colour, alpha=0.12, linewidth=0)
-            values += means
-    log = bool(values) and min(values) > 0 and max(values) > 8 * min(values)
+    values = [y for row in rows if charts.curves_of(row, which) for y in _curve(panel, row, which)]
+    log = bool(values) and min(values) > 0 and max(values) > charts.LOG * min(values)
     panel.set(title=f"{which.capitalize()} loss", xlabel="step", ylabel="nats/token", yscale="log" if log else "linear")
+    if values:
+        panel.legend(fontsize=8, frameon=False)
     _clean(panel)
+
+
+def _curve(panel: Any, row: Row, which: str) -> list[float]:
+    """Draw one method's mean over seeds with their range, and return the mean."""
+    curves = charts.curves_of(row, which)
+    steps, means = zip(*charts.across(curves), strict=True)
+    low, high = ([y for _, y in charts.across(curves, end)] for end in (min, max))
+    style = f"-{_MARKS[row.shape % 4]}" if which == "validation" else "-"
+    panel.plot(steps, means, style, color=row.colour, label=row.name, markersize=4, linewidth=1.6)
+    panel.fill_between(steps, low, high, color=row.colour, alpha=0.12, linewidth=0)
+    return list(means)
 
 
 def _tradeoff(panel: Any, rows: Sequence[Row]) -> None:
@@ -73,11 +114,13 @@ def _tradeoff(panel: Any, rows: Sequence[Row]) -> None:
         points.append(point)
         low, high = (scale * end for end in cell.interval or (cell.value, cell.value))
         panel.plot([point[0]] * 2, [low, high], color=row.colour, alpha=0.5, linewidth=1.2)
-        panel.plot(*point, _MARKS[row.shape % 4], color=row.colour, markersize=7)
+        panel.plot(*point, _MARKS[row.shape % 4], color=row.colour, markersize=7, label=row.name)
     front = charts.pareto(points, higher)
     panel.step(*zip(*front, strict=True), where="post", color="0.5", linewidth=1.2, zorder=0) if front else None
     panel.set(title=f"{'Score' if higher else 'Evaluation loss'} against memory", xlabel=f"peak memory ({name})")
     panel.set_ylabel("right answers (%)" if higher else "nats/token")
+    if points:
+        panel.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
     _clean(panel)
 
 

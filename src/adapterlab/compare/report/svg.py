@@ -10,10 +10,14 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 Point = tuple[float, float]
 
-WIDTH, HEIGHT = 560.0, 360.0
+Size = tuple[float, float]
+
+# Drawn at about their own size: on a desk, on a phone, and where many stand side by side.
+WIDE, NARROW, SMALL = (560.0, 360.0), (330.0, 380.0), (330.0, 250.0)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72.0, 16.0, 14.0, 52.0
-_LETTER = 8.4  # width of a letter at the larger of the two font sizes of the style sheet
-_LINE = 16.0  # height of a label
+_LETTER = 7.4  # width of a bold letter at the font size of the style sheet
+_LINE = 15.0  # height of a label
+_NEAR = 12.0  # distance up to which a label needs no line to its mark
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,8 @@ class Plot:
         x: horizontal axis.
         y: vertical axis.
         y_names: names in rows instead of a vertical scale, from the top; row i lies at y = i.
-        width: of the whole drawing, in units of the view box.
-        height: likewise.
+        size: width and height of the whole drawing, in units of the view box.
+        aside: letters of the longest name that stands to the right of the area.
     """
 
     def __init__(
@@ -91,13 +95,14 @@ class Plot:
         y: Axis,
         *,
         y_names: Sequence[str] | None = None,
-        width: float = WIDTH,
-        height: float = HEIGHT,
+        size: Size = WIDE,
+        aside: int = 0,
     ):
         self.x, self.y = x, y
+        width, height = size
         widest = max((len(name) for name in y_names or ()), default=0)
         self.left = _LEFT if y_names is None else min(0.42 * width, 16 + _LETTER * widest)
-        self.right, self.top, self.bottom = width - _RIGHT, _TOP, height - _BOTTOM
+        self.right, self.top, self.bottom = width - _RIGHT - _LETTER * aside, _TOP, height - _BOTTOM
         self.root = Element("svg", viewBox=f"0 0 {width:g} {height:g}", role="img")
         self.root.set("aria-label", title)
         self._taken: list[tuple[float, float, float, float]] = []  # boxes of dots and labels: left, top, right, bottom
@@ -137,7 +142,42 @@ class Plot:
             ]
             anchor, box, at = min(places, key=lambda place: self._cost(place[1]))
             self._taken.append(box)
+            self._leader((x, y), box, css)
             self._text(at, box[3] - 4, text, f"label {anchor} {css}")
+
+    def ends(self, named: Iterable[tuple[Point, str, str]]) -> None:
+        """Write names to the right of the area, each beside the end of its line and none over another.
+
+        Args:
+            named: the last point of each line, its name and its style.
+        """
+        placed = sorted(((y, x, text, css) for point, text, css in named for x, y in self._places([point])))
+        room = self.bottom - self.top
+        step = min(_LINE, room / max(1, len(placed)))
+        free = self.top + step / 2
+        heights = []
+        for y, *_ in placed:
+            heights.append(max(y, free))
+            free = heights[-1] + step
+        over = max(0.0, heights[-1] - self.bottom) if heights else 0.0
+        for i in range(len(heights) - 1, -1, -1):  # what would stand below the area pushes the others up
+            heights[i] = min(heights[i], self.bottom - step * (len(heights) - 1 - i)) if over else heights[i]
+        for (y, x, text, css), at in zip(placed, heights, strict=True):
+            self._add("polyline", f"leader {css}", points=f"{x:.1f},{y:.1f} {self.right + 4:.1f},{at:.1f}")
+            self._text(self.right + 7, at + 4, text, f"label {css}")
+
+    def beyond(self, point: Point, text: str, css: str) -> None:
+        """Name a point outside the area at the edge that is nearest to it, with an arrow that points there."""
+        x, y = self.x.at(point[0]), self.y.at(point[1])
+        arrow = "▼" if y < 0 else "▲" if y > 1 else "◀" if x < 0 else "▶"
+        across, up = min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)
+        at = self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
+        written = f"{text} {arrow}" if arrow == "▶" else f"{arrow} {text}"
+        width, end = _LETTER * len(written), across > 0.5
+        left = at[0] - 5 - width if end else at[0] + 5
+        baseline = at[1] - 6 if arrow == "▼" else at[1] + 14 if arrow == "▲" else at[1] + 4
+        self._taken.append((left, baseline - _LINE + 4, left + width, baseline + 4))
+        self._text(at[0] - 5 if end else at[0] + 5, baseline, written, f"label {'end ' if end else ''}{css}")
 
     def upright(self, value: float, css: str, tip: str = "") -> None:
         """Draw a vertical line through the whole area."""
@@ -150,6 +190,12 @@ class Plot:
     def to_html(self) -> str:
         """Return the drawing as an element of a page."""
         return tostring(self.root, encoding="unicode")
+
+    def _leader(self, mark: Point, box: tuple[float, float, float, float], css: str) -> None:
+        """Join a mark with its label where that is not beside it."""
+        x, y = min(max(mark[0], box[0]), box[2]), min(max(mark[1], box[1]), box[3])
+        if math.dist(mark, (x, y)) > _NEAR:
+            self._add("polyline", f"leader {css}", points=f"{mark[0]:.1f},{mark[1]:.1f} {x:.1f},{y:.1f}")
 
     def _x(self, value: float) -> float:
         return self.left + self.x.at(value) * (self.right - self.left)

@@ -1,0 +1,116 @@
+"""The field's rules: their configurations, how verdicts come about, and that `advise` cites what was measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fabricate import fabricate
+
+from adapterlab.compare.config import load_config
+from adapterlab.compare.results import Comparison
+
+ROOT = Path(__file__).parents[2]
+SPEC = importlib.util.spec_from_file_location("rules", ROOT / "scripts" / "rules.py")
+assert SPEC is not None
+assert SPEC.loader is not None
+rules: Any = importlib.util.module_from_spec(SPEC)
+sys.modules["rules"] = rules  # dataclasses look their module up
+SPEC.loader.exec_module(rules)
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of results; what is read from it is forgotten after the test."""
+    rules._comparison.cache_clear()
+    monkeypatch.setattr(rules, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def keep(folder: Path, comparison: Comparison) -> Path:
+    folder.mkdir()
+    comparison.save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("rule", rules.RULES, ids=lambda rule: rule.title)
+def test_every_rule_has_a_configuration_that_says_what_it_tests(rule: Any) -> None:
+    file = ROOT / "examples" / "rules" / f"{rule.id}.yaml"
+    config = load_config(file)
+    assert config.output == Path("comparisons/rules") / rule.id
+    assert len(config.seeds) > 1
+    text = file.read_text(encoding="utf-8")
+    assert "\n# From: " in text
+    assert " here if " in " ".join(text.replace("\n#", " ").split())
+
+
+def test_the_interval_decides() -> None:
+    def verdict(low: float, high: float, seeds: int = 2) -> str:
+        found = rules.Measured((low + high) / 2, (low, high), seeds)
+        return str(rules.Prediction("", ".", lambda _: found, -math.inf, 0.1).verdict())
+
+    assert verdict(-0.3, 0.05) == rules.HOLDS
+    assert verdict(0.11, 0.4) == rules.NOT
+    assert verdict(0.0, 0.2) == rules.OPEN
+    assert verdict(-0.3, 0.05, seeds=1) == verdict(0.2, 0.3, seeds=1) == rules.OPEN
+    assert rules.Prediction("", "nowhere", lambda _: None).verdict() == rules.UNMEASURED
+
+
+def test_a_rule_holds_if_all_that_it_says_does(kept: Path) -> None:
+    (kept / "there").mkdir()
+
+    def said(value: float, results: str = "there") -> Any:
+        return rules.Prediction("", results, lambda _: rules.Measured(value, (value, value), 2), 0.0, 1.0)
+
+    def verdict(*predictions: Any) -> str:
+        return str(rules.Rule("", "", "", predictions, "", "").verdict())
+
+    assert verdict(said(0.5), said(0.9)) == rules.HOLDS
+    assert verdict(said(0.5), said(2.0)) == rules.NOT
+    assert verdict(said(0.5), said(0.5, "missing")) == rules.PARTLY
+    assert verdict(said(0.5, "missing")) == rules.UNMEASURED
+
+
+def test_figures_are_those_of_the_comparison(kept: Path) -> None:
+    made = fabricate(failed=False)
+    folder = keep(kept / "made", made)
+    found = rules.loss("dora", "ia3")(folder)
+    losses = {
+        label: [run.best.loss for run in made.runs_of(label) if run.best is not None] for label in ("dora", "ia3")
+    }
+    expected = sum(losses["dora"]) / 2 - sum(losses["ia3"]) / 2
+    assert found.value == pytest.approx(expected)
+    assert found.interval[0] < expected < found.interval[1]
+    assert found.seeds == 2
+    assert rules.loss("dora", "nobody")(folder) is None
+    forgot = rules.figure("dora", "ia3", lambda run: run.forgetting)(folder)
+    assert forgot.value == pytest.approx(0.1 * (0.67 - 0.31))
+    assert rules.ratio_of_rates("ia3", "dora")(keep(kept / "searched", _searched(made))).value == pytest.approx(10)
+    assert rules.share_of_steps("dora", "ia3")(folder).value == pytest.approx(0.4)
+    assert str(rules.share_of_steps("ia3", "dora")(folder)) == "in no seed"
+    twin = keep(kept / "twin", made)
+    assert rules.loss("dora", "ia3", beside="made")(twin).value == pytest.approx(expected)
+
+
+def _searched(made: Comparison) -> Comparison:
+    return made.model_copy(update={"config": {**made.config, "search": {"factor": 3.0}, "seeds": [0, 1]}})
+
+
+def test_the_share_of_the_first_singular_values(kept: Path) -> None:
+    spectra = [{"norm": 5.0, "singular_values": [4.0, 3.0]}, {"norm": 10.0, "singular_values": [8.0, 6.0]}]
+    for seed in range(2):
+        (kept / f"analysis{seed}.json").write_text(json.dumps({"run": {"spectra": spectra}}))
+    found = rules.energy(1)(kept)
+    assert found.value == pytest.approx(0.64)
+    assert found.seeds == 2
+
+
+def test_what_advise_cites_is_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "RESULTS", ROOT / "benchmarks" / "results")
+    assert json.loads(rules.EVIDENCE.read_text(encoding="utf-8")) == rules.evidence()
+    assert rules.PAGE.read_text(encoding="utf-8") == rules.page()
