@@ -118,6 +118,8 @@ class Products:
         if not prepared.readable[number]:
             return None
         y: Tensor = forward(module, x)
+        if y.dtype is not x.dtype or not y.is_contiguous():  # of packed weights, say
+            return None
         prepared.step(number, x, y)
         return y
 
