@@ -256,8 +256,10 @@ RULES = (
     ),
     _rule(
         "alpha_twice_the_rank", "alpha is twice the rank", f"{LESS}; tuning it is about tuning the rate, says {LORA}",
-        "method.alpha", "Alpha is fixed and the rate is what is tuned.",
+        "method.alpha", "Alpha is fixed, and the rate is what is tuned: the two are one knob.",
         ("alpha = 2 r ends lower than alpha = 8 r at the same rate", loss("lora", "alpha = 8 r"), *LOWER),
+        ("and no rate undoes it: alpha = 8 r at a quarter of the rate ends more than 0.1 nats above",
+         loss("alpha = 8 r at a quarter of the rate", "lora"), 0.1, math.inf),
     ),
     _rule(
         "rank_8_is_enough", "Rank 8 is enough", f"{LORA}, section 7.2",
@@ -389,7 +391,8 @@ def _conditions(comparison: Comparison) -> str:
     begun, ended = map(datetime.datetime.fromisoformat, (comparison.started, comparison.updated))
     return (
         f"{comparison.model['name']} in {comparison.model['precision']}, {data['source']}, {told['budget']} of "
-        f"{told['rows in a step']} rows, {data['eval_rows']} evaluation rows, {(ended - begun).total_seconds() / 60:.0f} minutes in all"
+        f"{told['rows in a step']} rows, {data['eval_rows']} evaluation rows, "
+        f"{(ended - begun).total_seconds() / 60:.0f} minutes in all"
     )
 
 

@@ -21,6 +21,7 @@ from adapterlab.compare.power import (
     rows_needed,
     spread_of,
 )
+from adapterlab.compare.recommending import recommend
 from adapterlab.compare.results import Comparison
 from adapterlab.compare.statistics import Sheets, differences
 from adapterlab.compare.summary import summarise
@@ -123,6 +124,14 @@ def test_what_cannot_be_told_is_said_with_what_it_would_take() -> None:
     assert "To tell 5 points apart here takes about " in text.text
     assert "evaluation rows and" in text.text
     assert "seeds of each method." in text.text
+
+
+def test_costs_that_nobody_measured_are_not_told() -> None:
+    made = fabricate(methods=("dora", "ia3"), failed=False)
+    assert " GiB at its peak, " in recommend(made).text
+    bare = {"memory": None, "train_seconds": None, "inference": None, "step_flops": None, "flops": None}
+    text = recommend(made.model_copy(update={"runs": [run.model_copy(update=bare) for run in made.runs]})).text
+    assert not any(word in text for word in ("GiB", "of training", "least memory", "least time"))
 
 
 def ask(*arguments: str) -> int:

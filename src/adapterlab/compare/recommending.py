@@ -27,8 +27,8 @@ def recommend(comparison: Comparison) -> Recommendation:
         return Recommendation(text="No method has a finished run yet, so there is nothing to recommend.")
     best, undecided = ranked[0], _undecided(comparison, ranked)
     helpful = [s for s in ranked if _beats_untrained(comparison, s)]
-    memory = _least(comparison, helpful or ranked, lambda run: run.peak_memory)
-    time = _least(comparison, helpful or ranked, lambda run: run.train_seconds)
+    memory = _least(comparison, helpful or ranked, _peak)
+    time = _least(comparison, helpful or ranked, _seconds)
     sentences = [_best(comparison, best), _open(comparison, ranked, undecided), _gain(comparison, best, helpful)]
     sentences.append(ONE_SEED if comparison.of_one_seed else "")
     for what, found, amount in (("memory", memory, _gib), ("time", time, _clock)):
@@ -49,11 +49,13 @@ def _best(comparison: Comparison, best: Standing) -> str:
     rows = comparison.data.get("eval_rows", "the")
     seeds = f"{best.finished} seed{'s' if best.finished != 1 else ''}"
     low, high = best.interval or (0.0, 0.0)
-    return (
+    sentence = (
         f"For the best result take {best.label}: {_value(comparison, best)} on {rows} evaluation rows "
-        f"({seeds}; 95 % interval {_number(comparison, low)} to {_number(comparison, high)}), "
-        f"{_gib(comparison, best)}, {_clock(comparison, best)} of training."
+        f"({seeds}; 95 % interval {_number(comparison, low)} to {_number(comparison, high)})"
     )
+    costs = [(_peak, _gib(comparison, best)), (_seconds, f"{_clock(comparison, best)} of training")]
+    known = [text for figure, text in costs if comparison.mean(best.label, figure) is not None]
+    return f"{', '.join([sentence, *known])}."
 
 
 def _open(comparison: Comparison, ranked: Sequence[Standing], undecided: Sequence[Standing]) -> str:
@@ -65,7 +67,7 @@ def _open(comparison: Comparison, ranked: Sequence[Standing], undecided: Sequenc
         gap = f"{100 * apart:.1f} points" if comparison.judge == "score" else f"{apart:.4f} nats a token"
         return f"Every other one is worse at {_level(comparison)}; the nearest, {second.label}, by {gap}."
     names = _list([s.label for s in undecided])
-    cheap = _least(comparison, undecided, lambda run: run.train_seconds)
+    cheap = _least(comparison, undecided, _seconds)
     many = cheap is not None and len(undecided) > 1
     hint = f" Of these, {cheap.label} trains fastest ({_clock(comparison, cheap)})." if cheap and many else ""
     return f"It cannot be told apart from {names} at {_level(comparison)}. {_would_take(comparison, undecided)}{hint}"
@@ -129,13 +131,21 @@ def _number(comparison: Comparison, value: float) -> str:
     return f"{value:.0%}".replace("%", " %") if comparison.judge == "score" else f"{value:.3f}"
 
 
+def _peak(run: Run) -> float | None:
+    return run.peak_memory
+
+
+def _seconds(run: Run) -> float | None:
+    return run.train_seconds
+
+
 def _gib(comparison: Comparison, standing: Standing) -> str:
-    peak = comparison.mean(standing.label, lambda run: run.peak_memory)
+    peak = comparison.mean(standing.label, _peak)
     return f"{(peak or 0) / 2**30:.2f} GiB at its peak"
 
 
 def _clock(comparison: Comparison, standing: Standing) -> str:
-    seconds = comparison.mean(standing.label, lambda run: run.train_seconds) or 0
+    seconds = comparison.mean(standing.label, _seconds) or 0
     return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
 
 

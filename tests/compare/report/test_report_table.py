@@ -293,6 +293,12 @@ def test_names_at_the_ends_of_lines_are_apart_and_inside():
         assert [values[int(node.text[1:])] for node in names] == sorted(values, reverse=True)
 
 
+def test_a_name_without_room_is_cut_off_and_says_so():
+    plot = Plot("", Axis("", 0, 1), Axis("", 0, 1), aside=8)
+    plot.ends([((1, 0.5), "a very long name", "series"), ((1, 0.2), "short", "series")])
+    assert [node.text for node in plot.root.iter("text") if "label" in node.get("class")] == ["a very …", "short"]
+
+
 def test_a_chart_of_very_many_methods_names_the_first_ones():
     rows = table.build([fabricate(failed=False)])
     many = [

@@ -235,10 +235,10 @@ def _cards(comparison: Comparison, rows: Mapping[str, Row]) -> list[Card]:
     for name, label, key in wanted:
         if label is not None and label in rows:
             row = rows[label]
-            rest = [k for _, _, k in wanted if k != key]
+            rest = [k for _, _, k in wanted if k != key and row.cells[k].value is not None]
             more = ", ".join(f"{titles[k]} {row.cells[k].text}" for k in rest)
             if key == judge and advice.undecided:
-                more += f"; cannot be told apart from {', '.join(advice.undecided)}"
+                more = "; ".join(filter(None, [more, f"cannot be told apart from {', '.join(advice.undecided)}"]))
             cards.append(Card(name, row, str(row.cells[key]), more))
     return cards
 

@@ -85,7 +85,7 @@ class Plot:
         y: vertical axis.
         y_names: names in rows instead of a vertical scale, from the top; row i lies at y = i.
         size: width and height of the whole drawing, in units of the view box.
-        aside: letters of the longest name that stands to the right of the area.
+        aside: letters for which there is room to the right of the area; longer names are cut off there.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Plot:
         size: Size = WIDE,
         aside: int = 0,
     ):
-        self.x, self.y = x, y
+        self.x, self.y, self.aside = x, y, aside
         width, height = size
         widest = max((len(name) for name in y_names or ()), default=0)
         self.left = _LEFT if y_names is None else min(0.42 * width, 16 + _LETTER * widest)
@@ -164,7 +164,8 @@ class Plot:
             heights[i] = min(heights[i], self.bottom - step * (len(heights) - 1 - i)) if over else heights[i]
         for (y, x, text, css), at in zip(placed, heights, strict=True):
             self._add("polyline", f"leader {css}", points=f"{x:.1f},{y:.1f} {self.right + 4:.1f},{at:.1f}")
-            self._text(self.right + 7, at + 4, text, f"label {css}")
+            name = text if len(text) <= self.aside else f"{text[: self.aside - 1]}…"
+            self._text(self.right + 7, at + 4, name, f"label {css}")
 
     def beyond(self, point: Point, text: str, css: str) -> None:
         """Name a point outside the area at the edge that is nearest to it, with an arrow that points there."""
