@@ -86,6 +86,7 @@ class Token:
             without a tokenizer.
         logprob: natural logarithm of its probability under the model, or None if none were asked for.
         top: the likeliest tokens with theirs, the likeliest first.
+        last: the answer ends with it.
     """
 
     index: int
@@ -93,6 +94,7 @@ class Token:
     text: str = ""
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    last: bool = False
 
 
 @dataclass(frozen=True)
