@@ -29,8 +29,9 @@ def body(kind: type[B], scope: Scope) -> Callable[..., Awaitable[B]]:
         A function that raises `Refusal`: for the key as `access.needs` does, then 400 for a body that is none of the
         kind, each fault with its field.
     """
+    known = Depends(needs(scope))
 
-    async def read(request: Request, caller: Caller = Depends(needs(scope))) -> B:
+    async def read(request: Request, caller: Caller = known) -> B:
         _check_type(request.headers.get("content-type", ""))
         try:
             text = await request.body()
