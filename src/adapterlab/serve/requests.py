@@ -309,6 +309,9 @@ class EngineSettings(Settings):
     max_length: int | None = Field(
         None, ge=2, examples=[4096], description="prompt and answer in tokens; default: the model's window"
     )
+    read_ahead_gb: float = Field(
+        0.5, ge=0, description="for files of adapters that requests wait for, read before it is their turn; 0: none"
+    )
     prefix_cache: bool = Field(True, description="keep keys and values of prompts for those that begin alike")
     patience: float = Field(2.0, ge=0, description="seconds a request may be passed by before it comes first")
     first_token_within: float | None = Field(

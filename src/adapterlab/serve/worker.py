@@ -19,6 +19,7 @@ from adapterlab.serve.answers import Answering
 from adapterlab.serve.forms import OnModel, row_of
 from adapterlab.serve.forward import Forward
 from adapterlab.serve.pages import Pages, PrefixCache
+from adapterlab.serve.reading import Reader
 from adapterlab.serve.requests import EngineSettings, Finished, Handle, Request, Statistics
 from adapterlab.serve.sampling import choose_all
 from adapterlab.serve.scheduler import Piece, Scheduler, Sequence
@@ -50,7 +51,8 @@ class Worker:
         self.forward.make_pools(count)
         self.pages = Pages(count)
         self.cache = PrefixCache(self.pages, settings.page_tokens)
-        self.on_model = OnModel(model, self.forward, self.pages)
+        self.reader = Reader(int(settings.read_ahead_gb * 1e9))
+        self.on_model = OnModel(model, self.forward, self.pages, self.reader)
         self.adapters = Adapters(self.on_model, self.pages, self.cache, self.forward.page_bytes)
         positions = getattr(text_config(model), "max_position_embeddings", None)
         self.window = min((n for n in (positions, settings.max_length) if n is not None), default=None)
@@ -94,6 +96,12 @@ class Worker:
             sequence.leader = sequences[0] if index else None
         for sequence in sequences:
             self.scheduler.add(sequence)
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Let the files be read that requests wait for, in their order."""
+        waiting = dict.fromkeys(sequence.version for sequence in self.scheduler.waiting.values())
+        self.reader.want(one for one in waiting if one is not None and one.state == "registered")
 
     def _check(self, request: Request, version: Version | None) -> None:
         prompt, sampling = request.prompt, request.sampling
@@ -130,6 +138,7 @@ class Worker:
             for sequence, error in refused:
                 self._fail(sequence, error)
             pieces = [piece for piece in pieces if not piece.sequence.ended] or self.scheduler.plan(now)
+        self._read_ahead()
         if not pieces:
             self.on_model.rest()
         # Those that go through the same adapters stand beside each other.
@@ -236,6 +245,7 @@ class Worker:
         """Take the adapters off the model and give the memory back."""
         self.end_all()
         self.on_model.rest()
+        self.reader.close()
         self.cache.forget()
         self.adapters.close()
         self.forward.pools.clear()
