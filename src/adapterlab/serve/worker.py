@@ -103,6 +103,15 @@ class Worker:
         waiting = dict.fromkeys(sequence.version for sequence in self.scheduler.waiting.values())
         self.reader.want(one for one in waiting if one is not None and one.state == "registered")
 
+    def remove(self, name: str, tenant: str | None) -> None:
+        """Forget an adapter and what was counted under its name.
+
+        Raises:
+            UnknownAdapterError: there is none of this name for exactly this tenant.
+        """
+        self.adapters.remove(name, tenant)
+        self._by_adapter.pop(name, None)
+
     def _check(self, request: Request, version: Version | None) -> None:
         prompt, sampling = request.prompt, request.sampling
         wrong = next((i for i in (*prompt, *sampling.bias) if not 0 <= i < self.vocabulary), None)

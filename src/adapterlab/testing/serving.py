@@ -98,8 +98,8 @@ def _alone(found: Host, name: str | None) -> Said:
     found.model.eval()
     with found.using(*([] if name is None else [name])):
         made = found.model.generate(
-            given, attention_mask=torch.ones_like(given), max_new_tokens=_TOKENS, min_new_tokens=_TOKENS,
-            do_sample=False, pad_token_id=0, output_logits=True, return_dict_in_generate=True,
+            given, attention_mask=torch.ones_like(given), max_new_tokens=_TOKENS,
+            eos_token_id=None, pad_token_id=0, do_sample=False, output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
     ids = made.sequences[0, len(PROMPT) :].tolist()
     known = [float(step[0].log_softmax(-1)[id]) for step, id in zip(made.logits, ids, strict=True)]

@@ -21,7 +21,7 @@ openai = pytest.importorskip("openai")
 
 from http_servers import ASK, Server, ask, post  # noqa: E402
 
-from adapterlab.serve.http import keys  # noqa: E402
+from adapterlab.serve.http import gate, keys  # noqa: E402
 
 
 @pytest.fixture
@@ -64,6 +64,20 @@ def test_a_client_that_does_not_read_holds_nobody_up(own: Server) -> None:
     assert post(own, "/v1/completions", {"prompt": "1"})[0] == 200
     for connection in idle:
         connection.close()
+
+
+def test_a_client_that_does_not_send_what_it_promised_is_cut_off(
+    make_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate, "_GRACE", 0.1)
+    server = make_server(seconds=0.2)
+    place = urlsplit(server.url)
+    with socket.create_connection((place.hostname or "", place.port or 0), timeout=5) as connection:
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 1000\r\n\r\n{{".encode())
+        assert b" 504 " in connection.recv(4096)
+    assert not server.engine.handles
+    server.stop()
 
 
 def test_what_takes_too_long_ends(make_server: Callable[..., Server]) -> None:
@@ -211,6 +225,15 @@ def test_counts_go_to_prometheus(server: Server) -> None:
         "adapterlab_engine_pages_used",
     ):
         assert re.search(f"^{name}", text, re.MULTILINE)
+
+
+def test_counts_of_names_that_come_and_go_do_not_add_up(server: Server) -> None:
+    for name in ("gone/1", "gone/2"):
+        ask(server, "PUT", f"/v1/adapters/{name}", {"path": "sums"})
+        assert post(server, "/v1/completions", {"prompt": "1", "model": name})[0] == 200
+        assert f'adapter="{name}"' in ask(server, "GET", "/metrics")[1]
+        ask(server, "DELETE", f"/v1/adapters/{name}")
+    assert "gone/" not in ask(server, "GET", "/metrics")[1]
 
 
 VALUES = (

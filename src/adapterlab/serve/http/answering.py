@@ -19,7 +19,7 @@ from adapterlab.serve.http.replies import Shape
 from adapterlab.serve.http.running import Running
 from adapterlab.serve.http.schemas import Wish
 from adapterlab.serve.http.service import Service
-from adapterlab.serve.http.shelf import TENANT
+from adapterlab.serve.http.shelf import labelled
 from adapterlab.serve.requests import AdapterState
 from adapterlab.serve.requests import Request as Job
 
@@ -60,12 +60,6 @@ class Asked:
         name = wish.adapter_id or wish.model or service.base
         return cls(service, caller, wish, await service.call(service.adapter, name, caller.tenant), name)
 
-    @property
-    def label(self) -> str:
-        """The name in metrics, where adapters of all tenants stand."""
-        tenant = self.state.tenant if self.state is not None else None
-        return self.name if tenant is None else f"{TENANT}{tenant}/{self.name}"
-
     async def answered(self, request: Request, prompts: Sequence[tuple[int, ...]], shape: Shape) -> Response:
         """Let the engine answer.
 
@@ -79,13 +73,18 @@ class Asked:
         """
         grammar, grammars = self.wish.grammar, self.service.grammars
         processors = await self.service.in_text_thread(grammars.processors, grammar) if grammar is not None else None
-        running = Running(self.service, self._jobs(prompts, processors), shape, self.label)
+        running = Running(self.service, self._jobs(prompts, processors), shape, self._label)
         await running.start()
         headers = {"X-Without-Effect": ", ".join(self.wish.ignored)} if self.wish.ignored else {}
         if self.wish.stream:
             return Stream(running, running.pieces(), headers)
         found = await _unless_gone(request, running)
         return Response(status_code=GONE) if found is None else JSONResponse(found, headers=headers)
+
+    @property
+    def _label(self) -> str:
+        """The name in metrics, where adapters of all tenants stand."""
+        return self.name if self.state is None else labelled(self.state.name, self.state.tenant)
 
     def _jobs(self, prompts: Sequence[tuple[int, ...]], processors: Processors | None) -> list[Job]:
         """The engine's requests, one for each prompt."""

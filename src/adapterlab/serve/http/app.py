@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from adapterlab.errors import AdapterlabError
 from adapterlab.serve.http import adapters, completions, generate, health
+from adapterlab.serve.http.announcing import Announcer
 from adapterlab.serve.http.faults import Refusal
 from adapterlab.serve.http.gate import Gate
 from adapterlab.serve.http.service import Service
@@ -21,20 +22,27 @@ from adapterlab.version import __version__
 log = logging.getLogger("adapterlab.serve")
 
 
-def build(service: Service, failed: Callable[[BaseException], None] | None = None) -> FastAPI:
+def build(
+    service: Service,
+    failed: Callable[[BaseException], None] | None = None,
+    announcer: Announcer | None = None,
+) -> FastAPI:
     """Make the application.
 
     Args:
         service: to serve; it is closed when the application ends.
         failed: called when the engine cannot be started again.
+        announcer: of this server.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         watching = asyncio.create_task(service.watch())
         watching.add_done_callback(lambda task: _tell(task, failed))
+        announcing = asyncio.create_task(announcer.run()) if announcer is not None else None
         yield
-        watching.cancel()
+        for task in filter(None, (watching, announcing)):
+            task.cancel()
         await asyncio.to_thread(service.close)
 
     app = FastAPI(title="adapterlab", version=__version__, openapi_url=None, lifespan=lifespan)
