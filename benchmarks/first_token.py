@@ -3,15 +3,16 @@
     python benchmarks/first_token.py
     python benchmarks/first_token.py --quick
 
-One model, one engine for each side, LoRA of rank 8 on all linear layers. Some requests of the base run all the time. One
-after the other, requests for other adapters come at random times: first all of them cold, their files dropped from the
-system's cache, then all of them warm. With the side `ahead` files are read while a step is computed; with `late` when it
-is the request's turn. A stall is the longest time that the requests of the base waited for a token meanwhile.
+One model, one engine for each side, LoRA of rank 8 on all linear layers. Some requests of the base run all the time.
+One after the other, requests for other adapters come at random times: first all of them cold, their files dropped from
+the system's cache, then all of them warm. With the side `ahead` files are read while a step is computed; with `late`
+when it is the request's turn. A stall is the longest time that the requests of the base waited for a token meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import statistics
@@ -119,7 +120,7 @@ def _drop(folder: Path) -> None:
 def _gaps(came: list[tuple[float, int]]) -> list[float]:
     """Times between the tokens of the first answer."""
     times = [at for at, index in came if index == 0]
-    return [after - before for before, after in zip(times, times[1:], strict=False)] or [0.0]
+    return [after - before for before, after in itertools.pairwise(times)] or [0.0]
 
 
 def _longest(came: list[tuple[float, int]]) -> float:
