@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,9 @@ pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 
 from http_servers import ASK, Server, post  # noqa: E402
+
+from adapterlab.errors import FormatError  # noqa: E402
+from adapterlab.serve.http.prompts import template_in  # noqa: E402
 
 FIND = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
 
@@ -159,6 +164,20 @@ def test_an_adapter_brings_its_own_template_with_tools(server: Server) -> None:
     assert len(server.engine.handles[-1].request.prompt) > plain + len("find")
     server.openai().chat.completions.create(model="team/words", messages=ASK, tools=tools, tool_choice="none")
     assert len(server.engine.handles[-1].request.prompt) == plain
+
+
+def test_templates_are_found_wherever_folders_have_them(tmp_path: Path) -> None:
+    assert template_in(tmp_path) is None
+    file = tmp_path / "tokenizer_config.json"
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    for value, found in (("x", "x"), (named, "d"), (named[:1], None), (None, None)):
+        file.write_text(json.dumps({"chat_template": value}))
+        assert template_in(tmp_path) == found
+    file.write_text(json.dumps({"chat_template": {"default": 1}}))
+    with pytest.raises(FormatError, match="is no text"):
+        template_in(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("j")
+    assert template_in(tmp_path) == "j"
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "find"}}])

@@ -103,4 +103,8 @@ def template_in(folder: Path) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise FormatError(f"{jinja.name} in {folder.name} cannot be read: {error}.") from None
     found = read_json(config).get("chat_template") if config.is_file() else None
-    return found if isinstance(found, str) else None
+    if isinstance(found, list):  # several with names, as older folders have them
+        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")
+    if not isinstance(found, str | None):
+        raise FormatError(f"The chat_template in {config.name} of {folder.name} is no text. Save the adapter again.")
+    return found
