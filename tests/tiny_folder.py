@@ -14,10 +14,10 @@ TEMPLATE = (
 )
 
 
-def write_model(folder: Path) -> Path:
-    """A random two-layer Llama over single characters."""
+def write_model(folder: Path, more: str = "") -> Path:
+    """A random two-layer Llama over single characters; `more` of them than digits and small letters."""
     specials = ["<p>", "<s>", "<e>", "<u>"]
-    letters = [*string.digits, *string.ascii_lowercase, *"+=> "]
+    letters = [*string.digits, *string.ascii_lowercase, *"+=> ", *more]
     vocabulary = {token: i for i, token in enumerate([*specials, *letters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<u>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")

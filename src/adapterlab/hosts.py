@@ -24,6 +24,7 @@ from adapterlab.errors import FormatError
 from adapterlab.foreign.saving import watch_saves
 from adapterlab.io import folder as adapter_folder
 from adapterlab.io import pretrained
+from adapterlab.io.folder import Saved
 from adapterlab.io.injected import ignore_injected, watch_injected
 from adapterlab.paths import user_path
 
@@ -53,14 +54,14 @@ def host(model: nn.Module) -> Host | None:
     return cast("Host | None", attachments(model))
 
 
-def load(model: nn.Module, folder: str | Path, name: str | None = None, *, active: bool | None = None) -> Host:
+def load(model: nn.Module, folder: str | Path | Saved, name: str | None = None, *, active: bool | None = None) -> Host:
     """Put a saved adapter on a model: one of ours, or one that HF PEFT wrote.
 
     Of a folder that `save_pretrained` of a model with several adapters wrote, all of them, or the one that is named.
 
     Args:
         model: the base model.
-        folder: of the adapter.
+        folder: of the adapter, or what `io.folder.read` read of it.
         name: to give it; default: the name it was saved under.
         active: whether it becomes live beside the active ones; default: only if the model carries no other adapter.
 
@@ -72,6 +73,9 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, activ
             model. The model is left as it was.
     """
     found = host(model) or Host(model)
+    if isinstance(folder, Saved):
+        adapter_folder.load(found, folder, name, active=active)
+        return found
     together = pretrained.several(folder)
     if not together or name in together:
         adapter_folder.load(found, Path(folder) / name if name in together else folder, name, active=active)

@@ -51,7 +51,7 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
 
 def _fault(fault: Any, cls: type[BaseModel]) -> str:
     path = [str(part) for part in fault["loc"]]
-    name = ".".join(path) or cls.__name__
+    name = ".".join(path)
     if fault["type"] == "extra_forbidden":
         owner = _owner(cls, path[:-1])
         fields = owner.model_fields if owner else {}
@@ -60,8 +60,12 @@ def _fault(fault: Any, cls: type[BaseModel]) -> str:
         return f"{cls.__name__} has no setting {name!r} (received {fault['input']!r}). {hint}{where}"
     if fault["type"] == "missing":
         return f"{cls.__name__} needs the setting {name!r}, which was not given."
-    message = str(fault["msg"]).removeprefix("Value error, ")
-    return f"{cls.__name__}: {name} = {fault['input']!r} is not valid: {message[:1].lower() + message[1:]}."
+    error = fault.get("ctx", {}).get("error")
+    if path and isinstance(error, ConfigError) and _owner(cls, path) is not None:
+        return str(error)  # settings inside have said it
+    message = str(fault["msg"]).removeprefix("Value error, ").rstrip(".")
+    where = f"{cls.__name__}: {name}" if path else cls.__name__
+    return f"{where} = {fault['input']!r} is not valid: {message[:1].lower() + message[1:]}."
 
 
 def _owner(cls: type[BaseModel], path: list[str]) -> type[BaseModel] | None:

@@ -62,6 +62,15 @@ def test_errors_and_messages_of_other_libraries(capsys, caplog, monkeypatch):
     assert caplog.messages[-1] == r"read \u001b[31mred"
 
 
+def test_a_wrong_value_is_named_without_the_kind_of_error(capsys):
+    for args in (["adapters", "lst"], ["keys", "ad"], ["serve", "m", "--engine", "vlm"], ["bench", "srve"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(args)
+        said = capsys.readouterr().err
+        assert "is not one of" in said
+        assert "Value error" not in said
+
+
 def test_nobody_else_writes_to_the_terminal():
     root, found = Path(adapterlab.__file__).parent, []
     for file in root.rglob("*.py"):

@@ -38,6 +38,7 @@ def test_method_conforms(
     cell = documented.get(case.method.id, {}).get("features", {}).get(name)
     if name != "smoke" and cell is not None and case.family == "llama":  # the table's family
         assert cell["status"] == outcome.status, f"docs/support.json says {cell}, and it is {outcome}"
+        assert outcome.status != "passed" or cell["detail"] == outcome.detail
     if outcome.status == "not applicable":
         pytest.skip(outcome.detail)
     if outcome.status == "refused":

@@ -188,6 +188,7 @@ BROKEN: list[tuple[type[Method], str]] = [
     (RestoresRounded, "merge"),
     (LeaksIntoBase, "only_declared"),
     (ForgetsTensor, "save_load"),
+    (ForgetsTensor, "served"),
     (ForgetsStep, "resume"),
     (LeavesHook, "detach"),
     (LooksAhead, "generate"),

@@ -21,7 +21,10 @@ class Fake:
     """A loader without a model: forms and sizes follow from the names of folders; what is on is remembered."""
 
     def __init__(self, pages: Pages):
-        self.pages, self.on = pages, set[int]()
+        self.pages, self.on, self.late = pages, set[int](), set[int]()
+
+    def is_at_hand(self, version: Version) -> bool:
+        return version.uid not in self.late
 
     def load(self, version: Version, make_room: Callable[[int], bool]) -> bool:
         if version.folder == "damaged":

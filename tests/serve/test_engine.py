@@ -118,6 +118,23 @@ def test_a_name_that_is_registered_again_answers_anew_and_cached_prefixes_do_not
     settled(one)
 
 
+def test_what_is_unregistered_while_it_runs_is_computed_to_its_end(alone: Any, engine: Any) -> None:
+    one, prompt = engine("low"), PROMPTS[0]
+    running = one.submit(ask(prompt, "low", max_tokens=50, ignore_end=True))
+    first = running.next_event(60)
+    assert isinstance(first, Token)
+    one.unregister("low")
+    with pytest.raises(UnknownAdapterError):
+        one.submit(ask(prompt, "low"))
+    (rest,) = running.result(60)
+    wanted = alone.answer("low", prompt, 50)
+    assert [first.id, *rest.ids][: len(wanted)] == wanted
+    assert len(rest.ids) == 49
+    assert one.drain(60)
+    assert one.statistics().adapters_loaded == 0
+    settled(one)
+
+
 def test_a_broken_adapter_harms_nobody_else(alone: Any, engine: Any, tmp_path: Path) -> None:
     """One whose numbers overflow when it is used, one that was damaged after it was registered, and no adapter."""
     one = engine("low", "low3")

@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from adapterlab.cli._shared import say
 from adapterlab.errors import AdapterlabError
@@ -31,7 +33,7 @@ def build() -> typer.Typer:
     for info in pkgutil.iter_modules(__path__):
         if not info.name.startswith("_"):
             module = importlib.import_module(f"{__name__}.{info.name}")
-            app.command(name=info.name.replace("_", "-"))(getattr(module, info.name))
+            app.command(name=info.name.replace("_", "-"), cls=_Verb)(getattr(module, info.name))
 
     @app.callback(invoke_without_command=True)
     def root(
@@ -45,6 +47,17 @@ def build() -> typer.Typer:
             raise typer.Exit
 
     return app
+
+
+class _Verb(TyperCommand):
+    """A verb whose wrong values are named without the kind of error that pydantic puts before its message."""
+
+    def parse_args(self, *args: Any) -> list[str]:
+        try:
+            return super().parse_args(*args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
 
 
 def main(args: list[str] | None = None) -> None:

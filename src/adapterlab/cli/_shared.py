@@ -51,7 +51,7 @@ def help_config(module: str, name: str) -> Any:
                 say(textwrap.fill(key.meaning, 78, initial_indent="    ", subsequent_indent="    "))
             raise typer.Exit
 
-    return typer.Option("--help-config", is_eager=True, callback=show, help="List the keys of the file and leave.")
+    return typer.Option("--help-config", is_eager=True, callback=show, help="List all settings and leave.")
 
 
 def settings(pairs: Sequence[str], option: str) -> dict[str, Any]:

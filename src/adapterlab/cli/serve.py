@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +14,8 @@ from adapterlab.errors import ConfigError
 from adapterlab.paths import user_path
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from adapterlab.evaluate.opening import Place
     from adapterlab.serve.http.limits import ServerSettings
     from adapterlab.serve.http.service import Service
@@ -43,6 +47,12 @@ def serve(
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = 8000,
     keys: Annotated[str | None, typer.Option(help="File of keys, as adapterlab keys writes it.")] = None,
+    announce: Annotated[
+        str | None, typer.Option(help="File, or address for POST, to say what is held here and how busy it is.")
+    ] = None,
+    announce_as: Annotated[
+        str | None, typer.Option(help="Address of this server for others; default: http://HOST:PORT.")
+    ] = None,
     engine: Annotated[EngineKind, typer.Option(help="own, or vllm where it is installed.")] = EngineKind.OWN,
     device: Device = None,
     precision: Precision = None,
@@ -65,19 +75,24 @@ def serve(
     called = name or _name_of(place)
     shelf = Shelf(user_path(adapters) if adapters is not None else None, settings.limits)
     if engine is EngineKind.VLLM:
-        _start_vllm(place, shelf, host, port, called, bool(options or keys or device or precision))
+        _start_vllm(place, shelf, host, port, called, bool(options or keys or announce or device or precision))
         return
-    from adapterlab.serve.http.server import check_address, check_packages
+    if announce_as is not None and announce is None:
+        raise ConfigError("--announce-as is the address that --announce says; give that too, or leave it out.")
+    from adapterlab.serve.http.server import check_address, check_packages, listener, place_of
 
     check_packages()
     check_address(host, keys=keys is not None)
-    _serve(place, shelf, settings, called, host, port, keys, device, precision)
+    target = place_of(announce) if announce is not None else None
+    with contextlib.closing(listener(host, port)) as listening:
+        made = _service(place, shelf, settings, called, keys, device, precision)
+        _serve(made, listening, host, target, announce_as)
 
 
-def _serve(
-    place: Place, shelf: Any, settings: ServerSettings, name: str, host: str, port: int,
+def _service(
+    place: Place, shelf: Any, settings: ServerSettings, name: str,
     keys: str | None, device: str | None, precision: str | None,
-) -> None:  # fmt: skip
+) -> Service:  # fmt: skip
     import logging
 
     from adapterlab.evaluate.generation import stop_ids, window_of
@@ -86,7 +101,6 @@ def _serve(
     from adapterlab.serve import Engine
     from adapterlab.serve.http.grammar import Grammars
     from adapterlab.serve.http.keys import Keys
-    from adapterlab.serve.http.server import run
     from adapterlab.serve.http.service import Service
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -95,14 +109,24 @@ def _serve(
     opened = open_target(place, device=device, precision=precision)
     model, tokenizer = opened.model, opened.tokenizer
     window = settings.engine.max_length or window_of(model, tokenizer)
-    service = Service(
+    return Service(
         lambda: Engine(model, tokenizer, settings.engine), tokenizer, base=name, shelf=shelf, window=window,
         grammars=Grammars(tokenizer, vocabulary(model)[1] or len(tokenizer), stop_ids(model, tokenizer)), keys=known,
         limits=settings.limits,
     )  # fmt: skip
+
+
+def _serve(
+    service: Service, listening: socket.socket, host: str, target: str | Path | None, announce_as: str | None
+) -> None:
+    from adapterlab.serve.http.announcing import Announcer, address
+    from adapterlab.serve.http.server import run
+
     _register(service)
-    say(f"Serving {name} on http://{host}:{port}/v1; Ctrl-C ends it.")
-    run(service, host, port)
+    url = address(host, listening.getsockname()[1])
+    announcer = Announcer(target, announce_as or url, service) if target is not None else None
+    say(f"Serving {service.base} on {url}/v1; Ctrl-C ends it.")
+    run(service, listening, announcer)
 
 
 def _register(service: Service) -> None:
@@ -128,8 +152,8 @@ def _start_vllm(place: Place, shelf: Any, host: str, port: int, name: str, more:
 
     if more:
         raise ConfigError(
-            "--keys, --device, --precision and settings are those of adapterlab's own engine. Leave them out, or start "
-            "vllm yourself with its own options."
+            "--keys, --announce, --device, --precision and settings are those of adapterlab's own engine. Leave them "
+            "out, or start vllm yourself with its own options."
         )
     found = [(at.name, at.folder) for at in shelf.found() if at.tenant is None]
     made = plan(place.base, found, host=host, port=port, name=name)

@@ -246,10 +246,35 @@ def read_info(folder: str | Path) -> AdapterInfo:
     )
 
 
-def load(target: Attachments, folder: str | Path, name: str | None = None, *, active: bool | None = None) -> None:
-    """Attach a saved adapter; see `adapterlab.hosts.load`."""
+@dataclass(frozen=True)
+class Saved:
+    """An adapter out of a folder, read and found whole, before it is on a model.
+
+    Attributes:
+        info: what the folder says about it.
+        tensors: all of it, under the names of the file.
+    """
+
+    info: AdapterInfo
+    tensors: dict[str, Tensor]
+
+
+def read(folder: str | Path) -> Saved:
+    """Read an adapter.
+
+    Raises:
+        FormatError: the folder holds none, or a damaged one.
+    """
     info = read_info(folder)
-    tensors = _tensors(info)
+    return Saved(info, _tensors(info))
+
+
+def load(
+    target: Attachments, folder: str | Path | Saved, name: str | None = None, *, active: bool | None = None
+) -> None:
+    """Attach a saved adapter; see `adapterlab.hosts.load`."""
+    saved = folder if isinstance(folder, Saved) else read(folder)
+    info, tensors = saved.info, saved.tensors
     name = name or info.name
     active = not target.methods if active is None else active
     if info.written_by == "adapterhub":
@@ -261,9 +286,9 @@ def load(target: Attachments, folder: str | Path, name: str | None = None, *, ac
         if info.written_by == "peft":
             hf_peft.check_computes(method, target, info.folder)
         # Tensors in our own names tell a method its structure; PEFT's are renamed once the method stands.
-        saved, like = (tensors, None) if method.hf is None else (None, hf_peft.like(method, target, tensors))
+        own, like = (tensors, None) if method.hf is None else (None, hf_peft.like(method, target, tensors))
         with nothing_fetched(), _within(info.folder), Allowance(_accounted_for(target, method, tensors)):
-            target.attach(method, name, active=active, saved=saved, like=like)
+            target.attach(method, name, active=active, saved=own, like=like)
     except (TargetError, ConfigError, AttachError) as error:
         if isinstance(error, AttachError) and name in target.methods:
             raise

@@ -94,6 +94,9 @@ class Loader(Protocol):
             Whether there was room for its pages. If not, or on an error, nothing is left behind.
         """
 
+    def is_at_hand(self, version: Version) -> bool:
+        """Say whether loading need not wait for its files, as far as anybody is reading them now."""
+
     def unload(self, version: Version) -> None:
         """Take it off."""
 

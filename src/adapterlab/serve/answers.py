@@ -47,12 +47,14 @@ class Answering:
         sequence.tokens.append(choice.id)
         ends = choice.id in sampling.stop_ids or (choice.id in self.ends and not sampling.ignore_end)
         text, stop = ("", None) if ends else self.text.add(choice.id)
-        self.handle.put(Token(self.index, choice.id, text, choice.logprob, choice.top))
+        full = len(sequence.tokens) >= sequence.limit
+        last = ends or stop is not None or full
+        self.handle.put(Token(self.index, choice.id, text, choice.logprob, choice.top, last))
         if ends:
             return self.end("stop", stopped_by=choice.id)
         if stop is not None:
             return self.end("stop", stopped_by=stop)
-        return self.end("length") if len(sequence.tokens) >= sequence.limit else None
+        return self.end("length") if full else None
 
     def end(
         self, reason: Reason, *, stopped_by: str | int | None = None, error: AdapterlabError | None = None

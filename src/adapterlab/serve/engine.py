@@ -191,7 +191,7 @@ class Engine:
         Raises:
             UnknownAdapterError: there is none of this name for exactly this tenant.
         """
-        self._between_steps(lambda: self._worker.adapters.remove(name, tenant))
+        self._between_steps(lambda: self._worker.remove(name, tenant))
 
     def pin(self, name: str, tenant: str | None = None, pinned: bool = True) -> AdapterState:
         """Load an adapter now and never unload it, or let it be unloaded again.

@@ -27,6 +27,7 @@ from adapterlab.hosts import Host, host, load
 from adapterlab.serve.adapters import Form, Version
 from adapterlab.serve.forward import Forward, Row
 from adapterlab.serve.pages import Pages
+from adapterlab.serve.reading import Reader
 from adapterlab.serve.whole_change import put_whole_change
 
 MakeRoom = Callable[[int], bool]
@@ -52,8 +53,8 @@ class Trial(NamedTuple):
 class OnModel:
     """Puts adapters on a model and takes them off; see `serve.adapters.Loader`."""
 
-    def __init__(self, model: Any, forward: Forward, pages: Pages, products: Products | None = None):
-        self.model, self.forward, self.pages, self.products = model, forward, pages, products
+    def __init__(self, model: Any, forward: Forward, pages: Pages, reader: Reader, products: Products | None = None):
+        self.model, self.forward, self.pages, self.reader, self.products = model, forward, pages, reader, products
         self._tried: dict[str, Form] = {}
         self._live = contextlib.ExitStack()
         self._runs: list[tuple[str | None, int]] | None = None
@@ -93,7 +94,7 @@ class OnModel:
             UnusableAdapterError: it can be computed in no form.
         """
         self.rest()
-        carrier = load(self.model, version.folder, version.key, active=False)
+        carrier = load(self.model, self.reader.take(version), version.key, active=False)
         kind, put = repr(carrier.methods[version.key]), False
         try:
             trial = None if kind in self._tried else self._trial(carrier, version)
@@ -117,6 +118,10 @@ class OnModel:
             if not put or version.form == "pages":  # the pages hold all there is
                 self.unload(version)
         return put
+
+    def is_at_hand(self, version: Version) -> bool:
+        """Say whether it can be put on without waiting for a disk."""
+        return not self.reader.is_reading(version)
 
     def unload(self, version: Version) -> None:
         """Take an adapter off the model; its pages are the caller's."""

@@ -86,6 +86,7 @@ class Token:
             without a tokenizer.
         logprob: natural logarithm of its probability under the model, or None if none were asked for.
         top: the likeliest tokens with theirs, the likeliest first.
+        last: the answer ends with it.
     """
 
     index: int
@@ -93,6 +94,7 @@ class Token:
     text: str = ""
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -306,6 +308,9 @@ class EngineSettings(Settings):
     max_adapters: int = Field(64, ge=1, description="different adapters among the answers that are computed")
     max_length: int | None = Field(
         None, ge=2, examples=[4096], description="prompt and answer in tokens; default: the model's window"
+    )
+    read_ahead_gb: float = Field(
+        0.5, ge=0, description="for files of adapters that requests wait for, read before it is their turn; 0: none"
     )
     prefix_cache: bool = Field(True, description="keep keys and values of prompts for those that begin alike")
     products: Literal["auto", "torch"] = Field(

@@ -229,6 +229,8 @@ class Scheduler:
             if self._follows(sequence):
                 continue
             version = sequence.version
+            if self.running and not self._is_at_hand(version):
+                continue  # those that run do not wait for a disk; it comes with the next step or one after it
             crowded = version is not None and version not in distinct and len(distinct) >= self.settings.max_adapters
             try:
                 started = not crowded and self._start(sequence)
@@ -252,6 +254,9 @@ class Scheduler:
             return (1, -s.priority, self.by_tenant[s.tenant], cold, self.by_adapter[s.root], s.number)
 
         return sorted(self.waiting.values(), key=rank)
+
+    def _is_at_hand(self, version: Version | None) -> bool:
+        return version is None or version.is_loaded or self.adapters.loader.is_at_hand(version)
 
     def _overdue(self, sequence: Sequence, now: float) -> bool:
         return now - sequence.arrived > self.settings.patience

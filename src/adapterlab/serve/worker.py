@@ -20,6 +20,7 @@ from adapterlab.serve.answers import Answering
 from adapterlab.serve.forms import OnModel, row_of
 from adapterlab.serve.forward import Forward
 from adapterlab.serve.pages import Pages, PrefixCache
+from adapterlab.serve.reading import Reader
 from adapterlab.serve.requests import EngineSettings, Finished, Handle, Request, Statistics
 from adapterlab.serve.sampling import choose_all
 from adapterlab.serve.scheduler import Piece, Scheduler, Sequence
@@ -54,7 +55,9 @@ class Worker:
         self.cache = PrefixCache(self.pages, settings.page_tokens)
         way, why = (None, "as settings say") if settings.products == "torch" else fastest(self.forward.device.type)
         self.products = f"torch ({why})" if way is None else way.name
-        self.on_model = OnModel(model, self.forward, self.pages, None if way is None else Products(way))
+        self.reader = Reader(int(settings.read_ahead_gb * 1e9))
+        made = None if way is None else Products(way)
+        self.on_model = OnModel(model, self.forward, self.pages, self.reader, made)
         self.adapters = Adapters(self.on_model, self.pages, self.cache, self.forward.page_bytes)
         positions = getattr(text_config(model), "max_position_embeddings", None)
         self.window = min((n for n in (positions, settings.max_length) if n is not None), default=None)
@@ -98,6 +101,21 @@ class Worker:
             sequence.leader = sequences[0] if index else None
         for sequence in sequences:
             self.scheduler.add(sequence)
+        self._read_ahead()
+
+    def _read_ahead(self) -> None:
+        """Let the files be read that requests wait for, in their order."""
+        waiting = dict.fromkeys(sequence.version for sequence in self.scheduler.waiting.values())
+        self.reader.want(one for one in waiting if one is not None and one.state == "registered")
+
+    def remove(self, name: str, tenant: str | None) -> None:
+        """Forget an adapter and what was counted under its name.
+
+        Raises:
+            UnknownAdapterError: there is none of this name for exactly this tenant.
+        """
+        self.adapters.remove(name, tenant)
+        self._by_adapter.pop(name, None)
 
     def _check(self, request: Request, version: Version | None) -> None:
         prompt, sampling = request.prompt, request.sampling
@@ -134,6 +152,7 @@ class Worker:
             for sequence, error in refused:
                 self._fail(sequence, error)
             pieces = [piece for piece in pieces if not piece.sequence.ended] or self.scheduler.plan(now)
+        self._read_ahead()
         if not pieces:
             self.on_model.rest()
         # Those that go through the same adapters stand beside each other.
@@ -240,6 +259,7 @@ class Worker:
         """Take the adapters off the model and give the memory back."""
         self.end_all()
         self.on_model.rest()
+        self.reader.close()
         self.cache.forget()
         self.adapters.close()
         self.forward.pools.clear()

@@ -8,7 +8,7 @@ must refuse with a typed error. `Method.example` gives settings for a tiny model
 `starts_at_base` and `trains` say what a method promises.
 """
 
-from adapterlab.testing import checks, features  # noqa: F401  (importing them fills the list of checks)
+from adapterlab.testing import checks, features, serving  # noqa: F401  (importing them fills the list of checks)
 from adapterlab.testing.case import Case, NotApplicable
 from adapterlab.testing.models import FAMILIES, PRECISIONS, batch, tiny
 from adapterlab.testing.suite import CHECKS, Check, Outcome, attempt, check, checks_for, outcome, run

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from adapterlab.core.method import Method
 from adapterlab.errors import AdapterlabError
 from adapterlab.testing.case import Case, NotApplicable
 
 Status = Literal["passed", "refused", "not applicable", "failed"]
+Run = Callable[[Case], str | None]
+R = TypeVar("R", bound=Run)
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Check:
     Attributes:
         name: what it is called.
         what: one sentence on what it requires.
-        run: the check; raises AssertionError, or an error of the library.
+        run: the check; raises AssertionError, or an error of the library, and may return in what way it passed.
         families: the families of models it runs on by default.
         refuses: errors by which a method may say that it cannot do this.
         needs: capabilities that a method must have for the check to mean something; with "!" those it must not have.
@@ -29,7 +31,7 @@ class Check:
 
     name: str
     what: str
-    run: Callable[[Case], None]
+    run: Run
     families: tuple[str, ...]
     refuses: tuple[type[AdapterlabError], ...]
     needs: tuple[str, ...]
@@ -46,7 +48,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of one check."""
+    """What came out of one check.
+
+    Attributes:
+        detail: why it was not passed, or in what way.
+    """
 
     check: str
     case: Case
@@ -70,7 +76,7 @@ def check(
     *needs: str,
     families: Sequence[str] = ("llama",),
     refuses: Sequence[type[AdapterlabError]] = (),
-) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
+) -> Callable[[R], R]:
     """Decorator that adds a function `check_<name>(case)` to the suite.
 
     Args:
@@ -79,7 +85,7 @@ def check(
         refuses: errors by which a method may say that it cannot do this.
     """
 
-    def add(function: Callable[[Case], None]) -> Callable[[Case], None]:
+    def add(function: R) -> R:
         name = function.__name__.removeprefix("check_")
         what = (function.__doc__ or "").strip().splitlines()[0]
         CHECKS[name] = Check(name, what, function, tuple(families), tuple(refuses), needs)
@@ -109,13 +115,13 @@ def attempt(found: Check, case: Case) -> Outcome:
     """
     began = time.perf_counter()
     try:
-        found.run(case)
+        way = found.run(case)
     except NotApplicable as reason:
         return Outcome(found.name, case, "not applicable", str(reason), time.perf_counter() - began)
     except found.refuses as error:
         first = str(error).splitlines()[0]
         return Outcome(found.name, case, "refused", f"{type(error).__name__}: {first}", time.perf_counter() - began)
-    return Outcome(found.name, case, "passed", "", time.perf_counter() - began)
+    return Outcome(found.name, case, "passed", way or "", time.perf_counter() - began)
 
 
 def outcome(found: Check, case: Case) -> Outcome:

@@ -53,8 +53,9 @@ def make_server(tokenizer: Any, shelf: Path) -> Callable[..., Server]:
     from adapterlab.serve.http.shelf import Shelf
 
     def make(
-        keys: Path | None = None, engine: Callable[[], Any] | None = None, root: Path = shelf, **limits: Any
-    ) -> Server:
+        keys: Path | None = None, engine: Callable[[], Any] | None = None, root: Path = shelf,
+        tokenizer: Any = tokenizer, **limits: Any,
+    ) -> Server:  # fmt: skip
         bounds = Limits(**{"adapter_rank": 32, "drain_seconds": 5, **limits})
         service = Service(
             engine or (lambda: FakeEngine(tokenizer)), tokenizer, base="base", shelf=Shelf(root, bounds), window=64,

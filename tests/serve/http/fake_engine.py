@@ -78,7 +78,7 @@ class FakeEngine(Engine):
                 break
             logprob = None if sampling.logprobs is None else -0.5
             top = tuple((other, -1.0) for other in range(4, 4 + (sampling.logprobs or 0)))
-            handle.put(Token(index, id, self.tokenizer.decode([id]), logprob, top))
+            handle.put(Token(index, id, self.tokenizer.decode([id]), logprob, top, i == len(said) - 1))
         if self.dead:
             handle.put(Finished(index, "error", error=BusyError("The engine failed. Ask once more.")))
             return

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -49,6 +51,20 @@ def test_only_keys_come_in(locked: Server, held: dict[str, Any]) -> None:
         assert (status, found["error"]["code"]) == (401, "invalid_api_key")
     assert names(locked, held["user"]) == ["base", "sums", "team/words"]
     assert ask(locked, "GET", "/health")[0] == ask(locked, "GET", "/ready")[0] == 200
+
+
+def test_the_key_comes_before_the_body(locked: Server, held: dict[str, Any]) -> None:
+    """Nothing of a body is waited for, or read, from somebody who may not ask."""
+    place = urlsplit(locked.url)
+    for key, path, status in (("al-nothing", "/v1/completions", 401), (held["user"], "/v1/load_lora_adapter", 403)):
+        with socket.create_connection((place.hostname or "", place.port or 0), timeout=5) as connection:
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Authorization: Bearer {key}\r\nContent-Length: 1000\r\n\r\n{{".encode())
+            assert connection.recv(4096).startswith(f"HTTP/1.1 {status} ".encode())
+    for wrong in (b"no JSON", b"[" * 1000):
+        assert ask(locked, "POST", "/v1/completions", wrong)[0] == 401
+        assert ask(locked, "PUT", "/v1/adapters/x", wrong, held["user"])[0] == 403
+        assert ask(locked, "POST", "/v1/completions", wrong, held["user"])[0] == 400
 
 
 def test_scopes_part_asking_from_changing(locked: Server, held: dict[str, Any]) -> None:

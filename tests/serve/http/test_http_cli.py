@@ -96,10 +96,16 @@ def test_serving_refuses_before_it_loads(tmp_path: Path, run: Callable[..., tupl
     for args, part in (
         ((model, "--host", "0.0.0.0"), "adapterlab keys add"),
         ((model, "--adapters", tmp_path / "no"), "is no folder"),
-        ((model, "limits.second=3"), "Nearest: seconds"),
+        ((model, "limits.second=3"), "error: Limits has no setting 'second' (received 3). Nearest: seconds"),
+        (
+            (model, "engine.step_tokens=10"),
+            "error: EngineSettings = {'step_tokens': 10} is not valid: step_tokens must",
+        ),
+        ((model, "--announce-as", "http://x"), "give that too"),
+        ((model, "--announce", tmp_path), "no place for a file"),
         ((model, "--engine", "vllm"), "not installed"),
         ((write_adapter(tmp_path / "adapter"),), "Serve its base, tiny"),
-        ((model, "--keys", tmp_path / "no.json"), "cannot be read"),
+        ((model, "--keys", tmp_path / "no.json"), "adapterlab keys add NAME"),
     ):
         code, _, said = run("serve", *args)
         assert code == 2

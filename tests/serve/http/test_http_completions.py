@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +13,11 @@ pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 
 from http_servers import ASK, Server, post  # noqa: E402
+
+from adapterlab.errors import FormatError  # noqa: E402
+from adapterlab.serve.http.prompts import template_in  # noqa: E402
+
+FIND = {"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}
 
 
 def test_models_are_the_base_and_its_adapters(server: Server) -> None:
@@ -131,7 +139,11 @@ def test_what_is_not_understood_is_named(server: Server, body: Any, parts: list[
         ({"messages": [{"role": "poet", "content": "x"}]}, "role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "type"),
         ({"tools": [{"type": "function", "function": {"name": "find"}}]}, "'tools' is left out"),
-        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required"}, "none are given"),
+        ({"tool_choice": "sometimes"}, "tool_choice"),
+        ({"tools": [FIND], "tool_choice": {"type": "function", "function": {"name": "fnd"}}}, "Nearest: find"),
+        ({"tools": [FIND], "tool_choice": "required", "response_format": {"type": "json_object"}}, "give one of them"),
+        ({"tools": [{"type": "function", "function": {"name": "x", "parameters": []}}]}, "JSON schema"),
     ],
 )
 def test_what_a_conversation_cannot_say_is_refused(server: Server, more: dict[str, Any], part: str) -> None:
@@ -146,9 +158,32 @@ def test_fields_without_effect_are_named(server: Server) -> None:
 
 
 def test_an_adapter_brings_its_own_template_with_tools(server: Server) -> None:
-    tools = [{"type": "function", "function": {"name": "find", "parameters": {"type": "object", "properties": {}}}}]
+    tools = [FIND]
     server.openai().chat.completions.create(model="team/words", messages=ASK, tools=tools)
     plain = len("1+1=>")
     assert len(server.engine.handles[-1].request.prompt) > plain + len("find")
     server.openai().chat.completions.create(model="team/words", messages=ASK, tools=tools, tool_choice="none")
     assert len(server.engine.handles[-1].request.prompt) == plain
+
+
+def test_templates_are_found_wherever_folders_have_them(tmp_path: Path) -> None:
+    assert template_in(tmp_path) is None
+    file = tmp_path / "tokenizer_config.json"
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    for value, found in (("x", "x"), (named, "d"), (named[:1], None), (None, None)):
+        file.write_text(json.dumps({"chat_template": value}))
+        assert template_in(tmp_path) == found
+    file.write_text(json.dumps({"chat_template": {"default": 1}}))
+    with pytest.raises(FormatError, match="is no text"):
+        template_in(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("j")
+    assert template_in(tmp_path) == "j"
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "find"}}])
+def test_a_call_cannot_be_required_without_what_keeps_answers_to_it(
+    server: Server, choice: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "xgrammar", None)
+    with pytest.raises(openai.BadRequestError, match=r"pip install 'adapterlab\[structured\]'"):
+        server.openai().chat.completions.create(model="team/words", messages=ASK, tools=[FIND], tool_choice=choice)

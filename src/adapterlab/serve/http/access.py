@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 from collections.abc import Awaitable, Callable
@@ -21,6 +22,7 @@ async def service_of(request: Request) -> Service:
     return found
 
 
+@functools.cache  # asked for by a route and by the reader of its body, it runs once
 def needs(scope: Scope) -> Callable[[Request], Awaitable[Caller]]:
     """Make a dependency that says who asks.
 

@@ -9,6 +9,7 @@ from fastapi.responses import PlainTextResponse
 
 from adapterlab.errors import ConfigError, UnknownAdapterError
 from adapterlab.serve.http.access import needs, service_of
+from adapterlab.serve.http.bodies import body
 from adapterlab.serve.http.keys import Caller
 from adapterlab.serve.http.schemas import LoadLora, PutAdapter, UnloadLora
 from adapterlab.serve.http.service import Service
@@ -18,6 +19,9 @@ router = APIRouter(prefix="/v1")
 See = Annotated[Caller, Depends(needs("infer"))]
 Change = Annotated[Caller, Depends(needs("admin"))]
 Here = Annotated[Service, Depends(service_of)]
+Put = Annotated[PutAdapter, Depends(body(PutAdapter, "admin"))]
+Load = Annotated[LoadLora, Depends(body(LoadLora, "admin"))]
+Unload = Annotated[UnloadLora, Depends(body(UnloadLora, "admin"))]
 
 
 @router.get("/adapters")
@@ -34,7 +38,7 @@ async def adapter(name: str, caller: See, service: Here) -> dict[str, Any]:
 
 
 @router.put("/adapters/{name:path}")
-async def put(name: str, wish: PutAdapter, caller: Change, service: Here) -> dict[str, Any]:
+async def put(name: str, wish: Put, caller: Change, service: Here) -> dict[str, Any]:
     """Register an adapter, or a new version of it; load, pin or unpin it."""
     service.check_open()
     return _written(service, await service.change(_put, service, name, wish, caller.tenant))
@@ -49,7 +53,7 @@ async def delete(name: str, caller: Change, service: Here) -> dict[str, Any]:
 
 
 @router.post("/load_lora_adapter")
-async def load(wish: LoadLora, caller: Change, service: Here) -> PlainTextResponse:
+async def load(wish: Load, caller: Change, service: Here) -> PlainTextResponse:
     """Register an adapter as vLLM does: a name that is taken is refused, unless `load_inplace`."""
     service.check_open()
     name = wish.lora_name
@@ -60,7 +64,7 @@ async def load(wish: LoadLora, caller: Change, service: Here) -> PlainTextRespon
 
 
 @router.post("/unload_lora_adapter")
-async def unload(wish: UnloadLora, caller: Change, service: Here) -> PlainTextResponse:
+async def unload(wish: Unload, caller: Change, service: Here) -> PlainTextResponse:
     """Forget an adapter as vLLM does."""
     service.check_open()
     await service.change(service.unregister, wish.lora_name, caller.tenant)

@@ -18,8 +18,9 @@ from adapterlab.errors import (
 )
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_PLAIN_KINDS = {429: "overloaded", 503: "overloaded", 504: "incomplete_generation"}
 _RETRY = {"Retry-After": "1"}
-_NO_JSON = "json_invalid"
+GONE = 499  # what nginx writes down for a client that did not wait; nobody reads it
 _SHOWN = 80  # characters of a value that is not valid
 
 
@@ -53,6 +54,12 @@ class Refusal(Exception):
         kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
+    @property
+    def plain(self) -> dict[str, str]:
+        """The error as TGI and LoRAX write it."""
+        kind = _PLAIN_KINDS.get(self.status, "generation" if self.status >= 500 else "validation")
+        return {"error": self.message, "error_type": kind}
+
 
 def refusal_of(error: AdapterlabError) -> Refusal:
     """Choose the status for an error of the library; what is nobody's fault but ours is a 500."""
@@ -81,16 +88,16 @@ def invalid(faults: Sequence[Mapping[str, Any]]) -> Refusal:
     """Say what pydantic found, each with the field and the value received.
 
     Args:
-        faults: as of `ValidationError.errors()`, with places that begin with "body".
+        faults: as of `ValidationError.errors()`.
     """
-    places = [".".join(str(part) for part in fault["loc"][1:] if fault["type"] != _NO_JSON) for fault in faults]
+    places = [".".join(str(part) for part in fault["loc"]) for fault in faults]
     lines = [_line(place, fault) for place, fault in zip(places, faults, strict=True)]
     return Refusal(400, "\n".join(dict.fromkeys(lines)), param=next((p for p in places if p), None))
 
 
 def _line(place: str, fault: Mapping[str, Any]) -> str:
     said = str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] in ("value_error", "missing", _NO_JSON):
+    if fault["type"] in ("value_error", "missing"):
         return f"{place}: {said}" if place else said
     received = repr(fault.get("input"))
     cut = received if len(received) <= _SHOWN else received[: _SHOWN - 3] + "..."

@@ -8,7 +8,6 @@ import time
 import traceback
 from pathlib import Path
 
-from fastapi import HTTPException
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -61,8 +60,7 @@ class Gate:
             message = await receive()
             come += len(message.get("body", b""))
             if come > most:
-                # of FastAPI, which would take another one for a fault of the body
-                raise HTTPException(413, f"The body is larger than {most:,} bytes (limits.body_bytes).")
+                raise Refusal(413, f"The body is larger than {most:,} bytes (limits.body_bytes).")
             return message
 
         return bounded
@@ -70,6 +68,8 @@ class Gate:
 
 def _unforeseen(error: Exception) -> Refusal:
     """What such an error says may hold a part of what was asked, so its kind and place alone are logged and told."""
+    if isinstance(error, RecursionError):
+        return Refusal(400, "This is nested too deeply.")
     frames = traceback.extract_tb(error.__traceback__)
     places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames[-6:]))
     log.error("%s was not foreseen, at %s", type(error).__name__, places)

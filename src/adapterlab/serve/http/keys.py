@@ -72,7 +72,9 @@ class Keys:
         try:
             stat = self.file.stat()
         except OSError as error:
-            raise FormatError(f"The file of keys {self.file} cannot be read: {error.strerror}.") from None
+            raise FormatError(
+                f"The file of keys {self.file} cannot be read: {error.strerror}. Make one: adapterlab keys add NAME."
+            ) from None
         seen = (stat.st_mtime_ns, stat.st_ino)
         if seen != self._seen:
             self._keys, self._seen = read(self.file), seen

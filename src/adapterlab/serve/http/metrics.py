@@ -41,6 +41,11 @@ class Metrics:
         self.first = times("adapterlab_first_token_seconds", "From the request to its first token.")
         self.between = times("adapterlab_token_seconds", "From one token to the next of an answer.")
 
+    def forget(self, adapter: str) -> None:
+        """Drop the counts of an adapter that was removed, so that names that come and go do not add up."""
+        for counter in (self.answers, self.prompt, self.cached, self.generated):
+            counter.remove_by_labels({"adapter": adapter})
+
     def ended(self, adapter: str, end: Finished) -> None:
         """Count an answer.
 

@@ -28,6 +28,7 @@ class Prompts:
     def __init__(self, tokenizer: Any):
         self.tokenizer = copy.deepcopy(tokenizer)  # the engine's thread uses the other one
         self._own: OrderedDict[str, Any] = OrderedDict()
+        self._special = frozenset(tokenizer.all_special_ids)
 
     def text(self, prompt: str | list[int]) -> tuple[int, ...]:
         """Tokens of a text as it stands, or the tokens that were given."""
@@ -38,6 +39,10 @@ class Prompts:
     def one(self, id: int) -> str:
         """The text of a token; any thread may ask for it."""
         return str(self.tokenizer.decode([id]))
+
+    def is_special(self, id: int) -> bool:
+        """Whether a token stands for no text, such as the end of an answer."""
+        return id in self._special
 
     def chat(self, wish: ChatWish, template: str | None = None) -> tuple[int, ...]:
         """Tokens of a conversation up to the opening of the answer.
@@ -98,4 +103,8 @@ def template_in(folder: Path) -> str | None:
         except (OSError, UnicodeDecodeError) as error:
             raise FormatError(f"{jinja.name} in {folder.name} cannot be read: {error}.") from None
     found = read_json(config).get("chat_template") if config.is_file() else None
-    return found if isinstance(found, str) else None
+    if isinstance(found, list):  # several with names, as older folders have them
+        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")
+    if not isinstance(found, str | None):
+        raise FormatError(f"The chat_template in {config.name} of {folder.name} is no text. Save the adapter again.")
+    return found

@@ -1,4 +1,4 @@
-"""Answers in the shapes of OpenAI's API, whole and in pieces."""
+"""Answers in the shapes of OpenAI's API, whole and in pieces, and what a shape is."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from adapterlab.serve.http.faults import Refusal
+from adapterlab.serve.http.schemas import Wish
 from adapterlab.serve.requests import Finished, Token
 
 Decode = Callable[[int], str]  # the text of one token
+Reader = Callable[[str], tuple[str, list[dict[str, Any]]]]  # a text without its calls of tools, and the calls
 
 
 @dataclass
@@ -20,7 +23,7 @@ class Gathered:
     Attributes:
         index: of the choice.
         text: so far.
-        tokens: so far; kept where log-probabilities were asked for.
+        tokens: so far; kept where the shape tells of them.
         end: its last event.
     """
 
@@ -34,8 +37,8 @@ class Gathered:
 class Head:
     """What all pieces of a response begin with."""
 
-    id: str
     object: str
+    id: str
     created: int
     model: str
 
@@ -48,57 +51,118 @@ class Head:
 
 
 class Shape:
-    """How one of the two kinds of completions writes its choices.
+    """How a kind of response is written, whole and in pieces.
 
     Attributes:
-        whole, piece: names of the objects.
+        keeps_tokens: it tells of single tokens, not of texts alone.
     """
 
-    whole = piece = prefix = ""
+    keeps_tokens = False
 
-    def __init__(self, model: str, decode: Decode, logprobs: bool, answers: int):
-        self.decode, self.logprobs, self.answers = decode, logprobs, answers
-        self._id, self._created, self._model = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time()), model
+    def whole(self, answers: Sequence[Gathered], used: dict[str, Any]) -> Any:
+        """Write a response.
 
-    def head(self, *, stream: bool) -> Head:
-        """Return the head of a response."""
-        return Head(self._id, self.piece if stream else self.whole, self._created, self._model)
+        Args:
+            answers: all of them, by index.
+            used: tokens, as `usage` counts them.
+        """
+        raise NotImplementedError
+
+    def opening(self, index: int) -> Iterable[dict[str, Any]]:
+        """Write what a stream begins an answer with, before there is a text."""
+        return ()
+
+    def may_send(self, part: Gathered) -> bool:
+        """Whether a part of an answer that goes on can be sent; its end always can."""
+        raise NotImplementedError
+
+    def piece(self, part: Gathered) -> dict[str, Any]:
+        """Write a part of an answer; each part once, in order."""
+        raise NotImplementedError
+
+    def closing(self, used: dict[str, Any]) -> Iterable[dict[str, Any] | str]:
+        """Write what a stream ends with."""
+        return ()
+
+    def fault(self, refusal: Refusal) -> dict[str, Any]:
+        """Write an error into a stream."""
+        raise NotImplementedError
+
+
+class Completion(Shape):
+    """OpenAI's shapes: choices under a head.
+
+    Attributes:
+        whole_object, piece_object: their names.
+        prefix: of ids.
+    """
+
+    whole_object = piece_object = prefix = ""
+
+    def __init__(self, model: str, decode: Decode, wish: Wish):
+        """Make the shape of one response.
+
+        Args:
+            model: as asked for.
+            decode: the text of one token.
+            wish: what was asked.
+        """
+        self.decode, self.with_usage = decode, wish.usage_in_stream
+        self.keeps_tokens = wish.asked_logprobs is not None
+        head = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time()), model
+        self._whole, self._piece = (Head(kind, *head) for kind in (self.whole_object, self.piece_object))
 
     def choice(self, answer: Gathered) -> dict[str, Any]:
         """A whole answer."""
         raise NotImplementedError
 
-    def opening(self, index: int) -> dict[str, Any] | None:
-        """The piece before all text, or None."""
-        return None
-
-    def delta(self, piece: Gathered) -> dict[str, Any]:
-        """A piece of an answer."""
+    def delta(self, part: Gathered) -> dict[str, Any]:
+        """A part of an answer."""
         raise NotImplementedError
+
+    def whole(self, answers: Sequence[Gathered], used: dict[str, Any]) -> dict[str, Any]:
+        return self._whole.written([self.choice(answer) for answer in answers], usage=used)
+
+    def may_send(self, part: Gathered) -> bool:
+        return bool(part.text)
+
+    def piece(self, part: Gathered) -> dict[str, Any]:
+        return self._in_stream(self.delta(part))
+
+    def closing(self, used: dict[str, Any]) -> Iterable[dict[str, Any] | str]:
+        if self.with_usage:
+            yield self._piece.written([], usage=used)
+        yield "[DONE]"
+
+    def fault(self, refusal: Refusal) -> dict[str, Any]:
+        return refusal.body
+
+    def _in_stream(self, choice: dict[str, Any]) -> dict[str, Any]:
+        return self._piece.written([choice], **({"usage": None} if self.with_usage else {}))
 
     def _logprobs(self, answer: Gathered) -> dict[str, Any] | None:
         raise NotImplementedError
 
     def _end(self, answer: Gathered) -> dict[str, Any]:
-        logprobs = self._logprobs(answer) if self.logprobs else None
+        logprobs = self._logprobs(answer) if self.keeps_tokens else None
         return {"index": answer.index, "logprobs": logprobs, "finish_reason": answer.end and answer.end.reason}
 
 
-class TextShape(Shape):
+class TextShape(Completion):
     """Of `/v1/completions`."""
 
-    whole = piece = "text_completion"
+    whole_object = piece_object = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, model: str, decode: Decode, logprobs: bool, answers: int):
-        super().__init__(model, decode, logprobs, answers)
-        self._offsets = [0] * answers
+    def __init__(self, model: str, decode: Decode, wish: Wish):
+        super().__init__(model, decode, wish)
+        self._offsets = [0] * wish.answers
 
     def choice(self, answer: Gathered) -> dict[str, Any]:
         return {"text": answer.text, **self._end(answer)}
 
-    def delta(self, piece: Gathered) -> dict[str, Any]:
-        return self.choice(piece)
+    def delta(self, part: Gathered) -> dict[str, Any]:
+        return self.choice(part)
 
     def _logprobs(self, answer: Gathered) -> dict[str, Any]:
         texts, offsets = [self.decode(token.id) for token in answer.tokens], []
@@ -113,19 +177,21 @@ class TextShape(Shape):
         }
 
 
-class ChatShape(Shape):
+class ChatShape(Completion):
     """Of `/v1/chat/completions`."""
 
-    whole, piece, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+    whole_object, piece_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, *args: Any, calls: Callable[[str], tuple[str, list[dict[str, Any]]]] | None = None):
-        """Make the shape.
+    def __init__(self, model: str, decode: Decode, wish: Wish, calls: Reader | None):
+        """Make the shape of one response.
 
         Args:
-            args: as of `Shape`.
+            model: as asked for.
+            decode: the text of one token.
+            wish: what was asked.
             calls: takes the calls of tools out of a text; None where no tools were offered.
         """
-        super().__init__(*args)
+        super().__init__(model, decode, wish)
         self.calls = calls
 
     def choice(self, answer: Gathered) -> dict[str, Any]:
@@ -136,13 +202,16 @@ class ChatShape(Shape):
             message["tool_calls"], ended["finish_reason"] = calls, "tool_calls"
         return {"message": message, **ended}
 
-    def opening(self, index: int) -> dict[str, Any]:
+    def opening(self, index: int) -> Iterable[dict[str, Any]]:
         delta = {"role": "assistant", "content": ""}
-        return {"delta": delta, "index": index, "logprobs": None, "finish_reason": None}
+        yield self._in_stream({"delta": delta, "index": index, "logprobs": None, "finish_reason": None})
 
-    def delta(self, piece: Gathered) -> dict[str, Any]:
-        text, calls = self.calls(piece.text) if self.calls else (piece.text, [])
-        ended = self._end(piece)
+    def may_send(self, part: Gathered) -> bool:
+        return bool(part.text) and self.calls is None  # a call is read when it is complete
+
+    def delta(self, part: Gathered) -> dict[str, Any]:
+        text, calls = self.calls(part.text) if self.calls else (part.text, [])
+        ended = self._end(part)
         delta: dict[str, Any] = {"content": text} if text else {}
         if calls:
             delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]

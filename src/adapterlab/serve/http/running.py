@@ -67,7 +67,7 @@ class Running:
         for handle in self._handles:
             handle.cancel()
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> Any:
         """Wait for all answers.
 
         Returns:
@@ -83,34 +83,27 @@ class Running:
                     self._add(answers[index], event)
         finally:
             self.close()
-        choices = [self.shape.choice(answer) for answer in answers]
-        return self.shape.head(stream=False).written(choices, usage=self._usage())
+        return self.shape.whole(answers, self._usage())
 
-    async def pieces(self, with_usage: bool, *, at_end: bool = False) -> AsyncIterator[str]:
-        """Yield the response as server-sent events; whoever sends them closes.
-
-        Args:
-            with_usage: end with what was used.
-            at_end: hold the text of each answer back until it is complete.
-        """
-        more: dict[str, Any] = {"usage": None} if with_usage else {}
-        head, parts = self.shape.head(stream=True), self._empty()
+    async def pieces(self) -> AsyncIterator[str]:
+        """Yield the response as server-sent events; whoever sends them closes."""
+        shape, parts = self.shape, self._empty()
         try:
-            for opening in filter(None, (self.shape.opening(part.index) for part in parts)):
-                yield _event(head.written([opening], **more))
+            for part in parts:
+                for opening in shape.opening(part.index):
+                    yield _event(opening)
             async for index, event in self._arrivals():
                 if event is None:
                     yield _ALIVE
                     continue
                 part = self._add(parts[index], event)
-                if part.end is not None or (part.text and not at_end):
-                    yield _event(head.written([self.shape.delta(part)], **more))
+                if part.end is not None or shape.may_send(part):
+                    yield _event(shape.piece(part))
                     parts[index] = Gathered(index)
-            if with_usage:
-                yield _event(head.written([], usage=self._usage()))
-            yield "data: [DONE]\n\n"
+            for closing in shape.closing(self._usage()):
+                yield _event(closing)
         except Refusal as refusal:  # the status is sent already
-            yield _event(refusal.body)
+            yield _event(shape.fault(refusal))
 
     def _empty(self) -> list[Gathered]:
         return [Gathered(i) for i in range(self.each * len(self.requests))]
@@ -158,7 +151,7 @@ class Running:
         answer.text += event.text
         if isinstance(event, Finished):
             answer.end = event
-        elif self.shape.logprobs:
+        elif self.shape.keeps_tokens:
             answer.tokens.append(event)
         return answer
 
@@ -167,5 +160,6 @@ class Running:
         return usage(ends[:: self.each], ends)
 
 
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def _event(data: dict[str, Any] | str) -> str:
+    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return f"data: {text}\n\n"

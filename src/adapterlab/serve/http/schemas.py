@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from adapterlab.errors import nearest
+from adapterlab.serve.http.tools import call_schema
 from adapterlab.serve.requests import Sampling
 from adapterlab.settings import SEEDS
 
@@ -126,6 +127,11 @@ class Wish(Strict):
         return [name for name in self.labels if getattr(self, name) is not None]
 
     @property
+    def grammar(self) -> dict[str, Any] | None:
+        """The JSON schema that answers keep to, {} for any JSON, None for plain text."""
+        return self.response_format.grammar if self.response_format else None
+
+    @property
     def asked_tokens(self) -> int | None:
         """The longest answer that was asked for; None: as long as there is room."""
         return self.max_tokens
@@ -215,7 +221,27 @@ class Tool(Strict):
     def _named(self) -> Tool:
         if not isinstance(self.function.get("name"), str):
             raise ValueError("a tool is described by a function with a name")
+        if not isinstance(self.function.get("parameters", {}), dict):
+            raise ValueError("the parameters of a function are a JSON schema, an object")
         return self
+
+    @property
+    def name(self) -> str:
+        """Of the function."""
+        return str(self.function["name"])
+
+
+class FunctionName(Strict):
+    """Which function has to be called."""
+
+    name: str
+
+
+class NamedTool(Strict):
+    """A choice of one tool."""
+
+    type: Literal["function"]
+    function: FunctionName
 
 
 class ChatWish(Wish):
@@ -226,7 +252,7 @@ class ChatWish(Wish):
     logprobs: bool = False
     top_logprobs: int | None = None
     tools: list[Tool] | None = Field(None, max_length=128)
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     chat_template_kwargs: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -235,6 +261,17 @@ class ChatWish(Wish):
             raise ValueError("max_tokens is the old name of max_completion_tokens: give one of them")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @model_validator(mode="after")
+    def _callable(self) -> ChatWish:
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise ValueError("tool_choice is for tools, and none are given: give tools, or leave it out")
+        if isinstance(self.tool_choice, NamedTool) and not self.forced:
+            named, there = self.tool_choice.function.name, [tool.name for tool in self.tools or ()]
+            raise ValueError(f"tool_choice names {named!r}, which is none of the tools. {nearest(named, there)}")
+        if self.forced and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("a call that is required leaves no room for a response_format: give one of them")
         return self
 
     @property
@@ -255,6 +292,17 @@ class ChatWish(Wish):
     def offers_tools(self) -> bool:
         """Whether the model may call something."""
         return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def forced(self) -> list[Tool]:
+        """The tools of which the answer must call one; none: it may say what it likes."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.tools or () if tool.name == self.tool_choice.function.name]
+        return list(self.tools or ()) if self.tool_choice == "required" else []
+
+    @property
+    def grammar(self) -> dict[str, Any] | None:
+        return call_schema([tool.function for tool in self.forced]) if self.forced else super().grammar
 
 
 class LoadLora(Strict):

@@ -21,7 +21,7 @@ from adapterlab.serve.http.keys import Caller, Keys
 from adapterlab.serve.http.limits import Limits
 from adapterlab.serve.http.metrics import Metrics
 from adapterlab.serve.http.prompts import Prompts, template_in
-from adapterlab.serve.http.shelf import Shelf, checked_name
+from adapterlab.serve.http.shelf import Shelf, checked_name, labelled
 from adapterlab.serve.requests import AdapterState, Statistics
 
 log = logging.getLogger("adapterlab.serve")
@@ -193,6 +193,7 @@ class Service:
             self.engine.unregister(name, tenant)
             for known in (self._registered, self._templates):
                 known.pop((tenant, name), None)
+            self.metrics.forget(labelled(name, tenant))
 
     def register_found(self, progress: Callable[[int], None] | None = None) -> list[str]:
         """Register what lies in the folder.

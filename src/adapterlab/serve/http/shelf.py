@@ -114,6 +114,11 @@ class Shelf:
                 )
 
 
+def labelled(name: str, tenant: str | None) -> str:
+    """The name of an adapter among those of all tenants."""
+    return name if tenant is None else f"{TENANT}{tenant}/{name}"
+
+
 def checked_name(name: str) -> str:
     """Require a name that an adapter may be served under.
 
