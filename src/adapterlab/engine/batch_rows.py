@@ -154,7 +154,7 @@ def all_there(x: Tensor, state: State) -> bool:
     if batch is None or isinstance(batch, str) or batch.swaps:
         return False
     if state.segments.by_token:  # type: ignore[union-attr]
-        return x.shape[:-1] == batch.shape
+        return x.shape[:-1] in (batch.shape, (batch.shape[0] * batch.shape[1],))
     return x.dim() == 3 and len(x) == batch.rows
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from adapterlab.core.adapter import RESTING
 from adapterlab.core.composition import Stack
-from adapterlab.core.segments import Slots, Who, names_of
+from adapterlab.core.segments import Here, Slots, Who, names_of
 from adapterlab.engine.batch_rows import all_there
 from adapterlab.engine.fusion import only_adds
 from adapterlab.foreign.model import ADAPTERS
@@ -73,7 +73,8 @@ class Plan:
         live = {name: a for name, a in found.items() if not (a.idle or a.is_merged)}
         self.passed_over = [a for name, a in found.items() if name not in live]
         self.here = None if self.segments is None else self.segments.among(tuple(live))
-        self.stack = None if before is None else before.stack
+        self.stack: Stacked | None = None if before is None else before.stack
+        self._slots: dict[int, Slots] = {}  # by the number of entries
         site = next(iter(adapters.values())).site
         self.transposed = site.transposed
         self.held: list[AtRest] = []
@@ -94,7 +95,7 @@ class Plan:
             return [who for who in dict.fromkeys(p.who for p in self.here.parts) if who] if self.here.plain else None
         parts = self.together.parts if isinstance(self.together, Stack) else ()
         summed = self.together is None or (parts and all(isinstance(part, str) for part in parts))
-        return [names][: len(names)] if summed else None
+        return ([names] if names else []) if summed else None
 
     def holds(self, module: nn.Module, state: State, x: Tensor) -> bool:
         """Say whether all that the plan was made of is still the same."""
@@ -109,7 +110,7 @@ class Plan:
         own = module._parameters
         if own.get("weight") is not self.weight or own.get("bias") is not self.bias or not unchanged(self.held):
             return False
-        return all(a.idle or a.is_merged for a in self.passed_over)
+        return not self.passed_over or all(a.idle or a.is_merged for a in self.passed_over)
 
     def computed(self, state: State, x: Tensor) -> Tensor | None:
         """What the module computes for x, or None where the plan is not for such a call."""
@@ -117,23 +118,27 @@ class Plan:
             return None
         if self.here is not None and not all_there(x, state):
             return None
+        weight = self.weight.T if self.transposed else self.weight
+        if not self.products:
+            return F.linear(x, weight, self.bias)
         flat = x.reshape(-1, x.shape[-1])
-        y = F.linear(flat, self.weight.T if self.transposed else self.weight, self.bias)
-        if self.here is not None:
-            self._add_by_owner(y, flat)
-        else:
+        y = F.linear(flat, weight, self.bias)
+        if self.here is None:
             for product in self.products.values():
                 product.add(y, flat)
+        else:
+            self._add_by_owner(y, flat, self.here, self.products)
         return y.view(*x.shape[:-1], y.shape[1])
 
-    def _add_by_owner(self, y: Tensor, x: Tensor) -> None:
-        """Add to each entry `[entries, out]` what its owner's adapters add."""
-        products, here = self.products, self.here
-        if not products or here is None:
-            return
-        if self.stack is None or not self.stack.serves(products):
+    def _add_by_owner(self, y: Tensor, x: Tensor, here: Here, products: Mapping[Who, Product]) -> None:
+        """Add to each of the entries y `[entries, out]` what its owner's adapters add."""
+        if not self._slots and (self.stack is None or not self.stack.serves(products)):
             self.stack = Stacked(products)
-        slots = here.slots(self.stack.owners, len(x) // here.total, FEW_OF_A_ROW, x.device)
+        assert self.stack is not None
+        slots = self._slots.get(len(x))
+        if slots is None:
+            per = len(x) // here.total
+            slots = self._slots[len(x)] = here.slots(self.stack.owners, per, FEW_OF_A_ROW, x.device)
         for who, start, stop in slots.apart:
             products[who].add(y[start:stop], x[start:stop])
         if slots.width:
