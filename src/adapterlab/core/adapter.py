@@ -15,7 +15,7 @@ from adapterlab.core.site import Site
 from adapterlab.errors import AttachError
 from adapterlab.foreign.quantized import is_quantized
 
-READY, READY_FOR_ROWS = "_ready", "_ready_for_rows"  # attributes: factors that are kept cast while nobody trains them
+RESTING = "_adapterlab_resting"  # attribute of a module: what it keeps of its adapters while nobody trains them
 
 
 @dataclass(frozen=True)
@@ -183,11 +183,14 @@ class Delta(Adapter):
         fused: an update with factors may be computed in one node with the module's own product; None: if the class has
             no `forward` and no `added` of its own, which would not be called then.
         is_its_factors: what follows from that and from being additive.
+        holds: names of its parameters, if they are the factors as they are; what a class says stands beside its own
+            `factors`, so that one which computes them loses it.
         casts: `forward` gets x in the adapter's own dtype; otherwise as it came, and casts what is smaller.
     """
 
     fused: ClassVar[bool | None] = None
     is_its_factors: bool = True
+    holds: ClassVar[tuple[str, str] | None] = None
     casts: ClassVar[bool] = True
     scale: float = 1.0
     p: float = 0.0
@@ -196,11 +199,17 @@ class Delta(Adapter):
         super().__init_subclass__(**kwargs)
         own = cls.forward is not Delta.forward or cls.added is not Delta.added
         cls.is_its_factors = cls.additive and (not own if cls.fused is None else cls.fused)
+        cls.holds = next(base.__dict__.get("holds") for base in cls.__mro__ if "factors" in base.__dict__)
 
     def train(self, mode: bool = True) -> Self:
         """Switch modes, and forget what was kept of the factors."""
-        self.__dict__[READY] = self.__dict__[READY_FOR_ROWS] = None
+        self.site.module.__dict__.pop(RESTING, None)
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the tensors, which their counts of writes do not show, and forget what was kept of them."""
+        self.site.module.__dict__.pop(RESTING, None)
+        return super()._apply(fn, recurse)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """Return (A `[r, in]`, B `[out, r]`) with ΔW = s · B A, or None for an update of another form."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
@@ -35,6 +34,25 @@ class Segment(NamedTuple):
     who: Who
     start: int
     stop: int
+
+
+class Slots(NamedTuple):
+    """How entries of several owners are multiplied by what is stacked, a slot for each owner.
+
+    Attributes:
+        width: entries of a slot.
+        filled: which entry stands in each place of the slots `[slots * width]`, any where an owner has fewer; None: all
+            stand there in their order.
+        entries: those that stand in slots `[n]`; None: all.
+        places: where in the slots each of them stands `[n]`.
+        apart: who has so many entries that they are multiplied by themselves, and which.
+    """
+
+    width: int
+    filled: Tensor | None
+    entries: Tensor | None
+    places: Tensor | None
+    apart: tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
@@ -163,12 +181,6 @@ class Here:
         self.total = whole.total
         self._derived: dict[Any, Any] = {}
 
-    @functools.cached_property
-    def even(self) -> list[Who]:
-        """What each of equal runs of units goes through, of the longest such runs."""
-        size = math.gcd(*(stop - start for _, start, stop in self.parts))
-        return [who for who, start, stop in self.parts for _ in range((stop - start) // size)]
-
     def groups(self, per: int) -> dict[Who, slice | Tensor]:
         """The entries of each kind of part, with so many entries for each unit: a slice, or their numbers."""
 
@@ -189,6 +201,39 @@ class Here:
             return None if torch.equal(order, torch.arange(len(order))) else order.argsort().to(device)
 
         return self._once(("back", per, device), make)
+
+    def slots(self, owners: tuple[Who, ...], per: int, few: int, device: torch.device) -> Slots:
+        """How the entries are multiplied, with so many of them for each unit.
+
+        Args:
+            owners: who has a slot, in their order.
+            per: entries of a unit.
+            few: entries that stand in slots whatever the others have; where slots would mostly be filled up, owners
+                of more are multiplied by themselves.
+            device: of the entries.
+        """
+
+        def make() -> Slots:
+            spans = [Segment(who, start * per, stop * per) for who, start, stop in self.parts if who in owners]
+            held: dict[Who, list[int]] = {who: [] for who in owners}
+            for who, start, stop in spans:
+                held[who] += range(start, stop)
+            counts = [len(each) for each in held.values()]
+            uneven = len(owners) * max(counts) > 2 * sum(counts)
+            apart = tuple(span for span in spans if uneven and len(held[span.who]) > few)
+            for span in apart:
+                held[span.who] = []
+            width, everyone = max(map(len, held.values())), list(range(self.total * per))
+            filled = [entry for each in held.values() for entry in (each + [0] * width)[:width]]
+            if filled == everyone:
+                return Slots(width, None, None, None, apart)
+            place = {entry: slot * width + i for slot, each in enumerate(held.values()) for i, entry in enumerate(each)}
+            entries = sorted(place)
+            found = (torch.tensor(t, device=device) for t in (filled, entries, [place[entry] for entry in entries]))
+            whole, some, places = found
+            return Slots(width, whole, None if entries == everyone else some, places, apart)
+
+        return self._once(("slots", owners, per, few, device), make)
 
     def inside(self, who: Who) -> Segments:
         """The map of the whole model for the units of one kind alone."""

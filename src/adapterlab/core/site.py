@@ -188,6 +188,11 @@ def _is_linear(cls: type[nn.Linear], module: nn.Linear) -> bool:
     return weight.is_meta or torch.allclose(y, F.linear(x, weight, module.bias), rtol=1e-2, atol=1e-3)
 
 
+def is_plain_linear(cls: type) -> bool:
+    """Say whether modules of a class are linear layers and nothing else."""
+    return cls in (nn.Linear, Conv1D)
+
+
 def kind_of(module: nn.Module) -> Kind:
     """Return the first kind that matches."""
     return next(kind for kind in KINDS if kind.matches(module))
@@ -269,7 +274,7 @@ class Site:
     @property
     def plain(self) -> bool:
         """Whether the module is exactly a linear layer with its weight at hand, so that its product may be fused."""
-        return plain_class(self.module) in (nn.Linear, Conv1D) and not self.quantized
+        return is_plain_linear(plain_class(self.module)) and not self.quantized
 
     @property
     def transposed(self) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterlab.core.segments import Segments
+from adapterlab.core.site import is_plain_linear
 from adapterlab.errors import AttachError
 from adapterlab.foreign.cache import NAMES as CACHES
 from adapterlab.foreign.calls import BOUNDS, argument_names, swaps_rows
@@ -106,7 +107,8 @@ def below(x: Tensor, batch: Batch | str, chosen: bool = False) -> Batch | str:
     if count == batch.rows:
         if batch.swaps and tokens == count == batch.tokens:
             return f"it gets {shape}, and the model goes by time first, so that rows and tokens cannot be told apart"
-        return replace(batch, tokens=1 if x.dim() == 2 else tokens, ids=False)
+        tokens = 1 if x.dim() == 2 else tokens
+        return batch if tokens == batch.tokens and not batch.ids else replace(batch, tokens=tokens, ids=False)
     if x.dim() == 2 and count == whole:
         return replace(batch, ids=False)
     cut = x.dim() > 3 or (tokens is not None and count * tokens == whole)
@@ -144,6 +146,16 @@ def given(path: str, x: Tensor | None, state: State, segments: Segments) -> Batc
     if isinstance(found, str):
         raise AttachError(_APART.format(path=path, why=found))
     return found
+
+
+def all_there(x: Tensor, state: State) -> bool:
+    """Say whether x `[..., width]` is sure to have all rows, or all tokens, of a mixed batch in their places."""
+    batch = state.batches[-1] if state.batches else None
+    if batch is None or isinstance(batch, str) or batch.swaps:
+        return False
+    if state.segments.by_token:  # type: ignore[union-attr]
+        return x.shape[:-1] in (batch.shape, (batch.shape[0] * batch.shape[1],))
+    return x.dim() == 3 and len(x) == batch.rows
 
 
 _APART = (
@@ -207,6 +219,8 @@ def followed(model: nn.Module, paths: Iterable[str], state: State, wanted: Calla
             module = model.get_submodule(path)
             parent = model.get_submodule(path.rpartition(".")[0]) if path else None
             chosen = isinstance(parent, (nn.ModuleList, nn.ModuleDict))
+            if path and not chosen and is_plain_linear(plain_class(module)):
+                continue  # the module around it says as much
             calls = _Calls(state, wanted, plain_class(module), chosen)
             handles.append(module.register_forward_pre_hook(calls.enter, with_kwargs=True))
             handles.append(module.register_forward_hook(calls.leave, always_call=True))

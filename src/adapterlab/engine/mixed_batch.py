@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from adapterlab.core.adapter import READY_FOR_ROWS
 from adapterlab.core.composition import Composition, Stack, entered
 from adapterlab.core.segments import Here, names_of
 from adapterlab.engine.batch_rows import given, lead, tokens_given
 from adapterlab.engine.fusion import Base, computed, may_fuse, only_adds
-from adapterlab.engine.resting import Padded, behind, factors_at_rest, unchanged
-from adapterlab.engine.resting import Rest as AtRest
 from adapterlab.engine.taken_apart import Call, Rest, TokenCall, joined
 from adapterlab.errors import AttachError
 from adapterlab.foreign.calls import argument_names
 from adapterlab.foreign.model import plain_class
-from adapterlab.ops.low_rank import Span, low_rank_by_row, low_rank_spans
+from adapterlab.ops.low_rank import Span, low_rank_spans
 
 if TYPE_CHECKING:
     from adapterlab.core.adapter import Adapter
@@ -82,16 +79,13 @@ def _call(used: Mapping[str, Adapter], here: Here, state: State, args: Any, kwar
 
 def _added(used: Mapping[str, Any], here: Here, call: Call, state: State, run: Callable[..., Any]) -> Tensor:
     x: Any = call.args[0] if call.args else call.x
-    grad, whole = torch.is_grad_enabled(), x.shape[: len(call.lead)] == call.lead
-    joins = whole and len(call.args) == 1 and not call.kwargs and (grad or len(here.even) > 4 * len(here.parts))
+    joins = x.shape[: len(call.lead)] == call.lead and len(call.args) == 1 and not call.kwargs
     if joins and (node := _in_one_node(used, here, state, run, x)) is not None:
         return node
     if _takes_parts(call, run):
         apart: Tensor = _by_part(used, here, call, state, run)
         return apart
     y = run(*call.args, **call.kwargs)
-    if whole and not grad and (shares := _in_two_products(used, here, x, y)) is not None:
-        return y + shares  # type: ignore[no-any-return]
     x, y = call.flat(x), call.flat(y)
     per = call.size // here.total
     pieces = []
@@ -126,29 +120,6 @@ def _in_one_node(used: Mapping[str, Any], here: Here, state: State, run: Any, x:
             spans.append(Span(start * tokens, stop * tokens, a, b, adapter.scale, p, draw))
     weight, *again = first.site.frozen_weight(x.dtype)
     return low_rank_spans(x, weight, first.site.bias, spans, *again)
-
-
-def _in_two_products(used: Mapping[str, Any], here: Here, x: Tensor, y: Tensor) -> Tensor | None:
-    """The updates of all parts without a gradient, when all are products of two factors that stay as they are."""
-    if type(x) is not Tensor or not x.is_floating_point() or x.dtype != y.dtype or torch.compiler.is_compiling():
-        return None
-    adapters = tuple(used.values())
-    kept: _Kept | None = adapters[0].__dict__.get(READY_FOR_ROWS)
-    if kept is None or kept.here is not here or not unchanged(kept.made_of, adapters):
-        made_of = factors_at_rest(adapters)
-        if made_of is None:
-            return None
-        pairs = {name: (rest.a, rest.scale * rest.b) for name, rest in zip(used, made_of, strict=True)}
-        stack = Padded([behind([pairs[name] for name in names_of(who)]) for who in here.even])
-        kept = adapters[0].__dict__[READY_FOR_ROWS] = _Kept(here, made_of, stack)
-    runs = x.reshape(len(here.even), -1, x.shape[-1])
-    return low_rank_by_row(runs, kept.stack.a, kept.stack.b).view(*x.shape[:-1], -1)
-
-
-class _Kept(NamedTuple):
-    here: Here
-    made_of: list[AtRest]
-    stack: Padded  # of each run
 
 
 def _takes_parts(call: Call, run: Any) -> bool:

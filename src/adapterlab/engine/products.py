@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from adapterlab.core.composition import Composition
 from adapterlab.core.segments import Segments
 from adapterlab.core.state import State
-from adapterlab.engine.fusion import only_adds
-from adapterlab.engine.resting import factors_at_rest
+from adapterlab.engine.resting import resting
 from adapterlab.errors import BuildError
 from adapterlab.ops.by_address import ByAddress
 from adapterlab.ops.segmented import ENTRY, UNREADABLE, Entries, Run, Runs, Step, Update, Way, by_column, entry
@@ -155,10 +154,10 @@ class Products:
 
 def _update(adapter: Any) -> Update | None:
     """What an adapter adds, if it is nothing but a product of two factors at rest."""
-    rest = factors_at_rest((adapter,)) if only_adds(adapter) and adapter.place == "call" else None
-    if rest is None:
+    found = resting({"": adapter}, mixed=True)
+    if found is None:
         return None
-    b = rest[0].b
-    if not b.T.is_contiguous():
-        b.data = by_column(b.data)
-    return Update(rest[0].a.detach(), b.detach(), rest[0].scale)
+    rest = found[""]
+    if not rest.b.T.is_contiguous():
+        rest.b.data = by_column(rest.b.data)
+    return Update(rest.a.detach(), rest.b.detach(), rest.scale)

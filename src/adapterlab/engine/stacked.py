@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from adapterlab.core.adapter import Delta
 from adapterlab.core.segments import Segments, segments
@@ -22,7 +23,7 @@ from adapterlab.engine.batch_rows import followed, given
 from adapterlab.engine.resting import Padded
 from adapterlab.engine.wrapping import put, take
 from adapterlab.errors import AttachError, nearest
-from adapterlab.ops.low_rank import low_rank_by_row
+from adapterlab.ops.low_rank import FEW_OF_A_ROW, add_low_rank_by_row, low_rank_by_row, thin_dtype
 
 if TYPE_CHECKING:
     from adapterlab.core.state import State
@@ -55,6 +56,17 @@ class Slots(Delta):
         self.segments = _alike(len(rows))
         self.register_buffer("row_A", self.A[rows], persistent=False)
         self.register_buffer("row_B", self.B[rows], persistent=False)
+
+    def whole(self, x: Tensor) -> Tensor | None:
+        """The base's product and both of the update in place, outside of training and of compiled graphs."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        given(self.site.path, x, self.state, self.segments)
+        n, dtype = len(self.rows), thin_dtype(x, FEW_OF_A_ROW, len(self.rows))
+        y = F.linear(x, *self.site.frozen_weight(x.dtype), self.site.bias)
+        rows = x.reshape(n, -1, x.shape[-1]), self.row_A.to(dtype), self.row_B.to(dtype)
+        add_low_rank_by_row(y.view(n, -1, y.shape[-1]), *rows)
+        return y
 
     def added(self, x: Tensor) -> Tensor:
         """(x Aᵀ) B with each row's own factors, in the dtype of x: `[batch, ..., out]`."""

@@ -12,14 +12,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
-from adapterlab.core.adapter import Adapter
+from adapterlab.core.adapter import RESTING, Adapter
 from adapterlab.core.composition import entered
+from adapterlab.core.site import is_plain_linear
 from adapterlab.core.state import State
-from adapterlab.engine.fusion import Base, computed, only_adds, without_gradient
+from adapterlab.engine.fusion import Base, computed
 from adapterlab.engine.mixed_batch import mixed
+from adapterlab.engine.resting import at_rest
 from adapterlab.foreign.model import ADAPTERS, PLAIN, plain_class
 from adapterlab.foreign.written_attention import written_out
 
@@ -48,19 +49,9 @@ def through(place: str, module: nn.Module, run: Callable[..., Any], *args: Any, 
     active = state.active if len(state.active) < 2 else [name for name in held if name in state.active]
     found = [held[name] for name in active if name in held]
     live = [a for a in found if a.place == place and not (a.is_merged or a.idle)]
-    if len(live) > 1 and (y := _as_one(live, run, args, kwargs)) is not None:
-        return y
     for adapter in live:
         run = functools.partial(_around(adapter), run)
     return run(*args, **kwargs)
-
-
-def _as_one(live: list[Any], run: Any, args: Any, kwargs: Any) -> Any:
-    """Compute several adapters that add products of factors as one product, outside of training."""
-    if torch.is_grad_enabled() or not isinstance(run, Base) or len(args) != 1 or kwargs:
-        return None
-    plain = all(only_adds(a) and a.is_its_factors and "_hf_hook" not in a.__dict__ for a in live)
-    return without_gradient(tuple(live), args[0]) if plain else None
 
 
 def _live(held: Any, place: str, name: str) -> Callable[..., Any] | None:
@@ -95,7 +86,7 @@ def wrapped(cls: Any, takes: tuple[str, ...] = ()) -> type[nn.Module]:
     It has the name and the forward signature of `cls`, because `save_pretrained` writes the name into the config
     and `Trainer` reads the signature to decide which columns of a dataset to keep; what adapters take is added to it.
     """
-    plain = cls.forward
+    plain, linear = cls.forward, is_plain_linear(cls)
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -103,6 +94,8 @@ def wrapped(cls: Any, takes: tuple[str, ...] = ()) -> type[nn.Module]:
             return plain(self, *args, **kwargs)
         state = self.__dict__[STATE]
         if state.products is not None and (y := state.products.computed(state, self, plain, args, kwargs)) is not None:
+            return y
+        if linear and len(args) == 1 and not kwargs and (y := at_rest(self, state, args[0])) is not None:
             return y
         return dispatch(self, Base(plain, self), *args, **kwargs)
 
@@ -172,6 +165,7 @@ def put(module: nn.Module, name: str, adapter: Adapter, state: State) -> None:
         if adapter.site.overtaken:
             module.register_forward_pre_hook(_watched)
     module._modules[ADAPTERS].add_module(name, adapter)  # type: ignore[union-attr]
+    module.__dict__.pop(RESTING, None)
     _show(module)
 
 
@@ -183,6 +177,7 @@ def take(module: nn.Module, name: str) -> None:
     """Remove an adapter; the last one restores the module's class and attributes."""
     held = module._modules[ADAPTERS]
     del held._modules[name]  # type: ignore[union-attr]
+    module.__dict__.pop(RESTING, None)
     if not held._modules:  # type: ignore[union-attr]
         del module._modules[ADAPTERS]
         del module.__dict__[STATE]
@@ -200,7 +195,7 @@ def plain_copy(module: nn.Module) -> nn.Module:
     """Return a deep copy of a module without the adapters it may carry."""
     bare = copy.copy(module)
     bare.__class__ = plain_class(module)
-    bare.__dict__ = {key: value for key, value in module.__dict__.items() if key != STATE}
+    bare.__dict__ = {key: value for key, value in module.__dict__.items() if key not in (STATE, RESTING)}
     bare.__dict__["_modules"] = {key: child for key, child in module._modules.items() if key != ADAPTERS}
     return copy.deepcopy(bare)
 

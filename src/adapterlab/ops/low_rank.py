@@ -71,27 +71,28 @@ def thin_dtype(x: Tensor, few: int = FEW, rows: int = 1) -> torch.dtype:
     return torch.float32 if half and x.numel() <= few * rows * x.shape[-1] else x.dtype
 
 
-def plus_low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Compute y = x Wᵀ + bias + scale · (x Aᵀ) Bᵀ without a gradient.
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """Add scale · (x Aᵀ) Bᵀ to y in place, without a gradient.
 
     Args:
-        x: `[..., in]`.
-        weight: `[out, in]` in x's dtype, may be a transposed view.
-        bias: `[out]` or None.
+        y: `[tokens, out]`.
+        x: `[tokens, in]` in y's dtype.
         a: Aᵀ `[in, r]`, in `thin_dtype`.
         b: Bᵀ `[r, out]`, likewise.
         scale: factor of the update.
-
-    Returns:
-        `[..., out]` in x's dtype.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    y = F.linear(flat, weight, bias)
     if a.dtype is x.dtype:
-        y.addmm_(flat.mm(a), b, alpha=scale)
+        y.addmm_(x.mm(a), b, alpha=scale)
     else:
-        y.add_(flat.to(a.dtype).mm(a).mm(b), alpha=scale)
-    return y.view(*x.shape[:-1], y.shape[1])
+        y.add_(x.to(a.dtype).mm(a).mm(b), alpha=scale)
+
+
+def add_low_rank_by_row(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add `low_rank_by_row` to y `[rows, tokens, out]` in place; a and b are in `thin_dtype`."""
+    if a.dtype is x.dtype:
+        y.baddbmm_(torch.bmm(x, a.mT), b)
+    else:
+        y.add_(torch.bmm(torch.bmm(x.to(a.dtype), a.mT), b))
 
 
 def low_rank_by_row(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ class Way(Protocol):
 
 
 def product(way: Way, updates: Sequence[Update], runs: Runs) -> Product:
-    """Prepare the product of a single module.
+    """Prepare the product of a single module; it keeps the factors alive, whose addresses it reads.
 
     Raises:
         ValueError: factors that do not go together, or that cannot be read in place.
@@ -150,9 +150,10 @@ def product(way: Way, updates: Sequence[Update], runs: Runs) -> Product:
     table = np.array([[entry(update, *widths) for update in updates]], ENTRY)
     if (table["type"] == UNREADABLE).any():
         raise ValueError(f"factors are float32, bfloat16 or float16, laid out as kernels read them, of rank <= {RANK}")
-    step = way.step(table, [widths], runs)
+    step, held = way.step(table, [widths], runs), [*updates]
 
     def call(x: Tensor, y: Tensor) -> None:
+        assert held
         step(0, x, y)
 
     return call

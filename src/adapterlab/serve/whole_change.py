@@ -36,6 +36,8 @@ class WholeChange(Method):
     class Layer(Delta):
         """The product at one module."""
 
+        holds: ClassVar[tuple[str, str] | None] = ("A", "B")
+
         def __init__(self, site: Site, a: Tensor, b: Tensor):
             super().__init__(site)
             self.A, self.B = nn.Parameter(a, requires_grad=False), nn.Parameter(b, requires_grad=False)

@@ -95,6 +95,8 @@ class Factors(Delta):
         chosen: data has been used for it.
     """
 
+    holds: ClassVar[tuple[str, str] | None] = ("A", "B")
+
     A0: Tensor | None
     B0: Tensor | None
     scale: float

@@ -210,6 +210,7 @@ class Mixed(Delta):
     """
 
     casts: ClassVar[bool] = False
+    holds: ClassVar[tuple[str, str] | None] = ("A", "B")
 
     def __init__(self, site: Site, rank: int):
         super().__init__(site)
