@@ -18,6 +18,7 @@ _PUBLIC = {
     "Run": "results",
     "Watcher": "engine",
     "compare": "engine",
+    "work": "engine",
     "load": "results",
     "load_config": "config",
 }
