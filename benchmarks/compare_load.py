@@ -1,11 +1,12 @@
-"""What does a comparison of a hundred runs cost beside the runs: here, over Ray, and by workers on a folder?
+"""What does a comparison of a hundred jobs cost beside the jobs: here, over Ray, and by workers on a folder?
 
-Each run trains a tiny random model for three steps, so that nearly all of the time is what surrounds a run: starting a
-process, importing, loading, examining, writing, and deciding what comes next. All sides do the same runs with as many
-processes at a time, and their figures have to be equal to the last bit. `ray` and `folder` wait for nothing else.
+Two cases, each with the same number of processes at a time on all sides. `idle`: each job is a process that only writes
+down a result, so that all of the time is what the engine, the pool and the start of a process take. `runs`: each job
+trains a tiny random model for three steps and is examined, so that nearly all of the time is what surrounds a training:
+imports, loading, examining; the sides have to find the same figures, to the last bit. A side `ray` needs Ray installed.
 
-    python benchmarks/compare_load.py            # 100 runs a side
-    python benchmarks/compare_load.py --quick    # 4 runs a side
+    python benchmarks/compare_load.py            # 100 jobs of each case and side
+    python benchmarks/compare_load.py --quick    # 4
 """
 
 from __future__ import annotations
@@ -27,42 +28,49 @@ from typing import Any
 import _bench as bench
 from _bench import Figures, Job
 
-SIDES = ("local", "ray", "folder")
+SIDES, HELP = ("local", "ray", "folder"), "--help-with"
+IDLE = """
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+job = json.loads((folder / "job.json").read_text())
+exam = {"loss": 1.0, "losses": [1.0] * 16, "tokens": [1] * 16, "score": 0.5, "right": [0, 1] * 8}
+who = job["contender"] or {"label": "untrained", "key": "untrained", "method": "untrained"}
+run = {"label": who["label"], "key": who["key"], "method": who["method"], "seed": job["seed"], "status": "finished",
+       "wall_seconds": 0.0, "train_seconds": 0.0, "best": exam, "final": exam}
+(folder / "result.json").write_text(json.dumps(run if job["contender"] else {"run": run, "tokens_per_row": 5.0}))
+"""
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--jobs", type=int, default=100, help="runs of each side")
+    parser.set_defaults(pairs=1)
+    parser.add_argument("--jobs", type=int, default=100, help="of each case and side")
+    parser.add_argument("--cases", default="idle,runs")
     parser.add_argument("--at-once", type=int, default=2, help="processes at a time")
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
     count = 4 if args.quick else args.jobs
     sides = [side for side in SIDES if side != "ray" or importlib.util.find_spec("ray")]
-    settings = {"jobs": count, "at_once": args.at_once}
     return [
-        Job(f"{count} runs", side, pair, {**settings, "side": side}) for pair in range(args.pairs) for side in sides
+        Job(f"{count} {case}", side, pair, {"jobs": count, "at_once": args.at_once, "side": side, "case": case})
+        for pair in range(args.pairs)
+        for case in args.cases.split(",")
+        for side in sides
     ]
 
 
 def work(job: dict[str, Any]) -> Figures:
     from adapterlab.compare import CompareConfig, compare
 
+    if job["case"] == "idle":
+        be_idle()
     with tempfile.TemporaryDirectory() as place:
         config = CompareConfig(**fields(Path(place), job["jobs"], job["at_once"]))
         before, cpu, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time(), time.monotonic()
         helpers = []
         if job["side"] == "folder":
             compare(config, engine="folder")
-            command = [
-                sys.executable,
-                "-m",
-                "adapterlab",
-                "compare",
-                str(config.output),
-                "--worker",
-                "--processes",
-                "1",
-            ]
+            command = [sys.executable, __file__, HELP, str(config.output), job["case"]]
             helpers = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(job["at_once"])]
         result = compare(config, engine=job["side"], wait=True)
         wall = time.monotonic() - began
@@ -71,19 +79,31 @@ def work(job: dict[str, Any]) -> Figures:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         runs = [run for run in result.runs if not run.is_untrained]
         assert [run.status for run in runs] == ["finished"] * job["jobs"], [run.reason for run in runs]
-        inside = sum(run.wall_seconds or 0.0 for run in result.runs)
-        training = sum(run.train_seconds or 0.0 for run in runs)
-        answers = json.dumps([[run.label, run.seed, run.best.losses, run.train_curve] for run in runs if run.best])
+        answers = [[run.label, run.seed, run.best.losses, run.train_curve] for run in runs if run.best]
         return {
             "wall": wall,
-            "a_run": wall * job["at_once"] / len(result.runs),
-            "inside": inside / len(result.runs),
-            "training": training / len(runs),
+            "inside": sum(run.wall_seconds or 0.0 for run in result.runs) / len(result.runs),
+            "training": sum(run.train_seconds or 0.0 for run in runs) / len(runs),
             "driver_cpu": time.process_time() - cpu,
             "driver_before": before * 1024,
             "driver_peak": peak * 1024,
-            "same": hashlib.sha256(answers.encode()).hexdigest(),
+            "same": hashlib.sha256(json.dumps(answers).encode()).hexdigest(),
         }
+
+
+def be_idle() -> None:
+    """Let the jobs that this process starts do nothing."""
+    from adapterlab.compare import pools
+
+    pools.command = lambda folder: [sys.executable, "-S", "-c", IDLE, str(folder)]
+
+
+def help_with(folder: str, case: str) -> None:
+    from adapterlab.compare import work as helping
+
+    if case == "idle":
+        be_idle()
+    helping(Path(folder), processes=1)
 
 
 def fields(folder: Path, count: int, at_once: int) -> dict[str, Any]:
@@ -129,29 +149,31 @@ def write_model(folder: Path) -> None:
 
 
 def check(done: list[tuple[Job, Figures]]) -> None:
-    if len({figures["same"] for _, figures in done}) > 1:
-        raise SystemExit("The sides found other figures for the same runs.")
+    for case in {job.case for job, _ in done}:
+        if len({figures["same"] for job, figures in done if job.case == case}) > 1:
+            raise SystemExit("The sides found other figures for the same runs.")
 
 
 def report(done: list[tuple[Job, Figures]], file: Path) -> tuple[dict[str, Any], str]:
     summary, rows = {}, []
     for job, found in done:
-        surrounding = found["a_run"] - found["inside"]
-        growth = found["driver_peak"] - found["driver_before"]
-        summary[job.key] = {**found, "surrounding": surrounding, "driver_growth": growth}
+        count, places = job.settings["jobs"] + 1, job.settings["at_once"]
+        a_job, growth = found["wall"] * places / count, found["driver_peak"] - found["driver_before"]
+        summary[job.key] = {"a_job": a_job, "around": a_job - found["inside"], "driver_growth": growth}
         rows.append([
-            job.side, job.settings["jobs"], job.settings["at_once"], f"{found['wall']:,.0f} s",
-            f"{found['a_run']:.2f} s",
-            f"{surrounding:.2f} s", f"{found['inside']:.2f} s", f"{found['training']:.2f} s",
-            f"{found['driver_cpu']:.1f} s", f"{found['driver_peak'] / 2**20:,.0f} MiB", f"{growth / 2**20:,.0f} MiB",
+            job.case, job.side, f"{found['wall']:,.1f} s", f"{a_job:.2f} s", f"{a_job - found['inside']:.2f} s",
+            f"{found['inside']:.2f} s", f"{found['training']:.2f} s", f"{1000 * found['driver_cpu'] / count:,.0f} ms",
+            f"{found['driver_peak'] / 2**20:,.0f} MiB", f"{growth / 2**20:,.0f} MiB",
         ])  # fmt: skip
     header = (
-        "engine", "runs", "at once", "wall time", "a run and place", "of it start, imports and waiting",
-        "from loading to the last figure", "training steps", "driver's CPU time", "driver's peak memory",
-        "more than before",
+        "case", "engine", "wall time", "a place, for each job", "of it around the job", "in the job, after its imports",
+        "in training steps", "driver's CPU time for each job", "driver's peak memory", "more than before",
     )  # fmt: skip
     return summary, bench.markdown(header, rows)
 
 
 if __name__ == "__main__":
-    bench.main(__file__, plan=plan, work=work, report=report, options=options, check=check, peers=False)
+    if sys.argv[1:2] == [HELP]:
+        help_with(*sys.argv[2:])
+    else:
+        bench.main(__file__, plan=plan, work=work, report=report, options=options, check=check, peers=False)

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inline_comparisons import use_inline_pool
+from test_scheduling import pretend
 
 from adapterlab.compare import CompareConfig, compare, load, slurm
-from adapterlab.compare.claims import losses
+from adapterlab.compare.claims import Note, losses
 from adapterlab.errors import ConfigError
 
 # Starts the tasks of an array as processes here, as many as it has, and forgets them.
@@ -28,16 +30,17 @@ for task in $(seq "$last"); do
 done
 echo "17;cluster"
 """
-# A worker whose jobs take half a second each and come out as those in another folder did.
+# A worker whose jobs take half a second each, end with it, and come out as those in another folder did.
 WORKER = """
 import sys
 from adapterlab.cli import main
 from adapterlab.compare import pools
 job = '''
-import pathlib, shutil, sys, time
+import os, pathlib, shutil, sys, threading, time
+threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 folder = pathlib.Path(sys.argv[1])
-time.sleep(0.5)
 (folder / "begun.txt").open("a").write("x")
+time.sleep(0.5)
 shutil.copy(pathlib.Path({made!r}) / folder.relative_to({root!r}) / "result.json", folder / "result.json")
 '''
 pools.command = lambda folder: [sys.executable, "-S", "-c", job, str(folder)]
@@ -135,14 +138,10 @@ def test_signals_reach_the_worker_and_its_status_decides(
 
 @pytest.mark.slow
 def test_two_tasks_do_what_one_process_does_though_one_is_killed(
-    fields: dict[str, Any], programs: Path, tmp_path: Path, inline: Any, monkeypatch: pytest.MonkeyPatch
+    fields: dict[str, Any], programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from test_scheduling import pretend
-
     given = {**fields, "methods": ["lora", "ia3", "dora"], "seeds": 2, "together": "never", "processes": 2}
     with pytest.MonkeyPatch.context() as patch:
-        from inline_comparisons import use_inline_pool
-
         use_inline_pool(patch, pretend)
         alone = compare(CompareConfig(**{**given, "output": tmp_path / "alone"}))
     config = CompareConfig(**{**given, "output": tmp_path / "array"})
@@ -155,8 +154,6 @@ def test_two_tasks_do_what_one_process_does_though_one_is_killed(
     assert not first.finished
 
     def at_work() -> dict[Path, int]:
-        from adapterlab.compare.claims import Note
-
         notes = {
             file.parent: Note.model_validate_json(file.read_text()) for file in config.output.glob("runs/*/*/claim-0")
         }

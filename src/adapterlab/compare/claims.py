@@ -146,7 +146,9 @@ class Claims:
             OutputError: a folder cannot be written.
         """
         for count, folder in enumerate(folders):
-            if not self._take(folder):
+            with explained(folder):
+                taken = self._take(folder)
+            if not taken:
                 for mine in folders[:count]:
                     self.release(mine)
                 return False
@@ -158,13 +160,12 @@ class Claims:
             return False
         lost = f"{found.note.who} went away in the middle: {found.gone}" if found.note and found.gone else ""
         number = found.number + 1
-        with explained(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with _file(folder, number).open("x", encoding="utf-8") as stream:
-                    stream.write(self.me.model_copy(update={"took_over": lost}).model_dump_json())
-            except FileExistsError:  # somebody was quicker
-                return False
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with _file(folder, number).open("x", encoding="utf-8") as stream:
+                stream.write(self.me.model_copy(update={"took_over": lost}).model_dump_json())
+        except FileExistsError:  # somebody was quicker
+            return False
         with self._lock:
             self._mine[folder] = (number, time.monotonic())
             self._taken_away.discard(folder)
@@ -268,7 +269,7 @@ def _numbers(folder: Path) -> list[int]:
     """Numbers of all claims of a job, rising."""
     try:
         names = os.listdir(folder)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(int(found[1]) for name in names if (found := _NAME.fullmatch(name)))
 
@@ -277,7 +278,7 @@ def _read(file: Path) -> Note | None:
     """What a claim says; of one that is being made, or never was finished, that somebody unknown holds it."""
     try:
         return Note.model_validate_json(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, ValidationError):
         return Note()

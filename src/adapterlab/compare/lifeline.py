@@ -19,6 +19,8 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """Start a process that ends when this one does, because its standard input closes then.
 
+    It has a session of its own: what is pressed in a terminal reaches this process alone, which tells it once.
+
     Args:
         command: of the process, which calls `stop_with_parent`.
         log: file to which its output is added.
@@ -33,8 +35,9 @@ def start(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as stream:
         return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=cwd
-        )
+            command, stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=cwd,
+            start_new_session=True,
+        )  # fmt: skip
 
 
 def stop_with_parent() -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import tempfile
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,10 @@ if TYPE_CHECKING:
     from adapterlab.compare.pools import Ending
 
 _LOOK = 10.0  # seconds between looks at which machines there are
+_REACH = 10.0  # seconds within which an address has to answer
 _ANSWER = 180.0  # seconds within which each machine has to say what it is; it imports the package first
+_PATIENCE = 40.0  # seconds that the head may be away; after a minute, Ray ends this process without a word
+_WORDS = 200  # characters of a message of Ray's
 _MOST_THREADS = 4  # of a run without a GPU
 
 
@@ -58,14 +63,14 @@ class RayPool:
         gpus = any(machine.get("GPU") for machine in machines.values())
         self.gpus = config.gpus if config.gpus is not None else int(gpus and config.device in (None, "cuda"))
         self.threads = config.threads or self._threads(machines)
-        self._size, self._looked = 0, -_LOOK
+        self._size, self._looked, self._answered = 0, -_LOOK, time.monotonic()
         self._check_room(machines)
         self._check_machines(machines)
 
     @property
     def size(self) -> int:
         """Jobs at a time, as the cluster is now."""
-        if time.monotonic() - self._looked >= _LOOK:
+        if time.monotonic() - self._looked >= _LOOK and self._head_answers():
             self._size, self._looked = sum(map(self._places, self._machines().values())), time.monotonic()
         return min(self._most or self._size, max(1, self._size))
 
@@ -113,14 +118,22 @@ class RayPool:
             return f"Ray lost its task ({type(error).__name__}: {_first_line(error)})"
 
     @contextlib.contextmanager
-    def _reachable(self) -> Any:
+    def _reachable(self) -> Iterator[None]:
         try:
             yield
         except (self._ray.exceptions.RaySystemError, ConnectionError) as error:
-            raise TrainingError(
-                f"The Ray cluster went away ({_first_line(error)}). What is done is kept: start Ray again, and the "
-                "same command continues."
-            ) from None
+            raise _went_away(error) from None
+
+    def _head_answers(self) -> bool:
+        """Whether the head is there; without it, whatever is asked of Ray waits, and then ends this process."""
+        try:
+            _check_answers(self._ray.get_runtime_context().gcs_address)
+        except OSError as error:
+            if time.monotonic() - self._answered > _PATIENCE:
+                raise _went_away(error) from None
+            return False
+        self._answered = time.monotonic()
+        return True
 
     # ------------------------------------------------------------------ the cluster
 
@@ -184,14 +197,22 @@ class RayPool:
             )
 
 
+def _went_away(error: BaseException) -> TrainingError:
+    return TrainingError(
+        f"The Ray cluster went away ({_first_line(error)}). What is done is kept: start Ray again, and the same command "
+        "continues."
+    )
+
+
 def _connect(ray: Any, config: CompareConfig) -> None:
     """Connect to the cluster that RAY_ADDRESS names, or to one of this machine, or else make one on it."""
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
     try:
+        _check_answers(address)
         ray.init(address=address or "auto", log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         if address is None and isinstance(error, ConnectionError):  # there is none
             cpus = config.processes and config.threads and config.processes * config.threads
             ray.init(address="local", num_cpus=cpus, log_to_driver=False, include_dashboard=False)
@@ -203,13 +224,22 @@ def _connect(ray: Any, config: CompareConfig) -> None:
         ) from None
 
 
+def _check_answers(address: str | None) -> None:
+    """Raise an OSError where nobody listens at an address: Ray itself tries for seven minutes."""
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=_REACH).close()
+
+
 def _name(ray: Any, number: str) -> str:
     node = next((node for node in ray.nodes() if node["NodeID"] == number), None)
     return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})" if node else number
 
 
 def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    """The first sentence of a message, or its first words."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+    return textwrap.shorten(line.partition(". ")[0], _WORDS)
 
 
 def _do(arguments: list[str], log: str, threads: int, cwd: str, software: dict[str, Any]) -> int:

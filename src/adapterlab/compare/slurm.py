@@ -99,9 +99,7 @@ def submit(file: Path) -> str:
         ConfigError: there is no scheduler, or it refuses.
     """
     if shutil.which("sbatch") is None:
-        raise ConfigError(
-            f"There is no sbatch on this machine. On one that has it, run: sbatch {shlex.quote(str(file))}"
-        )
+        raise ConfigError(f"There is no sbatch here. On a machine that has it, run: sbatch {shlex.quote(str(file))}")
     done = subprocess.run(["sbatch", "--parsable", str(file)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(
