@@ -199,8 +199,8 @@ class RayPool:
 
 def _went_away(error: BaseException) -> TrainingError:
     return TrainingError(
-        f"The Ray cluster went away ({_first_line(error)}). What is done is kept: start Ray again, and the same command "
-        "continues."
+        f"The Ray cluster went away ({_first_line(error)}). What is done is kept: start Ray again, and the same "
+        "command continues."
     )
 
 
