@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from adapterlab.compare.pools import Ending
 
 _LOOK = 10.0  # seconds between looks at which machines there are
+_STOP_SECONDS = 60.0  # for jobs to save what they have
+_POLL = 0.2
 _REACH = 10.0  # seconds within which an address has to answer
 _ANSWER = 180.0  # seconds within which each machine has to say what it is; it imports the package first
 _PATIENCE = 40.0  # seconds that the head may be away; after a minute, Ray ends this process without a word
@@ -97,15 +99,19 @@ class RayPool:
         return len(self.running) < self.size
 
     def cancel(self, folder: Path) -> None:
-        """End the job of a folder at once."""
+        """End the job of a folder at once: Ray kills the worker with all it started."""
         task = next(task for task, other in self.running.items() if other == folder)
         self._ray.cancel(task, force=True)
         del self.running[task]
 
     def stop(self) -> None:
-        """End the running tasks; their processes save what they have."""
+        """Ask the running jobs to save what they have, and wait for them."""
+        tasks = list(self.running)
         with contextlib.suppress(self._ray.exceptions.RayError, ConnectionError):
-            for task in self.running:
+            for task in tasks:
+                self._ray.cancel(task)
+            late = self._ray.wait(tasks, num_returns=len(tasks), timeout=_STOP_SECONDS)[1] if tasks else []
+            for task in late:
                 self._ray.cancel(task, force=True)
         self.running.clear()
 
@@ -245,7 +251,13 @@ def _first_line(error: BaseException) -> str:
 def _do(arguments: list[str], log: str, threads: int, cwd: str, software: dict[str, Any]) -> int:
     """Do a job on a machine of the cluster; return the exit status of its process."""
     Software(**software).check(f"A machine of the Ray cluster ({os.uname().nodename})")
-    return lifeline.start([sys.executable, *arguments], Path(log), threads, cwd=cwd).wait()
+    process = lifeline.start([sys.executable, *arguments], Path(log), threads, cwd=cwd)
+    try:
+        while process.poll() is None:  # a wait for the process would not hear of being cancelled
+            time.sleep(_POLL)
+    except KeyboardInterrupt:  # so Ray says it
+        process.terminate()
+    return process.wait()
 
 
 def _fault(root: str, software: dict[str, Any]) -> str:
