@@ -65,7 +65,8 @@ class RayPool:
         gpus = any(machine.get("GPU") for machine in machines.values())
         self.gpus = config.gpus if config.gpus is not None else int(gpus and config.device in (None, "cuda"))
         self.threads = config.threads or self._threads(machines)
-        self._size, self._looked, self._answered = 0, -_LOOK, time.monotonic()
+        self._size = sum(map(self._places, machines.values()))
+        self._looked = self._answered = time.monotonic()
         self._check_room(machines)
         self._check_machines(machines)
 
@@ -74,7 +75,7 @@ class RayPool:
         """Jobs at a time, as the cluster is now."""
         if time.monotonic() - self._looked >= _LOOK and self._head_answers():
             self._size, self._looked = sum(map(self._places, self._machines().values())), time.monotonic()
-        return min(self._most or self._size, max(1, self._size))
+        return min(self._most or self._size, self._size)
 
     def start(self, folder: Path) -> None:
         """Start the job of a folder."""
