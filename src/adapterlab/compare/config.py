@@ -199,8 +199,8 @@ class CompareConfig(Settings):
         None, examples=[1], ge=1, description="CPU threads of each run; null: cores shared fairly"
     )
     gpus: int | None = Field(
-        None, examples=[2], ge=0, description="GPUs that each run has for itself, on one machine; null: no more than "
-        "one, of a machine's own processes all the same"
+        None, examples=[2], ge=0, description="GPUs that each run has for itself, on one machine; null: one where Ray "
+        "has any, not asked for with Slurm; the processes of a machine all see the same ones"
     )  # fmt: skip
     memory: Annotated[str, Field(pattern=r"^(?i:\d+(\.\d+)?\s*[mgt]i?b?)$")] | None = Field(
         None, examples=["32GB"], description="memory that a cluster sets aside for each run; null: not asked for"
