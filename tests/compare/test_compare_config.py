@@ -218,7 +218,7 @@ def test_the_command_line_checks_without_running(fields: dict[str, Any], capsys:
     assert not Path(fields["output"]).exists()
 
 
-@pytest.mark.parametrize("name", ["compare_smollm2.yaml", "compare_gsm8k.yaml"])
+@pytest.mark.parametrize("name", ["compare_smollm2.yaml", "compare_gsm8k.yaml", "compare_slurm.yaml"])
 def test_examples_are_valid(name: str) -> None:
     config = load_config(EXAMPLES / name)
     assert len(config.contenders()) >= 4

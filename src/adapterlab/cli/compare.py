@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 def compare(
     config: Annotated[
-        str | None, typer.Argument(help="YAML file of a comparison; see examples/compare_smollm2.yaml.")
+        str | None,
+        typer.Argument(
+            help="YAML file of a comparison (see examples/compare_smollm2.yaml); with --worker, its folder."
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings on top, such as budget.steps=50 or seeds=3.")
@@ -31,7 +34,17 @@ def compare(
     task: Annotated[str | None, typer.Option(help="A generated task instead of --data, such as chain_sum.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Budget of each run: optimizer steps.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the comparison.")] = None,
-    engine: Annotated[str, typer.Option(help="Where runs go: local processes, or a ray cluster.")] = "local",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="Who does the runs: local processes, a ray cluster, a slurm array, or workers on the folder."
+        ),
+    ] = "local",
+    worker: Annotated[
+        bool, typer.Option("--worker", help="Help with the comparison in a folder that somebody opened.")
+    ] = False,
+    submit: Annotated[bool, typer.Option("--submit", help="Hand the script of --engine slurm to sbatch.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="With slurm or folder: stay until all is done.")] = False,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Runs at a time; default: as memory and cores allow.")
     ] = None,
@@ -63,6 +76,10 @@ def compare(
     from adapterlab.compare import compare as run
     from adapterlab.compare import load_config
 
+    if worker:
+        beside = {"--engine": engine != "local", "--overwrite": overwrite, "--retry": retry, "--dry-run": dry_run}
+        _help(config, processes, quiet, [*(overrides or []), *(name for name, given in beside.items() if given)])
+        return
     pairs = list(overrides or [])
     if config is not None and "=" in config:  # no file, only settings
         pairs, config = [config, *pairs], None
@@ -83,9 +100,10 @@ def compare(
     if dry_run:
         _list(comparison)
         return
+    options: dict[str, Any] = {"overwrite": overwrite, "retry": retry, "submit": submit, "wait": wait or None}
     try:
         with _watching(quiet or as_json) as watcher:
-            result = run(comparison, engine=engine, overwrite=overwrite, retry=retry, watcher=watcher)  # type: ignore[arg-type]
+            result = run(comparison, engine=engine, watcher=watcher, **options)  # type: ignore[arg-type]
     except KeyboardInterrupt:
         say("Stopped. What is done is kept; the same command continues (without --overwrite).", err=True)
         raise typer.Exit(130) from None
@@ -94,6 +112,49 @@ def compare(
         print_json(result.model_dump(mode="json"))
     elif not quiet:
         _show(result, written)
+        _say_next(result, comparison.output, engine, submit)
+
+
+def _help(folder: str | None, processes: int | None, quiet: bool, others: list[str]) -> None:
+    """Do jobs of a comparison that somebody opened, and write the report where they were the last ones."""
+    from adapterlab.compare.engine import work
+    from adapterlab.compare.slurm import AGAIN
+    from adapterlab.compare.stopping import Asked, asked_to_end
+    from adapterlab.errors import ConfigError
+    from adapterlab.paths import user_path
+
+    if folder is None or others:
+        raise ConfigError(
+            "--worker takes the folder of a comparison, and no other setting than --processes: how it goes is decided "
+            f"where it was opened. Received {', '.join([*([folder] if folder else ['no folder']), *others])}."
+        )
+    root = user_path(folder)
+    try:
+        with asked_to_end():
+            result = work(root, processes=processes, say=(lambda line: None) if quiet else say)
+    except Asked as end:
+        say("Stopped. What is done is kept, and others can go on with the rest.", err=True)
+        raise typer.Exit(AGAIN if end.for_now else 130) from None
+    if result is None:
+        say("Nothing is left to begin; others do the last jobs.")
+        return
+    for file in _report(result, root):
+        say(file)
+
+
+def _say_next(result: Comparison, folder: Path, engine: str, submitted: bool) -> None:
+    """Say how those begin who do the work."""
+    from shlex import quote
+
+    from adapterlab.compare.slurm import SCRIPT
+
+    if result.finished or engine not in ("slurm", "folder"):
+        return
+    script = f"sbatch {quote(str(folder / SCRIPT))}"
+    start = script if engine == "slurm" else f"adapterlab compare {quote(str(folder))} --worker"
+    begun = "The tasks are in the queue; more of them, or others in their place:" if submitted else "Start the work:"
+    under_way = sum(run.status == "running" for run in result.runs)
+    say(f"{under_way} runs are under way. {begun} {start}\nThe same command shows how far it is.")
 
 
 def _merged(changes: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

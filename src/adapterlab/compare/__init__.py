@@ -19,6 +19,7 @@ _PUBLIC = {
     "Run": "results",
     "Watcher": "engine",
     "compare": "engine",
+    "work": "engine",
     "load": "results",
     "load_config": "config",
     "outlook": "power",

@@ -36,6 +36,10 @@ _FREE = (
     "together",
     "processes",
     "threads",
+    "gpus",
+    "memory",
+    "restarts",
+    "slurm",
 )  # settings that change nothing in the results
 _EVALUATIONS = 5  # looks at the validation rows in a run, unless training.eval_every says otherwise
 _SOURCE = ("path", "name", "task", "task_args", "columns", "eval_path", "eval_split")  # replaced with the rows
@@ -93,6 +97,37 @@ class Exams(_Part):
         description="measure what each method costs too: time and memory of its training, operations of a step, time "
         "of a forward pass beside the weights and merged; false: runs of the first seed share a base as well",
     )
+
+
+_Line = Annotated[str, Field(pattern=r"^[^\r\n]+$")]
+_Word = Annotated[str, Field(pattern=r"^[\w.,@:+-]+$")]
+
+
+class Slurm(_Part):
+    """What `--engine slurm` asks the scheduler for; cores, GPUs and memory are `threads`, `gpus` and `memory`."""
+
+    partition: _Word | None = Field(None, examples=["gpu"], description="where tasks wait; null: the cluster's default")
+    account: _Word | None = Field(None, examples=["lab"], description="who pays; null: the user's default")
+    time: Annotated[str, Field(pattern=r"^\d+(-\d+(:\d+){0,2}|(:\d+){0,2})$")] | None = Field(
+        None, examples=["04:00:00"], description="limit of each task, in quotes; null: the partition's"
+    )
+    notice: int = Field(
+        120, ge=30, description="seconds before the limit at which a task saves its run and goes back to the queue"
+    )
+    lines: tuple[_Line, ...] = Field(
+        (), examples=[("--qos=high",)], description="further options of sbatch, each as it follows #SBATCH"
+    )
+    setup: tuple[_Line, ...] = Field(
+        (), examples=[("module load cuda",)], description="lines of shell before the work starts"
+    )
+
+    @field_validator("lines")
+    @classmethod
+    def _options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        wrong = [line for line in value if not line.startswith("-")]
+        if wrong:
+            raise ValueError(f"an option of sbatch begins with -, as in --qos=high; received {wrong[0]!r}")
+        return value
 
 
 class Contender(_Part):
@@ -168,6 +203,18 @@ class CompareConfig(Settings):
     threads: int | None = Field(
         None, examples=[1], ge=1, description="CPU threads of each run; null: cores shared fairly"
     )
+    gpus: int | None = Field(
+        None, examples=[2], ge=0, description="GPUs that each run has for itself, on one machine; null: one where Ray "
+        "has any, not asked for with Slurm; the processes of a machine all see the same ones"
+    )  # fmt: skip
+    memory: Annotated[str, Field(pattern=r"^(?i:\d+(\.\d+)?\s*[mgt]i?b?)$")] | None = Field(
+        None, examples=["32GB"], description="memory that a cluster sets aside for each run; null: not asked for"
+    )
+    restarts: int = Field(
+        5, ge=0, description="how often a run goes on elsewhere whose machine or worker went away; one that fails by "
+        "itself is tried twice"
+    )  # fmt: skip
+    slurm: Slurm = Field(default_factory=Slurm, description="how tasks are asked for with --engine slurm")
     output: UserPath = Field(Path("comparisons/default"), description="folder; nothing in it is overwritten unasked")
 
     def __init__(self, **fields: Any) -> None:
@@ -226,6 +273,13 @@ class CompareConfig(Settings):
             raise ConfigError("These methods cannot be compared; nothing was run:\n" + "\n".join(faults))
         return contenders
 
+    def memory_bytes(self) -> int | None:
+        """Return `memory` in bytes, a GB being 2^30 of them."""
+        if self.memory is None:
+            return None
+        number, unit = float(re.split(r"[^\d.]", self.memory)[0]), self.memory.lower().rstrip("ib")[-1]
+        return round(number * 1024 ** (2 + "mgt".index(unit)))
+
     def left_out(self) -> dict[str, list[str]]:
         """The methods that a pattern matches and that lack settings, with those; by themselves they are refused."""
         found = {id: _lacks(id, entry) for entry in self.methods for id in _matched(entry, self.exclude)}
@@ -259,9 +313,15 @@ class CompareConfig(Settings):
         """Return everything as JSON values."""
         return {**self.model_dump(mode="json"), "methods": [dict(entry) for entry in self.methods]}
 
+    def decisive(self) -> dict[str, Any]:
+        """Return what results depend on, as JSON values."""
+        return {key: value for key, value in self.plain().items() if key not in _FREE}
+
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
         """Say in which settings an earlier configuration differs, those left out that cannot change results."""
-        then, now = (dict(flatten({k: v for k, v in tree.items() if k not in _FREE})) for tree in (saved, self.plain()))
+        then, now = (
+            dict(flatten({k: v for k, v in tree.items() if k not in _FREE})) for tree in (saved, self.decisive())
+        )
         return [
             f"  {key}: {then.get(key)!r} there, {now.get(key)!r} now"
             for key in dict.fromkeys([*then, *now])

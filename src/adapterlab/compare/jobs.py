@@ -8,6 +8,8 @@
   lr/<key>/               the search for a learning rate
   together/<key>-seed<n>/ training of several runs on one base, named after the first
   runs/<key>/seed<n>/     training and exams; train/ is a run folder with its best and last adapter
+  opened.json             by what it was opened, for those who help
+  slurm.sh, slurm/        the script of an array of tasks, and what its tasks say
 """
 
 from __future__ import annotations

@@ -1,13 +1,43 @@
-"""A process that ends with whoever started it."""
+"""A process that ends with whoever started it: both ends of the line."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import threading
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
-STOPPED = 130  # exit status
+STOPPED = 130  # exit status of a process that was asked to stop, and saved what it had
+_SET = "ADAPTERLAB_LIFELINE"
+
+
+def start(
+    command: Sequence[str], log: Path, threads: int, *, cwd: str | None = None, devices: str | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a process that ends when this one does, because its standard input closes then.
+
+    It has a session of its own: what is pressed in a terminal reaches this process alone, which tells it once.
+
+    Args:
+        command: of the process, which calls `stop_with_parent`.
+        log: file to which its output is added.
+        threads: CPU threads it may use.
+        cwd: where it works; None: here.
+        devices: GPUs it may see, as in `CUDA_VISIBLE_DEVICES`; None: those of this process.
+    """
+    environment = {**os.environ, _SET: "1", "OMP_NUM_THREADS": str(threads)}
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = devices
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as stream:
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=cwd,
+            start_new_session=True,
+        )  # fmt: skip
 
 
 def stop_with_parent() -> None:
@@ -20,5 +50,5 @@ def stop_with_parent() -> None:
         time.sleep(60)  # a training saves its checkpoint and leaves by itself
         os._exit(STOPPED)
 
-    if os.environ.get("ADAPTERLAB_LIFELINE"):
+    if os.environ.get(_SET):
         threading.Thread(target=watch, daemon=True).start()

@@ -1,24 +1,33 @@
-"""Where jobs run: processes of this machine, or a Ray cluster. Each job is a process of its own in either case."""
+"""Where jobs run: processes of this machine, or of others. Each job is a process of its own in any case."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import psutil
 
+from adapterlab.compare import lifeline
+from adapterlab.compare.config import CompareConfig
 from adapterlab.compare.jobs import LOG
-from adapterlab.errors import require
+from adapterlab.errors import ConfigError
 from adapterlab.foreign.process_memory import resident
 
+Ending = int | str  # a process's exit status, or how it was lost with the machine or the worker that ran it
 _STOP_SECONDS = 60
 
 
 class Pool(Protocol):
-    """Runs jobs."""
+    """Runs jobs.
+
+    Attributes:
+        size: most jobs at a time.
+        threads: of each.
+    """
 
     size: int
     threads: int
@@ -26,11 +35,14 @@ class Pool(Protocol):
     def start(self, folder: Path) -> None:
         """Start the job of a folder."""
 
-    def finished(self) -> list[tuple[Path, int]]:
-        """Return folder and exit status of the jobs that have ended since the last call."""
+    def finished(self) -> list[tuple[Path, Ending]]:
+        """Return the folders of the jobs that have ended since the last call, and how."""
 
     def has_room(self) -> bool:
         """Whether another job may start."""
+
+    def cancel(self, folder: Path) -> None:
+        """End the job of a folder at once: another process does it now."""
 
     def stop(self) -> None:
         """Ask the running jobs to save what they have, and wait for them."""
@@ -41,15 +53,9 @@ def command(folder: Path) -> list[str]:
     return [sys.executable, "-m", "adapterlab.compare.worker", str(folder)]
 
 
-def spawn(folder: Path, threads: int, cwd: str | None = None) -> subprocess.Popen[bytes]:
-    """Start a job's process; it ends when this one does, because its standard input closes then."""
-    environment = {**os.environ, "ADAPTERLAB_LIFELINE": "1", "OMP_NUM_THREADS": str(threads)}
-    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOG).open("ab") as log:
-        return subprocess.Popen(
-            command(folder), stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=cwd
-        )
+def spawn(folder: Path, threads: int, devices: str | None = None) -> subprocess.Popen[bytes]:
+    """Start a job's process; it ends when this one does."""
+    return lifeline.start(command(folder), folder / LOG, threads, devices=devices)
 
 
 class LocalPool:
@@ -59,24 +65,30 @@ class LocalPool:
         size: most processes at a time.
         threads: of each.
         need: bytes that one more process is expected to take; nothing is started beside others without them.
+
+    Args:
+        size: most processes at a time.
+        threads: of each.
+        devices: GPUs, a group for each process; none: all processes see the same ones.
     """
 
-    def __init__(self, size: int, threads: int):
+    def __init__(self, size: int, threads: int, devices: Sequence[str] = ()):
         self.size, self.threads, self.need = size, threads, 0
         self.running: dict[Path, subprocess.Popen[bytes]] = {}
+        self._free, self._used = list(devices), dict[Path, str]()
 
     def start(self, folder: Path) -> None:
         """Start the job of a folder."""
-        self.running[folder] = spawn(folder, self.threads)
+        if self._free:
+            self._used[folder] = self._free.pop(0)
+        self.running[folder] = spawn(folder, self.threads, self._used.get(folder))
 
-    def finished(self) -> list[tuple[Path, int]]:
+    def finished(self) -> list[tuple[Path, Ending]]:
         """Return folder and exit status of the jobs that have ended since the last call."""
         ended = [(folder, code) for folder, p in self.running.items() if (code := p.poll()) is not None]
         for folder, _ in ended:
-            stdin = self.running.pop(folder).stdin
-            if stdin is not None:
-                stdin.close()
-        return ended
+            self._forget(folder)
+        return list(ended)
 
     def has_room(self) -> bool:
         """Whether another job may start: there is a place, and memory unless nothing else runs."""
@@ -88,6 +100,12 @@ class LocalPool:
         """Bytes that the running processes are still expected to take."""
         return sum(max(0, self.need - resident(process.pid)) for process in self.running.values())
 
+    def cancel(self, folder: Path) -> None:
+        """End the job of a folder at once."""
+        self.running[folder].kill()
+        self.running[folder].wait()
+        self._forget(folder)
+
     def stop(self) -> None:
         """Ask the running jobs to save what they have, and wait for them."""
         for process in self.running.values():
@@ -98,59 +116,77 @@ class LocalPool:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self.running.clear()
+        for folder in list(self.running):
+            self._forget(folder)
+
+    def _forget(self, folder: Path) -> None:
+        stdin = self.running.pop(folder).stdin
+        if stdin is not None:
+            stdin.close()
+        if folder in self._used:
+            self._free.append(self._used.pop(folder))
 
 
-class RayPool:
-    """Tasks of a Ray cluster; its machines must see the comparison's folder under the same path.
+class NoPool:
+    """Does nothing: the jobs are done by processes that others start.
 
     Attributes:
-        size: jobs at a time, from the CPUs (and GPUs) of the cluster.
-        threads: CPUs of each.
+        size: how many jobs are expected to run at a time.
+        threads: of each; 0: as the machine has it.
     """
 
-    def __init__(self, threads: int, *, gpu: bool = False, size: int | None = None):
-        require("ray", "ray", "for --engine ray")
-        import ray
-
-        if not ray.is_initialized():
-            address = os.environ.get("RAY_ADDRESS")
-            ray.init(address=address, num_cpus=None if address else size and size * threads, log_to_driver=False)
-        self._ray: Any = ray
-        there = ray.cluster_resources()
-        places = int(there.get("GPU", 0)) if gpu else int(there.get("CPU", 1)) // threads
-        self.size, self.threads = min(size or places, max(1, places)), threads
-        self._task = ray.remote(num_cpus=threads, num_gpus=1 if gpu else 0, max_retries=0)(_work)
-        self.running: dict[Any, Path] = {}
+    def __init__(self, size: int, threads: int):
+        self.size, self.threads = size, threads
 
     def start(self, folder: Path) -> None:
-        """Start the job of a folder."""
-        task = self._task.remote(str(folder.absolute()), self.threads, str(Path.cwd()))
-        self.running[task] = folder
+        """Never called: there is no room."""
+        raise AssertionError(folder)
 
-    def finished(self) -> list[tuple[Path, int]]:
-        """Return folder and exit status of the jobs that have ended since the last call."""
-        if not self.running:
-            return []
-        ended, _ = self._ray.wait(list(self.running), num_returns=len(self.running), timeout=0)
-        return [(self.running.pop(task), self._status(task)) for task in ended]
+    def finished(self) -> list[tuple[Path, Ending]]:
+        """Nothing."""
+        return []
 
     def has_room(self) -> bool:
-        """Whether another job may start."""
-        return len(self.running) < self.size
+        """No."""
+        return False
+
+    def cancel(self, folder: Path) -> None:
+        """Never called: nothing runs."""
+        raise AssertionError(folder)
 
     def stop(self) -> None:
-        """End the running jobs; what they saved last is kept."""
-        for task in self.running:
-            self._ray.cancel(task, force=True)
-        self.running.clear()
-
-    def _status(self, task: Any) -> int:
-        try:
-            return int(self._ray.get(task))
-        except self._ray.exceptions.RayError:  # the machine or its worker died: as good as a killed process
-            return -1
+        """Leave those who work alone."""
 
 
-def _work(folder: str, threads: int, cwd: str) -> int:
-    return spawn(Path(folder), threads, cwd).wait()
+def local(config: CompareConfig) -> LocalPool:
+    """Return a pool of this machine's processes, as many as a configuration says or cores and GPUs allow.
+
+    Raises:
+        ConfigError: a run needs more GPUs than there are.
+    """
+    import torch
+
+    gpu = (config.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
+    cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
+    groups = _groups(config.gpus) if config.gpus else []
+    most = config.processes or len(groups) or (1 if gpu else None)
+    # A small model gains little from many threads, and runs of one thread share cores without loss.
+    threads = config.threads or (max(1, cores // most) if groups and most else cores if gpu or most == 1 else None)
+    threads = threads or max(1, min(4, cores // 2))
+    size = most or max(1, cores // threads)
+    return LocalPool(min(size, len(groups)) if groups else size, threads, groups)
+
+
+def _groups(each: int) -> list[str]:
+    """The GPUs of this machine in groups of so many."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = [name for name in visible.split(",") if name] if visible is not None else None
+    names = there if there is not None else [str(number) for number in range(torch.cuda.device_count())]
+    if len(names) < each:
+        raise ConfigError(
+            f"gpus={each}: each run needs {each} GPUs, and this machine has {len(names)}. Lower gpus, or let runs go "
+            "elsewhere (--engine ray, --engine slurm)."
+        )
+    return [",".join(names[start : start + each]) for start in range(0, len(names) - each + 1, each)]

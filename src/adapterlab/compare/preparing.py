@@ -10,10 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict
+
 from adapterlab import yaml_text
+from adapterlab.compare import slurm
 from adapterlab.compare.config import DATA, HELD, TRAIN, CompareConfig, Contender
 from adapterlab.compare.jobs import CONFIG
 from adapterlab.compare.results import FILE, UNTRAINED
+from adapterlab.compare.software import Software
 from adapterlab.data import Example, fingerprint, load_data, scorer_for
 from adapterlab.data.formats import Numbers
 from adapterlab.data.views import Others, Picked
@@ -22,10 +26,10 @@ from adapterlab.io import successor
 from adapterlab.io.atomic import new_file, write_json, write_text
 from adapterlab.io.disk import alone, content, explained, remove, tidy
 from adapterlab.io.links import check_links
-from adapterlab.json_text import parsed
+from adapterlab.json_text import digest, parsed
 from adapterlab.train.config import TrainConfig
 
-FACTS = "facts.json"
+FACTS, OPENED = "facts.json", "opened.json"
 _HELD_SHARE, _HELD_MOST = 10, 100
 _OURS = (
     CONFIG,
@@ -36,6 +40,9 @@ _OURS = (
     "lr",
     "together",
     "runs",
+    OPENED,
+    slurm.SCRIPT,
+    slurm.LOGS,
 )  # what the next comparison in the folder replaces
 
 
@@ -222,12 +229,84 @@ def _write_rows(
                 stream.writelines(_line(example).encode() for example in examples)
         write_json(folder / FACTS, dict(facts))
         return
-    before = parsed((folder / FACTS).read_text(encoding="utf-8"))
+    check_rows(root, facts)
+
+
+def check_rows(root: Path, facts: Mapping[str, Any]) -> None:
+    """Check that rows are those that a comparison began with.
+
+    Args:
+        root: the comparison's folder.
+        facts: on the rows that were read here.
+
+    Raises:
+        DataError: they are others.
+    """
+    before = parsed((root / DATA / FACTS).read_text(encoding="utf-8"))
     if any(before.get(key) != facts[key] for key in ("fingerprint", "train_fingerprint")):
         raise DataError(
-            f"The rows of {facts['source']} have changed since the comparison in {config.output} began, so its "
-            "runs could not be compared. Restore them, or choose another output."
+            f"The rows of {facts['source']} are not those that the comparison in {root} began with, so its runs "
+            "could not be compared. Restore them (relative paths count from the working directory), or choose another "
+            "output."
         )
+
+
+class Opened(BaseModel):
+    """What those who help with a comparison must know beside its configuration.
+
+    Attributes:
+        engine: that it was opened with.
+        places: jobs at a time, all machines together.
+        software: that its jobs are done with.
+        digest: of what its results depend on, so that the next comparison in the same folder is not taken for it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: str
+    places: int
+    software: Software
+    digest: str
+
+
+def open_for_others(config: CompareConfig, facts: Mapping[str, Any], engine: str, places: int) -> Opened:
+    """Write down what others need to help.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    found = Opened(engine=engine, places=places, software=Software.here(), digest=digest([config.decisive(), facts]))
+    write_json(config.output / OPENED, found.model_dump(mode="json"))
+    return found
+
+
+def opened(root: Path) -> tuple[CompareConfig, Opened]:
+    """Read what somebody else opened.
+
+    Raises:
+        OutputError: the folder holds no comparison, or nobody has opened it.
+        FormatError: a file in it cannot be read, or a link leads out of it.
+    """
+    if not (root / CONFIG).is_file() or not (root / OPENED).is_file():
+        raise OutputError(
+            f"{root} holds no comparison that others could help with. Open it first: adapterlab compare CONFIG "
+            f"--engine folder --output {root}. If it is open on another machine, check that this one sees the folder."
+        )
+    check_links(root)
+    config = CompareConfig(**{**yaml_text.read(root / CONFIG, "examples/compare_*.yaml"), "output": root})
+    return config, read_opened(root)
+
+
+def read_opened(root: Path) -> Opened:
+    """Read by what a comparison was opened.
+
+    Raises:
+        FormatError: the file is damaged or gone.
+    """
+    try:
+        return Opened(**parsed((root / OPENED).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise FormatError(f"{root / OPENED} cannot be read ({error}). Start the comparison's command again.") from None
 
 
 def _line(example: Example) -> str:

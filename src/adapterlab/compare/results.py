@@ -115,7 +115,8 @@ class Run(Record):
         seed: of start values, order of rows and dropout.
         status: how far it is.
         reason: why it failed, else "".
-        attempts: how often it was started.
+        attempts: how often it was tried: failures, and what came of it.
+        lost: how attempts ended whose machine or worker went away; it went on from its checkpoint each time.
         lr: learning rate it was trained with; None for the untrained model.
         together: how many runs shared the base in its training, itself among them; 1: it was by itself, which alone
             gives `memory` and `train_seconds`.
@@ -148,6 +149,7 @@ class Run(Record):
     status: Status = "waiting"
     reason: str = ""
     attempts: int = 0
+    lost: tuple[str, ...] = ()
     lr: float | None = None
     together: int = 1
     alone: str = ""

@@ -12,7 +12,6 @@ import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from adapterlab.evaluate.rows import collator_for, rows_for
 from adapterlab.foreign.model import is_encoder_decoder
 from adapterlab.foreign.private_transformers import forget_accelerate
 from adapterlab.foreign.streams import steady_output
+from adapterlab.foreign.versions import versions
 from adapterlab.hosts import Host
 from adapterlab.io.atomic import write_text
 from adapterlab.models import load_model
@@ -53,10 +53,8 @@ from adapterlab.train.result import RunResult
 from adapterlab.train.signals import Interrupted, Stopping, stop_on_signals
 from adapterlab.train.trackers import Trackers, check_trackers
 from adapterlab.train.watch import watched
-from adapterlab.version import __version__
 
 NAME = "default"
-_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "safetensors", "bitsandbytes", "reasoning-gym")
 
 
 @dataclass(frozen=True)
@@ -456,15 +454,6 @@ def _facts(config: TrainConfig, job: Job, sources: Provenance) -> dict[str, Any]
         "platform": platform.platform(),
         "git": git_revision(),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python, of this package and of those it stands on."""
-    found = {"python": platform.python_version(), "adapterlab": __version__}
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def git_revision() -> str | None:
