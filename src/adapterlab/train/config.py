@@ -151,6 +151,14 @@ class TrainConfig(Settings):
     device: str | None = Field(
         None, examples=["cuda:1"], description="cpu, cuda, cuda:1, mps; null: the fastest there is"
     )
+    parallel: Literal["auto", "ddp", "fsdp", "device_map"] = Field(
+        "auto",
+        description="how the model is spread: over processes by ddp (each has it) or fsdp (each has a part of the base), "
+        "or over the devices of one process by device_map; auto: as accelerate was started, else ddp",
+    )
+    cpu_offload: bool = Field(
+        False, description="with fsdp: keep the parts that are not in use, and their moments, in the CPU's memory"
+    )
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "lora"},
         examples=[{"name": "lora", "r": 8}],
@@ -181,6 +189,13 @@ class TrainConfig(Settings):
                 "data.streaming needs training.steps, as nobody knows how many rows there are, and no group_by_length. "
                 f"Received steps={self.training.steps} and group_by_length={self.training.group_by_length}"
             )
+        if self.parallel == "device_map" and self.device is not None:
+            raise ValueError(
+                f"parallel=device_map places the model over all devices by itself; received device={self.device!r}. "
+                "Leave device out"
+            )
+        if self.cpu_offload and self.parallel not in ("auto", "fsdp"):
+            raise ValueError(f"cpu_offload goes with parallel=fsdp; received parallel={self.parallel!r}")
         if self.precision == "fp16" and self.device == "cpu":
             raise ValueError(
                 "precision=fp16 trains on a GPU only: half precision overflows without loss scaling, and CPUs have no "
