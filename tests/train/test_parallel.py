@@ -138,7 +138,7 @@ def test_what_waits_elsewhere_is_read_and_not_changed(tmp_path: Path) -> None:
 def test_kinds_that_do_not_go_together_are_refused() -> None:
     with pytest.raises(ValueError, match="parallel=device_map places the model"):
         TrainConfig(data={"path": "rows.jsonl"}, parallel="device_map", device="cpu")
-    with pytest.raises(ValueError, match="cpu_offload goes with parallel=fsdp"):
+    with pytest.raises(ValueError, match="cpu_offload goes with parallel=fsdp, zero2 and zero3"):
         TrainConfig(data={"path": "rows.jsonl"}, parallel="ddp", cpu_offload=True)
     alone = kind_of(Accelerator(cpu=True), tiny("llama"), "fsdp")
     assert alone.kind == "alone", "one process has nothing to split"

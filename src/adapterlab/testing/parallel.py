@@ -215,6 +215,12 @@ def apart_or_inf(*states: Mapping[str, Tensor]) -> float:
         return float("inf")
 
 
+def worse(*cells: Cell) -> Cell:
+    """Of what processes say about the same case: that it failed, if it did for one, and the longer reason."""
+    order = ("failed", "refused", "not applicable", "passed")
+    return min(cells, key=lambda cell: (order.index(cell["status"]), -len(cell["detail"])))
+
+
 def _verdict(result: Any, wanted: Any, first: Any, start: Any) -> Cell:
     if any(not torch.equal(result[key], first[key]) for key in result if key != "losses"):
         return _cell("failed", "the processes end with different tensors")

@@ -17,9 +17,10 @@ from adapterlab.train.parallel.placed import Placed
 from adapterlab.train.parallel.replicated import Replicated
 from adapterlab.train.parallel.sharded import Options, Sharded
 
-Kind = Literal["auto", "ddp", "fsdp", "device_map"]
+Kind = Literal["auto", "ddp", "fsdp", "zero2", "zero3", "device_map"]
 KINDS: tuple[str, ...] = get_args(Kind)
 _FIRST_ALONE = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+_SPLIT = ("fsdp", "zero2", "zero3")
 _PLAIN = (DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -39,7 +40,8 @@ def kind_of(accelerator: Accelerator, model: nn.Module, wanted: str = "auto", *,
     if started not in (DistributedType.NO, DistributedType.FSDP, *_PLAIN):
         raise ConfigError(
             f"Training on {started} is not supported. Start the processes plainly (accelerate launch --multi_gpu, or "
-            "--cpu --num_processes N) or with FSDP 2, and choose with parallel: ddp or fsdp."
+            f"--cpu --num_processes N) or with FSDP 2, and choose with parallel: ddp, {', '.join(_SPLIT)}. What "
+            "DeepSpeed's stages 2 and 3 divide, zero2 and zero3 divide here without its package."
         )
     places = getattr(model, "hf_device_map", None) or {}
     if accelerator.num_processes == 1:
@@ -53,8 +55,8 @@ def kind_of(accelerator: Accelerator, model: nn.Module, wanted: str = "auto", *,
         raise ConfigError(
             "parallel=ddp, and accelerate was started with FSDP. Set parallel to auto, or start it plainly."
         )
-    if wanted == "fsdp" or started is DistributedType.FSDP:
-        return Sharded(accelerator, Options.of(accelerator, offload))
+    if wanted in _SPLIT or started is DistributedType.FSDP:
+        return Sharded(accelerator, Options.of(accelerator, offload, reshard=wanted != "zero2"))
     return Replicated(accelerator)
 
 
@@ -73,7 +75,7 @@ def loading(accelerator: Accelerator, wanted: str, device: str | None) -> Iterat
     if accelerator.num_processes == 1:
         yield "auto" if wanted == "device_map" else device
         return
-    splits = wanted == "fsdp" or accelerator.distributed_type is DistributedType.FSDP
+    splits = wanted in _SPLIT or accelerator.distributed_type is DistributedType.FSDP
     before = os.environ.get(_FIRST_ALONE)
     os.environ[_FIRST_ALONE] = "false"
     try:

@@ -35,8 +35,10 @@ class Replicated(Alone):
         Raises:
             ConfigError: the processes have different bases.
         """
-        _check_alike({path: p for path, p in host.model.named_parameters() if not host.is_adapter_path(path)})
-        broadcast([tensor.data for tensor in host.tensors(name).values()])
+        base = {path: p for path, p in host.model.named_parameters() if not host.is_adapter_path(path)}
+        _check_alike(base, self.accelerator.device)
+        kind = self.accelerator.device.type
+        broadcast([tensor.data for tensor in host.tensors(name).values() if tensor.device.type == kind])
         host.refresh(name)
 
     def evened(self, batches: Sequence[Item], spare: Callable[[], Item]) -> list[tuple[Item, bool]]:
@@ -63,13 +65,13 @@ class Replicated(Alone):
             p.grad = total
 
 
-def _check_alike(base: Mapping[str, nn.Parameter]) -> None:
+def _check_alike(base: Mapping[str, nn.Parameter], device: torch.device) -> None:
     """Require that all processes loaded the same base, of which the beginnings of its tensors tell."""
     if empty := [path for path, p in base.items() if p.is_meta]:
         raise ConfigError(
             f"This process has no weights of the base, first {empty[0]}. Load the model in every process."
         )
-    sums = torch.stack([_beginning(p) for p in base.values()])
+    sums = torch.stack([_beginning(p) for p in base.values()]).to(device)
     lowest, highest = sums.clone(), sums.clone()
     dist.all_reduce(lowest, dist.ReduceOp.MIN)
     dist.all_reduce(highest, dist.ReduceOp.MAX)
@@ -81,8 +83,8 @@ def _check_alike(base: Mapping[str, nn.Parameter]) -> None:
 
 
 def _beginning(p: Tensor) -> Tensor:
-    first = p.detach().reshape(-1)[:_SHOWN].double().nan_to_num()
-    return (first * torch.arange(1, len(first) + 1, device=first.device)).sum()
+    first = p.detach().reshape(-1)[:_SHOWN].cpu().double().nan_to_num()
+    return (first * torch.arange(1, len(first) + 1)).sum()
 
 
 def _dense(p: nn.Parameter) -> Tensor:

@@ -38,7 +38,7 @@ class Options:
     reshard: bool = True
 
     @classmethod
-    def of(cls, accelerator: Accelerator, offload: bool = False) -> Options:
+    def of(cls, accelerator: Accelerator, offload: bool = False, *, reshard: bool = True) -> Options:
         """Read accelerate's options, if it was started with some.
 
         Raises:
@@ -46,7 +46,7 @@ class Options:
         """
         plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
         if plugin is None:
-            return cls(offload)
+            return cls(offload, reshard)
         if plugin.fsdp_version != 2:
             raise ConfigError(
                 f"accelerate was started with FSDP{plugin.fsdp_version}, whose flat parameters adapters cannot live "
@@ -59,7 +59,7 @@ class Options:
             )
         held: Any = plugin.cpu_offload
         offloads = bool(held) and type(held).__name__ != "OffloadPolicy"
-        return cls(offload or offloads, plugin.reshard_after_forward is not False)
+        return cls(offload or offloads, reshard and plugin.reshard_after_forward is not False)
 
 
 class Sharded(Replicated):
@@ -108,17 +108,16 @@ class Sharded(Replicated):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-        super().spread(host, name)
         self.model, device = host.model, self.accelerator.device
+        self._bring_added(host)
+        super().spread(host, name)
         mesh = init_device_mesh(device.type, (self.accelerator.num_processes,))
-        base = dict(self._base(host))
+        base, offloads = dict(self._base(host)), self.options.offload and device.type != "cpu"
         added = {p for path, p in host.model.named_parameters() if host.is_adapter_path(path)}
-        for p in added:
-            p.data = p.data.to(device)
         originals = [(patch, base[patch.path]) for patch in self._patches(host, name)]
         options: dict[str, Any] = {
             "mesh": mesh, "ignored_params": added, "reshard_after_forward": self.options.reshard,
-            "offload_policy": CPUOffloadPolicy() if self.options.offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy() if offloads else OffloadPolicy(),
         }  # fmt: skip
         if any(p.dtype in _HALF for p in base.values()):
             options["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -136,6 +135,12 @@ class Sharded(Replicated):
         for module in host.model.modules():
             if isinstance(module, Entries):
                 module.fetched = True
+
+    def _bring_added(self, host: Host) -> None:
+        """Put what methods added on the device; FSDP2 brings what it splits."""
+        named = (*host.model.named_parameters(), *host.model.named_buffers())
+        for tensor in (tensor for path, tensor in named if host.is_adapter_path(path)):
+            tensor.data = tensor.data.to(self.accelerator.device)
 
     def device(self, model: nn.Module) -> torch.device:
         """The process's own, wherever the parts wait."""
