@@ -230,6 +230,12 @@ def input_device(model: Any) -> torch.device:
     return device
 
 
+def places(model: nn.Module) -> dict[str, Any]:
+    """Return where accelerate has placed the parts of a model, by their paths; nothing where it is on one device."""
+    found: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+    return found if len({*found.values()}) > 1 else {}
+
+
 def elsewhere(module: nn.Module) -> torch.device | None:
     """Return where accelerate brings a module's weights for each call, if it keeps them elsewhere in between."""
     hook = module.__dict__.get("_hf_hook")

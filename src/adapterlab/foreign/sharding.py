@@ -58,14 +58,18 @@ def whole(tensor: Tensor) -> Tensor:
 def gathered(model: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None]:
     """Let these parameters of a model be whole inside the context, so that code that reads them needs no special case.
 
-    Collective like `whole`. No forward pass may run inside.
+    Collective like `whole`, one tensor after another. The process that leads has them in the CPU's memory, and the
+    others zeros that take none. No forward pass may run inside.
     """
+    first = leads(tensors)
     wanted = {id(tensor) for tensor in tensors if is_part(tensor) or _is_flat(tensor)}
     tables: list[dict[str, Any]] = [module._parameters for module in model.modules()] if wanted else []
     slots = [(table, key, p) for table in tables for key, p in table.items() if id(p) in wanted]
     try:
         for table, key, parameter in slots:
-            table[key] = nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
+            value = whole(parameter)
+            value = value.cpu() if first else torch.zeros((), dtype=value.dtype).expand(value.shape)
+            table[key] = nn.Parameter(value, requires_grad=parameter.requires_grad)
         yield
     finally:
         for table, key, parameter in slots:

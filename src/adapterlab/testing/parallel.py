@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
 from torch import distributed as dist
@@ -26,6 +25,7 @@ from torch import distributed as dist
 from adapterlab.core.method import Method
 from adapterlab.data import Collator
 from adapterlab.errors import AdapterlabError
+from adapterlab.foreign.private_transformers import forget_accelerate
 from adapterlab.hosts import Host
 from adapterlab.registry import method as method_by_id
 from adapterlab.testing.case import Case
@@ -38,7 +38,7 @@ KINDS = ("ddp", "fsdp")
 WORLD = 2
 STEPS, ROWS = 4, 4  # of a step
 TOLERANCE = 2e-3  # of the largest change: sums in another order, which the first steps of Adam magnify
-_PATIENCE = datetime.timedelta(seconds=20)
+_PATIENCE = datetime.timedelta(seconds=60)
 Cell = dict[str, str]
 Work = Callable[[int, Path], Any]
 
@@ -51,7 +51,11 @@ class Single:
 
     def prepare_optimizer(self, optimizer: Any, **_: Any) -> Any:
         """Return the optimizer in the form that loops expect."""
-        return SimpleNamespace(step=optimizer.step, zero_grad=optimizer.zero_grad, step_was_skipped=False)
+
+        def step() -> None:
+            optimizer.step()
+
+        return SimpleNamespace(step=step, zero_grad=optimizer.zero_grad, step_was_skipped=False)
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Nothing is cast."""
@@ -89,11 +93,11 @@ def talking(folder: Path, key: str) -> Iterator[Accelerator]:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = f"file://{folder}/store-{key}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=_PATIENCE)
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_accelerate(anyway=True)
     try:
         yield Accelerator(cpu=True)
     finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_accelerate(anyway=True)
         dist.destroy_process_group()
 
 
@@ -182,24 +186,20 @@ def measured(ids: list[str], kinds: tuple[str, ...], rank: int, folder: Path) ->
 
 def _one(method: type[Method], kinds: tuple[str, ...], folder: Path) -> dict[str, Cell]:
     """A method that draws random numbers in a step is compared with the same draws: those of data parallelism."""
-    with talking(folder, f"{method.id}-alone"):
-        start = loop_of(method, "auto", Single()).host.state_dict("one")
-        try:
-            alone = trained(method, "auto", Single())
-        except AdapterlabError as error:
-            return {kind: _cell("refused", _said(error)) for kind in kinds}
-        noisy = apart_or_inf(trained(method, "auto", Single(), draws=1), alone, start) > TOLERANCE
-    wanted: Mapping[str, Tensor] | None = None if noisy else alone
-    found = {}
+    found: dict[str, Cell] = {}
+    alone: Any = _alone(method) if os.environ["RANK"] == "0" else None
+    wanted: Mapping[str, Tensor] | None = None
     for kind in kinds:
-        result: Any = None
         try:
             with talking(folder, f"{method.id}-{kind}") as accelerator:
+                alone = _told(alone)
+                if isinstance(alone, str):
+                    return {kind: _cell("refused", alone) for kind in kinds}
                 result = trained(method, kind, accelerator)
-                both = [None] * WORLD
-                dist.all_gather_object(both, {key: value.cpu() for key, value in result.items()})
-            found[kind] = _verdict(result, wanted, both[0], start)  # type: ignore[arg-type]
-            wanted = wanted if wanted is not None or found[kind]["status"] != "passed" else result
+                first = _told(result)
+            wanted = wanted or (None if alone["noisy"] else alone["end"])
+            found[kind] = _verdict(result, wanted, first, alone["start"])
+            wanted = wanted or (result if found[kind]["status"] == "passed" else None)
         except AdapterlabError as error:
             found[kind] = _cell("refused", _said(error))
         except Exception as error:
@@ -207,7 +207,26 @@ def _one(method: type[Method], kinds: tuple[str, ...], folder: Path) -> dict[str
     return found
 
 
-def apart_or_inf(*states: Mapping[str, Tensor]) -> float:
+def _told(value: Any) -> Any:
+    """What the first process has."""
+    held = [value]
+    dist.broadcast_object_list(held)
+    return held[0]
+
+
+def _alone(method: type[Method]) -> dict[str, Any] | str:
+    """What one process makes of a method, from where, and whether other random numbers make something else; or why not."""
+    try:
+        loop = loop_of(method, "auto", Single())
+        start = loop.host.state_dict("one")
+        end = trained(method, "auto", Single())
+    except AdapterlabError as error:
+        return _said(error)
+    again = trained(method, "auto", Single(), draws=1)
+    return {"start": start, "end": end, "noisy": _distance(again, end, start) > TOLERANCE}
+
+
+def _distance(*states: Mapping[str, Tensor]) -> float:
     """The distance; without a bound where there is none."""
     try:
         return apart(*states)

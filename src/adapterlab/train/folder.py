@@ -50,8 +50,9 @@ _FREE = (
     "output", "trust_remote_code", "training.log_every", "training.save_every", "training.trackers", "parallel",
     "cpu_offload",
 )  # fmt: skip
-# Their product is the number of rows of a step, which is the same whatever they are.
-_STEP = ("training.batch_size", "training.accumulation", "processes")
+_PROCESSES = "processes"
+# Where another number of processes goes on, a step has to have as many rows.
+_STEP = ("training.batch_size", "training.accumulation", _PROCESSES)
 
 
 @contextlib.contextmanager
@@ -99,11 +100,11 @@ def _check_usable(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Say which settings of two flat configurations differ, those that cannot change the training left out."""
-    known = all(key in settings for key in _STEP for settings in (saved, now))
-    if known:
+    free = {*_FREE, _PROCESSES}
+    if saved.get(_PROCESSES, now.get(_PROCESSES)) != now.get(_PROCESSES):
         product = " × ".join(_STEP)
         saved, now = ({**s, product: math.prod(s[key] for key in _STEP)} for s in (saved, now))
-    free = {*_FREE, *(_STEP if known else _STEP[2:])}
+        free |= {*_STEP}
     return [
         f"  {key}: {_short(saved.get(key))} in the checkpoint, {_short(now.get(key))} now"
         for key in dict.fromkeys([*saved, *now])

@@ -12,6 +12,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from adapterlab.errors import ConfigError
+from adapterlab.foreign.model import places
 from adapterlab.train.parallel.alone import Alone
 from adapterlab.train.parallel.placed import Placed
 from adapterlab.train.parallel.replicated import Replicated
@@ -43,10 +44,9 @@ def kind_of(accelerator: Accelerator, model: nn.Module, wanted: str = "auto", *,
             f"--cpu --num_processes N) or with FSDP 2, and choose with parallel: ddp, {', '.join(_SPLIT)}. What "
             "DeepSpeed's stages 2 and 3 divide, zero2 and zero3 divide here without its package."
         )
-    places = getattr(model, "hf_device_map", None) or {}
     if accelerator.num_processes == 1:
-        return Placed(accelerator, places) if len({*places.values()}) > 1 else Alone(accelerator)
-    if wanted == "device_map" or len({*places.values()}) > 1:
+        return Placed(accelerator, places(model)) if places(model) else Alone(accelerator)
+    if wanted == "device_map" or places(model):
         raise ConfigError(
             f"parallel=device_map places one model over all devices, and there are {accelerator.num_processes} "
             "processes. Start one, or set parallel to fsdp."
