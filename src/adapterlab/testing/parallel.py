@@ -215,7 +215,7 @@ def _told(value: Any) -> Any:
 
 
 def _alone(method: type[Method]) -> dict[str, Any] | str:
-    """What one process makes of a method, from where, and whether other random numbers make something else; or why not."""
+    """What one process makes of a method, from what, and whether other random numbers change that; or why it cannot."""
     try:
         loop = loop_of(method, "auto", Single())
         start = loop.host.state_dict("one")

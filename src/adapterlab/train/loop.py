@@ -130,10 +130,12 @@ class Part:
             emitted: by adapters, each a mean over the batch.
         """
         loop = self.loop
-        value = loss + sum(emitted) * (loop.loss.tokens(self.batch) / self.labels)
+        value = loss + sum(each.to(loss.device) for each in emitted) * (loop.loss.tokens(self.batch) / self.labels)
         value = value if self.counts else 0.0 * value
         penalty = loop.method.penalty(loop.host, loop.name) if self.first else None
-        return value if penalty is None else value + penalty / loop.accelerator.num_processes
+        if penalty is None:
+            return value
+        return value + penalty.to(value.device) / loop.accelerator.num_processes
 
 
 class Loop:
