@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator, dispatch_model
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 import parallel_cases
@@ -33,10 +35,14 @@ def test_a_pair_of_processes(root: Path) -> None:
     assert not wrong, "\n".join(wrong)
     _check_shares([each["shares"] for each in found])
     _check_split([each["split"] for each in found])
-    for each in found:
-        cells = {f"{id} {kind}": cell for id, row in each["methods"].items() for kind, cell in row.items()}
-        assert not {key: cell for key, cell in cells.items() if cell["status"] != "passed"}
     _check_runs(root, [each["runs"] for each in found])
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_method_of_each_family_as_one_does(tmp_path: Path) -> None:
+    for found in pair(parallel_cases.methods, tmp_path):
+        cells = {f"{id} {kind}": cell for id, row in found.items() for kind, cell in row.items()}
+        assert not {key: cell for key, cell in cells.items() if cell["status"] != "passed"}
 
 
 def _check_shares(found: list[dict[str, Any]]) -> None:
@@ -140,5 +146,14 @@ def test_kinds_that_do_not_go_together_are_refused() -> None:
         TrainConfig(data={"path": "rows.jsonl"}, parallel="device_map", device="cpu")
     with pytest.raises(ValueError, match="cpu_offload goes with parallel=fsdp, zero2 and zero3"):
         TrainConfig(data={"path": "rows.jsonl"}, parallel="ddp", cpu_offload=True)
+    engine: Any = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, num_processes=2)
+    with pytest.raises(ConfigError, match="zero2 and zero3 divide here without its package"):
+        kind_of(engine, tiny("llama"))
+    flat = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    engine = SimpleNamespace(distributed_type=DistributedType.FSDP, num_processes=2, state=flat)
+    with pytest.raises(ConfigError, match="started with FSDP1"):
+        kind_of(engine, tiny("llama"))
+    with pytest.raises(ConfigError, match="accelerate was started with FSDP"):
+        kind_of(engine, tiny("llama"), "ddp")
     alone = kind_of(Accelerator(cpu=True), tiny("llama"), "fsdp")
     assert alone.kind == "alone", "one process has nothing to split"
