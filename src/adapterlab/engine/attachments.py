@@ -25,7 +25,7 @@ from adapterlab.engine.wrapping import HOST, adapters_of, plain_copy, put, take
 from adapterlab.errors import AttachError, MergeError, nearest
 from adapterlab.foreign.model import SHARED, base_modules, elsewhere, plain_path, unwrapped
 from adapterlab.foreign.quantized import is_plain, keep_layout, misread
-from adapterlab.foreign.sharding import fill, whole
+from adapterlab.foreign.sharding import fill, is_part, whole
 
 
 def attachments(model: nn.Module) -> Attachments | None:
@@ -289,7 +289,7 @@ class Attachments(Switching):
         if path not in parameters:
             raise AttachError(f"{type(self.model).__name__} has no parameter {path!r}. {nearest(path, parameters)}")
         parameter = parameters[path]
-        if not parameter.dtype.is_floating_point or not is_plain(parameter):
+        if not parameter.dtype.is_floating_point or not (is_plain(parameter) or is_part(parameter)):
             raise AttachError(
                 f"{path} is stored packed ({type(parameter).__name__}, {parameter.dtype}) and cannot be changed in "
                 "place. Load the model without quantization, or choose a method that adds tensors beside the weight."

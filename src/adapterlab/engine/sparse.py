@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.site import Site
+from adapterlab.foreign.sharding import is_part, read
 
 
 class Chosen:
@@ -71,7 +72,8 @@ class Entries(Adapter):
         assert base is not None
         index = index.to(base.device, torch.int64).flatten()
         self.index.register_buffer(parameter, index)
-        self.values[parameter] = nn.Parameter(base.detach().reshape(-1)[index].float())
+        self.values[parameter] = nn.Parameter(read(base, index).float())
+        self.fetched = is_part(base)
         self.held[parameter] = OwnVector(self, parameter)
         return self.held[parameter]
 

@@ -142,11 +142,11 @@ def laid_out_rows(rows: Tensor, like: Tensor) -> Tensor:
 @torch.no_grad()
 def read(tensor: Tensor, index: Tensor) -> Tensor:
     """Return the values `[k]` at flat row-major positions `[k]` of a tensor that may be split; collective then."""
-    found, here = _at(tensor, index)
     if not is_part(tensor):
-        return found
-    values = torch.zeros(len(index), dtype=tensor.dtype, device=found.device)
-    values[here] = found
+        return tensor.detach().reshape(-1)[index]
+    places, here = _places(tensor, index)
+    values = torch.zeros(len(index), dtype=tensor.dtype, device=places.device)
+    values[here] = local(tensor).reshape(-1)[places]
     torch.distributed.all_reduce(values, group=tensor.device_mesh.get_group())  # type: ignore[attr-defined]
     return values
 
@@ -154,13 +154,11 @@ def read(tensor: Tensor, index: Tensor) -> Tensor:
 @torch.no_grad()
 def write(tensor: Tensor, index: Tensor, values: Tensor) -> None:
     """Write values `[k]` to flat row-major positions `[k]` of a tensor; each process writes into its part of it."""
-    flat, (places, here) = local(tensor).view(-1), _places(tensor, index)
-    flat[places] = values.to(flat.device, flat.dtype)[here]
-
-
-def _at(tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    places, here = _places(tensor, index)
-    return local(tensor).reshape(-1)[places], here
+    flat = local(tensor).view(-1)
+    if is_part(tensor):
+        index, here = _places(tensor, index)
+        values = values[here]
+    flat[index] = values.to(flat.device, flat.dtype)
 
 
 def _places(tensor: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

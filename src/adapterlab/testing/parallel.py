@@ -37,7 +37,7 @@ from adapterlab.train.parallel import kind_of
 KINDS = ("ddp", "fsdp")
 WORLD = 2
 STEPS, ROWS = 4, 4  # of a step
-TOLERANCE = 2e-3  # of the largest change: sums in another order, which the first steps of Adam magnify
+TOLERANCE = 5e-3  # of the largest change: sums in another order, which the first steps of Adam magnify
 _PATIENCE = datetime.timedelta(seconds=60)
 Cell = dict[str, str]
 Work = Callable[[int, Path], Any]
@@ -227,7 +227,9 @@ def _alone(method: type[Method]) -> dict[str, Any] | str:
 
 
 def _draws(method: type[Method], found: Mapping[str, Tensor], alone: Mapping[str, Any]) -> bool:
-    """Whether the difference to what one process trains is that of other random numbers."""
+    """Whether the difference to what one process trains is that of other random numbers, or of other examples."""
+    if method.overrides("example_batch"):  # what it makes up depends on the number of rows
+        return True
     if _distance(found, alone["end"], alone["start"]) <= TOLERANCE:
         return False
     again = trained(method, "auto", Single(), draws=1) if os.environ["RANK"] == "0" else None
@@ -257,7 +259,7 @@ def _verdict(result: Any, wanted: Any, first: Any, start: Any) -> Cell:
         return _cell("failed", str(error))
     if off > TOLERANCE:
         return _cell("failed", f"{off:.2g} of the largest change away from what one process trains")
-    return _cell("passed", "" if wanted is not None else "its random draws differ by process; the processes agree")
+    return _cell("passed", "" if wanted is not None else "what it draws differs by process; the processes agree")
 
 
 def _cell(status: Status, detail: str) -> Cell:
