@@ -50,8 +50,16 @@ def whole(tensor: Tensor) -> Tensor:
             "Gather them first (deepspeed.zero.GatheredParameters(model.parameters())), or save through Trainer with "
             "stage3_gather_16bit_weights_on_model_save."
         )
-    gathered: Tensor = tensor.full_tensor() if is_part(tensor) else tensor  # type: ignore[attr-defined]
+    gathered: Tensor = _at_hand(tensor).full_tensor() if is_part(tensor) else tensor
     return gathered.detach()
+
+
+def _at_hand(tensor: Any) -> Any:
+    """A part where processes talk: one that waits in the CPU's memory is brought to the device."""
+    kind = tensor.device_mesh.device_type
+    if tensor.device.type == kind:
+        return tensor
+    return _made(tensor.to_local().to(kind), tensor)
 
 
 @contextlib.contextmanager
@@ -127,15 +135,15 @@ def laid_out(value: Tensor, like: Tensor) -> Tensor:
 
 def laid_out_rows(rows: Tensor, like: Tensor) -> Tensor:
     """Return the tensor of which these are the rows on this process; where the other one is whole, the rows."""
-    if not is_part(like):
-        return rows
+    return _made(rows.to(like.device, copy=True), like) if is_part(like) else rows
+
+
+def _made(rows: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import DTensor
 
-    part: Any = like
     made: Tensor = DTensor.from_local(
-        rows.to(part.device, copy=True), part.device_mesh, part.placements, run_check=False, shape=part.shape,
-        stride=part.stride(),
-    )  # fmt: skip
+        rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
     return made
 
 
@@ -145,9 +153,11 @@ def read(tensor: Tensor, index: Tensor) -> Tensor:
     if not is_part(tensor):
         return tensor.detach().reshape(-1)[index]
     places, here = _places(tensor, index)
+    part: Any = tensor
     values = torch.zeros(len(index), dtype=tensor.dtype, device=places.device)
     values[here] = local(tensor).reshape(-1)[places]
-    torch.distributed.all_reduce(values, group=tensor.device_mesh.get_group())  # type: ignore[attr-defined]
+    values = values.to(part.device_mesh.device_type)
+    torch.distributed.all_reduce(values, group=part.device_mesh.get_group())
     return values
 
 
@@ -157,7 +167,7 @@ def write(tensor: Tensor, index: Tensor, values: Tensor) -> None:
     flat = local(tensor).view(-1)
     if is_part(tensor):
         index, here = _places(tensor, index)
-        values = values[here]
+        values = values.to(here.device)[here]
     flat[index] = values.to(flat.device, flat.dtype)
 
 
