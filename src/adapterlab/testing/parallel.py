@@ -112,10 +112,15 @@ def rows() -> list[dict[str, list[int]]]:
 
 
 def loop_of(
-    method: type[Method], kind: str, accelerator: Any, settings: Mapping[str, Any] | None = None, **training: Any
+    method: type[Method],
+    kind: str,
+    accelerator: Any,
+    settings: Mapping[str, Any] | None = None,
+    precision: str = "fp32",
+    **training: Any,
 ) -> Loop:
     """A loop for a method with its example settings, and others, on a tiny model, ready to run."""
-    case = Case(method)
+    case = Case(method, precision=precision)
     model = case.model()
     torch.manual_seed(0)
     host = Host(model)
@@ -138,9 +143,11 @@ def _completed(method: type[Method], model: Any, given: Any) -> dict[str, Tensor
     return method.example_batch(model, Collator(0)(given))
 
 
-def trained(method: type[Method], kind: str, accelerator: Any, draws: int | None = None) -> dict[str, Tensor]:
+def trained(
+    method: type[Method], kind: str, accelerator: Any, draws: int | None = None, **options: Any
+) -> dict[str, Tensor]:
     """Train, perhaps with other random numbers, and return the adapter's tensors and the last losses."""
-    loop = loop_of(method, kind, accelerator)
+    loop = loop_of(method, kind, accelerator, **options)
     if draws is not None:
         set_seed(draws)
     status = loop.run()
