@@ -107,4 +107,4 @@ class Alone:
 
 def refused(kind: str, id: str, why: str, instead: str) -> ConfigError:
     """The refusal of a kind for a method."""
-    return ConfigError(f"parallel={kind} cannot train {id}: {why}. {instead}")
+    return ConfigError(f"parallel={kind} cannot train {id}: {why}. {instead}.")

@@ -95,12 +95,17 @@ class Sharded(Replicated):
             raise ConfigError("parallel=fsdp has no loss scaling for float16. Set precision to bf16 or fp32.")
         if not host.layers:
             raise ConfigError(f"parallel=fsdp splits layer by layer, and {type(host.model).__name__} has no layers.")
-        for unit in (*host.layers, host.model):
-            dtypes = {p.dtype for p in unit.parameters() if p.requires_grad and id(p) in self._owned(host, name)}
+        self._check_dtypes(host)
+
+    def _check_dtypes(self, host: Host) -> None:
+        base = {id(p): p for _, p in self._base(host)}
+        for layer in (*host.layers, host.model):  # the model has what no layer has
+            group = [p for key in map(id, layer.parameters()) if (p := base.pop(key, None)) is not None]
+            dtypes = {str(p.dtype) for p in group if p.requires_grad}
             if len(dtypes) > 1:
                 raise ConfigError(
-                    f"parallel=fsdp: parameters of {', '.join(map(str, sorted(dtypes, key=str)))} train in one "
-                    f"{type(unit).__name__}, and FSDP2 shares gradients of one dtype. Load the model in fp32."
+                    f"parallel=fsdp: parameters of {', '.join(sorted(dtypes))} train in one {type(layer).__name__}, and "
+                    "FSDP2 deals out gradients of one dtype. Load the model in fp32."
                 )
 
     def spread(self, host: Host, name: str) -> None:
@@ -112,14 +117,13 @@ class Sharded(Replicated):
         self._bring_added(host)
         super().spread(host, name)
         mesh = init_device_mesh(device.type, (self.accelerator.num_processes,))
-        base, offloads = dict(self._base(host)), self.options.offload and device.type != "cpu"
+        offloads = self.options.offload and device.type != "cpu"
         added = {p for path, p in host.model.named_parameters() if host.is_adapter_path(path)}
-        originals = [(patch, base[patch.path]) for patch in self._patches(host, name)]
         options: dict[str, Any] = {
             "mesh": mesh, "ignored_params": added, "reshard_after_forward": self.options.reshard,
             "offload_policy": CPUOffloadPolicy() if offloads else OffloadPolicy(),
         }  # fmt: skip
-        if any(p.dtype in _HALF for p in base.values()):
+        if any(p.dtype in _HALF for _, p in self._base(host)):
             options["mp_policy"] = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         for layer in host.layers:
             fully_shard(layer, **options)
@@ -130,7 +134,7 @@ class Sharded(Replicated):
             module.set_force_sum_reduction_for_comms(True)
             if hasattr(module, "set_reduce_scatter_unused_params"):
                 module.set_reduce_scatter_unused_params(True, recurse=False)
-        for patch, _ in originals:
+        for patch in self._patches(host, name):
             patch.original = laid_out(patch.original, host.model.get_parameter(patch.path))
         for module in host.model.modules():
             if isinstance(module, Entries):
@@ -159,10 +163,6 @@ class Sharded(Replicated):
         held = [patch for key in host.parts(name) for patch in host.patches[key].values()]
         return [patch for patch in held if patch.original is not None and (patch.entire or patch.chosen is None)]
 
-    def _owned(self, host: Host, name: str) -> set[int]:
-        paths = {patch.path for key in host.parts(name) for patch in host.patches[key].values()}
-        return {id(host.model.get_parameter(path)) for path in paths}
-
     # ------------------------------------------------------------------ a step
 
     def called(self, compute: Callable[[], Result]) -> Result:
@@ -183,10 +183,10 @@ class Sharded(Replicated):
         parts = [p for p in parameters if p.grad is not None and is_part(p)]
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for p in parts:
-            total += local(p.grad).double().square().sum().to(total.device)
+            total += _square(local(p.grad)).to(total.device)
         dist.all_reduce(total)
         for p in whole:
-            total += p.grad.double().square().sum().to(total.device)
+            total += _square(p.grad).to(total.device)
         norm = math.sqrt(float(total))
         factor = min(1.0, (limit or math.inf) / (norm + 1e-6))
         if factor < 1:  # as torch.nn.utils.clip_grad_norm_
@@ -219,3 +219,9 @@ class Sharded(Replicated):
             return value
 
         return walked(state, ()), parts
+
+
+def _square(gradient: Any) -> Tensor:
+    """Of the norm, without a copy in another dtype."""
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return torch.linalg.vector_norm(gradient, dtype=wide).double().square()
