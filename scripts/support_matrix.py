@@ -3,14 +3,17 @@
 `make docs` measures what is missing, which is all that a new method or check needs. This script is for the rest:
 `python scripts/support_matrix.py` runs everything (minutes) and writes docs/support.json and docs/support.md.
 `--only ID ...` runs these methods and keeps the other rows; `--failed` runs what is missing or failed.
+`--parallel` runs what two processes do, for the chosen methods, and nothing else.
 `--check` runs nothing: it fails when the page is not what the data gives, or when a method or check is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from rich.progress import track
 from adapterlab import registry
 from adapterlab.core.method import LayerMethod, Method
 from adapterlab.io.atomic import write_json, write_text
-from adapterlab.testing import CHECKS, FAMILIES, Case, checks_for, outcome
+from adapterlab.testing import CHECKS, FAMILIES, Case, checks_for, outcome, parallel
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 STORED, PAGE = DOCS / "support.json", DOCS / "support.md"
@@ -38,6 +41,7 @@ EXCHANGED = {
     "embedding": ("qwen2", ("embed",)),
     "convolution": ("vit", ("projection",)),
 }
+PARALLEL = "parallel"
 PLACE = "its own"  # of a method that is no adapter for each module
 WORDS = {"passed": "yes", "not applicable": "–", "refused": "no", "failed": "**fails**"}
 Cell = dict[str, str]
@@ -112,6 +116,7 @@ def lacking(data: dict[str, Any]) -> list[str]:
 
 def _complete(method: type[Method], found: dict[str, Any]) -> bool:
     shown = all(name in found.get("features", {}) for name in CHECKS if name != "smoke")
+    shown &= all(kind in found.get(PARALLEL, {}) for kind in parallel.KINDS)
     return shown and all(_status(found, path) for path, _, _ in plan(method))
 
 
@@ -128,7 +133,28 @@ def extend(data: dict[str, Any], chosen: list[str], again: bool = False) -> dict
         row = measure(registry.method(id), f"{id} ({i} of {len(chosen)})", known)
         data = tidied({**data, "methods": {**data["methods"], id: row}})
         write_json(STORED, data)
+    return over_processes(data, [id for id in chosen if again or _is_lacking_parallel(data["methods"][id])])
+
+
+def over_processes(data: dict[str, Any], chosen: list[str]) -> dict[str, Any]:
+    """Measure what a pair of processes trains, all methods in one pair, and store it."""
+    if not chosen:
+        return data
+    with tempfile.TemporaryDirectory() as folder:
+        pair = parallel.pair(functools.partial(parallel.measured, chosen, parallel.KINDS), Path(folder))
+    rows = {
+        id: {kind: parallel.worse(*(found[id][kind] for found in pair)) for kind in parallel.KINDS} for id in chosen
+    }
+    data = {
+        **data,
+        "methods": {id: row | ({PARALLEL: rows[id]} if id in rows else {}) for id, row in data["methods"].items()},
+    }
+    write_json(STORED, data)
     return data
+
+
+def _is_lacking_parallel(row: dict[str, Any]) -> bool:
+    return any(_status(row, (PARALLEL, kind)) in ("", "failed") for kind in parallel.KINDS)
 
 
 def load() -> dict[str, Any]:
@@ -188,6 +214,15 @@ def render(data: dict[str, Any]) -> str:
             [f"`{id}`", *(_cell(id, found[grid][family], notes) for family in FAMILIES)]
             for id, found in methods.items()
         ])  # fmt: skip
+    lines += [
+        "", "## Over processes", "",
+        "Two processes on a small Llama in float32 train what one does: losses and tensors after a few steps are those",
+        "of one process up to rounding, and both processes end with the same. `ddp`: each has the whole model; `fsdp`:",
+        "the base is split by rows. See [parallel_training.md](parallel_training.md).", "",
+    ]  # fmt: skip
+    lines += _table(["method", *parallel.KINDS], [
+        [f"`{id}`", *(notes(id, found[PARALLEL][kind]) for kind in parallel.KINDS)] for id, found in methods.items()
+    ])  # fmt: skip
     lines += ["", "## Notes", "", *(f"{i}. {text}" for i, text in enumerate(notes.texts, 1))]
     return "\n".join(lines) + "\n"
 
@@ -223,6 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="run nothing, compare what is stored")
     parser.add_argument("--only", nargs="+", metavar="ID", help="methods to run; the others keep their rows")
+    parser.add_argument("--parallel", action="store_true", help="run what two processes do and nothing else")
     parser.add_argument("--failed", action="store_true", help="run only what is missing or failed")
     options = parser.parse_args()
     data = load()
@@ -232,7 +268,8 @@ def main() -> None:
             raise SystemExit("not up to date, run `make docs`:\n  " + "\n  ".join(wrong))
         return
     logging.disable(logging.WARNING)
-    data = extend(data, options.only or registry.ids(), again=not options.failed)
+    chosen = list(options.only or registry.ids())
+    data = over_processes(data, chosen) if options.parallel else extend(data, chosen, again=not options.failed)
     write_text(PAGE, render(data))
     if failed := failures(data):
         raise SystemExit("failed:\n  " + "\n  ".join(failed))

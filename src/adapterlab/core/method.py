@@ -142,6 +142,14 @@ class Method(Settings):
         """
         return {}
 
+    def unsplit(self, host: Carrier, name: str) -> str:
+        """Say why the base cannot be split among processes that train this adapter, or "".
+
+        What a method adds is whole on every process, and so is every module while it computes. What looks at weights
+        of the base, or changes them, between steps sees a part of their rows.
+        """
+        return ""
+
     def turns(self) -> int:
         """In how many steps each trained number has its turn; more than one where a step trains a part of a tensor."""
         return 1

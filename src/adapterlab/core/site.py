@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from adapterlab.foreign.calls import argument_names
-from adapterlab.foreign.model import plain_class
+from adapterlab.foreign.model import brought, elsewhere, plain_class
 from adapterlab.foreign.quantized import compute_dtype, dense, is_quantized, unpacks_in_training
 
 UNMERGED = "_adapterlab_unmerged"  # attribute of a merged module: a stand-in with the parameters it had before
@@ -285,8 +285,7 @@ class Site:
     def device(self) -> torch.device:
         """Where the module computes: where its parameters are, or where accelerate brings them for a call."""
         found = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        hook = self.module.__dict__.get("_hf_hook")
-        return torch.device(hook.execution_device) if found.type == "meta" and hook is not None else found
+        return elsewhere(self.module) or found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -296,7 +295,8 @@ class Site:
 
     def weight(self) -> Tensor:
         """The weight as `[out, in]` plain numbers: dequantized, `Conv1D` and tables transposed, kernels flattened."""
-        return self.matrix(dense(self.module))
+        with brought(self.module):
+            return self.matrix(dense(self.module))
 
     def at_hand(self, dtype: torch.dtype) -> bool:
         """Say whether a product of the frozen weight with an input of this dtype may be computed in the module's place.

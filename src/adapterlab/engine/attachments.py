@@ -23,9 +23,9 @@ from adapterlab.engine.sparse import Chosen, Entries, Trained
 from adapterlab.engine.switching import Switching
 from adapterlab.engine.wrapping import HOST, adapters_of, plain_copy, put, take
 from adapterlab.errors import AttachError, MergeError, nearest
-from adapterlab.foreign.model import SHARED, base_modules, plain_path, unwrapped
+from adapterlab.foreign.model import SHARED, base_modules, elsewhere, plain_path, unwrapped
 from adapterlab.foreign.quantized import is_plain, keep_layout, misread
-from adapterlab.foreign.sharding import fill, whole
+from adapterlab.foreign.sharding import fill, is_part, whole
 
 
 def attachments(model: nn.Module) -> Attachments | None:
@@ -289,10 +289,16 @@ class Attachments(Switching):
         if path not in parameters:
             raise AttachError(f"{type(self.model).__name__} has no parameter {path!r}. {nearest(path, parameters)}")
         parameter = parameters[path]
-        if not parameter.dtype.is_floating_point or not is_plain(parameter):
+        if not parameter.dtype.is_floating_point or not (is_plain(parameter) or is_part(parameter)):
             raise AttachError(
                 f"{path} is stored packed ({type(parameter).__name__}, {parameter.dtype}) and cannot be changed in "
                 "place. Load the model without quantization, or choose a method that adds tensors beside the weight."
+            )
+        if elsewhere(self.module(path.rpartition(".")[0])) is not None:
+            raise AttachError(
+                f"{path} is kept in another memory between calls (accelerate's device_map puts it on the CPU's or the "
+                "disk's side), and a change of it would be lost. Exclude it, or choose a method that adds tensors "
+                "beside the weight."
             )
         return parameter, [p for p, t in parameters.items() if t is parameter]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from adapterlab.engine.attachments import attachments
 from adapterlab.engine.recompute import recomputation
 from adapterlab.engine.wrapping import adapters_of
 from adapterlab.errors import AttachError, ConfigError
-from adapterlab.foreign.model import is_encoder_decoder, output_head, plain_class, text_config
+from adapterlab.foreign.model import input_device, is_encoder_decoder, output_head, plain_class, text_config
 from adapterlab.ops.cross_entropy import (
     IGNORED,
     PLAIN,
@@ -77,6 +78,12 @@ class Loss:
             return loss if self.form == PLAIN else loss + self._surplus(output, batch["labels"]) / total
         return self.of(self.hidden(batch), batch["labels"], total)
 
+    def plain(self) -> Loss:
+        """Return the same without smoothing and z_loss, as evaluations take it."""
+        found = copy.copy(self)
+        found.form = self.form._replace(smoothing=0.0, z_loss=0.0)
+        return found
+
     def hidden(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the backbone's hidden states `[rows, tokens, width]`, of which the chunked way makes the loss."""
         with contextlib.ExitStack() as calls:
@@ -95,7 +102,7 @@ class Loss:
             labels: `[rows, tokens]`, each of the token that stands there.
             total: as for a call.
         """
-        labels = labels[:, 1:]
+        labels = labels[:, 1:].to(hidden.device)  # a model may be spread over several
         bears = labels != IGNORED
         return self._head_loss(hidden[:, :-1][bears], labels[bears], bears) / total
 
@@ -194,7 +201,7 @@ class Loss:
         The known logits are float32, so that scale and cap are exact for models in half precision too.
         """
         vocabulary = text_config(self.model).vocab_size
-        ids = torch.arange(1, 7, device=next(self.model.parameters()).device)[None] % vocabulary
+        ids = torch.arange(1, 7, device=input_device(self.model))[None] % vocabulary
         seen: list[Tensor] = []
         probes: list[Tensor] = []
 
@@ -215,12 +222,13 @@ class Loss:
             self.model.train(mode)
         if len(seen) != 1 or seen[0].shape != hidden.shape or probes[0].shape[:2] != ids.shape:
             return False
-        if not torch.allclose(seen[0], hidden.to(seen[0].dtype), rtol=1e-3, atol=1e-4):
+        if not torch.allclose(seen[0], hidden.to(seen[0]), rtol=1e-3, atol=1e-4):
             return False
         form = _measure(found.logits[0, -1])
-        plain = logits_cross_entropy(probes[0][0, :-1], ids[0, 1:], form) / (ids.shape[1] - 1)
-        agrees = torch.allclose(found.loss.float(), plain, rtol=1e-5)  # auxiliary losses can be small
-        agrees &= torch.allclose(found.logits.float(), _apply(form, probes[0]), rtol=1e-5, atol=1e-5)
+        probe = probes[0].to(found.logits.device)
+        plain = logits_cross_entropy(probe[0, :-1], ids[0, 1:].to(probe.device), form) / (ids.shape[1] - 1)
+        agrees = torch.allclose(found.loss.float().to(plain.device), plain, rtol=1e-5)  # auxiliary losses can be small
+        agrees &= torch.allclose(found.logits.float(), _apply(form, probe), rtol=1e-5, atol=1e-5)
         if agrees:
             self.form = self.form._replace(scale=form.scale, cap=form.cap)
         return agrees

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterlab.engine.sparse import Chosen
-from adapterlab.foreign.sharding import fill
+from adapterlab.foreign.sharding import fill, is_part, read, whole, write
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Patch:
         """The adapter's value while it is not in the model."""
         if self.derive is not None:
             assert self.original is not None
-            return self.derive(self.original)
+            return self.derive(whole(self.original))
         assert self.trained is not None
         return self.trained
 
@@ -132,13 +132,26 @@ class Patch:
     def _place(self, model: nn.Module, entries: Chosen) -> None:
         """Write the entries, and keep what was there: with all others switched off, that is the base's."""
         parameter = model.get_parameter(self.path)
+        if is_part(parameter):
+            return self._place_in_part(parameter, entries)
         places, view = entries.places().to(parameter.device), entries.seen(parameter)
         if self.original is not None:
             self.original, self.at = view[places], places.clone()
         view[places] = entries.values().to(parameter.device, parameter.dtype)
 
+    def _place_in_part(self, parameter: nn.Parameter, entries: Chosen) -> None:
+        """The same where each process has some rows of the parameter: by flat positions."""
+        index = entries.index()
+        if self.original is not None:
+            self.original, self.at = read(parameter, index), index.clone()
+        write(parameter, index, entries.values().flatten())
+
     def _restore(self, model: nn.Module) -> None:
         """Write the original entries."""
         if self.original is not None and self.at is not None:
             assert self.chosen is not None
-            self.chosen.seen(model.get_parameter(self.path))[self.at] = self.original
+            parameter = model.get_parameter(self.path)
+            if is_part(parameter):
+                write(parameter, self.at, self.original)
+            else:
+                self.chosen.seen(parameter)[self.at] = self.original

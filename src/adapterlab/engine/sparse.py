@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.adapter import Adapter
 from adapterlab.core.site import Site
+from adapterlab.foreign.sharding import is_part, read
 
 
 class Chosen:
@@ -52,10 +53,12 @@ class Entries(Adapter):
         index<name>: int64 `[k]`, flat row-major positions in the parameter as it is stored.
         held: for each parameter name its entries, and those that are kept elsewhere: of a tied parameter, or as a part
             of a vector for many.
+        fetched: the parameters come from other processes anew for each pass, and do not bring the entries.
     """
 
     rowwise: ClassVar[bool] = False
     resident: ClassVar[bool] = True
+    fetched: bool = False
 
     def __init__(self, site: Site):
         super().__init__(site)
@@ -69,21 +72,25 @@ class Entries(Adapter):
         assert base is not None
         index = index.to(base.device, torch.int64).flatten()
         self.index.register_buffer(parameter, index)
-        self.values[parameter] = nn.Parameter(base.detach().reshape(-1)[index].float())
+        self.values[parameter] = nn.Parameter(read(base, index).float())
+        self.fetched = is_part(base)
         self.held[parameter] = OwnVector(self, parameter)
         return self.held[parameter]
 
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the module with its parameters seen as functions of the trained vectors."""
-        tensors = {}
+        tensors, again = {}, list[Tensor]()
         for name, held in self.held.items():
             vector, values, index = held.trained()
             if len(index):
-                tensors[name] = _Placed.apply(self.site.module._parameters[name], vector, values, index)
+                parameter = self.site.module._parameters[name]
+                tensors[name] = _Placed.apply(parameter, vector, values, index)
+                again += [parameter, values, index]  # type: ignore[list-item]
         if not tensors:
             return run(*args, **kwargs)
         with self.site.substituted(**tensors):
-            return run(*args, **kwargs)
+            y = run(*args, **kwargs)
+        return _PlacedAgain.apply(y, *again) if self.fetched and torch.is_grad_enabled() else y
 
 
 class Trained(Chosen):
@@ -120,6 +127,26 @@ def as_saved(entries: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         found[f"adapter.{module}.index.{parameter}"] = index
         found[f"adapter.{module}.values.{parameter}"] = values
     return found
+
+
+class _PlacedAgain(torch.autograd.Function):
+    """A module's output as it is; in the backward pass its parameters get the entries before the module needs them.
+
+    The backward pass multiplies by the memory that the forward pass saw, into which FSDP2 has fetched the base anew.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *placed: Tensor) -> Tensor:
+        ctx.placed = [
+            (p, values.clone(), index) for p, values, index in zip(placed[::3], placed[1::3], placed[2::3], strict=True)
+        ]
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        for parameter, values, index in ctx.placed:
+            parameter.data.view(-1)[index] = values.to(parameter.device, parameter.dtype)
+        return grad, *[None] * (3 * len(ctx.placed))
 
 
 class _Placed(torch.autograd.Function):

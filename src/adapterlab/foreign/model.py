@@ -6,6 +6,7 @@ names of classes or the look of a path.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -224,8 +225,36 @@ def input_device(model: Any) -> torch.device:
     """Return the device that a batch has to be on."""
     table = input_table(model)
     first = next(model.parameters()) if table is None else next(table.parameters())
-    device: torch.device = first.device
+    place = elsewhere(table) if table is not None else None
+    device: torch.device = first.device if place is None else place
     return device
+
+
+def places(model: nn.Module) -> dict[str, Any]:
+    """Return where accelerate has placed the parts of a model, by their paths; nothing where it is on one device."""
+    found: dict[str, Any] = getattr(model, "hf_device_map", None) or {}
+    return found if len({*found.values()}) > 1 else {}
+
+
+def elsewhere(module: nn.Module) -> torch.device | None:
+    """Return where accelerate brings a module's weights for each call, if it keeps them elsewhere in between."""
+    hook = module.__dict__.get("_hf_hook")
+    away = hook is not None and any(p is not None and p.is_meta for p in module._parameters.values())
+    return torch.device(hook.execution_device) if away else None
+
+
+@contextlib.contextmanager
+def brought(module: nn.Module) -> Iterator[None]:
+    """Let a module have its weights inside the context, where accelerate keeps them elsewhere between calls."""
+    if elsewhere(module) is None:
+        yield
+        return
+    hook: Any = module.__dict__["_hf_hook"]
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)
 
 
 def backbone_of(model: Any) -> Any:

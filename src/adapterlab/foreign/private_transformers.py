@@ -85,11 +85,15 @@ def kept_in_float32(model: Any) -> tuple[str, ...]:
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 
-def forget_accelerate() -> None:
-    """Let the next accelerator of this process choose its settings anew; other processes keep theirs."""
+def forget_accelerate(*, anyway: bool = False) -> None:
+    """Let the next accelerator of this process choose its settings anew; one of several processes keeps its own.
+
+    Args:
+        anyway: also one of several, whose talk is over.
+    """
     from accelerate.state import AcceleratorState
 
-    if AcceleratorState._shared_state and AcceleratorState().num_processes == 1:
+    if AcceleratorState._shared_state and (anyway or AcceleratorState().num_processes == 1):
         AcceleratorState._reset_state(reset_partial_state=True)
 
 

@@ -65,6 +65,7 @@ def save(
     base_model: str | None = None,
     called: str | None = None,
     notes: dict[str, Any] | None = None,
+    writes: bool | None = None,
 ) -> Path:
     """Write one adapter to a folder, atomically.
 
@@ -79,6 +80,7 @@ def save(
         base_model: name of the base model to record; default: what the model's configuration says.
         called: name of the adapter to record; default: its own.
         notes: facts for the model card, such as data and results.
+        writes: whether this process does; default: the first of those that gathered.
 
     Raises:
         AttachError: the model was changed after attaching, and part of the adapter is gone.
@@ -88,7 +90,7 @@ def save(
     """
     name = host.only(name)
     found, folder = gather(host, name, base_model), user_path(folder)
-    if not found.leads:
+    if not (found.leads if writes is None else writes):
         return folder
     if called is not None:
         found.info["name"] = called

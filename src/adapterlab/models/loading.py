@@ -43,7 +43,8 @@ def load_model(
     Args:
         name: a local folder, a hub id (`org/name`) or a catalogue alias.
         precision: "fp32", "bf16" or "fp16"; with `quantize`, what the remaining weights and the products are in.
-        device: where to put it; by default cuda, else mps, else cpu.
+        device: where to put it; by default cuda, else mps, else cpu. "auto" places its layers over all devices, and on
+            the CPU what they have no room for (accelerate's `device_map`).
         quantize: None, "nf4" (4 bits) or "int8", through bitsandbytes.
         attn_implementation: one of transformers' attention kernels ("sdpa", "eager", "flash_attention_2", ...).
         revision: branch, tag or commit of a hub repository.
@@ -61,8 +62,9 @@ def load_model(
     dtype = PRECISIONS.get(precision)
     if dtype is None:
         raise ConfigError(f"precision={precision!r} is unknown. {nearest(precision, PRECISIONS)}")
-    place = _device(device)
-    options = _quantization(quantize, dtype, place)
+    everywhere = device == "auto"
+    place = _device(None if everywhere else device)
+    options = _quantization(quantize, dtype, place) | ({"device_map": "auto"} if everywhere else {})
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     folder = resolve(name, revision)
@@ -70,7 +72,7 @@ def load_model(
         config = _read_config(folder, trust_remote_code)
         tokenizer = _load_tokenizer(folder, config, trust_remote_code)
         model = _load_weights(folder, config, trust_remote_code, dtype=dtype, **options)
-    if quantize is None:
+    if quantize is None and not everywhere:
         model.to(place)
     if why := misread(model):
         raise ModelError(f"{name}: {why}")

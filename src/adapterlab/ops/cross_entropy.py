@@ -108,7 +108,8 @@ def module_cross_entropy(
 
     def part(h: Tensor, y: Tensor, rows: slice) -> Tensor:
         with around(rows):
-            return logits_cross_entropy(head(h), y, form)
+            logits = head(h)
+            return logits_cross_entropy(logits, y.to(logits.device), form).to(h.device)
 
     total = hidden.new_zeros((), dtype=_exact(hidden.dtype))
     for rows in _chunks(len(hidden), vocabulary):

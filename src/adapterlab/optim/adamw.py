@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from adapterlab.foreign.sharding import is_part, laid_out
+
 Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 _HALF = (torch.bfloat16, torch.float16)
 _FUSED = ("cpu", "cuda")
@@ -30,36 +32,43 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with self._widened(with_gradients=True) as narrow:
+        with self._widened(with_gradients=True) as wide:
             super().step()
-            for p in narrow:
-                self.state[p]["master"] = p.data
-        for p in narrow:
-            p.data.copy_(self.state[p]["master"])
+            for p, stand_in in wide:
+                self.state[stand_in]["master"] = stand_in.detach()
+                p.detach().copy_(stand_in)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; masters and moments keep their float32 bits."""
         with self._widened(with_gradients=False):  # torch casts the state to the dtype of its parameter
-            super().load_state_dict(state_dict)
+            super().load_state_dict(split_as_parameters(self, state_dict))
 
     @contextlib.contextmanager
-    def _widened(self, *, with_gradients: bool) -> Iterator[list[nn.Parameter]]:
-        """Let half-precision parameters hold their masters, and yield them."""
+    def _widened(self, *, with_gradients: bool) -> Iterator[list[tuple[nn.Parameter, nn.Parameter]]]:
+        """Let float32 parameters that hold the masters stand in for those in half precision, and yield both.
+
+        Others take the place, and not only its data: a part of a parameter that is split among processes has none.
+        """
         held = [p for g in self.param_groups for p in g["params"] if p.dtype in _HALF]
         narrow = [p for p in held if p.grad is not None] if with_gradients else held
-        data, grads = [p.data for p in narrow], [p.grad for p in narrow]
-        for p in narrow:
-            gradient, p.grad = p.grad, None
-            p.data = master(self, p).float()
-            p.grad = None if gradient is None else gradient.float()
+        wide = [(p, nn.Parameter(master(self, p).detach().float())) for p in narrow]
+        for p, stand_in in wide:
+            stand_in.grad = None if p.grad is None else p.grad.float()
+        self._exchange(wide)
         try:
-            yield narrow
+            yield wide
         finally:
-            for p, value, gradient in zip(narrow, data, grads, strict=True):
-                p.grad = None
-                p.data = value
-                p.grad = gradient
+            self._exchange([(stand_in, p) for p, stand_in in wide])
+
+    def _exchange(self, pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """Put other parameters in the place of some, with their state."""
+        other = {id(old): new for old, new in pairs}
+        for group in self.param_groups:
+            group["params"] = [other.get(id(p), p) for p in group["params"]]
+        for old, new in pairs:
+            if old in self.state:
+                self.state[new] = self.state.pop(old)
 
 
 def adamw(
@@ -88,6 +97,20 @@ def adamw(
     kinds = {p.device.type for group in groups for p in group["params"]}
     fused = bool(kinds) and kinds <= set(_FUSED)
     return AdamW(groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=fused or None)
+
+
+def split_as_parameters(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return a state in which tensors of a parameter's shape are split among processes as the parameter is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+    states = dict(state_dict["state"])
+    for i, p in zip(numbers, parameters, strict=False):  # torch refuses another number, with a message of its own
+        if is_part(p) and i in states:
+            states[i] = {
+                key: laid_out(v, p) if isinstance(v, Tensor) and v.shape == p.shape else v
+                for key, v in states[i].items()
+            }
+    return {**state_dict, "state": states}
 
 
 def master(optimizer: Optimizer, p: nn.Parameter) -> Tensor:

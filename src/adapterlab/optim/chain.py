@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adapterlab.errors import ConfigError
+from adapterlab.foreign.sharding import laid_out, whole
 from adapterlab.optim.transforms import Adam, Transform, WeightDecay
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -24,6 +25,9 @@ class Chain(Optimizer):
     Parameter groups may have their own `lr` and `transforms`. All numbers are kept in float32 (float64 for float64
     parameters), and `state_dict` restores them to the bit. A parameter in half precision has a float32 master in
     `state[p]["master"]`, unless `masters` is off.
+
+    Of a parameter that is split among processes each treats its own rows; where a transform looks at more than single
+    entries, each gathers the gradient and computes all of it.
 
     Example:
         >>> p = nn.Parameter(torch.ones(2))
@@ -118,17 +122,19 @@ class Chain(Optimizer):
             values = state["master"] if "master" in state else p.data.float()
             if self._masters:
                 state["master"] = values
-        update = p.grad.to(values.dtype)  # type: ignore[union-attr]
+        update, seen = p.grad.to(values.dtype), values  # type: ignore[union-attr]
+        if not all(transform.by_entry for transform in transforms):
+            update, seen = whole(update), whole(values)
         backs = []
         for key, transform in ((str(i), t) for i, t in enumerate(transforms)):
             if key not in state:
                 state[key] = transform.init(update)
-            update, back = transform.update(update, state[key], values)
+            update, back = transform.update(update, state[key], seen)
             if back is not None:
                 backs.append(back)
         for back in reversed(backs):
             update = back(update)
-        values.add_(update, alpha=-lr)
+        values.add_(laid_out(update, values), alpha=-lr)
         if half:
             p.data.copy_(values)
 
@@ -137,10 +143,14 @@ class Chain(Optimizer):
         super().load_state_dict(state_dict)
         # torch casts floating-point state to the dtype of its parameter: take the numbers again as they are.
         numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for number, p in zip(numbers, parameters, strict=True):
+        parameters = [(p, t) for g, t in zip(self.param_groups, self._transforms, strict=True) for p in g["params"]]
+        for number, (p, transforms) in zip(numbers, parameters, strict=True):
             if number in state_dict["state"]:
-                self.state[p] = _copied(state_dict["state"][number], p.device)
+                own_rows = all(transform.by_entry for transform in transforms)
+                self.state[p] = {
+                    key: _copied(value, p, split=own_rows or key == "master")
+                    for key, value in state_dict["state"][number].items()
+                }
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the transforms in copies and pickles, which torch would leave out."""
@@ -153,7 +163,10 @@ def _with_adam(inner: Sequence[Transform], group: Mapping[str, Any]) -> tuple[Tr
     return tuple(inner) if own else (*inner, Adam(group["betas"], group["eps"]))
 
 
-def _copied(value: Any, device: torch.device) -> Any:
+def _copied(value: Any, p: Tensor, *, split: bool) -> Any:
     if isinstance(value, Mapping):
-        return {key: _copied(inner, device) for key, inner in value.items()}
-    return value.detach().to(device, copy=True) if isinstance(value, Tensor) else value
+        return {key: _copied(inner, p, split=split) for key, inner in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    copied = value.detach().to(p.device, copy=True)
+    return laid_out(copied, p) if split and value.shape == p.shape else copied

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,12 @@ class Transform:
 
     All numbers about a parameter live in its `state`, a dictionary of tensors and plain numbers that is saved with the
     optimizer; the transform itself is constant.
+
+    Class attributes:
+        by_entry: what becomes of an entry depends on that entry alone, so that each process can treat its own rows.
     """
+
+    by_entry: ClassVar[bool] = True
 
     def init(self, g: Tensor) -> State:
         """Return the state for a parameter whose gradients arrive here in the shape and dtype of `g`."""
@@ -90,6 +95,8 @@ class Mask(Transform):
     Put it before `WeightDecay`. It is for one parameter: give that a group of its own.
     """
 
+    by_entry: ClassVar[bool] = False
+
     def __init__(self, index: Tensor):
         """Set the entries.
 
@@ -114,6 +121,8 @@ class Project(Transform):
     with P the left ones; full, both, `[r, r]`. `std` takes the shorter side, `reverse_std` the longer one. The moments
     of a later `Adam` are kept when the subspace changes, as in the paper.
     """
+
+    by_entry: ClassVar[bool] = False
 
     def __init__(self, r: int, every: int, scale: float = 1.0, side: Side = "std"):
         """Set the subspace.

@@ -157,6 +157,16 @@ class TrainConfig(Settings):
     device: str | None = Field(
         None, examples=["cuda:1"], description="cpu, cuda, cuda:1, mps; null: the fastest there is"
     )
+    parallel: Literal["auto", "ddp", "fsdp", "zero2", "zero3", "device_map"] = Field(
+        "auto",
+        description="how the model is spread: over processes by ddp (each has it), fsdp or zero3 (each has a part of "
+        "the base) or zero2 (the same, but whole from the forward to the backward pass), or over the devices of one "
+        "process by device_map; auto: as accelerate was started, else ddp",
+    )
+    cpu_offload: bool = Field(
+        False,
+        description="where the base is split: keep parts that are not in use, and their moments, in the CPU's memory",
+    )
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "lora"},
         examples=[{"name": "lora", "r": 8}],
@@ -186,6 +196,15 @@ class TrainConfig(Settings):
             raise ValueError(
                 "data.streaming needs training.steps, as nobody knows how many rows there are, and no group_by_length. "
                 f"Received steps={self.training.steps} and group_by_length={self.training.group_by_length}"
+            )
+        if self.parallel == "device_map" and self.device is not None:
+            raise ValueError(
+                f"parallel=device_map places the model over all devices by itself; received device={self.device!r}. "
+                "Leave device out"
+            )
+        if self.cpu_offload and self.parallel not in ("auto", "fsdp", "zero2", "zero3"):
+            raise ValueError(
+                f"cpu_offload goes with parallel=fsdp, zero2 and zero3; received parallel={self.parallel!r}"
             )
         if self.precision == "fp16" and self.device == "cpu":
             raise ValueError(

@@ -7,7 +7,8 @@ metrics.jsonl     one line a step and one an evaluation; where tokens are routed
 best/, last/      adapters
 trackers/         what trackers such as tensorboard write
 logs/             what each process of the run but the first printed
-checkpoint/       the state for `--resume`; one file with its checksum, replaced when the next one is complete
+checkpoint/       the state for `--resume`; one file with its checksum, replaced when the next one is complete, and
+                  beside it a folder with what is split among processes, a file for each; see `train.parts`
 
 Where a run takes the place of an earlier one, all this is written into .adapterlab-next/ until there is a first
 checkpoint or adapter: until then the earlier results stay as they are.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adapterlab import io
 from adapterlab.core.usage import LOAD, Load
@@ -35,6 +37,7 @@ from adapterlab.io.disk import alone, content, explained, remove, tidy
 from adapterlab.io.finite import not_finite
 from adapterlab.io.links import check_links
 from adapterlab.json_text import parsed
+from adapterlab.train import parts as split
 from adapterlab.train.loop import Listener, Loop, Record
 from adapterlab.train.ranks import LOGS
 from adapterlab.train.signals import Interrupted
@@ -45,7 +48,13 @@ CHECKPOINT = Path("checkpoint") / "state.pt"
 _RESULTS = (RUN, CONFIG, METRICS, BEST, LAST, CHECKPOINT.parent.name)  # what the next run in the folder replaces
 _SEAL = b"\nsha256 %s\n"
 # Settings that may differ when a run is resumed, because they cannot change what is trained.
-_FREE = ("output", "trust_remote_code", "training.log_every", "training.save_every", "training.trackers")
+_FREE = (
+    "output", "trust_remote_code", "training.log_every", "training.save_every", "training.trackers", "parallel",
+    "cpu_offload",
+)  # fmt: skip
+_PROCESSES = "processes"
+# Where another number of processes goes on, a step has to have as many rows.
+_STEP = ("training.batch_size", "training.accumulation", _PROCESSES)
 
 
 @contextlib.contextmanager
@@ -93,10 +102,15 @@ def _check_usable(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Say which settings of two flat configurations differ, those that cannot change the training left out."""
+    free = {*_FREE, _PROCESSES}
+    if saved.get(_PROCESSES, now.get(_PROCESSES)) != now.get(_PROCESSES):
+        product = " × ".join(_STEP)
+        saved, now = ({**s, product: math.prod(s[key] for key in _STEP)} for s in (saved, now))
+        free |= {*_STEP}
     return [
         f"  {key}: {_short(saved.get(key))} in the checkpoint, {_short(now.get(key))} now"
         for key in dict.fromkeys([*saved, *now])
-        if saved.get(key) != now.get(key) and key not in _FREE
+        if saved.get(key) != now.get(key) and key not in free
     ]
 
 
@@ -174,7 +188,8 @@ def read_state(file: Path) -> dict[str, Any]:
         raise FormatError(
             f"The checkpoint {file} cannot be read ({str(error).splitlines()[0]}). Start again with --overwrite."
         ) from error
-    if (key := not_finite(state["adapter"])) is not None:
+    split_off = {entry["way"][-1] for entry in state.get(split.PARTS, {}).get("tensors", ())}
+    if (key := not_finite({k: v for k, v in state["adapter"].items() if k not in split_off})) is not None:
         raise FormatError(
             f"The checkpoint {file} holds values that are not finite, first in {key}: training had failed before it "
             "was saved. Start again with --overwrite, and a lower training.lr."
@@ -260,7 +275,7 @@ class RunFolder(Listener):
             ConfigError: configuration or data are others than those of the checkpoint.
         """
         check_same(self.folder, state["identity"], self.identity)
-        loop.load_state_dict(state)
+        loop.load_state_dict(split.filled(self.folder / CHECKPOINT.parent, state, loop.tensor_at))
         self._saved = loop.status.step
         if loop.accelerator.is_main_process:
             metrics = self.folder / METRICS
@@ -322,16 +337,27 @@ class RunFolder(Listener):
         """Write a checkpoint, unless this step has one."""
         if self._saved == loop.status.step:
             return
-        state = {**loop.state_dict(), "identity": self.identity, "metrics": 0}
+        state, parts = loop.parallel.taken_apart({**loop.state_dict(), "identity": self.identity, "metrics": 0})
+        written = self._write_parts(loop, parts) if parts else []
         if loop.accelerator.is_main_process:
+            home = self._work / CHECKPOINT.parent
+            if parts:
+                state[split.PARTS] = split.listed(home, parts, written)
             metrics = self._work / METRICS
             with explained(metrics), metrics.open("ab") as stream:
                 os.fsync(stream.fileno())
                 state["metrics"] = stream.tell()
             write_state(self._work / CHECKPOINT, state)
+            split.tidy(home, loop.status.step if parts else None)
             self._arrived()
         self._saved = loop.status.step
         loop.accelerator.wait_for_everyone()
+
+    def _write_parts(self, loop: Loop, parts: Mapping[split.Way, Tensor]) -> list[split.Written]:
+        """Write this process's part of a checkpoint where the first one writes the rest, and return what each wrote."""
+        home = Path(loop.parallel.gathered(str(self._work))[0]) / CHECKPOINT.parent
+        found = split.write(home, loop.status.step, loop.accelerator.process_index, parts)
+        return loop.parallel.gathered(found)
 
     def note(self, status: str, **more: Any) -> None:
         """Write run.json."""
@@ -345,13 +371,15 @@ class RunFolder(Listener):
 
     def _adapter(self, loop: Loop, part: str) -> None:
         loop.check_weights()
-        if loop.accelerator.is_main_process:
+        main = loop.accelerator.is_main_process
+        if main or loop.parallel.saves_together:
             status = loop.status
             notes = {"step": status.step, "train loss": status.train_loss, "evaluation loss": status.eval_loss}
             io.save(
                 loop.host, self._work / part, loop.name, overwrite=True, kind=None, called=self.called,
-                notes=_json(notes),
+                notes=_json(notes), writes=main,
             )  # fmt: skip
+        if main:
             self._arrived()
         loop.accelerator.wait_for_everyone()
 

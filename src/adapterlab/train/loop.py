@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
 
 from adapterlab.core.usage import LOAD, shares
@@ -38,6 +38,7 @@ from adapterlab.train import rng
 from adapterlab.train.config import Training
 from adapterlab.train.course import Course, carried_out
 from adapterlab.train.memory import Meter
+from adapterlab.train.parallel import Alone, kind_of
 from adapterlab.train.proof import Proof
 from adapterlab.train.sampler import Sampler, order
 from adapterlab.train.signals import Interrupted, Stopping, stop_on_signals
@@ -45,7 +46,6 @@ from adapterlab.train.signals import Interrupted, Stopping, stop_on_signals
 Row = Mapping[str, Sequence[int]]
 Record = dict[str, Any]
 _SMALL, _OFTEN = 4096, 100  # rows of a step that are never too many; how often a row may count in larger ones
-_SIMPLE = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
 @dataclass
@@ -112,6 +112,7 @@ class Part:
         batch: what the model takes.
         labels: label-bearing tokens of the whole step, over all processes.
         first: of its step.
+        counts: it is of rows of the step, and not there for the sake of other processes, which have one more.
         used: where to note how much the parts of mixtures are used; None: nobody looks.
     """
 
@@ -120,6 +121,7 @@ class Part:
     labels: int
     first: bool
     used: dict[str, Tensor] | None
+    counts: bool = True
 
     def whole(self, loss: Tensor, emitted: Sequence[Tensor]) -> Tensor:
         """Return what the pass differentiates: its loss, what adapters emitted, and once a step the penalty.
@@ -129,9 +131,12 @@ class Part:
             emitted: by adapters, each a mean over the batch.
         """
         loop = self.loop
-        value = loss + sum(emitted) * (loop.loss.tokens(self.batch) / self.labels)
+        value = loss + sum(each.to(loss.device) for each in emitted) * (loop.loss.tokens(self.batch) / self.labels)
+        value = value if self.counts else 0.0 * value
         penalty = loop.method.penalty(loop.host, loop.name) if self.first else None
-        return value if penalty is None else value + penalty / loop.accelerator.num_processes
+        if penalty is None:
+            return value
+        return value + penalty.to(value.device) / loop.accelerator.num_processes
 
 
 class Loop:
@@ -146,6 +151,7 @@ class Loop:
         total: steps of the whole run.
         batching: whether rows are packed or padded, and why.
         loss: how the loss is computed.
+        parallel: how the model is spread over processes and devices.
         proof: that everything trains.
         meter: of memory.
         load: shares of the parts of mixtures when they were last looked at, by the path of the module.
@@ -162,6 +168,7 @@ class Loop:
         collate: Callable[[Sequence[Row]], Mapping[str, Tensor]] | None = None,
         listeners: Sequence[Listener] = (),
         accelerator: Accelerator | None = None,
+        parallel: Alone | None = None,
         prepare: bool = True,
     ):
         if not rows:
@@ -181,13 +188,10 @@ class Loop:
             rows = [rows[i] for i in sorted(order([1] * len(rows), training.seed, 0)[:fixed])]
         self.rows = rows
         self.accelerator = accelerator or Accelerator(cpu=_device(host.model).type == "cpu")
-        if self.accelerator.distributed_type not in _SIMPLE:
-            raise ConfigError(
-                f"Training on {self.accelerator.distributed_type} is not supported: use one process or plain data "
-                "parallelism (accelerate launch --multi_gpu, or --cpu --num_processes N)."
-            )
+        self.parallel = parallel or kind_of(self.accelerator, host.model)
+        self.parallel.check(host, name)
         self.collate = collate or Collator(getattr(host.model.config, "pad_token_id", None) or 0)
-        self.device = _device(host.model)
+        self.device = self.parallel.device(host.model)
         give_back()  # loading a model converts weights, and leaves the room of the old ones free in the heap
         self.meter = Meter(self.device)
         self.sampler = Sampler(
@@ -224,20 +228,17 @@ class Loop:
         model.train()
         if from_data:  # a checkpoint's adapter has the structure that data once decided
             self.method.prepare(host, self.name, Batches(self))
-        if self.accelerator.num_processes > 1:
-            for tensor in host.tensors(self.name).values():
-                tensor.data.copy_(broadcast(tensor.data))
-            host.refresh(self.name)
         longest = max(longest_of(self.rows), longest_of(self.eval_rows))
         self.collate, self.batching = choose(model, self.collate, longest, training.packing, training.shared_openings)
         self.loss = Loss(model, training.label_smoothing, training.z_loss)  # evaluation uses the plain loss
+        self.parallel.spread(host, self.name)
         make = functools.partial(
             adamw, lr=training.lr, weight_decay=training.weight_decay, betas=training.betas, eps=training.eps
         )
         self._raw = self.method.optimizer(host, self.name, make) if self.total else _idle()
         if self.accelerator.scaler is not None and any(p.dtype is torch.float16 for p in self.parameters()):
             raise ConfigError("float16 parameters cannot be trained with loss scaling. Set precision to bf16 or fp32.")
-        self.optimizer = self.accelerator.prepare_optimizer(self._raw, device_placement=False)
+        self.optimizer = self.parallel.optimizer(self._raw)
         plain = functools.partial(
             factor,
             total=max(1, self.total),
@@ -247,7 +248,7 @@ class Loop:
         )
         self.schedule = schedule(self._raw, lambda step: self.method.rate(step, self.total, plain))
         turns = max(method.turns() for method in (self.method, *host.part_methods(self.name).values()))
-        self.proof = Proof(host, self.name, training.proof_steps * turns)
+        self.proof = Proof(host, self.name, training.proof_steps * turns, self.parallel.gathered)
         # Whatever came before, dropout depends on seed and process alone.
         set_seed(training.seed + self.accelerator.process_index)
 
@@ -316,21 +317,21 @@ class Loop:
         self.accelerator.sync_gradients = True
         began, index, status = time.perf_counter(), self.status.step, self.status
         batches = self._batches(index)
-        labels = int(self._sum(sum(self.loss.tokens(batch) for batch in batches)))
+        labels = int(self._sum(sum(self.loss.tokens(batch) for batch, counts in batches if counts)))
         if not labels:
             raise DataError(f"Step {index + 1} has no token with a label. Check the labels of the rows.")
         self.method.before_step(self.host, self.name, index, self._raw)
         self.proof.begin(self._raw)
         used: dict[str, Tensor] | None = {} if self._is_shown(index + 1) else None
         value = 0.0
-        for i, batch in enumerate(batches):
-            value += yield Part(self, batch, labels, i == 0, used)
+        for i, (batch, counts) in enumerate(batches):
+            value += yield Part(self, batch, labels, i == 0, used if counts else None, counts)
         value = self._sum(value)
         self._check_finite("loss", value, index)
-        self._share_gradients()
+        self.parallel.share(self.parameters())
         self.method.after_backward(self.host, self.name, index)
         self.proof.gradients()
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters(), self.training.clip or math.inf))
+        norm = self.parallel.clip(self.parameters(), self.training.clip)
         if self.accelerator.scaler is None:  # with loss scaling an overflow is part of finding the scale
             self._check_finite("gradient norm", norm, index)
         rate = self.schedule.get_last_lr()[0]
@@ -341,7 +342,7 @@ class Loop:
         self.method.after_step(self.host, self.name, index, self._raw)
         self.optimizer.zero_grad()
         status.step, status.train_loss = index + 1, value
-        status.tokens += int(self._sum(sum(map(count_tokens, batches))))
+        status.tokens += int(self._sum(sum(count_tokens(batch) for batch, counts in batches if counts)))
         status.seconds += time.perf_counter() - began
         return {
             "step": status.step, "epoch": round(self.sampler.epoch(status.step), 4), "loss": value, "lr": rate,
@@ -385,7 +386,10 @@ class Loop:
         alone = len(rows) < world  # fewer rows than processes: each evaluates all
         mine = rows if alone else rows[self.accelerator.process_index :: world]
         size = self.training.eval_batch_size or self.training.batch_size
-        loss, tokens = evaluate_loss(self.host.model, mine, self.collate, size, packing=False)  # chosen already
+        loss, tokens = evaluate_loss(
+            self.host.model, mine, self.collate, size, packing=False,  # chosen already
+            loss=self.loss.plain(), spread=self.parallel,
+        )  # fmt: skip
         return self._sum(loss * tokens), self._sum(tokens)
 
     # ------------------------------------------------------------------ state
@@ -393,15 +397,18 @@ class Loop:
     def state_dict(self) -> dict[str, Any]:
         """Return what an exact continuation needs. Call it on every process.
 
+        What is split among processes is in it as each one's part; see `Alone.taken_apart`.
+
         Raises:
             TrainingError: the adapter is not finite, so that nothing could continue from it.
         """
         self.check_weights()
         scaler = self.accelerator.scaler
+        self.host.check_intact(self.name)
         tensors = self.host.tensors(self.name)
         return {
             "status": dict(vars(self.status)),
-            "adapter": self.host.state_dict(self.name),
+            "adapter": {key: tensor.detach().clone() for key, tensor in tensors.items()},
             "trainable": {key: t.requires_grad for key, t in tensors.items() if isinstance(t, nn.Parameter)},
             "optimizer": self._raw.state_dict(),
             "optimized": self._optimized(),
@@ -426,8 +433,15 @@ class Loop:
         self.schedule.load_state_dict(state["schedule"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        rng.restore(state["rng"][self.accelerator.process_index])
+        if len(state["rng"]) == self.accelerator.num_processes:  # else no numbers are those of the run before
+            rng.restore(state["rng"][self.accelerator.process_index])
         vars(self.status).update(state["status"])
+
+    def tensor_at(self, way: Sequence[Any]) -> Tensor:
+        """Return the tensor that keys of a state lead to, or the parameter that it is about."""
+        if way[0] == "adapter":
+            return self.host.tensors(self.name)[way[1]]
+        return self.parameters()[way[2]]  # "optimizer", "state", number of the parameter
 
     def _optimized(self) -> list[str]:
         """What the optimizer trains, by the keys of `Host.tensors`; those without one are only counted."""
@@ -440,11 +454,17 @@ class Loop:
 
     # ------------------------------------------------------------------ parts of a step
 
-    def _batches(self, step: int) -> list[Mapping[str, Tensor]]:
-        """This process's batches of a step."""
+    def _batches(self, step: int) -> list[tuple[Mapping[str, Tensor], bool]]:
+        """This process's batches of a step, and which of them count."""
         every = self.sampler.step(step)
         mine = every[self.accelerator.process_index :: self.accelerator.num_processes]
-        return [batch for part in mine if self.loss.tokens(batch := self.batch(part))]
+        batches = [batch for part in mine if self.loss.tokens(batch := self.batch(part))]
+        return self.parallel.evened(batches, lambda: batches[0] if batches else self._spare(every))
+
+    def _spare(self, every: Sequence[Sequence[int]]) -> Mapping[str, Tensor]:
+        """A row of the step that bears a label, for a process that has none."""
+        found = (batch for part in every for i in part if self.loss.tokens(batch := self.batch([i])))
+        return next(found)
 
     def batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Collate training rows and put them where the model is."""
@@ -459,20 +479,9 @@ class Loop:
             with self.accelerator.autocast(), state.collect() as emitted, offload:
                 return part.whole(self.loss(part.batch, part.labels), emitted)
 
+        called = functools.partial(self.parallel.called, loss)
         with contextlib.nullcontext() if part.used is None else state.observing(part.used):
-            return float(self.method.gradient(self.host, self.name, loss, self.accelerator.backward))
-
-    def _share_gradients(self) -> None:
-        """Sum gradients over processes; the loss is divided by all their labels already.
-
-        Done here instead of by DistributedDataParallel: adapters are small, and methods may compute gradients in
-        their own way or leave some out.
-        """
-        if self.accelerator.num_processes > 1:
-            for p in self.parameters():
-                if p.requires_grad:
-                    local = torch.zeros_like(p) if p.grad is None else p.grad
-                    p.grad = self.accelerator.reduce(local, "sum")
+            return float(self.method.gradient(self.host, self.name, called, self.parallel.backward))
 
     def _sum(self, value: float) -> float:
         if self.accelerator.num_processes == 1:
@@ -495,7 +504,8 @@ class Loop:
         Raises:
             TrainingError: the adapter holds values that are not finite.
         """
-        if (key := not_finite(self.host.tensors(self.name))) is not None:
+        found = self.parallel.gathered(not_finite(self.host.tensors(self.name)))
+        if (key := next(filter(None, found), None)) is not None:
             raise TrainingError(
                 f"After step {self.status.step} (training.lr={self.training.lr:g}) {key} holds values that are not "
                 "finite, and is not saved. Lower training.lr or lengthen training.warmup. What was saved before is "

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adapterlab.errors import NotTrainingError
+from adapterlab.foreign.sharding import local
 from adapterlab.hosts import Host
 from adapterlab.optim import master
 
@@ -39,8 +40,23 @@ class Proof:
         steps: number of steps watched.
     """
 
-    def __init__(self, host: Host, name: str, within: int):
+    def __init__(
+        self,
+        host: Host,
+        name: str,
+        within: int,
+        gathered: Callable[[dict[str, str]], list[dict[str, str]]] | None = None,
+    ):
+        """Set what is watched.
+
+        Args:
+            host: of the model.
+            name: of the adapter.
+            within: steps that a tensor has.
+            gathered: the verdicts of all processes that see parts of the tensors, from those of this one.
+        """
         self.host, self.name, self.within = host, name, within
+        self._gathered = gathered or (lambda found: [found])
         self.proven: set[str] = set()
         self.steps = 0
         self.open = within > 0
@@ -81,6 +97,8 @@ class Proof:
         for key, p in self._watched.items():
             if not self._faults[key] and _fingerprint(master(optimizer, p)) == self._before[key]:
                 self._faults[key] = UNCHANGED
+        self._faults = _agreed(self._gathered(self._faults))
+        for key in self._watched:
             if self._faults[key]:
                 self._waited[key] += 1
             else:
@@ -127,8 +145,14 @@ class Proof:
         return "\n".join(lines)
 
 
+def _agreed(found: list[dict[str, str]]) -> dict[str, str]:
+    """One verdict on each tensor, of verdicts on its parts: it trains where any part does, if all are finite."""
+    order = (NON_FINITE, MOVED, UNCHANGED, ZERO, NO_GRADIENT)
+    return {key: min((verdicts[key] for verdicts in found), key=order.index) for key in found[0]}
+
+
 def _fault(gradient: Tensor) -> str:
-    values = gradient.detach()
+    values = local(gradient)
     values = values.coalesce().values() if values.is_sparse else values
     if not bool(torch.isfinite(values).all()):
         return NON_FINITE
@@ -142,6 +166,7 @@ def _fingerprint(values: Tensor) -> int:
     A sum alone would not see that two values of one exponent moved by the same step in opposite directions, as the
     biases of a softmax over two do. Squares do; the shift gives some to the bits of half precision, which are all high.
     """
+    values = local(values)
     wide = values if values.dtype is torch.float64 else values.float()
     bits = wide.contiguous().view(torch.int64 if wide.dtype is torch.float64 else torch.int32)
     total = bits.new_zeros((), dtype=torch.int64)

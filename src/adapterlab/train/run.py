@@ -48,6 +48,7 @@ from adapterlab.train.display import Display, config_table, proof_table, result_
 from adapterlab.train.fast_paths import fast_paths
 from adapterlab.train.folder import RunFolder
 from adapterlab.train.loop import Listener, Loop, Record, Row, nothing_to_train
+from adapterlab.train.parallel import kind_of, loading
 from adapterlab.train.ranks import agreed, check_fits, check_joined, check_start, on_cpu
 from adapterlab.train.result import RunResult
 from adapterlab.train.signals import Interrupted, Stopping, stop_on_signals
@@ -84,6 +85,7 @@ class Job:
         report: of encoding the training rows.
         columns: which columns of the rows are used.
         seq2seq: whether the model has an encoder and a decoder.
+        processes: how many train it.
     """
 
     host: Host
@@ -95,6 +97,7 @@ class Job:
     report: Report
     columns: Columns
     seq2seq: bool = False
+    processes: int = 1
 
 
 def fit(
@@ -150,7 +153,7 @@ def fit(
         if accelerator.is_main_process:
             held.enter_context(files.claimed(config.output, resume=resume, overwrite=overwrite))
         accelerator.wait_for_everyone()
-        done, state = left_behind(config) if resume else (None, None)
+        done, state = left_behind(config, accelerator.num_processes) if resume else (None, None)
         agreed(accelerator, {"what --resume finds": _found(done, state)})
         if done is not None:
             console.print(f"The run in {config.output} is finished already; nothing is left to do.", highlight=False)
@@ -169,7 +172,7 @@ def sources_of(config: TrainConfig, provenance: Provenance | None) -> Provenance
     return dict(provenance or provenance_of(config, {"Python": config.model_dump(exclude_unset=True)}))
 
 
-def left_behind(config: TrainConfig) -> tuple[RunResult | None, dict[str, Any] | None]:
+def left_behind(config: TrainConfig, processes: int = 1) -> tuple[RunResult | None, dict[str, Any] | None]:
     """Return what an earlier process left of a run: its result, or the state of its checkpoint, or neither.
 
     Raises:
@@ -181,7 +184,8 @@ def left_behind(config: TrainConfig) -> tuple[RunResult | None, dict[str, Any] |
     checkpoint = config.output / files.CHECKPOINT
     state = files.read_state(checkpoint) if checkpoint.is_file() else None
     if state is not None:  # before anything is loaded; the data follow when they are read
-        files.check_same(config.output, state["identity"], {**state["identity"], **config.flat()})
+        now = {**state["identity"], **config.flat(), "processes": processes}
+        files.check_same(config.output, state["identity"], now)
     return None, state
 
 
@@ -322,11 +326,11 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
 
 def load_base(config: TrainConfig, accelerator: Accelerator) -> Base:
     """Load the model of a run; see `load`."""
-    device = config.device or (str(accelerator.device) if accelerator.num_processes > 1 else None)
-    model, tokenizer = load_model(
-        config.model, precision=config.precision, device=device, quantize=config.quantize,
-        trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
+    with loading(accelerator, config.parallel, config.device) as device:
+        model, tokenizer = load_model(
+            config.model, precision=config.precision, device=device, quantize=config.quantize,
+            trust_remote_code=config.trust_remote_code,
+        )  # fmt: skip
     if config.precision == "fp16" and next(model.parameters()).device.type == "cpu":
         raise ConfigError("precision=fp16 trains on a GPU only, and there is none. Set precision to bf16 or fp32.")
     return Base(Host(model), tokenizer)
@@ -362,7 +366,7 @@ def attached(
     }
     return Job(
         host, name, tokenizer, trained.rows, held.rows if held else [], data, trained.report, columns,
-        is_encoder_decoder(host.model),
+        is_encoder_decoder(host.model), processes,
     )  # fmt: skip
 
 
@@ -401,6 +405,7 @@ def loop_of(config: TrainConfig, job: Job, accelerator: Accelerator, *, prepare:
         eval_rows=job.eval_rows,
         collate=collator_for(job.host.model, job.tokenizer),
         accelerator=accelerator,
+        parallel=kind_of(accelerator, job.host.model, config.parallel, offload=config.cpu_offload),
         prepare=prepare,
     )
 
@@ -425,7 +430,7 @@ def _story(job: Job, loop: Loop) -> dict[str, str]:
         f"found by {report.mask_by}; {report.template}{unknown}",
         "loss": f"{loop.loss.path}: {loop.loss.why}",
         "steps": _steps(loop),
-        "device": f"{loop.device}, {loop.accelerator.num_processes} process(es)",
+        "device": f"{loop.device}, {loop.parallel}",
         "fast paths": "\n".join(map(str, fast_paths(loop))),
     }
 
@@ -437,7 +442,7 @@ def _steps(loop: Loop) -> str:
 
 def _identity(config: TrainConfig, job: Job) -> dict[str, Any]:
     """What a resumed run must have in common with the checkpoint."""
-    return {**config.flat(), "data fingerprint": job.data["fingerprint"]}
+    return {**config.flat(), "data fingerprint": job.data["fingerprint"], "processes": job.processes}
 
 
 def _facts(config: TrainConfig, job: Job, sources: Provenance) -> dict[str, Any]:

@@ -47,6 +47,10 @@ class TwoPhases(Method):
         """Say whether the whole parameters keep what the first phase made of them."""
         return False
 
+    def unsplit(self, host: Carrier, name: str) -> str:
+        """What is chosen is chosen among whole tensors."""
+        return "it chooses what trains on by how far entries of whole tensors have moved in the first phase"
+
     # ------------------------------------------------------------------ the run
 
     def begin(self, host: Carrier, name: str, steps: int) -> None:

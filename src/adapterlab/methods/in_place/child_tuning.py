@@ -169,6 +169,8 @@ class ChildTuning(Method):
 class Child(Transform):
     """Lets a random part of a tensor's entries move, another one in every step, by 1 / p as much."""
 
+    by_entry: ClassVar[bool] = False
+
     def __init__(self, share: float, seed: int, key: str, masked: Literal["update", "gradient"]):
         """Set how the masks are drawn.
 

@@ -17,6 +17,7 @@ from adapterlab.core.method import MakeOptimizer, Method
 from adapterlab.core.site import Site
 from adapterlab.engine.substitute import Substitute
 from adapterlab.errors import AttachError, ConfigError, NotTrainingError
+from adapterlab.foreign.sharding import read, write
 from adapterlab.methods.in_place import _chosen_parameters as chosen
 from adapterlab.optim import steps_of
 from adapterlab.registry import register
@@ -274,8 +275,7 @@ class DiffPruning(Method):
                 full = f"{path}.{leaf}" if path else leaf
                 if len(index):
                     host.own(name, full, index=index).copy_(values)
-                    p = host.model.get_parameter(full)
-                    p.view(-1)[index] = values.to(p.dtype)
+                    write(host.model.get_parameter(full), index, values)
 
     def outcome(self, host: Carrier, name: str) -> dict[str, str]:
         """How many entries are left, and where."""
@@ -397,5 +397,5 @@ class Gated(Substitute):
             index = (self.gate[leaf].flatten() > 0).nonzero().flatten()
             stored = self.site.module._parameters[leaf]
             assert stored is not None
-            found[leaf] = index, stored.detach().reshape(-1)[index].to(diff.dtype) + diff.detach().flatten()[index]
+            found[leaf] = index, read(stored, index).to(diff.dtype) + diff.detach().flatten()[index]
         return found

@@ -121,6 +121,10 @@ class FishDip(Method):
 
     # ------------------------------------------------------------------ the run
 
+    def unsplit(self, host: Carrier, name: str) -> str:
+        """The base's own gradients are dealt out before anybody sees them."""
+        return "it chooses its entries anew in the run, by gradients of the whole base"
+
     def prepare(self, host: Carrier, name: str, batches: Batches) -> None:
         """Keep rows to choose by, and choose; an adapter that has its entries keeps them for now."""
         super().prepare(host, name, batches)

@@ -77,6 +77,10 @@ class Full(Method):
             groups.setdefault(self.layer_decay**depth, []).append(p)
         return make([{"params": members, "lr_factor": factor} for factor, members in groups.items()])
 
+    def unsplit(self, host: Carrier, name: str) -> str:
+        """Only the pull towards the base needs it whole."""
+        return "its anchor reads all weights outside of the forward pass" if self.anchor else ""
+
     def penalty(self, host: Carrier, name: str) -> Tensor | None:
         """λ · mean((θ − θ₀)²) over all trained entries."""
         if not self.anchor:

@@ -82,6 +82,8 @@ class LoRAFA(LoRA):
 class Projected(Transform):
     """Turns the gradient of B into the one whose update s · B A is closest to the full gradient's."""
 
+    by_entry: ClassVar[bool] = False
+
     def __init__(self, layer: LoRA.Layer):
         self.layer = layer
 
