@@ -104,8 +104,8 @@ class Sharded(Replicated):
             dtypes = {str(p.dtype) for p in group if p.requires_grad}
             if len(dtypes) > 1:
                 raise ConfigError(
-                    f"parallel=fsdp: parameters of {', '.join(sorted(dtypes))} train in one {type(layer).__name__}, and "
-                    "FSDP2 deals out gradients of one dtype. Load the model in fp32."
+                    f"parallel=fsdp: parameters of {', '.join(sorted(dtypes))} train in one {type(layer).__name__}, "
+                    "and FSDP2 deals out gradients of one dtype. Load the model in fp32."
                 )
 
     def spread(self, host: Host, name: str) -> None:
