@@ -238,7 +238,7 @@ def places(model: nn.Module) -> dict[str, Any]:
 
 def elsewhere(module: nn.Module) -> torch.device | None:
     """Return where accelerate brings a module's weights for each call, if it keeps them elsewhere in between."""
-    hook = module.__dict__.get("_hf_hook")
+    hook: Any = module.__dict__.get("_hf_hook")
     away = hook is not None and any(p is not None and p.is_meta for p in module._parameters.values())
     return torch.device(hook.execution_device) if away else None
 

@@ -210,6 +210,7 @@ def _put_back(module: nn.Module, forward: Any) -> None:
 
 def reshard(model: nn.Module) -> None:
     """Let every module of FSDP2 hold its parts alone again, where a pass without a backward pass left it whole."""
+    module: Any
     for module in model.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
             module.reshard()

@@ -21,6 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from torch import Tensor
 from torch import distributed as dist
+from torch.multiprocessing.spawn import start_processes
 
 from adapterlab.core.method import Method
 from adapterlab.data import Collator
@@ -75,7 +76,7 @@ class Single:
 
 def pair(work: Work, folder: Path, world: int = WORLD) -> list[Any]:
     """Run a function of rank and folder in each of several new processes, and return what it returns in each."""
-    torch.multiprocessing.start_processes(_run, args=(work, str(folder), world), nprocs=world, start_method="spawn")
+    start_processes(_run, args=(work, str(folder), world), nprocs=world, start_method="spawn")
     return [torch.load(folder / f"result-{rank}.pt", weights_only=False) for rank in range(world)]
 
 

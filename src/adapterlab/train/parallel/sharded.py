@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,8 +105,8 @@ class Sharded(Replicated):
             dtypes = {str(p.dtype) for p in group if p.requires_grad}
             if len(dtypes) > 1:
                 raise ConfigError(
-                    f"parallel=fsdp: parameters of {', '.join(sorted(dtypes))} train in one {type(layer).__name__}, and "
-                    "FSDP2 deals out gradients of one dtype. Load the model in fp32."
+                    f"parallel=fsdp: parameters of {', '.join(sorted(dtypes))} train in one {type(layer).__name__}, "
+                    "and FSDP2 deals out gradients of one dtype. Load the model in fp32."
                 )
 
     def spread(self, host: Host, name: str) -> None:
@@ -179,19 +180,18 @@ class Sharded(Replicated):
 
     def clip(self, parameters: Sequence[nn.Parameter], limit: float | None) -> float:
         """Norms of parts are added over processes, those of whole tensors counted once."""
-        whole = [p for p in parameters if p.grad is not None and not is_part(p)]
-        parts = [p for p in parameters if p.grad is not None and is_part(p)]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        for p in parts:
-            total += _square(local(p.grad)).to(total.device)
+        for gradient in filter(is_part, gradients):
+            total += _square(local(gradient)).to(total.device)
         dist.all_reduce(total)
-        for p in whole:
-            total += _square(p.grad).to(total.device)
+        for gradient in itertools.filterfalse(is_part, gradients):
+            total += _square(gradient).to(total.device)
         norm = math.sqrt(float(total))
         factor = min(1.0, (limit or math.inf) / (norm + 1e-6))
         if factor < 1:  # as torch.nn.utils.clip_grad_norm_
-            for p in (*whole, *parts):
-                local(p.grad).mul_(factor)
+            for gradient in gradients:
+                local(gradient).mul_(factor)
         return norm
 
     # ------------------------------------------------------------------ saving
@@ -221,7 +221,7 @@ class Sharded(Replicated):
         return walked(state, ()), parts
 
 
-def _square(gradient: Any) -> Tensor:
+def _square(gradient: Tensor) -> Tensor:
     """Of the norm, without a copy in another dtype."""
     wide = torch.promote_types(gradient.dtype, torch.float32)
     return torch.linalg.vector_norm(gradient, dtype=wide).double().square()
