@@ -143,7 +143,8 @@ def fit(
         held.enter_context(steady_output())
         watch = held.enter_context(watched(accelerator, config.output))
         options = {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run}
-        agreed(accelerator, {**config.flat(), **versions(), **options})
+        packages = {name: number for name, number in versions().items() if name != "python"}
+        agreed(accelerator, {**config.flat(), **packages, **options})
         console = Terminal(quiet=quiet or not accelerator.is_main_process)
         console.print(config_table(config.flat(), sources, config.meanings() if dry_run else None))
         if dry_run:
