@@ -202,7 +202,8 @@ def _loaded(
     with _announced(config, accelerator, console, force=force):
         job = load(config, accelerator, saved=state["adapter"] if state else None)
         summary = job.host.summary(job.name)
-        agreed(accelerator, {**job.data, "trainable scalars": summary.trainable, "scalars": summary.total})
+        data = {f"data {name}": fact for name, fact in job.data.items()}
+        agreed(accelerator, {**data, "trainable scalars": summary.trainable, "scalars": summary.total})
         check_fits(accelerator.num_processes, len(job.rows))
         loop = loop_of(config, job, accelerator, prepare=state is None)
     console.print(proof_table(job.host.summary(job.name), _story(job, loop), _sample(job)))
