@@ -286,26 +286,3 @@ def test_a_run_may_be_killed_at_every_change_of_its_folder(tmp_path: Path) -> No
             assert len(os.listdir(run)) == 5  # with the lock
         session(3, overwrite=True)
         assert step() == 3
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(config: Config, root: Path) -> None:
-    """Data parallel on the CPU: the same rows a step, so the same adapter up to rounding."""
-    alone = {**config(steps=4, accumulation=2), "output": str(root / "alone")}
-    alone["method"] = {**alone["method"], "dropout": 0.0}  # each process draws its own noise
-    single = fit(alone, quiet=True)
-    assert single is not None
-    pair = {**alone, "output": str(root / "pair"), "training": {**alone["training"], "accumulation": 1}}
-    code = f"from adapterlab.train import fit; fit({pair!r}, quiet=True)"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29671", "--no-python"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, sys.executable, "-c", code], capture_output=True, text=True, timeout=200, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    left, right = metrics(root / "alone"), metrics(root / "pair")
-    assert len(left) == len(right)
-    for one, two in zip(left, right, strict=True):
-        assert one == pytest.approx(two, rel=1e-3)
-    for key, value in weights(root / "pair", "last").items():
-        torch.testing.assert_close(value, weights(root / "alone", "last")[key], rtol=1e-3, atol=1e-4)

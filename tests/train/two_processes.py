@@ -139,15 +139,6 @@ def on(rank: int, step: int, action: Callable[[], Any]) -> Trouble:
     return lambda own: [At(step, action)] if own == rank else []
 
 
-def other_things(rank: int) -> Sequence[Any]:
-    """Rank 1 has another learning rate and another torch."""
-    if rank == 1:
-        versions, load = run.versions, run.TrainConfig.flat
-        run.versions = lambda: {**versions(), "torch": "1.0"}  # type: ignore[attr-defined]
-        run.TrainConfig.flat = lambda self: {**load(self), "training.lr": 0.5}  # type: ignore[method-assign]
-    return []
-
-
 def other_rows(rank: int) -> Sequence[Any]:
     """Rank 1 finds other rows in a file of the same name."""
     if rank == 1:
@@ -178,17 +169,15 @@ def main() -> dict[str, Any]:
 
     go("alone", 1, configuration("alone", joined, accumulation=2, **whole))
     go("pair", 2, configuration("pair", joined, accumulation=1, **whole))
-    go("killed", 2, killed := configuration("killed", joined, accumulation=1, **whole), trouble=on(1, 5, kill))
-    go("resumed", 2, killed, "--resume")
-    trouble = configuration("trouble", joined, accumulation=1, **whole)
-    go("first killed", 2, trouble, trouble=stuck)
-    go("raised", 2, trouble, "--overwrite", trouble=on(1, 1, boom))
-    go("other things", 2, trouble, "--overwrite", trouble=other_things)
-    go("other rows", 2, trouble, "--overwrite", trouble=other_rows)
     go("stream", 2, configuration("stream", stream, **short))
     stopped = configuration("stopped", stream, **short)
     go("stopped", 2, stopped, trouble=on(1, 2, lambda: kill(signal.SIGTERM)))
+    go("killed", 2, stopped, "--resume", trouble=on(1, 3, kill))
     go("continued", 2, stopped, "--resume")
+    trouble = configuration("trouble", joined, accumulation=1, **whole)
+    go("first killed", 2, trouble, trouble=stuck)
+    go("raised", 2, trouble, "--overwrite", trouble=on(1, 1, boom))
+    go("other rows", 2, trouble, "--overwrite", trouble=other_rows)
     return found
 
 

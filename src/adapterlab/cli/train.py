@@ -71,11 +71,12 @@ def train(
             "Settings are written key=value."
         )
     settings, provenance = load_config(config, overrides)
-    flags = {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run, "--force": force, "--quiet": quiet}
-    words = ["train", str(config), *overrides, *(flag for flag, given in flags.items() if given)]
+    words = ["train", str(config), *overrides]
     if several:
         from adapterlab.train.launching import launch
 
+        flags = {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run, "--force": force, "--quiet": quiet}
+        words += [flag for flag, given in flags.items() if given]
         raise typer.Exit(launch(words, processes or 1, settings.device, settings.output))
     options = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run, "force": force, "quiet": quiet}
     _one(settings, words, provenance=provenance, **options)
@@ -112,7 +113,7 @@ def _again(words: list[str]) -> str:
     from adapterlab.train.launching import PROCESSES
     from adapterlab.train.ranks import launched
 
-    words = [*(word for word in words if word not in ("--overwrite", "--resume")), "--resume"]
+    words = [*words, "--resume"]
     if number := os.environ.get(PROCESSES):
         return shlex.join(["adapterlab", *words, "--processes", number])
     return ("accelerate launch [...] -m " if launched() > 1 else "") + shlex.join(["adapterlab", *words])

@@ -144,7 +144,8 @@ def fit(
         held.enter_context(steady_output())
         watch = held.enter_context(watched(accelerator, config.output))
         options = {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run}
-        agreed(accelerator, {**config.flat(), **versions(), **options})
+        packages = {name: number for name, number in versions().items() if name != "python"}
+        agreed(accelerator, {**config.flat(), **packages, **options})
         console = Terminal(quiet=quiet or not accelerator.is_main_process)
         console.print(config_table(config.flat(), sources, config.meanings() if dry_run else None))
         if dry_run:
@@ -203,7 +204,8 @@ def _loaded(
     with _announced(config, accelerator, console, force=force):
         job = load(config, accelerator, saved=state["adapter"] if state else None)
         summary = job.host.summary(job.name)
-        agreed(accelerator, {**job.data, "trainable scalars": summary.trainable, "scalars": summary.total})
+        data = {f"data {name}": fact for name, fact in job.data.items()}
+        agreed(accelerator, {**data, "trainable scalars": summary.trainable, "scalars": summary.total})
         check_fits(accelerator.num_processes, len(job.rows))
         loop = loop_of(config, job, accelerator, prepare=state is None)
     console.print(proof_table(job.host.summary(job.name), _story(job, loop), _sample(job)))
