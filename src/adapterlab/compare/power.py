@@ -283,9 +283,18 @@ def spread_of(comparison: Comparison, pairs: Iterable[tuple[str, str]] | None = 
     found = [parts for a, b in chosen if (parts := _variances(sheets, a, b)) is not None]
     if not found:
         return None
-    several = [seeds for seeds, *_ in found if seeds is not None]
-    rows, rest = (math.sqrt(max(0.0, fmean(parts[i] for parts in found))) for i in (1, 2))
-    return Spread(math.sqrt(max(0.0, fmean(several))) if several else None, rows, rest, f"measured: {comparison.name}")
+    seeds = [seed for seed, _, _ in found if seed is not None]
+    return Spread(
+        _deviation(seeds) if seeds else None,
+        _deviation([row for _, row, _ in found]),
+        _deviation([rest for _, _, rest in found]),
+        f"measured: {comparison.name}",
+    )
+
+
+def _deviation(variances: Sequence[float]) -> float:
+    """The standard deviation of which these are estimates of the variance."""
+    return math.sqrt(max(0.0, fmean(variances)))
 
 
 def _variances(sheets: Sheets, a: str, b: str) -> tuple[float | None, float, float] | None:

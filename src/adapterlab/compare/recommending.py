@@ -79,8 +79,8 @@ def _would_take(comparison: Comparison, undecided: Sequence[Standing]) -> str:
     gap = f"{100 * difference:g} points" if comparison.judge == "score" else f"{difference:g} nats a token"
     best = next(s.label for s in comparison.standings if s.rank is not None and s.label != UNTRAINED)
     spread = spread_of(comparison, [(best, s.label) for s in undecided])
-    pairs = max(1, len(comparison.differences))
-    need = spread and cheapest(needs(spread, difference, pairs=pairs, level=comparison.level))
+    pairs, level = max(1, len(comparison.differences)), comparison.level
+    need = None if spread is None else cheapest(needs(spread, difference, pairs=pairs, level=level))
     if need is None:
         return "More seeds and more evaluation rows would be needed."
     return f"To tell {gap} apart here takes about {need.rows:,} evaluation rows and {need.seeds} seeds of each method."

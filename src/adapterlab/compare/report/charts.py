@@ -21,6 +21,7 @@ _REFERENCES = 12  # methods that the others can be compared with
 OVERLAID = 4  # methods whose curves can be told apart in one chart
 _PANELS = 24  # methods with a chart of their own at most
 _NAMES = 24  # methods that are named in a chart at most; the others are found by pointing at them
+_ASIDE = 32  # units of a chart's width for each letter of the names beside it, at most
 LOG = 4  # times that the largest loss is the smallest from which a logarithmic scale shows more
 
 
@@ -167,9 +168,9 @@ def _overlaid(rows: Sequence[Row], which: str) -> Figure | None:
         return None
     y = _loss_axis([y for *_, many in curves for end in (min, max) for _, y in across(many, end)], which)
     x = Axis.over([x for _, line, _ in curves for x, _ in line], "step", form=amounts.plain)
-    drawings = []
+    drawings, longest = [], max(len(row.name) for row, *_ in curves)
     for size in (WIDE, NARROW):
-        plot = Plot(f"{which} loss", x, y, size=size, aside=min(18, max(len(row.name) for row, *_ in curves)))
+        plot = Plot(f"{which} loss", x, y, size=size, aside=min(longest, int(size[0] / _ASIDE)))
         for number, (row, line, many) in enumerate(curves):
             if len(many) > 1:
                 plot.band(across(many, min), across(many, max), f"band series {row.css}")

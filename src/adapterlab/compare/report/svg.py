@@ -155,13 +155,14 @@ class Plot:
         room = self.bottom - self.top
         step = min(_LINE, room / max(1, len(placed)))
         free = self.top + step / 2
-        heights = []
+        heights: list[float] = []
         for y, *_ in placed:
             heights.append(max(y, free))
             free = heights[-1] + step
-        over = max(0.0, heights[-1] - self.bottom) if heights else 0.0
-        for i in range(len(heights) - 1, -1, -1):  # what would stand below the area pushes the others up
-            heights[i] = min(heights[i], self.bottom - step * (len(heights) - 1 - i)) if over else heights[i]
+        for below, i in enumerate(
+            reversed(range(len(heights)))
+        ):  # what would stand below the area pushes the others up
+            heights[i] = min(heights[i], self.bottom - step * below)
         for (y, x, text, css), at in zip(placed, heights, strict=True):
             self._add("polyline", f"leader {css}", points=f"{x:.1f},{y:.1f} {self.right + 4:.1f},{at:.1f}")
             name = text if len(text) <= self.aside else f"{text[: self.aside - 1]}…"
