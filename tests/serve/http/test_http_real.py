@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.decoders import Fuse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("fastapi")
@@ -167,6 +168,7 @@ def test_a_call_that_is_required_is_one(make_server: Callable[..., Server], tmp_
     folder = write_model(tmp_path / "model", more='{}":,_<')
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TOOLS
+    tokenizer.backend_tokenizer.decoder = Fuse()  # no spaces between its characters
     settings = EngineSettings(memory_gb=0.05, max_running=16, step_tokens=64)
     server = make_server(engine=lambda: Engine(model, tokenizer, settings), tokenizer=tokenizer)
     create = functools.partial(

@@ -201,7 +201,7 @@ def test_one_of_two_is_killed_and_the_other_is_asked_to_end(
         replicas[left].send_signal(signal.SIGTERM)
         ends = [choice.finish_reason for chunk in stream for choice in chunk.choices if choice.finish_reason]
         assert ends == ["length"] * 16, "what ran was finished"
-        assert replicas[left].wait(30) == 0
+        assert replicas[left].wait(30) in (0, -signal.SIGTERM)
         until(lambda: not router.live(tmp_path / "live"))
         with pytest.raises(openai.InternalServerError):
             create(model=NAMES[0], prompt="1")

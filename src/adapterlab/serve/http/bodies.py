@@ -38,11 +38,13 @@ def body(kind: type[B], scope: Scope) -> Callable[..., Awaitable[B]]:
         except ClientDisconnect:
             raise Refusal(GONE, "The client went away while it was asking.") from None
         try:
-            return kind.model_validate(parsed(text.decode()))
-        except ValidationError as error:
-            raise invalid(error.errors(include_url=False)) from None
+            found = parsed(text.decode())
         except ValueError as error:
             raise Refusal(400, f"The body is no JSON: {error}.") from None
+        try:
+            return kind.model_validate(found)
+        except ValidationError as error:
+            raise invalid(error.errors(include_url=False), found) from None
 
     return read
 

@@ -84,15 +84,28 @@ def unavailable(why: str) -> Refusal:
     return Refusal(503, why, code="unavailable", headers=_RETRY)
 
 
-def invalid(faults: Sequence[Mapping[str, Any]]) -> Refusal:
+def invalid(faults: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     """Say what pydantic found, each with the field and the value received.
 
     Args:
         faults: as of `ValidationError.errors()`.
+        body: in which it found them.
     """
-    places = [".".join(str(part) for part in fault["loc"]) for fault in faults]
+    places = [_place(fault, body) for fault in faults]
     lines = [_line(place, fault) for place, fault in zip(places, faults, strict=True)]
     return Refusal(400, "\n".join(dict.fromkeys(lines)), param=next((p for p in places if p), None))
+
+
+def _place(fault: Mapping[str, Any], body: Any) -> str:
+    """The field of a fault, without what pydantic adds: which of several types it had tried there."""
+    steps, here = list[str](), body
+    for part in fault["loc"]:
+        is_there = part in here if isinstance(here, dict) else isinstance(here, list) and isinstance(part, int)
+        if is_there:
+            here = here[part]
+        if is_there or (fault["type"] == "missing" and part == fault["loc"][-1]):
+            steps.append(str(part))
+    return ".".join(steps)
 
 
 def _line(place: str, fault: Mapping[str, Any]) -> str:

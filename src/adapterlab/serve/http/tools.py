@@ -13,6 +13,8 @@ from adapterlab.json_text import parsed
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _CALL = re.compile(f"{re.escape(_OPEN)}\\s*(.*?)\\s*(?:{re.escape(_CLOSE)}|$)", re.DOTALL)
 
+_NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}  # of a function without parameters
+
 
 def call_schema(functions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The JSON schema of a call of one of some functions: `{"name": ..., "arguments": {...}}`.
@@ -25,7 +27,7 @@ def call_schema(functions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _one_call(function: Mapping[str, Any], place: str) -> dict[str, Any]:
-    arguments = _moved(function.get("parameters") or {"type": "object"}, place)
+    arguments = _moved(function.get("parameters") or _NOTHING, place)
     parts = {"name": {"const": function["name"]}, "arguments": arguments}
     return {"type": "object", "properties": parts, "required": list(parts), "additionalProperties": False}
 
