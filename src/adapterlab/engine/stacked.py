@@ -63,9 +63,10 @@ class Slots(Delta):
             return None
         given(self.site.path, x, self.state, self.segments)
         n, dtype = len(self.rows), thin_dtype(x, FEW_OF_A_ROW, len(self.rows))
-        y = F.linear(x, *self.site.frozen_weight(x.dtype), self.site.bias)
-        rows = x.reshape(n, -1, x.shape[-1]), self.row_A.to(dtype), self.row_B.to(dtype)
-        add_low_rank_by_row(y.view(n, -1, y.shape[-1]), *rows)
+        y = F.linear(x, self.site.frozen_weight(x.dtype)[0], self.site.bias)
+        add_low_rank_by_row(
+            y.view(n, -1, y.shape[-1]), x.reshape(n, -1, x.shape[-1]), self.row_A.to(dtype), self.row_B.to(dtype)
+        )
         return y
 
     def added(self, x: Tensor) -> Tensor:
