@@ -204,7 +204,7 @@ class CompareConfig(Settings):
         None, examples=[1], ge=1, description="CPU threads of each run; null: cores shared fairly"
     )
     gpus: int | None = Field(
-        None, examples=[2], ge=0, description="GPUs that each run has for itself, on one machine; null: one where Ray "
+        None, examples=[2], ge=1, description="GPUs that each run has for itself, on one machine; null: one where Ray "
         "has any, not asked for with Slurm; the processes of a machine all see the same ones"
     )  # fmt: skip
     memory: Annotated[str, Field(pattern=r"^(?i:\d+(\.\d+)?\s*[mgt]i?b?)$")] | None = Field(

@@ -116,15 +116,19 @@ class JobFolder:
 
     def job(self) -> Job:
         """What is to be done."""
-        return Job(**self._read(JOB))
+        found = self._read(JOB)
+        if found is None:
+            raise FormatError(f"{self.path / JOB} is not there: nobody has begun this job. Start the comparison again.")
+        return Job(**found)
 
     def result(self) -> dict[str, Any] | None:
         """What came out; None before the end."""
-        return self._read(RESULT) if (self.path / RESULT).is_file() else None
+        return self._read(RESULT)
 
     def failure(self) -> Failure | None:
         """Why the last attempt failed; None when it did not."""
-        return Failure(**self._read(FAILURE)) if (self.path / FAILURE).is_file() else None
+        found = self._read(FAILURE)
+        return None if found is None else Failure(**found)
 
     def attempts(self) -> int:
         """How many attempts have failed."""
@@ -155,10 +159,13 @@ class JobFolder:
         """Remove one of its folders, or all there is."""
         shutil.rmtree(self.path / part, ignore_errors=True)
 
-    def _read(self, name: str) -> dict[str, Any]:
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """A file's content; None where it is not there, or is no more: other processes work here too."""
         file = self.path / name
         try:
             return dict(parsed(file.read_text(encoding="utf-8")))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except (OSError, ValueError) as error:
             raise FormatError(f"{file} cannot be read ({error}). Remove {self.path} to do this part again.") from None
 

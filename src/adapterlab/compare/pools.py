@@ -22,15 +22,15 @@ _STOP_SECONDS = 60
 
 
 class Pool(Protocol):
-    """Runs jobs.
+    """Runs jobs."""
 
-    Attributes:
-        size: most jobs at a time.
-        threads: of each.
-    """
+    @property
+    def size(self) -> int:
+        """Most jobs at a time."""
 
-    size: int
-    threads: int
+    @property
+    def threads(self) -> int:
+        """CPU threads of each."""
 
     def start(self, folder: Path) -> None:
         """Start the job of a folder."""

@@ -63,7 +63,9 @@ class RayPool:
         _connect(ray, config)
         machines = self._machines()
         gpus = any(machine.get("GPU") for machine in machines.values())
-        self.gpus = config.gpus if config.gpus is not None else int(gpus and config.device in (None, "cuda"))
+        self.gpus = (
+            config.gpus if config.gpus is not None else int(gpus and (config.device or "cuda").startswith("cuda"))
+        )
         self.threads = config.threads or self._threads(machines)
         self._size = sum(map(self._places, machines.values()))
         self._looked = self._answered = time.monotonic()
