@@ -9,7 +9,6 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
-import adapterlab
 from adapterlab.errors import ConfigError
 from adapterlab.foreign.versions import versions
 
@@ -61,7 +60,7 @@ class Software(BaseModel):
 
 @functools.cache
 def _sources() -> str:
-    root, found = Path(str(adapterlab.__file__)).parent, hashlib.sha256()
+    root, found = Path(__file__).parents[1], hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
         found.update(f"{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
     return found.hexdigest()
