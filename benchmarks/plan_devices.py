@@ -97,9 +97,7 @@ def _ready(case: dict[str, Any]) -> Callable[[], None]:
     host.recompute(case["recompute"])
     host.model.train()
     step = _placed(host, Loss(host.model), case["parallel"])
-    optimizer = host.methods["default"].optimizer(
-        host, "default", lambda parameters: adamw(parameters, lr=1e-4)
-    )
+    optimizer = host.methods["default"].optimizer(host, "default", lambda parameters: adamw(parameters, lr=1e-4))
     rows = bench.batch(host.model, BATCH, LENGTH)
 
     def train() -> None:

@@ -3,16 +3,15 @@
     python benchmarks/scaling_on_paper.py [--only training|comparing] [--counted FOLDER]
 
 Nothing here trains. Memory, work and traffic of a step are `adapterlab plan`'s, from configurations alone; speeds of
-devices and links are those of datasheets, named below; what a comparison of many runs costs besides its runs is measured
-on made-up results (tests/compare/fabricate.py). `--counted` is a comparison's folder whose files are counted. The tables
-stand in docs/scale.md.
+devices and links are those of datasheets, named below; what a comparison of many runs costs besides its runs is
+measured on made-up results (tests/compare/fabricate.py). `--counted` is a comparison's folder whose files are counted.
+The tables stand in docs/scale.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import tempfile

@@ -2,14 +2,15 @@
 
     python benchmarks/serving_simulator.py [--requests N] [--seed N]
 
-Nothing is computed by a model here. Requests come at random times (Poisson) for adapters that are asked for as Zipf has
-it; each replica works as the engine does: steps of one token for each answer and a piece of a prompt, adapters loaded
-between steps (which all wait for), the one used longest ago unloaded. Three ways of choosing a replica are compared:
+Nothing is computed by a model here. Requests come at random times (Poisson) for adapters that are asked for as Zipf
+has it; each replica works as the engine does: steps of one token for each answer and a piece of a prompt, adapters
+loaded between steps (which all wait for), the one used longest ago unloaded. Three ways of choosing a replica are
+compared:
 
 - random;
 - least loaded: the one with fewest requests;
-- hashed: the one that a consistent hash of the adapter's name says, or the next on the ring that has room, where none may
-  have more than 1.25 times the mean number of requests (Consistent Hashing with Bounded Loads, arXiv:1608.01350).
+- hashed: the one that a consistent hash of the adapter's name says, or the next on the ring that has room, where none
+  may have more than 1.25 times the mean number of requests (Consistent Hashing with Bounded Loads, arXiv:1608.01350).
 
 Bytes come from `adapterlab plan --serve`, speeds from datasheets: NVIDIA H100 SXM5 (989.4 TFLOP/s dense bf16, 3.35 TB/s
 memory, PCIe 5.0 x16 with 63 GB/s a direction), Samsung PM9A3 (NVMe, 6.8 GB/s). What is reached of them is stated below.

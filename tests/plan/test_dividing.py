@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from test_planning import SMALL, config
 
 from adapterlab.cli import main
 from adapterlab.errors import ConfigError
@@ -15,10 +16,18 @@ from adapterlab.plan.advice import changes
 from adapterlab.plan.dividing import BUCKETS, FIRST, GATHERED, LAST, divided
 from adapterlab.plan.parallel import KINDS, Link, Parallel
 from adapterlab.plan.simulate import (
-    ACTIVATIONS, ADAPTER, BASE, CHECKS, GRADIENTS, LOSS, STATE, UPDATE, Piece, Trace,
+    ACTIVATIONS,
+    ADAPTER,
+    BASE,
+    CHECKS,
+    GRADIENTS,
+    LOSS,
+    STATE,
+    UPDATE,
+    Piece,
+    Trace,
 )  # fmt: skip
 from adapterlab.plan.tracker import Moment
-from test_planning import SMALL, config
 
 FROZEN = Piece(10, 1_000_000, 4_000_000, "float32", BASE, False)
 FACTOR = Piece(3, 300, 1_200, "float32", ADAPTER, True)  # three rows are one and a half for each of two devices
@@ -140,7 +149,7 @@ def test_plans_of_one_device_of_many() -> None:
     assert found["ddp"].base == found["zero2"].base == alone.base
     assert found["fsdp"].base == pytest.approx(alone.base / 2, rel=0.01)
     assert found["fsdp"].state == pytest.approx(alone.state / 2, rel=0.01)
-    with pytest.raises(ConfigError, match="packs them in blocks.*ddp, zero2"):
+    with pytest.raises(ConfigError, match=r"packs them in blocks.*ddp, zero2"):
         plan(config(), "lora", **SMALL, quantize="nf4", devices=2, parallel="fsdp")
 
 

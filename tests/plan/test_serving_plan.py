@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_planning import config
 from transformers import AutoModelForCausalLM
 
 from adapterlab.errors import ConfigError, ModelError
@@ -15,11 +16,14 @@ from adapterlab.hosts import attach
 from adapterlab.plan import plan_serving
 from adapterlab.plan.planning import make_method
 from adapterlab.serve import Engine, EngineSettings
-from test_planning import config
 
 METHODS: list[dict[str, Any]] = [
-    {"name": "lora", "r": 4}, {"name": "adapter_houlsby"}, {"name": "ia3"}, {"name": "prefix_tuning"}, {"name": "pissa"},
-]  # fmt: skip
+    {"name": "lora", "r": 4},
+    {"name": "adapter_houlsby"},
+    {"name": "ia3"},
+    {"name": "prefix_tuning"},
+    {"name": "pissa"},
+]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method["name"])

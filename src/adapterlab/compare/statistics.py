@@ -98,7 +98,7 @@ class Sheets:
 
 @functools.lru_cache(maxsize=_LEAST // _CHUNK)
 def _rows(n: int, size: int, seed: int, start: int) -> tuple[Array, Mapping[str, Any]]:
-    """How often each of n rows is in each of some resamples, `[resample, row]`, and the generator's state afterwards."""
+    """How often each of n rows is in each of some resamples, `[resample, row]`, and the generator's state after."""
     draw = np.random.default_rng([seed, start])
     return draw.multinomial(n, np.full(n, 1 / n), size=size).astype(float), draw.bit_generator.state
 

@@ -11,11 +11,13 @@ from adapterlab.errors import AdapterlabError, ConfigError
 from adapterlab.plan.child import each
 from adapterlab.plan.child import processes as child_processes
 from adapterlab.plan.planning import TOKENS, USUAL, described, make_method, near, plan, setup_of, trace_of
+from adapterlab.plan.parallel import Parallel
 from adapterlab.plan.result import Plan
 
 _TRIES = 10
 _COUNTS = (2, 4, 8, 16, 32, 64)  # devices to look for room on
 _DIVIDED = "fewest devices"
+_DEALT = {"ddp": "fsdp", "zero2": "zero3"}  # which deal out weights too
 LONGEST, MOST = 1 << 20, 1 << 14  # where the search for lengths and batches ends
 
 
@@ -135,10 +137,12 @@ def _remedies(start: Plan, model: Any, method: Method, options: Mapping[str, Any
 
 
 def _more_devices(start: Plan, model: Any, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The search for as many devices as are enough, where one or its copies are not; named and called as `_remedies`."""
+    """The search for as many devices as are enough, where those there are do not; called as those of `_remedies`."""
     if start.verdict in ("fits", "unknown") or start.quantize:
         return {}
-    return {_DIVIDED: (fewest_devices, (start, model, method), _numbers(options, start))}
+    given = {**_numbers(options, start), "parallel": _DEALT.get(start.parallel or "", start.parallel or "fsdp")}
+    given.pop("devices", None)
+    return {_DIVIDED: (fewest_devices, (start, model, method), given)}
 
 
 def fewest_devices(start: Plan, model: Any, method: Any = USUAL, *, parallel: str = "fsdp", **options: Any) -> Plan:
@@ -156,14 +160,14 @@ def fewest_devices(start: Plan, model: Any, method: Any = USUAL, *, parallel: st
     """
     setup = setup_of(model, method, **{**options, "kind": start.device.kind, "devices": 2, "parallel": parallel})
     trace = trace_of(setup, None if start.simulated == len(start.layers) else 2)
-    division = setup.parallel
-    for count in _COUNTS:
-        divided = replace(division, devices=count) if division else None
-        found = described(start.model, replace(setup, parallel=divided), trace, start.device)
+    counts = [count for count in _COUNTS if start.parallel != parallel or count > start.devices]
+    for count in counts or [2 * start.devices]:
+        division = Parallel.parse(count, parallel, options.get("link"))
+        found = described(start.model, replace(setup, parallel=division), trace, start.device)
         if found.verdict == "fits":
             return found
     raise ConfigError(
-        f"does not fit with {parallel} over {_COUNTS[-1]} devices either: of the {found.process / 2**30:.1f} GiB that "
+        f"does not fit with {parallel} over {found.devices} devices either: of the {found.process / 2**30:.1f} GiB that "
         f"each needs, {sum(found.layers) / 2**30:.1f} are activations. Recompute, or lower batch or length."
     )
 

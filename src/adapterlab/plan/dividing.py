@@ -62,7 +62,9 @@ class _Division:
         self.trace, self.devices, self.accumulation = trace, devices, accumulation
         self.pieces = [piece for group in trace.groups for piece in group]
         self.gradients = sum(piece.size for piece in self.pieces if piece.trained)
-        self.saved = {part: sum(p.size - self.held(p) for p in self.pieces if p.part == part) for part in (BASE, ADAPTER)}
+        self.saved = {
+            part: sum(p.size - self.held(p) for p in self.pieces if p.part == part) for part in (BASE, ADAPTER)
+        }
         held = sum(self.held_gradient(piece) for piece in self.pieces if piece.trained)
         self.share = held / self.gradients if self.gradients else 1.0  # of what trains
 
@@ -166,7 +168,9 @@ class _Rows(_Division):
     def ends(self, moments: Mapping[str, Moment]) -> dict[str, Moment]:
         """Return the moments before the first layer computes, and in which what is in no layer is reduced."""
         first = {
-            key: size for key, size in moments[_FORWARD].parts.items() if key not in (f"{ACTIVATIONS}, layer 0", KERNELS)
+            key: size
+            for key, size in moments[_FORWARD].parts.items()
+            if key not in (f"{ACTIVATIONS}, layer 0", KERNELS)
         }
         last = moments[CHECKS].parts
         found = {

@@ -125,7 +125,7 @@ def setup_of(
     _check(batch, length, precision, quantize, labelled)
     division = Parallel.parse(devices, parallel, link)
     if division:
-        _check_divisible(division, made, quantize)
+        _check_divisible(division, quantize)
     kept = (training or Training()).model_dump(exclude={"epochs", "trackers", "batch_size", "recompute"})
     kept["packing"] = bool(kept.get("packing"))  # rows of one length: a choice that would be tried costs time alone
     step = Training(**{**kept, "batch_size": batch, "recompute": recompute})  # in a run in which schedules have room
@@ -273,11 +273,11 @@ def _check(batch: int, length: int, precision: str, quantize: str | None, labell
         raise ConfigError(f"labelled={labelled} is no share of tokens: it lies above 0 and is at most 1.")
 
 
-def _check_divisible(division: Parallel, method: Method, quantize: str | None) -> None:
+def _check_divisible(division: Parallel, quantize: str | None) -> None:
     if division.kind not in WHOLE_WEIGHTS and quantize:
         raise ConfigError(
-            f"parallel={division.kind!r} deals out weights, and quantize={quantize!r} packs them in blocks that are not "
-            f"dealt out here. Use one of {', '.join(WHOLE_WEIGHTS)}, which hold them whole, or leave quantize out."
+            f"parallel={division.kind!r} deals out weights, and quantize={quantize!r} packs them in blocks that are "
+            f"not dealt out here. Use one of {', '.join(WHOLE_WEIGHTS)}, which hold them whole, or leave quantize out."
         )
 
 

@@ -12,6 +12,7 @@ from adapterlab.compare.report.table import COLUMNS, Row
 from adapterlab.errors import require
 
 _MARKS = "os^D"
+_LEGEND = 40  # names that there is room for
 
 
 def can_draw() -> bool:
@@ -39,7 +40,7 @@ def draw(groups: Sequence[Sequence[Row]], file: Path | BinaryIO) -> None:
         _losses(middle, rows, "validation")
         _tradeoff(right, rows)
         handles, labels = middle.get_legend_handles_labels()
-        if handles:
+        if 0 < len(handles) <= _LEGEND:
             right.legend(handles, labels, fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.savefig(file, dpi=110, format="png")
 
