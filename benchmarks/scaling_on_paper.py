@@ -67,21 +67,23 @@ SEEDS, STEPS, QUESTIONS = 5, 200, 100
 # ---------------------------------------------------------------------- training
 
 
-def training() -> list[dict[str, Any]]:
-    """Plan each model and method once, and divide the step among devices."""
+def training(done: dict[str, Any]) -> None:
+    """Plan each model and method once, and divide the step among devices; what is there already is kept."""
     from adapterlab.plan.child import apart
     from adapterlab.plan.planning import setup_of, trace_of
 
-    found = []
+    found = done.setdefault("training", [])
     for model in MODELS:
         for method in METHODS:
+            if _of(found, model, method["name"]):
+                continue
             began = time.perf_counter()
             with apart():
                 setup = setup_of(model, dict(method), batch=1, length=LENGTH, recompute="full", kind="cuda")
                 trace = trace_of(setup)
             print(f"{model}, {method['name']}: simulated in {time.perf_counter() - began:.0f} s", flush=True)
             found += list(_divided(model, setup, trace))
-    return found
+            _keep(done)
 
 
 def _divided(model: str, setup: Any, trace: Any) -> Iterator[dict[str, Any]]:
@@ -189,13 +191,14 @@ def draw(found: Sequence[dict[str, Any]], file: Path) -> None:
 # ---------------------------------------------------------------------- comparing
 
 
-def comparing() -> list[dict[str, Any]]:
-    """Measure what a comparison costs besides its runs."""
-    found = []
+def comparing(done: dict[str, Any]) -> None:
+    """Measure what a comparison costs besides its runs; what is there already is kept."""
+    found = done.setdefault("comparing", [])
     for size in SIZES:
-        found.append(_compared(size))
-        print(json.dumps(found[-1]), flush=True)
-    return found
+        if not any(one["runs"] == size for one in found):
+            found.append(_compared(size))
+            print(json.dumps(found[-1]), flush=True)
+            _keep(done)
 
 
 def _compared(size: int) -> dict[str, Any]:
@@ -252,21 +255,26 @@ def _comparing_table(found: Sequence[dict[str, Any]]) -> str:
 # ---------------------------------------------------------------------- all
 
 
+def _keep(done: dict[str, Any]) -> None:
+    bench.write(RESULTS, json.dumps(done, indent=1) + "\n")
+
+
 def main() -> None:
     """Do the parts that were asked for, and write the tables of all that are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("training", "comparing"), help="leave the other part as it is")
+    parser.add_argument("--fresh", action="store_true", help="forget what is done")
     parser.add_argument("--counted", type=Path, help="a comparison's folder whose files are counted")
     given = parser.parse_args()
-    done = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    done = json.loads(RESULTS.read_text()) if RESULTS.is_file() and not given.fresh else {}
     done["conditions"] = bench.circumstances()
     if given.only != "comparing":
-        done["training"] = training()
+        training(done)
     if given.only != "training":
-        done["comparing"] = comparing()
+        comparing(done)
     if given.counted:
         done["counted"] = counted(given.counted)
-    bench.write(RESULTS, json.dumps(done, indent=1) + "\n")
+    _keep(done)
     if "training" in done:
         bench.write(bench.RESULTS / "scale_memory.md", _memory_table(done["training"]) + "\n")
         bench.write(bench.RESULTS / "scale_time.md", _time_table(done["training"]) + "\n")

@@ -11,10 +11,11 @@ from test_planning import SMALL, config
 
 from adapterlab.cli import main
 from adapterlab.errors import ConfigError
-from adapterlab.plan import Plan, plan
-from adapterlab.plan.advice import changes
+from adapterlab.plan import Device, Plan, plan
+from adapterlab.plan.advice import _more_devices, _sorted
 from adapterlab.plan.dividing import BUCKETS, FIRST, GATHERED, LAST, divided
 from adapterlab.plan.parallel import KINDS, Link, Parallel
+from adapterlab.plan.planning import described, make_method, setup_of, trace_of
 from adapterlab.plan.simulate import (
     ACTIVATIONS,
     ADAPTER,
@@ -137,10 +138,13 @@ def test_links() -> None:
 
 
 def test_plans_of_one_device_of_many() -> None:
-    given: Any = {**SMALL, "precision": "fp32"}
-    alone, found = plan(config(), "lora", **given), {}
+    given: Any = {"batch": 1, "length": 32, "precision": "fp32"}
+    setup = setup_of(config(), "lora", **given, kind="cuda")
+    place, trace = Device.parse("cuda:24GB"), trace_of(setup)
+    alone, found = described("m", setup, trace, place), {}
     for kind in KINDS:
-        found[kind] = one = plan(config(), "lora", **given, devices=2, parallel=kind, link="pcie5")
+        division = Parallel.parse(2, kind, "pcie5")
+        found[kind] = one = described("m", replace(setup, parallel=division), trace, place)
         assert sum(one.parts.values()) == one.peak
         assert (one.devices, one.parallel, one.flops) == (2, kind, alone.flops)
         assert Plan.from_json(json.loads(json.dumps(one.to_json()))) == one
@@ -154,28 +158,30 @@ def test_plans_of_one_device_of_many() -> None:
 
 
 def test_more_devices_are_a_remedy_where_one_is_too_small() -> None:
-    wide = config(hidden_size=512, intermediate_size=2048, num_hidden_layers=8)
-    given: Any = {"batch": 1, "length": 16, "precision": "fp32"}
-    limit = plan(wide, "full", **given, device="cuda:8GB").process
-    start = plan(wide, "full", **given, device=f"cuda:{0.8 * limit / 2**20:.0f}MB")
-    assert start.verdict == "does not fit"
-    (more,) = [c for c in changes(wide, "full", base=start, **given) if "devices" in c.what]
-    assert more.what == "devices: 2, parallel: fsdp"
-    assert more.plan is not None
-    assert more.plan.verdict == "fits"
+    wide, given = config(hidden_size=1024, intermediate_size=4096), {"batch": 1, "length": 16, "precision": "fp32"}
+    start: Plan = plan(wide, "full", **given, device="cuda:8GB")  # type: ignore[arg-type]
+    limit = round(0.85 * start.process)
+    small = replace(start, device=replace(start.device, memory=limit), limit=limit)
+    ((what, (search, args, options)),) = _more_devices(small, wide, make_method("full"), given).items()
+    found = search(*args, **options)
+    assert found.verdict == "fits"
+    assert found.parallel == "fsdp"
+    (change,) = _sorted(small, {what: found}, {})
+    assert change.what == f"devices: {found.devices}, parallel: fsdp"
+    assert _more_devices(start, wide, make_method("full"), given) == {}, "it fits already"
+    none = replace(small, device=replace(start.device, memory=1000), limit=1000)
+    with pytest.raises(ConfigError, match=r"does not fit with fsdp over 64 devices either.*activations"):
+        search(none, *args[1:], **options)
 
 
 def test_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     config().save_pretrained(tmp_path / "model")
     common = ["plan", "--model", str(tmp_path / "model"), "--length", "32", "--device", "cuda:24GB", "--no-limits"]
     with pytest.raises(SystemExit):
-        main([*common, "--devices", "4", "--parallel", "fsdp", "--link", "pcie4", "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert (found["devices"], found["traffic"]["link"]) == (4, "pcie4")
-    with pytest.raises(SystemExit):
-        main([*common, "--devices", "4", "--parallel", "ddp", "--batch", "3"])
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "3 rows of its own: 12 a batch" in shown.replace(" │ │ │ ", " ").replace("│ ", "")
+        main([*common, "--devices", "4", "--parallel", "ddp", "--batch", "3", "--link", "pcie4"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "3 rows of its own: 12 a batch" in shown
+    assert "the best rate of pcie4" in shown
     with pytest.raises(SystemExit):
         main([*common, "--devices", "4"])
     assert "says not how" in capsys.readouterr().err

@@ -10,8 +10,8 @@ from adapterlab.core.method import Method
 from adapterlab.errors import AdapterlabError, ConfigError
 from adapterlab.plan.child import each
 from adapterlab.plan.child import processes as child_processes
-from adapterlab.plan.planning import TOKENS, USUAL, described, make_method, near, plan, setup_of, trace_of
 from adapterlab.plan.parallel import Parallel
+from adapterlab.plan.planning import TOKENS, USUAL, described, make_method, near, plan, setup_of, trace_of
 from adapterlab.plan.result import Plan
 
 _TRIES = 10
@@ -167,8 +167,8 @@ def fewest_devices(start: Plan, model: Any, method: Any = USUAL, *, parallel: st
         if found.verdict == "fits":
             return found
     raise ConfigError(
-        f"does not fit with {parallel} over {found.devices} devices either: of the {found.process / 2**30:.1f} GiB that "
-        f"each needs, {sum(found.layers) / 2**30:.1f} are activations. Recompute, or lower batch or length."
+        f"does not fit with {parallel} over {found.devices} devices either: each needs {found.process / 2**30:.1f} GiB, "
+        f"of which {sum(found.layers) / 2**30:.1f} are activations. Recompute, or lower batch or length."
     )
 
 
