@@ -1,6 +1,6 @@
 """How training and `compare` grow: to 70B models, 64 GPUs, 10^7 rows and 10^4 runs.
 
-    python benchmarks/scaling_on_paper.py [--only training|comparing] [--counted FOLDER]
+    python benchmarks/scaling_on_paper.py [--only training|rows|comparing] [--counted FOLDER]
 
 Nothing here trains. Memory, work and traffic of a step are `adapterlab plan`'s, from configurations alone; speeds of
 devices and links are those of datasheets, named below; what a comparison of many runs costs besides its runs is
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import sys
 import tempfile
@@ -188,6 +189,37 @@ def draw(found: Sequence[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=110, metadata={"Software": "adapterlab"})
 
 
+# ---------------------------------------------------------------------- rows
+
+
+def encoding() -> dict[str, float]:
+    """Tokenise chat rows of two lengths in one process, with SmolLM2's tokenizer and template."""
+    from transformers import AutoTokenizer
+
+    from adapterlab.data.config import DataConfig
+    from adapterlab.data.encoding import Encoder
+    from adapterlab.data.formats import Example
+    from adapterlab.models import resolve
+
+    draw = random.Random(bench.SEED)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(5000)]
+    tokenizer = AutoTokenizer.from_pretrained(str(resolve("smollm2-135m")))
+    encoder = Encoder(tokenizer, DataConfig(path="made up", max_length=LENGTH), None)
+    found = {}
+    for name, count, length in (("short", 4000, 30), ("long", 1000, 160)):
+        texts = [" ".join(draw.choices(words, k=length)) for _ in range(2 * count)]
+        rows = [
+            Example(({"role": "user", "content": a}, {"role": "assistant", "content": b}), row=i)
+            for i, (a, b) in enumerate(zip(texts[::2], texts[1::2], strict=True), 1)
+        ]
+        encoder(rows[:100])
+        began = time.perf_counter()
+        tokens = sum(len(row["input_ids"]) for row in encoder(rows).rows)
+        seconds = time.perf_counter() - began
+        found |= {f"{name} rows a second": count / seconds, f"{name} tokens a second": tokens / seconds}
+    return found
+
+
 # ---------------------------------------------------------------------- comparing
 
 
@@ -262,15 +294,17 @@ def _keep(done: dict[str, Any]) -> None:
 def main() -> None:
     """Do the parts that were asked for, and write the tables of all that are there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("training", "comparing"), help="leave the other part as it is")
+    parser.add_argument("--only", choices=("training", "rows", "comparing"), help="leave the others")
     parser.add_argument("--fresh", action="store_true", help="forget what is done")
     parser.add_argument("--counted", type=Path, help="a comparison's folder whose files are counted")
     given = parser.parse_args()
     done = json.loads(RESULTS.read_text()) if RESULTS.is_file() and not given.fresh else {}
     done["conditions"] = bench.circumstances()
-    if given.only != "comparing":
+    if given.only in (None, "training"):
         training(done)
-    if given.only != "training":
+    if given.only in (None, "rows"):
+        done["rows"] = encoding()
+    if given.only in (None, "comparing"):
         comparing(done)
     if given.counted:
         done["counted"] = counted(given.counted)

@@ -158,20 +158,27 @@ def test_plans_of_one_device_of_many() -> None:
 
 
 def test_more_devices_are_a_remedy_where_one_is_too_small() -> None:
-    wide, given = config(hidden_size=1024, intermediate_size=4096), {"batch": 1, "length": 16, "precision": "fp32"}
-    start: Plan = plan(wide, "full", **given, device="cuda:8GB")  # type: ignore[arg-type]
-    limit = round(0.85 * start.process)
-    small = replace(start, device=replace(start.device, memory=limit), limit=limit)
+    wide = config(hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
+    given: Any = {"batch": 1, "length": 16, "precision": "fp32"}
+    setup, place = setup_of(wide, "full", **given, kind="cuda"), Device.parse("cuda:8GB")
+    trace = trace_of(setup)
+    start = described("m", setup, trace, place)
+    two = described("m", replace(setup, parallel=Parallel("fsdp", 2)), trace, place)
+    assert two.process < 0.9 * start.process
+    small = _on(start, round(1.065 * two.process))
     ((what, (search, args, options)),) = _more_devices(small, wide, make_method("full"), given).items()
     found = search(*args, **options)
-    assert found.verdict == "fits"
-    assert found.parallel == "fsdp"
+    assert (found.devices, found.process, found.verdict) == (2, two.process, "fits")
     (change,) = _sorted(small, {what: found}, {})
-    assert change.what == f"devices: {found.devices}, parallel: fsdp"
+    assert change.what == "devices: 2, parallel: fsdp"
     assert _more_devices(start, wide, make_method("full"), given) == {}, "it fits already"
-    none = replace(small, device=replace(start.device, memory=1000), limit=1000)
     with pytest.raises(ConfigError, match=r"does not fit with fsdp over 64 devices either.*activations"):
-        search(none, *args[1:], **options)
+        search(_on(start, 1000), *args[1:], **options)
+
+
+def _on(found: Plan, memory: int) -> Plan:
+    """A plan on a device with another memory."""
+    return replace(found, device=replace(found.device, memory=memory), limit=memory)
 
 
 def test_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ def test_pages_and_adapters_take_what_the_engine_gives_them(method: dict[str, An
     host.save(tmp_path / "adapter")
     host.detach("default")
     settings = EngineSettings(memory_gb=0.01, page_tokens=8)
-    planned = plan_serving(config(), method, length=20, precision="fp32", device="cuda:24GB", settings=settings)
+    planned = plan_serving(config(), method, length=20, precision="fp32", device="cpu:8GB", settings=settings)
     with Engine(model, settings=settings) as engine:
         state = engine.register("one", tmp_path / "adapter", pin=True)
         worker = engine._worker
@@ -46,15 +46,15 @@ def test_pages_and_adapters_take_what_the_engine_gives_them(method: dict[str, An
 
 
 def test_what_fits_is_what_a_plan_of_it_says_fits() -> None:
-    given: Any = {"precision": "bf16", "length": 256, "device": "cuda:1GB"}
+    given: Any = {"precision": "bf16", "length": 256, "device": "cuda:0.7GB"}
     one = plan_serving(config(), {"name": "lora", "r": 4}, **given)
     many = plan_serving(config(), {"name": "lora", "r": 4}, sequences=5, adapters=7, **given)
-    added = 4 * one.cache + 6 * one.adapter_each + 4 * many.more
-    assert many.total - one.total == pytest.approx(added, abs=2)
+    added = 4 * one.cache + 6 * one.adapter_each + many.work - one.work
+    assert many.total - one.total == added
     assert one.most_sequences is not None
     assert one.limit is not None
     most = plan_serving(config(), {"name": "lora", "r": 4}, sequences=one.most_sequences, **given)
-    assert most.total == pytest.approx(one.limit, rel=0.02)
+    assert most.total == pytest.approx(one.limit, rel=0.05)
     assert one.most_adapters == 1 + (one.limit - one.total) // one.adapter_each
     assert many.memory_gb == (5 * 16 + 7 * math.ceil(many.adapter / many.page)) * many.page / 1e9
     with pytest.raises(ConfigError, match="sequences=0"):

@@ -167,8 +167,8 @@ def fewest_devices(start: Plan, model: Any, method: Any = USUAL, *, parallel: st
         if found.verdict == "fits":
             return found
     raise ConfigError(
-        f"does not fit with {parallel} over {found.devices} devices either: each needs {found.process / 2**30:.1f} GiB, "
-        f"of which {sum(found.layers) / 2**30:.1f} are activations. Recompute, or lower batch or length."
+        f"does not fit with {parallel} over {found.devices} devices either: each needs {found.process / 2**30:.1f} "
+        f"GiB, of which {sum(found.layers) / 2**30:.1f} are activations. Recompute, or lower batch or length."
     )
 
 

@@ -170,20 +170,18 @@ def _simulated(setup: Setup, sequences: int, length: int, settings: EngineSettin
         pages = math.ceil(length / settings.page_tokens)
         forward.make_pools(pages)
         tracker.moments.clear()
-        many = max(2, sequences)
-        one, all_ = (_work(forward, tracker, count, length, settings) for count in (1, many))
-        more = (all_ - one) / (many - 1)
+        piece = min(length, max(PROMPT_TOKENS, settings.step_tokens - sequences))
+        work, further = (_work(forward, tracker, count, length, piece) for count in (sequences, 2 * sequences))
+        more = max(0.0, (further - work) / sequences)
         adapter, front = _adapter(setup, model, settings.page_tokens)
-        work = one if sequences == 1 else all_
         return {
             "base": base, "page": forward.page_bytes, "adapter": adapter, "front": front, "work": work, "more": more,
         }  # fmt: skip
 
 
-def _work(forward: Forward, tracker: Tracker, sequences: int, length: int, settings: EngineSettings) -> int:
+def _work(forward: Forward, tracker: Tracker, sequences: int, length: int, piece: int) -> int:
     """Bytes that a step takes beside weights and pages; where the pages of a row lie makes no difference."""
-    pages = range(1, math.ceil(length / settings.page_tokens) + 1)
-    piece = min(length, max(PROMPT_TOKENS, settings.step_tokens - sequences))
+    pages = range(1, math.ceil(length / forward.page_tokens) + 1)
     rows = [Row([1], length - 1, pages)] * sequences + [Row([1] * piece, length - piece, pages)]
     before = tracker.total
     tracker.enter("step")
