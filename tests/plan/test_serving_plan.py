@@ -46,7 +46,7 @@ def test_pages_and_adapters_take_what_the_engine_gives_them(method: dict[str, An
 
 
 def test_what_fits_is_what_a_plan_of_it_says_fits() -> None:
-    given: Any = {"precision": "bf16", "length": 256, "device": "cuda:0.7GB"}
+    given: Any = {"precision": "bf16", "length": 256, "device": "cuda:0.6GB"}
     one = plan_serving(config(), {"name": "lora", "r": 4}, **given)
     many = plan_serving(config(), {"name": "lora", "r": 4}, sequences=5, adapters=7, **given)
     added = 4 * one.cache + 6 * one.adapter_each + many.work - one.work
@@ -54,7 +54,7 @@ def test_what_fits_is_what_a_plan_of_it_says_fits() -> None:
     assert one.most_sequences is not None
     assert one.limit is not None
     most = plan_serving(config(), {"name": "lora", "r": 4}, sequences=one.most_sequences, **given)
-    assert most.total == pytest.approx(one.limit, rel=0.05)
+    assert 0.9 * one.limit < most.total <= 1.01 * one.limit
     assert one.most_adapters == 1 + (one.limit - one.total) // one.adapter_each
     assert many.memory_gb == (5 * 16 + 7 * math.ceil(many.adapter / many.page)) * many.page / 1e9
     with pytest.raises(ConfigError, match="sequences=0"):

@@ -31,6 +31,8 @@ from adapterlab.serve.whole_change import put_whole_change
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_MANY = 1024  # sequences, at which the work of further ones is looked at
+
 
 @dataclass(frozen=True)
 class Serving:
@@ -153,30 +155,33 @@ def plan_serving(
         model, method, batch=1, length=8, precision=precision, quantize=quantize, kind=place.kind,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    settings = settings or EngineSettings()
-    found = called(_simulated, setup, sequences, length, settings)
-    return Serving(
-        **found, page_tokens=settings.page_tokens, sequences=sequences, adapters=adapters, length=length,
-        limit=place.memory, context=place.context, keeps_paid=place.kind != "cpu",
-    )  # fmt: skip
+    found: Serving = called(_simulated, setup, sequences, adapters, length, settings or EngineSettings(), place)
+    return found
 
 
 @torch.no_grad()
-def _simulated(setup: Setup, sequences: int, length: int, settings: EngineSettings) -> dict[str, Any]:
+def _simulated(
+    setup: Setup, sequences: int, adapters: int, length: int, settings: EngineSettings, place: Device
+) -> Serving:
     with tracked(setup) as tracker:
         model = build(setup)
         base = tracker.total
         forward = Forward(model, settings.page_tokens)
-        pages = math.ceil(length / settings.page_tokens)
-        forward.make_pools(pages)
+        forward.make_pools(math.ceil(length / settings.page_tokens))
         tracker.moments.clear()
         piece = min(length, max(PROMPT_TOKENS, settings.step_tokens - sequences))
         work, further = (_work(forward, tracker, count, length, piece) for count in (sequences, 2 * sequences))
         more = max(0.0, (further - work) / sequences)
-        adapter, front = _adapter(setup, model, settings.page_tokens)
-        return {
-            "base": base, "page": forward.page_bytes, "adapter": adapter, "front": front, "work": work, "more": more,
-        }  # fmt: skip
+        found = Serving(
+            base, forward.page_bytes, settings.page_tokens, *_adapter(setup, model, settings.page_tokens), work, more,
+            sequences, adapters, length, place.memory, place.context, place.kind != "cpu",
+        )  # fmt: skip
+        # The fullest moment of a step is another one with many sequences, which take more each.
+        many = min(found.most_sequences or 0, _MANY)
+        if many > 2 * sequences:
+            further = _work(forward, tracker, many, length, piece)
+            found = dataclasses.replace(found, more=max(found.more, (further - work) / (many - sequences)))
+        return found
 
 
 def _work(forward: Forward, tracker: Tracker, sequences: int, length: int, piece: int) -> int:
