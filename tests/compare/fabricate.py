@@ -85,6 +85,21 @@ def _search(label: str) -> Search:
     return Search(label=label, auto=True, chosen=lr, rounds=[first, second])
 
 
+def many(labels: int, *, seeds: int, steps: int, rows: int, seed: int = 0) -> tuple[dict[str, Any], list[Run]]:
+    """Make runs of very many methods, which nobody has ranked yet, and the other facts of their comparison."""
+    draw, known = random.Random(seed), list(METHODS)
+    whole = fabricate("many", methods=(), seeds=1, rows=rows, failed=False, seed=seed)
+    base = whole.runs[0]
+    runs = [base]
+    for i in range(labels):
+        kind = known[i % len(known)]
+        names = {"label": f"{kind} {i}", "key": f"method-{i}"}
+        found = (_run(draw, kind, s, steps, rows, base.best) for s in range(seeds))
+        runs += [run.model_copy(update=names) for run in found]
+    facts = ("name", "started", "updated", "finished", "config", "conditions", "model", "data", "judge", "level")
+    return {key: getattr(whole, key) for key in facts}, runs
+
+
 def fabricate(
     name: str = "made-up",
     *,

@@ -128,3 +128,33 @@ def test_ranks_are_shared_by_what_cannot_be_told_apart() -> None:
     found += [pair("a", "d", True), pair("b", "d", True)]
     assert ranks(["a", "b", "c", "d"], found) == {"a": 1, "b": 1, "c": 3, "d": 3}
     assert ranks(["a", "b"], [pair("a", "b", True)]) == {"a": 1, "b": 2}
+
+
+def test_a_few_references_give_what_all_pairs_give_of_them() -> None:
+    draw = np.random.default_rng(2)
+    made = sheets({name: draw.normal(i / 3, 1, size=(3, 40)) for i, name in enumerate("abcdef")})
+    every = {(d.a, d.b): d for d in differences(made, 0.05, count=4000)}
+    some = differences(made, 0.05, references=("b", "e"), count=4000)
+    assert len(some) == 1 + 2 * 4
+    for d in some:
+        turned = d.a > d.b  # a reference comes first
+        same = every[(d.b, d.a) if turned else (d.a, d.b)]
+        assert (d.value, d.p) == (pytest.approx(-same.value if turned else same.value), same.p)
+        assert d.p_holm <= same.p_holm, "fewer pairs are corrected for"
+
+
+def test_draws_do_not_depend_on_who_else_is_drawn() -> None:
+    draw = np.random.default_rng(4)
+    values = {name: draw.normal(size=(seeds, 30)) for name, seeds in (("a", 1), ("b", 4), ("c", 2))}
+    together, alone = sheets(values), sheets(values)
+    keys = [(label, tuple(together.seeds[label])) for label in values]
+    together.resample(keys, 5000, 0)
+    for key in keys:
+        assert np.array_equal(together.draws(*key, 5000, 0), alone.draws(*key, 5000, 0))
+
+
+def test_without_all_pairs_a_rank_is_shared_with_references_alone() -> None:
+    found = [pair("a", "b", False), pair("a", "c", True), pair("a", "d", True), pair("a", "u", True)]
+    found += [pair("u", "b", True), pair("u", "c", True), pair("u", "d", True), pair("u", "e", False)]
+    found += [pair("a", "e", True)]
+    assert ranks(["a", "b", "c", "d", "u", "e"], found, ("a", "u")) == {"a": 1, "b": 1, "c": 3, "d": 4, "u": 5, "e": 5}

@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from adapterlab.cli import main
 from adapterlab.errors import AttachError, ConfigError
 from adapterlab.plan import Device, Plan, plan, plan_all
 from adapterlab.plan.advice import changes, largest_batch, largest_length
 from adapterlab.plan.report import save, shares, size
-from adapterlab.plan.serving import cache_bytes, plan_serving
 from adapterlab.train import Training
 
 SIZES: dict[str, Any] = {
@@ -162,26 +160,6 @@ def test_all_methods_are_sorted_and_failures_keep_their_reason() -> None:
     assert [found.method for found in plans][-1] == "full"
     assert [found.process for found in plans] == sorted(found.process for found in plans)
     assert "no bias" in reasons["bitfit"]
-
-
-@pytest.mark.parametrize(("kind", "changed"), [("llama", {}), ("gemma3_text", {"head_dim": 16, "sliding_window": 9})])
-def test_caches_take_what_transformers_allocates(kind: str, changed: dict[str, Any]) -> None:
-    given = config(kind, **changed)
-    model = AutoModelForCausalLM.from_config(given, dtype=torch.float32)
-    cache = model(input_ids=torch.arange(1, 41)[None], use_cache=True).past_key_values
-    held = sum(t.numel() * t.itemsize for layer in cache.layers for t in (layer.keys, layer.values))
-    assert cache_bytes(given, 40, 4) == held
-
-
-def test_serving_adds_caches_and_adapters() -> None:
-    one = plan_serving(config(), {"name": "lora", "r": 4}, length=64, device="cuda:24GB")
-    many = plan_serving(config(), {"name": "lora", "r": 4}, sequences=5, adapters=7, length=64, device="cuda:24GB")
-    assert many.total - one.total == 4 * one.cache + 6 * one.adapter
-    assert many.most_sequences is not None
-    assert many.limit is not None
-    assert many.base + many.cache * many.most_sequences < many.limit
-    with pytest.raises(ConfigError, match="sequences=0"):
-        plan_serving(config(), sequences=0, device="cuda:24GB")
 
 
 def test_pictures(tmp_path: Path) -> None:

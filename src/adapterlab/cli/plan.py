@@ -34,7 +34,7 @@ def plan(
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="Another setting of the method: key=value.")
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows computed at once.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows computed at once, on each device.")] = None,
     length: Annotated[int | None, typer.Option(help="Tokens of a row.")] = None,
     precision: Annotated[str | None, typer.Option(help="Of the frozen weights: bf16, fp32 or fp16.")] = None,
     quantize: Annotated[str | None, typer.Option(help="Pack the frozen weights: nf4 or int8.")] = None,
@@ -42,6 +42,13 @@ def plan(
     device: Annotated[str | None, typer.Option(help="cpu, cpu:32GB, cuda:24GB, rtx4090, ...")] = None,
     speed: Annotated[
         float | None, typer.Option(help="10^12 operations a second the device reaches in training.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(help="How many, all alike; the plan is of one of them.")] = None,
+    parallel: Annotated[
+        str | None, typer.Option(help="How a step is divided among them: ddp, fsdp, zero2 or zero3.")
+    ] = None,
+    link: Annotated[
+        str | None, typer.Option(help="Between them: nvlink, pcie4, 100gbe, ..., or 10^9 bytes a second.")
     ] = None,
     all_methods: Annotated[bool, typer.Option("--all-methods", help="Plan every method, sorted.")] = False,
     serve: Annotated[bool, typer.Option("--serve", help="Plan serving instead of training.")] = False,
@@ -60,7 +67,10 @@ def plan(
     """
     if shapes:
         return _list_shapes(as_json)
-    numbers = {"batch": batch, "length": length, "precision": precision, "quantize": quantize, "recompute": recompute}
+    numbers = {
+        "batch": batch, "length": length, "precision": precision, "quantize": quantize, "recompute": recompute,
+        "devices": devices, "parallel": parallel, "link": link,
+    }  # fmt: skip
     options: dict[str, Any] = {key: value for key, value in numbers.items() if value is not None}
     if together:
         others = {"--model": model, "--method": method, "--r": r, "--set": setting, "--serve": serve or None}

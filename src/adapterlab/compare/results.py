@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from adapterlab.errors import FormatError
 from adapterlab.io.atomic import write_json
@@ -332,6 +332,7 @@ class Comparison(Record):
     standings: list[Standing] = []
     differences: list[Difference] = []
     recommendation: Recommendation | None = None
+    _index: tuple[list[Run], int, dict[str, list[Run]]] = PrivateAttr(default_factory=lambda: ([], 0, {}))
 
     @property
     def labels(self) -> list[str]:
@@ -351,7 +352,16 @@ class Comparison(Record):
 
     def runs_of(self, label: str, status: Status | None = "finished") -> list[Run]:
         """Return the runs of one label, by default the finished ones."""
-        return [run for run in self.runs if run.label == label and status in (None, run.status)]
+        return [run for run in self._by_label().get(label, ()) if status in (None, run.status)]
+
+    def _by_label(self) -> dict[str, list[Run]]:
+        """Runs by label: a report asks for each label many times."""
+        if self._index[0] is not self.runs or self._index[1] != len(self.runs):  # copies bring the index of other runs
+            found: dict[str, list[Run]] = {}
+            for run in self.runs:
+                found.setdefault(run.label, []).append(run)
+            self._index = (self.runs, len(self.runs), found)
+        return self._index[2]
 
     def mean(self, label: str, figure: Callable[[Run], float | None]) -> float | None:
         """Return the mean of a figure over the finished runs of a label; None where none has it.

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from adapterlab.compare.recommending import recommend
-from adapterlab.compare.results import Comparison, Run, Standing
-from adapterlab.compare.statistics import Sheets, differences, interval, ranks, sheets_of
+from adapterlab.compare.results import UNTRAINED, Comparison, Run, Standing
+from adapterlab.compare.statistics import ALL_PAIRS, DRAFT, Sheets, differences, interval, ranks, sheets_of
 
 
 def summarise(runs: Sequence[Run], *, judge: Literal["score", "loss"], level: float, **facts: Any) -> Comparison:
@@ -21,12 +21,24 @@ def summarise(runs: Sequence[Run], *, judge: Literal["score", "loss"], level: fl
     """
     runs = _with_forgetting(runs)
     sheets = sheets_of(runs, judge)
-    found = differences(sheets, level) if sheets else []
-    standings = _standings(runs, sheets, ranks(_order(sheets, judge), found) if sheets else {})
+    order = _order(sheets, judge) if sheets else []
+    references = references_of(order)
+    draft = None if facts.get("finished") else DRAFT  # it is written anew whenever a run has ended
+    found = differences(sheets, level, references=references, count=draft) if sheets else []
+    standings = _standings(runs, sheets, ranks(order, found, references))
     comparison = Comparison(
         runs=runs, judge=judge, level=level, standings=standings, differences=found, **facts
     )  # fmt: skip
     return comparison.model_copy(update={"recommendation": recommend(comparison)})
+
+
+def references_of(order: Sequence[str]) -> tuple[str, ...]:
+    """Return whom all others are compared with where all pairs would be too many; none: all pairs are compared.
+
+    Args:
+        order: labels, best first.
+    """
+    return tuple(label for label in order if label in (order[0], UNTRAINED)) if len(order) > ALL_PAIRS else ()
 
 
 def _with_forgetting(runs: Sequence[Run]) -> list[Run]:
@@ -46,10 +58,14 @@ def _order(sheets: Sheets, judge: str) -> list[str]:
 
 def _standings(runs: Sequence[Run], sheets: Sheets | None, rank: Mapping[str, int]) -> list[Standing]:
     """Best first; labels without a finished run at the end."""
-    labels = list(dict.fromkeys([*rank, *(run.label for run in runs)]))
+    runs_of: dict[str, list[Run]] = {label: [] for label in rank}
+    for run in runs:
+        runs_of.setdefault(run.label, []).append(run)
+    alike: dict[int, list[str]] = {}
+    for label, place in rank.items():
+        alike.setdefault(place, []).append(label)
     standings = []
-    for label in labels:
-        own = [run for run in runs if run.label == label]
+    for label, own in runs_of.items():
         failed = [run for run in own if run.status == "failed"]
         ranked = label in rank and sheets is not None
         standings.append(
@@ -58,7 +74,7 @@ def _standings(runs: Sequence[Run], sheets: Sheets | None, rank: Mapping[str, in
                 rank=rank.get(label),
                 value=sheets.mean(label) if ranked and sheets else None,
                 interval=interval(sheets, label) if ranked and sheets else None,
-                tied=[other for other in rank if other != label and rank[other] == rank.get(label)],
+                tied=[other for other in alike.get(rank.get(label, 0), []) if other != label],
                 finished=sum(run.status == "finished" for run in own),
                 failed=len(failed),
                 reason=failed[0].reason if failed else "",

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from adapterlab.core.method import Method
-from adapterlab.errors import AdapterlabError
+from adapterlab.errors import AdapterlabError, ConfigError
 from adapterlab.plan.child import each
 from adapterlab.plan.child import processes as child_processes
-from adapterlab.plan.planning import TOKENS, USUAL, make_method, near, plan
+from adapterlab.plan.parallel import Parallel
+from adapterlab.plan.planning import TOKENS, USUAL, described, make_method, near, plan, setup_of, trace_of
 from adapterlab.plan.result import Plan
 
 _TRIES = 10
+_COUNTS = (2, 4, 8, 16, 32, 64)  # devices to look for room on
+_DIVIDED = "fewest devices"
+_DEALT = {"ddp": "fsdp", "zero2": "zero3"}  # which deal out weights too
 LONGEST, MOST = 1 << 20, 1 << 14  # where the search for lengths and batches ends
 
 
@@ -76,7 +80,7 @@ def outlook(
     jobs: dict[str, Any] = {
         key: (search, (model, made), {**options, "base": start}) for key, search in searches.items()
     }
-    jobs |= _remedies(start, model, made, options)
+    jobs |= _remedies(start, model, made, options) | _more_devices(start, model, made, options)
     tell = progress or (lambda what, done, total: None)
     tell("limits and remedies", 0, len(jobs))
     found, errors = each(
@@ -105,7 +109,9 @@ def changes(model: Any, method: Any = USUAL, *, base: Plan | None = None, **opti
     start = base or plan(model, made, **options)
     found: dict[str, Plan] = {}
     errors: dict[str, AdapterlabError] = {}
-    for what, (function, args, given) in _remedies(start, model, made, options).items():
+    for what, (function, args, given) in (
+        _remedies(start, model, made, options) | _more_devices(start, model, made, options)
+    ).items():
         try:
             found[what] = function(*args, **given)
         except AdapterlabError as error:
@@ -115,7 +121,7 @@ def changes(model: Any, method: Any = USUAL, *, base: Plan | None = None, **opti
 
 def _sorted(start: Plan, found: Mapping[str, Plan], errors: Mapping[str, AdapterlabError]) -> list[Change]:
     possible = [
-        Change(what, start.process - one.process, one.flops / start.flops if start.flops else 1.0, one)
+        Change(_named(what, one), start.process - one.process, one.flops / start.flops if start.flops else 1.0, one)
         for what, one in found.items()
     ]
     reasons = [Change(what, reason=str(error).splitlines()[0]) for what, error in errors.items()]
@@ -128,6 +134,46 @@ def _remedies(start: Plan, model: Any, method: Method, options: Mapping[str, Any
     return {
         what: (near, (start, model, other), {**given, **new}) for what, new, other in _what_may_change(start, method)
     }
+
+
+def _more_devices(start: Plan, model: Any, method: Method, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The search for as many devices as are enough, where those there are do not; called as those of `_remedies`."""
+    if start.verdict in ("fits", "unknown") or start.quantize:
+        return {}
+    given = {**_numbers(options, start), "parallel": _DEALT.get(start.parallel or "", start.parallel or "fsdp")}
+    given.pop("devices", None)
+    return {_DIVIDED: (fewest_devices, (start, model, method), given)}
+
+
+def fewest_devices(start: Plan, model: Any, method: Any = USUAL, *, parallel: str = "fsdp", **options: Any) -> Plan:
+    """Plan a step divided among as few devices as it fits on, a power of two.
+
+    Args:
+        start: a plan of it that does not fit, on the device to plan for.
+        model: as for `plan`.
+        method: as for `plan`.
+        parallel: how it is divided.
+        options: of `plan`, without a device.
+
+    Raises:
+        ConfigError: it does not fit even so; the message says what remains.
+    """
+    setup = setup_of(model, method, **{**options, "kind": start.device.kind, "devices": 2, "parallel": parallel})
+    trace = trace_of(setup, None if start.simulated == len(start.layers) else 2)
+    counts = [count for count in _COUNTS if start.parallel != parallel or count > start.devices]
+    for count in counts or [2 * start.devices]:
+        division = Parallel.parse(count, parallel, options.get("link"))
+        found = described(start.model, replace(setup, parallel=division), trace, start.device)
+        if found.verdict == "fits":
+            return found
+    raise ConfigError(
+        f"does not fit with {parallel} over {found.devices} devices either: each needs {found.process / 2**30:.1f} "
+        f"GiB, of which {sum(found.layers) / 2**30:.1f} are activations. Recompute, or lower batch or length."
+    )
+
+
+def _named(what: str, found: Plan) -> str:
+    return f"devices: {found.devices}, parallel: {found.parallel}" if what == _DIVIDED else what
 
 
 def _numbers(options: Mapping[str, Any], start: Plan) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from adapterlab.errors import AdapterlabError
 from adapterlab.foreign.model import is_encoder_decoder, text_config
@@ -15,6 +15,7 @@ from adapterlab.plan.setup import Setup
 from adapterlab.plan.simulate import ACTIVATIONS, Trace
 from adapterlab.plan.tracker import Moment, NeedsNumbers
 
+_Item = TypeVar("_Item")
 FEWEST = 3
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers", "block_types")
 _WINDOW = re.compile(r"(forward|backward), layer (\d+)")
@@ -119,6 +120,7 @@ def _extended(traces: list[Trace], ends: list[dict[str, Moment]], period: int, d
         line(a.base, b.base),
         b.loss,
         b.layers,
+        (*_repeated(b.groups[:-1], period, steps), *b.groups[-1:]),
     )
 
 
@@ -133,8 +135,12 @@ def _parts(
             x, y = early.get(key, 0), late.get(key, 0)
             found[key] = y + (y - x) * steps
     layers = [late.get(f"{prefix}{i}", 0) for i in range(more)]
-    start = (more - period) // 2
-    middle = layers[start : start + period]
-    for index, size in enumerate([*layers[:start], *middle * (steps + 1), *layers[start + period :]]):
+    for index, size in enumerate(_repeated(layers, period, steps)):
         found[f"{prefix}{index}"] = size
     return {key: size for key, size in found.items() if size}
+
+
+def _repeated(layers: Sequence[_Item], period: int, steps: int) -> list[_Item]:
+    """What belongs to each layer of a deeper model: the middle ones come again."""
+    start = (len(layers) - period) // 2
+    return [*layers[:start], *list(layers[start : start + period]) * (steps + 1), *layers[start + period :]]

@@ -14,7 +14,9 @@ from adapterlab.plan import process
 from adapterlab.plan.child import called, each
 from adapterlab.plan.child import processes as child_processes
 from adapterlab.plan.device import Device
+from adapterlab.plan.dividing import BUCKETS, GATHERED, divided
 from adapterlab.plan.extrapolate import extrapolated
+from adapterlab.plan.parallel import WHOLE_WEIGHTS, Link, Parallel
 from adapterlab.plan.result import Plan
 from adapterlab.plan.setup import Setup
 from adapterlab.plan.shapes import config_of
@@ -46,13 +48,16 @@ def plan(
     training: Training | None = None,
     exact: bool = False,
     trust_remote_code: bool = False,
+    devices: int | None = None,
+    parallel: str | None = None,
+    link: str | Link | None = None,
 ) -> Plan:
     """Say what training needs, without weights and without the device.
 
     Args:
         model: a known shape ("qwen2.5-7b"; `shapes()` lists them), a local folder, a hub id or a configuration.
         method: id, id and settings as in a configuration file (`{"name": "lora", "r": 8}`), or a method.
-        batch: rows computed at once.
+        batch: rows computed at once, on each device.
         length: tokens of a row, padding included.
         precision: of the frozen weights: bf16, fp32 or fp16.
         quantize: None, "nf4" or "int8"; a method that asks for packed weights gets them.
@@ -63,16 +68,21 @@ def plan(
         training: the other settings of a run.
         exact: simulate all layers instead of a few.
         trust_remote_code: run the code that the model brings.
+        devices: how many, all alike; the plan is of one of them.
+        parallel: how a step is divided among them: ddp, fsdp, zero2 or zero3; see `dividing`.
+        link: between them: nvlink, pcie4, 100gbe, ..., or 10^9 bytes a second and direction.
 
     Raises:
         ModelError: the model is unknown.
-        ConfigError: a number or name is out of range, or the method needs data to be planned.
+        ConfigError: a number or name is out of range, the method needs data to be planned, or model and method cannot
+            be divided in this way.
         AttachError: the method cannot work on this model.
     """
     place = device if isinstance(device, Device) else Device.parse(device, speed)
     setup = setup_of(
         model, method, batch=batch, length=length, precision=precision, quantize=quantize, recompute=recompute,
-        labelled=labelled, training=training, kind=place.kind, trust_remote_code=trust_remote_code,
+        labelled=labelled, training=training, kind=place.kind, trust_remote_code=trust_remote_code, devices=devices,
+        parallel=parallel, link=link,
     )  # fmt: skip
     return described(_name(model), setup, trace_of(setup, None if exact else 3), place)
 
@@ -105,17 +115,23 @@ def setup_of(
     training: Training | None = None,
     kind: str = "cpu",
     trust_remote_code: bool = False,
+    devices: int | None = None,
+    parallel: str | None = None,
+    link: str | Link | None = None,
 ) -> Setup:
     """Check the arguments of `plan` and put them together."""
     made = make_method(method)
     quantize = quantize or _asks_for(made)
     _check(batch, length, precision, quantize, labelled)
+    division = Parallel.parse(devices, parallel, link)
+    if division:
+        _check_divisible(division, quantize)
     kept = (training or Training()).model_dump(exclude={"epochs", "trackers", "batch_size", "recompute"})
     kept["packing"] = bool(kept.get("packing"))  # rows of one length: a choice that would be tried costs time alone
     step = Training(**{**kept, "batch_size": batch, "recompute": recompute})  # in a run in which schedules have room
     return Setup(
         config_of(model, trust_remote_code=trust_remote_code), made, step, batch, length, labelled, precision,
-        quantize, kind, trust_remote_code,
+        quantize, kind, trust_remote_code, division,
     )  # fmt: skip
 
 
@@ -257,6 +273,14 @@ def _check(batch: int, length: int, precision: str, quantize: str | None, labell
         raise ConfigError(f"labelled={labelled} is no share of tokens: it lies above 0 and is at most 1.")
 
 
+def _check_divisible(division: Parallel, quantize: str | None) -> None:
+    if division.kind not in WHOLE_WEIGHTS and quantize:
+        raise ConfigError(
+            f"parallel={division.kind!r} deals out weights, and quantize={quantize!r} packs them in blocks that are "
+            f"not dealt out here. Use one of {', '.join(WHOLE_WEIGHTS)}, which hold them whole, or leave quantize out."
+        )
+
+
 def _asks_for(method: Method) -> str | None:
     """How a method wants its base packed, if it says so in a setting `base`."""
     base = getattr(method, "base", None)
@@ -264,7 +288,10 @@ def _asks_for(method: Method) -> str | None:
 
 
 def described(name: str, setup: Setup, trace: Trace, place: Device) -> Plan:
-    """Put a trace into words and bytes."""
+    """Put a trace of one device into words and bytes, divided as the setup asks."""
+    division, traffic = setup.parallel, None
+    if division:
+        trace, traffic = divided(trace, division, setup.training.accumulation)
     peak = trace.peak
     moment = next(window for window, found in trace.moments.items() if found is peak)
     estimate = process.estimate(setup, trace, place)
@@ -295,6 +322,9 @@ def described(name: str, setup: Setup, trace: Trace, place: Device) -> Plan:
         loss=trace.loss,
         notes=list(_notes(setup)),
         simulated=trace.simulated,
+        devices=division.devices if division else 1,
+        parallel=division.kind if division else None,
+        traffic=traffic,
     )
 
 
@@ -303,7 +333,7 @@ def _tidy(parts: Mapping[str, int], count: int) -> tuple[dict[str, int], list[in
     prefix = f"{ACTIVATIONS}, layer "
     layers = [parts.get(f"{prefix}{i}", 0) for i in range(count)]
     kept = {key: size for key, size in parts.items() if not key.startswith(prefix) and size}
-    work = {key: kept.pop(key) for key in (BACKWARD, KERNELS) if key in kept}
+    work = {key: kept.pop(key) for key in (GATHERED, BUCKETS, BACKWARD, KERNELS) if key in kept}
     return {**kept, ACTIVATIONS: sum(layers), **work}, layers
 
 

@@ -74,6 +74,8 @@ def show(plan: Plan) -> Group:
     head = Table("what", "is", title="Plan", title_justify="left", show_header=False)
     for what, value in _facts(plan).items():
         head.add_row(what, Text(value))
+    for what, value in _across(plan).items():
+        head.add_row(what, Text(value))
     head.add_row("verdict", Text(_verdict(plan), style=_VERDICTS[plan.verdict]))
     parts = Table("part", "bytes", "share", title="At the peak", title_justify="left")
     for (part, count), colour in zip(shares(plan).items(), _colours(_COLOURS), strict=False):
@@ -99,10 +101,27 @@ def _facts(plan: Plan) -> dict[str, str]:
     return facts
 
 
+def _across(plan: Plan) -> dict[str, str]:
+    """What there is to say of several devices."""
+    if plan.traffic is None:
+        return {}
+    traffic = plan.traffic
+    sent = f"{size(traffic.sent)} a step: weights {size(traffic.gathered)}, gradients {size(traffic.reduced)}"
+    found = {
+        "devices": f"{plan.devices}, {plan.parallel}; all figures are of one, with {plan.batch} "
+        f"{'row' if plan.batch == 1 else 'rows'} of its own: {plan.batch * plan.devices:,} a batch",
+        "each sends": sent,
+    }
+    if traffic.seconds is not None:
+        found["on the link"] = f"{traffic.seconds:.3g} s at the best rate of {traffic.link}, if nothing overlaps"
+    return found
+
+
 def _verdict(plan: Plan) -> str:
     if plan.limit is None:
         return "the device's memory is not known"
-    return f"{plan.verdict}: {size(plan.process)} of {size(plan.limit)} on {plan.device.name}"
+    across = f", {plan.parallel} over {plan.devices}" if plan.parallel else ""
+    return f"{plan.verdict}: {size(plan.process)} of {size(plan.limit)} on {plan.device.name}{across}"
 
 
 def _colours(palette: Sequence[str]) -> list[str]:
@@ -170,23 +189,25 @@ def together_table(joint: Joint, labels: Sequence[str]) -> Group:
     )
 
 
-def serving_table(found: Serving) -> Table:
+def serving_table(found: Serving) -> Group:
     """Show what serving needs."""
     table = Table("what", "bytes", title="Serving", title_justify="left")
     table.add_row("base weights", size(found.base))
     table.add_row(
-        f"cache, {found.sequences} x {found.length:,} tokens ({size(found.cache)} each)",
+        f"keys and values, {found.sequences} x {found.length:,} tokens ({size(found.cache)} each)",
         size(found.cache * found.sequences),
     )
-    table.add_row(f"adapters, {found.adapters} ({size(found.adapter)} each)", size(found.adapter * found.adapters))
-    table.add_row("reading prompts", size(found.work))
+    each = f"{size(found.adapter_each)} each" + (f", {found.front} pages in front" if found.front else "")
+    table.add_row(f"loaded adapters, {found.adapters} ({each})", size(found.adapter_each * found.adapters))
+    table.add_row("a step's work", size(found.work))
     table.add_row("total", size(found.total), style="bold")
     if found.limit is not None:
         table.add_row("of", size(found.limit))
         table.add_row("most sequences beside these adapters", f"{found.most_sequences:,}")
         if found.most_adapters is not None:
-            table.add_row("most adapters beside these sequences", f"{found.most_adapters:,}")
-    return table
+            table.add_row("most loaded adapters beside these sequences", f"{found.most_adapters:,}")
+    budget = f"The engine's budget for this: engine.memory_gb={found.memory_gb:.3g}, in pages of {size(found.page)}."
+    return Group(table, Text(f"{budget} Adapters that are registered and not loaded take no memory."))
 
 
 # ---------------------------------------------------------------------- files
@@ -238,7 +259,8 @@ def _png(plans: Sequence[Plan], path: Path) -> Path:
 
 
 def _label(plan: Plan) -> str:
-    return f"{plan.method}, {plan.batch} x {plan.length}"
+    across = f", {plan.parallel} over {plan.devices}" if plan.parallel else ""
+    return f"{plan.method}, {plan.batch} x {plan.length}{across}"
 
 
 def _page(plans: Sequence[Plan]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from adapterlab.plan.device import Device
+from adapterlab.plan.parallel import Traffic
 
 Verdict = Literal["fits", "tight", "does not fit", "unknown"]
 
@@ -31,6 +32,8 @@ class Plan:
         limit: bytes the device has; None when it is not known.
         loss: way the loss is computed; notes: what else to know.
         simulated: layers that were simulated; where they are fewer than the model has, the rest is like them.
+        devices: how many; everything else is of one of them, with `batch` rows of its own.
+        parallel: how the step is divided among them; traffic: what each sends. None on one device.
     """
 
     model: str
@@ -58,6 +61,9 @@ class Plan:
     loss: str
     notes: list[str] = field(default_factory=list)
     simulated: int = 0
+    devices: int = 1
+    parallel: str | None = None
+    traffic: Traffic | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -81,7 +87,8 @@ class Plan:
     def from_json(cls, values: dict[str, Any]) -> Plan:
         """Read what `to_json` wrote."""
         known = {key: value for key, value in values.items() if key != "verdict"}
-        return cls(**{**known, "device": Device(**known["device"]), "band": tuple(known["band"])})
+        traffic = known.get("traffic") and Traffic(**known["traffic"])
+        return cls(**{**known, "device": Device(**known["device"]), "band": tuple(known["band"]), "traffic": traffic})
 
 
 def verdict(process: int, worst: float, limit: int | None) -> Verdict:

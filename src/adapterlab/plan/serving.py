@@ -1,8 +1,13 @@
-"""Memory of serving: base weights, caches of keys and values, and adapters side by side."""
+"""Memory of serving: base weights, pages of keys and values, and adapters, as the engine holds them.
+
+The engine's own forward pass (`serve.forward`) runs on tensors without contents: a step in which every sequence has its
+full length and computes one token, beside a piece of a prompt.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,19 +16,22 @@ import torch
 
 from adapterlab.core.method import Method
 from adapterlab.errors import ConfigError
-from adapterlab.foreign.model import text_config
-from adapterlab.models.loading import PRECISIONS
+from adapterlab.hosts import Host
 from adapterlab.plan.child import called
 from adapterlab.plan.device import Device
-from adapterlab.plan.planning import USUAL, setup_of, trace_of
+from adapterlab.plan.planning import USUAL, setup_of
 from adapterlab.plan.setup import Setup
-from adapterlab.plan.simulate import ADAPTER, build
-from adapterlab.plan.tracker import Tracker, contentless
+from adapterlab.plan.simulate import NAME, build, tracked
+from adapterlab.plan.tracker import Tracker
+from adapterlab.serve.forms import bytes_of, fronts_of, length_of
+from adapterlab.serve.forward import Forward, Row
+from adapterlab.serve.requests import PROMPT_TOKENS, EngineSettings
+from adapterlab.serve.whole_change import put_whole_change
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_PREFILL = 512  # tokens of one row that a server reads at once
+_MANY = 1024  # sequences, at which the work of further ones is looked at
 
 
 @dataclass(frozen=True)
@@ -32,28 +40,59 @@ class Serving:
 
     Attributes:
         base: bytes of the base weights.
-        cache: bytes of the keys and values of one full sequence.
-        adapter: bytes of one adapter.
-        work: bytes that reading a prompt takes beside.
-        sequences: at once; adapters: resident at once; length: tokens of a sequence.
+        page: bytes of a page of keys and values, in all layers; page_tokens: tokens that it holds.
+        adapter: bytes of the tensors of one adapter that is loaded; those that are not take none.
+        front: pages of what an adapter puts in front of every sequence, instead of tensors.
+        work: bytes that a step takes beside; more: for each further sequence.
+        sequences: at once; adapters: loaded at once; length: tokens of a sequence, prompt and answer.
         limit: bytes of the device, or None.
         context: bytes that the device loses before the first tensor.
+        keeps_paid: whether pages that are paid for adapters take memory too: a GPU gives all pages at once.
     """
 
     base: int
-    cache: int
+    page: int
+    page_tokens: int
     adapter: int
+    front: int
     work: int
+    more: float
     sequences: int
     adapters: int
     length: int
     limit: int | None
     context: int
+    keeps_paid: bool = False
+
+    @property
+    def pages_each(self) -> int:
+        """Pages of a sequence."""
+        return math.ceil(self.length / self.page_tokens)
+
+    @property
+    def cache(self) -> int:
+        """Bytes of the keys and values of a sequence."""
+        return self.pages_each * self.page
+
+    @property
+    def paid_each(self) -> int:
+        """Pages that an adapter is paid for with."""
+        return self.front + math.ceil(self.adapter / self.page)
+
+    @property
+    def memory_gb(self) -> float:
+        """The engine's budget for these sequences and adapters: its setting of this name."""
+        return (self.pages_each * self.sequences + self.paid_each * self.adapters) * self.page / 1e9
+
+    @property
+    def adapter_each(self) -> int:
+        """Bytes that an adapter takes: tensors, pages in front, and pages that are paid where those take memory."""
+        return self.adapter + (self.paid_each if self.keeps_paid else self.front) * self.page
 
     @property
     def total(self) -> int:
-        """Bytes altogether."""
-        kept = self.base + self.cache * self.sequences + self.adapter * self.adapters
+        """Bytes altogether, with the page of zeros that fills up tables."""
+        kept = self.base + self.page + self.cache * self.sequences + self.adapter_each * self.adapters
         return kept + self.work + self.context
 
     @property
@@ -61,21 +100,20 @@ class Serving:
         """How many sequences fit beside these adapters; None without a limit."""
         if self.limit is None:
             return None
-        free = self.limit - (self.total - self.cache * self.sequences)
-        return max(0, free // self.cache)
+        each = self.cache + self.more
+        return max(0, self.sequences + math.floor((self.limit - self.total) / each))
 
     @property
     def most_adapters(self) -> int | None:
         """How many adapters fit beside these sequences; None without a limit."""
-        if self.limit is None or not self.adapter:
+        if self.limit is None or not self.adapter_each:
             return None
-        free = self.limit - (self.total - self.adapter * self.adapters)
-        return max(0, free // self.adapter)
+        return max(0, self.adapters + (self.limit - self.total) // self.adapter_each)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON values."""
-        most = {"most_sequences": self.most_sequences, "most_adapters": self.most_adapters}
-        return {**dataclasses.asdict(self), "total": self.total, **most}
+        derived = ("cache", "paid_each", "memory_gb", "total", "most_sequences", "most_adapters")
+        return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
 def plan_serving(
@@ -88,74 +126,80 @@ def plan_serving(
     precision: str = "bf16",
     quantize: str | None = None,
     device: str | Device | None = None,
+    settings: EngineSettings | None = None,
     trust_remote_code: bool = False,
 ) -> Serving:
-    """Say what serving needs: the base once, a cache for each sequence, the tensors of each adapter.
+    """Say what serving needs: the base once, pages for each sequence, the tensors of each adapter, a step's work.
 
     Args:
         model: as for `plan`.
         method: of the adapters, with its rank.
-        sequences: generated at once, each of `length` tokens.
-        adapters: resident at once.
+        sequences: answered at once, each of `length` tokens.
+        adapters: loaded at once; on disk there may be any number.
         length: tokens of a sequence, prompt included.
-        precision: of weights and caches.
+        precision: of weights and pages.
         quantize: None, "nf4" or "int8".
         device: as for `plan`.
+        settings: of the engine, whose `page_tokens` and `step_tokens` count.
         trust_remote_code: run the code that the model brings.
 
     Raises:
         ConfigError: a number is out of range.
+        ModelError: the engine cannot serve the model.
     """
-    for what, value, least in (("sequences", sequences, 1), ("adapters", adapters, 0)):
+    for what, value, least in (("sequences", sequences, 1), ("adapters", adapters, 0), ("length", length, 1)):
         if value < least:
             raise ConfigError(f"{what}={value} is too small: it must be at least {least}.")
     place = device if isinstance(device, Device) else Device.parse(device)
     setup = setup_of(
-        model, method, batch=1, length=max(8, length), precision=precision, quantize=quantize, kind=place.kind,
+        model, method, batch=1, length=8, precision=precision, quantize=quantize, kind=place.kind,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    base, work = called(_base_and_work, setup, min(length, _PREFILL))
-    trace = trace_of(dataclasses.replace(setup, length=8))
-    adapter = trace.resting.get(ADAPTER, 0)
-    cache = cache_bytes(setup.config, length, PRECISIONS[precision].itemsize)
-    return Serving(base, cache, adapter, work, sequences, adapters, length, place.memory, place.context)
-
-
-def cache_bytes(config: PretrainedConfig, length: int, itemsize: int) -> int:
-    """Bytes of the keys and values of one sequence; layers with a window keep no more than that.
-
-    Args:
-        config: of the model.
-        length: tokens.
-        itemsize: bytes of a number.
-    """
-    text: Any = text_config(config)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    window = getattr(text, "sliding_window", None) or length
-    # A sliding cache keeps one token less than its window: the newest is added when it is used.
-    kept = [min(length, window - 1) if kind == "sliding_attention" else length for kind in kinds]
-    if not getattr(text, "layer_types", None) and getattr(text, "sliding_window", None):
-        kept = [min(length, window - 1)] * len(kinds)
-    return 2 * heads * width * itemsize * sum(kept)
-
-
-def _base_and_work(setup: Setup, tokens: int) -> tuple[int, int]:
-    """Bytes of the base weights, and of what reading a piece of a prompt takes beside."""
-    with contentless() as fake, Tracker(fake, setup.granularity) as tracker:
-        made = build(setup)
-        return tracker.total, _work(made, tracker, tokens, setup.precision)
+    found: Serving = called(_simulated, setup, sequences, adapters, length, settings or EngineSettings(), place)
+    return found
 
 
 @torch.no_grad()
-def _work(model: Any, tracker: Tracker, tokens: int, precision: str) -> int:
-    """Bytes that reading a piece of a prompt takes beyond weights and caches."""
+def _simulated(
+    setup: Setup, sequences: int, adapters: int, length: int, settings: EngineSettings, place: Device
+) -> Serving:
+    with tracked(setup) as tracker:
+        model = build(setup)
+        base = tracker.total
+        forward = Forward(model, settings.page_tokens)
+        forward.make_pools(math.ceil(length / settings.page_tokens))
+        tracker.moments.clear()
+        piece = min(length, max(PROMPT_TOKENS, settings.step_tokens - sequences))
+        work, further = (_work(forward, tracker, count, length, piece) for count in (sequences, 2 * sequences))
+        more = max(0.0, (further - work) / sequences)
+        found = Serving(
+            base, forward.page_bytes, settings.page_tokens, *_adapter(setup, model, settings.page_tokens), work, more,
+            sequences, adapters, length, place.memory, place.context, place.kind != "cpu",
+        )  # fmt: skip
+        # The fullest moment of a step is another one with many sequences, which take more each.
+        many = min(found.most_sequences or 0, _MANY)
+        if many > 2 * sequences:
+            further = _work(forward, tracker, many, length, piece)
+            found = dataclasses.replace(found, more=max(found.more, (further - work) / (many - sequences)))
+        return found
+
+
+def _work(forward: Forward, tracker: Tracker, sequences: int, length: int, piece: int) -> int:
+    """Bytes that a step takes beside weights and pages; where the pages of a row lie makes no difference."""
+    pages = range(1, math.ceil(length / forward.page_tokens) + 1)
+    rows = [Row([1], length - 1, pages)] * sequences + [Row([1] * piece, length - piece, pages)]
     before = tracker.total
-    tracker.moments.clear()
-    tracker.enter("prompt")
-    out = model(input_ids=torch.ones(1, tokens, dtype=torch.int64), use_cache=True, logits_to_keep=1)
-    peak = tracker.moments["prompt"].total - before
-    kept = cache_bytes(model.config, tokens, PRECISIONS[precision].itemsize)
-    del out
-    return max(0, peak - kept)
+    tracker.enter("step")
+    forward.run(rows)
+    return max(0, tracker.moments.pop("step").total - before)
+
+
+def _adapter(setup: Setup, model: Any, page_tokens: int) -> tuple[int, int]:
+    """Bytes of an adapter's tensors, and pages of what it puts in front, as the engine counts them."""
+    host = Host(model)
+    host.attach(setup.method.brief(), NAME)
+    fronts = fronts_of(host, NAME)
+    if fronts is not None:
+        return 0, math.ceil(max(map(length_of, fronts.values())) / page_tokens)
+    put_whole_change(host, NAME)
+    return bytes_of(host, NAME), 0

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from adapterlab.core.method import Method
+    from adapterlab.plan.parallel import Parallel
     from adapterlab.train.config import Training
 
 
@@ -27,6 +28,7 @@ class Setup:
         quantize: None, "nf4" or "int8".
         kind: of the device: its kernels and its allocator matter.
         trust_remote_code: whether code that the model brings may run.
+        parallel: how the step is divided among devices, each with rows of its own; None on one.
     """
 
     config: PretrainedConfig
@@ -39,6 +41,7 @@ class Setup:
     quantize: str | None = None
     kind: str = "cpu"
     trust_remote_code: bool = False
+    parallel: Parallel | None = None
 
     @property
     def accumulation(self) -> int:

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -48,6 +48,26 @@ _SHAPING = {"_to_copy", "slice", "view", "alias", "detach"}
 _SCALING = _SHAPING | {"mul", "mul_", "div", "div_", "tanh", "tanh_"}
 
 
+class Piece(NamedTuple):
+    """A parameter, as far as dividing it among devices goes.
+
+    Attributes:
+        rows: entries of the first dimension, 0 where it has none; numel: of all.
+        size: bytes; dtype: name of the type of its numbers.
+        part: `BASE` or `ADAPTER`; trained: whether it trains.
+    """
+
+    rows: int
+    numel: int
+    size: int
+    dtype: str
+    part: str
+    trained: bool
+
+
+Group = tuple[Piece, ...]
+
+
 @dataclass(frozen=True)
 class Trace:
     """What one step did.
@@ -61,6 +81,7 @@ class Trace:
         base: bytes of the base weights.
         loss: way the loss was computed.
         simulated: layers of the deepest model that was simulated.
+        groups: parameters of each layer, and last of what is in no layer.
     """
 
     moments: dict[str, Moment]
@@ -71,6 +92,7 @@ class Trace:
     base: int
     loss: str = ""
     simulated: int = 0
+    groups: tuple[Group, ...] = ()
 
     @property
     def peak(self) -> Moment:
@@ -85,6 +107,18 @@ def simulate(setup: Setup, *, real: bool = False, steps: int = 1) -> Trace:
         setup: what to train.
         real: with numbers, on the CPU, to check the simulation.
         steps: how many; more than one only with `real`.
+    """
+    with tracked(setup, real=real) as tracker:
+        return _Simulation(setup, tracker).run(steps)
+
+
+@contextlib.contextmanager
+def tracked(setup: Setup, *, real: bool = False) -> Iterator[Tracker]:
+    """Count all that is computed inside, on tensors without contents; what libraries keep of them is forgotten after.
+
+    Args:
+        setup: for its device, and for whether weights are packed.
+        real: with numbers.
     """
     if setup.quantize:
         require("bitsandbytes", "quantized", f"for quantize={setup.quantize!r}")
@@ -103,8 +137,7 @@ def simulate(setup: Setup, *, real: bool = False, steps: int = 1) -> Trace:
                     stack.enter_context(patch.object(attention, "pays", lambda *_: False))
                     stack.enter_context(patch.object(cross_entropy, "block_rows", len))
                     stack.enter_context(patch.object(rms_norm, "block_rows", torch.Tensor.numel))
-            tracker = stack.enter_context(Tracker(fake, setup.granularity, setup.kind))
-            return _Simulation(setup, tracker).run(steps)
+            yield stack.enter_context(Tracker(fake, setup.granularity, setup.kind))
     finally:
         rng.restore(before)
         _forget()
@@ -152,6 +185,7 @@ class _Simulation:
             base,
             loop.loss.path,
             len(layers),
+            _groups(host, layers, tracker),
         )
 
     def _loop(self, host: Host) -> Loop:
@@ -196,6 +230,23 @@ class _Simulation:
     def _arrived(self, parameter: Tensor) -> None:
         if parameter.grad is not None and not parameter.grad.is_sparse:
             self.tracker.assign(parameter.grad, GRADIENTS)
+
+
+def _groups(host: Host, layers: list[nn.Module], tracker: Tracker) -> tuple[Group, ...]:
+    """The parameters of each layer and of the rest, each where it comes first."""
+    seen: set[int] = set()
+    found = []
+    for module in [*layers, host.model]:
+        new = {id(p): p for p in module.parameters() if id(p) not in seen}
+        seen |= new.keys()
+        found.append(tuple(_piece(parameter, tracker.part_of(parameter)) for parameter in new.values()))
+    return tuple(found)
+
+
+def _piece(parameter: Tensor, part: str) -> Piece:
+    rows = parameter.shape[0] if parameter.dim() else 0
+    count, size = parameter.numel(), parameter.numel() * parameter.itemsize
+    return Piece(rows, count, size, str(parameter.dtype).removeprefix("torch."), part, parameter.requires_grad)
 
 
 def build(setup: Setup, real: bool = False) -> Any:

@@ -99,6 +99,12 @@ class Tracker(TorchDispatchMode):
         self.live[before] -= size
         self.live[part] += size
 
+    def part_of(self, tensor: Tensor) -> str:
+        """Return the part that a tensor belongs to."""
+        storage = tensor.untyped_storage()
+        self._hold(storage)
+        return self._held[id(storage)][2]
+
     def rename(self, before: str, part: str) -> None:
         """Say that everything alive of one part belongs to another."""
         for key, (ref, size, tag) in list(self._held.items()):

@@ -98,7 +98,7 @@ class OnModel:
         kind, put = repr(carrier.methods[version.key]), False
         try:
             trial = None if kind in self._tried else self._trial(carrier, version)
-            fronts = _fronts(carrier, version.key)
+            fronts = fronts_of(carrier, version.key)
             if fronts is None:
                 put_whole_change(carrier, version.key)
                 if self.products is not None:
@@ -137,7 +137,7 @@ class OnModel:
 
     def _in_pages(self, version: Version, fronts: Fronts, trial: Trial | None, make_room: MakeRoom) -> bool:
         """Compute keys and values of what stands in front of every sequence."""
-        length = max(map(_length, fronts.values()))
+        length = max(map(length_of, fronts.values()))
         count = -(-length // self.forward.page_tokens)
         if not make_room(count):
             return False
@@ -162,7 +162,7 @@ class OnModel:
                         "it cannot be computed step by step, beside others: what stands around "
                         f"{path or 'the whole model'} may make tokens depend on each other in a way of its own."
                     )
-        version.bytes = _bytes(carrier, key)
+        version.bytes = bytes_of(carrier, key)
         if trial is None:
             return True
         try:
@@ -224,26 +224,27 @@ def row_of(version: Version | None, ids: Sequence[int], start: int, pages: Seque
     return Row(ids, start, pages, version.pages, version.in_front, version.shift, chooses)
 
 
-def _fronts(carrier: Host, key: str) -> Fronts | None:
-    """What an adapter puts in front, by module, if it does nothing else and pages can hold it."""
+def fronts_of(carrier: Host, key: str) -> Fronts | None:
+    """Return what an adapter puts in front, by module, if it does nothing else and pages can hold it."""
     parts = carrier.parts(key)
     found = {a.site.module: a.front() for part in parts for a in carrier.adapters(part).values()}
     fronts = {module: front for module, front in found.items() if front is not None}
     if len(fronts) < len(found) or any(carrier.patches[part] for part in parts):
         return None
     embedded = [front for front in fronts.values() if front.embedded is not None]
-    lengths = [_length(front) for front in fronts.values() if _length(front)]
+    lengths = [length_of(front) for front in fronts.values() if length_of(front)]
     wanted = 1 if embedded else len(attention_modules(carrier.model))  # as many positions at every module
     return fronts if len(lengths) == wanted and len(set(lengths)) == 1 else None
 
 
-def _length(front: Front) -> int:
+def length_of(front: Front) -> int:
+    """Return how many positions a front has."""
     held = front.keys if front.embedded is None else front.embedded
     return 0 if held is None else held.shape[-2]
 
 
-def _bytes(carrier: Host, key: str) -> int:
-    """What an adapter takes: its tensors, and the originals of base values that it changes in place."""
+def bytes_of(carrier: Host, key: str) -> int:
+    """Return what an adapter takes: its tensors, and the originals of base values that it changes in place."""
     changed = [patch.path for part in carrier.parts(key) for patch in carrier.patches[part].values()]
     tensors = (*carrier.tensors(key).values(), *map(carrier.model.get_parameter, changed))
     return sum(t.numel() * t.element_size() for t in tensors)

@@ -7,12 +7,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fabricate import fabricate
+from fabricate import fabricate, many
 
 from adapterlab.cli import main
 from adapterlab.compare.recommending import recommend
 from adapterlab.compare.report import page, picture, rebuild, table, write
 from adapterlab.compare.results import Comparison, Exam, Sample
+from adapterlab.compare.summary import summarise
 from adapterlab.errors import ConfigError, FormatError, OutputError
 
 VOID = {"meta", "link", "wbr", "br", "hr", "img", "input"}
@@ -253,3 +254,15 @@ def test_the_command(tmp_path, capsys):
         main(["report", str(tmp_path / "nothing")])
     assert leaving.value.code == 2
     assert "holds no comparison" in capsys.readouterr().err
+
+
+def test_a_page_of_very_many_methods_can_be_loaded():
+    facts, runs = many(130, seeds=1, steps=6, rows=10)
+    whole = summarise(runs, **facts | {"finished": False})
+    assert {d.a for d in whole.differences} == {whole.standings[0].label, "untrained"}
+    rows = page.table.build([whole])
+    text = page.page([whole], rows)
+    assert "each is compared with" in text
+    assert text.count("<tr") < 130 + 101 + 2 * 101 + 10, "the table has all, the rest is of the best"
+    assert len(text) < 4e6
+    assert len(page.table.foremost(rows)) == 101

@@ -199,10 +199,11 @@ def test_the_pareto_front_against_brute_force(higher):
 
 def test_a_difference_can_be_read_from_both_sides():
     a, b = MADE.differences[0].a, MADE.differences[0].b
-    there, back = charts.between(MADE, a, b), charts.between(MADE, b, a)
+    pairs = {(d.a, d.b): d for d in MADE.differences}
+    there, back = charts.between(pairs, a, b), charts.between(pairs, b, a)
     assert (back.value, back.interval) == (-there.value, (-there.interval[1], -there.interval[0]))
     assert (back.a, back.b) == (b, a)
-    assert charts.between(MADE, a, "nobody") is None
+    assert charts.between(pairs, a, "nobody") is None
 
 
 def test_curves_are_means_by_step_and_smoothing_keeps_a_constant():

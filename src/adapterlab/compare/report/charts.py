@@ -289,25 +289,33 @@ def differences(rows: Sequence[Row]) -> list[Figure]:
     """
     comparison = rows[0].comparison
     ranked = [row for row in rows if row.rank is not None]
-    figures = [_forest(comparison, row, [other for other in ranked if other is not row]) for row in ranked]
-    return [figure for figure in figures[:_REFERENCES] if figure is not None]
+    pairs = {(d.a, d.b): d for d in comparison.differences}
+    figures: list[Figure] = []
+    for row in ranked:
+        found = [(o, d) for o in ranked if o is not row and (d := between(pairs, o.key, row.key)) is not None]
+        figures += [_forest(comparison, row, found)] if found else []
+        if len(figures) == _REFERENCES:
+            break
+    return figures
 
 
-def between(comparison: Comparison, method: str, reference: str) -> Difference | None:
-    """Return the difference `method` minus `reference`, however it is written down."""
-    for d in comparison.differences:
-        if (d.a, d.b) == (method, reference):
-            return d
-        if (d.a, d.b) == (reference, method):
-            turned = {"a": method, "b": reference, "value": -d.value, "interval": (-d.interval[1], -d.interval[0])}
-            return d.model_copy(update=turned)
-    return None
+def between(pairs: Mapping[tuple[str, str], Difference], method: str, reference: str) -> Difference | None:
+    """Return the difference `method` minus `reference`, however it is written down.
 
-
-def _forest(comparison: Comparison, reference: Row, others: Sequence[Row]) -> Figure | None:
-    found = [(row, d) for row in others if (d := between(comparison, row.key, reference.key)) is not None]
-    if not found:
+    Args:
+        pairs: differences by their two labels.
+        method: label of the first.
+        reference: label of the second.
+    """
+    if (method, reference) in pairs:
+        return pairs[method, reference]
+    if (d := pairs.get((reference, method))) is None:
         return None
+    turned = {"a": method, "b": reference, "value": -d.value, "interval": (-d.interval[1], -d.interval[0])}
+    return d.model_copy(update=turned)
+
+
+def _forest(comparison: Comparison, reference: Row, found: Sequence[tuple[Row, Difference]]) -> Figure:
     form = amounts.points if comparison.higher_is_better else amounts.signed
     unit = "percentage points" if comparison.higher_is_better else "nats/token"
     ends = [end for row, d in found if row.series is not None or len(found) == 1 for end in d.interval]

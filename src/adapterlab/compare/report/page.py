@@ -17,6 +17,8 @@ from adapterlab.compare.report.charts import Figure
 from adapterlab.compare.report.join import alike
 from adapterlab.compare.report.table import COLOURS, COLUMNS, Cell, Column, Row
 from adapterlab.compare.results import Comparison, Difference, Run, Sample
+from adapterlab.compare.statistics import ALL_PAIRS
+from adapterlab.compare.summary import references_of
 
 _HERE = Path(__file__).parent
 _MACHINE = ("device", "processor", "runs at a time", "threads of each run")  # conditions that times depend on
@@ -86,9 +88,10 @@ def page(comparisons: Sequence[Comparison], rows: Sequence[Row] | None = None) -
         rows: of their table, if they are made already.
     """
     rows = table.build(comparisons) if rows is None else rows
-    parts = [_part(c, [row for row in rows if row.folder == c.name]) for c in comparisons]
+    folders = {c.name: [row for row in rows if row.folder == c.name] for c in comparisons}
+    parts = [_part(c, folders[c.name]) for c in comparisons]
     wholes = {id(row.comparison): [r for r in rows if r.comparison is row.comparison] for row in rows}
-    groups = [_group(own) for own in wholes.values()]
+    groups = [_group(table.foremost(own)) for own in wholes.values()]
     sections = _sections(parts, groups)
     columns = table.columns(rows)
     environment = Environment(
@@ -110,9 +113,15 @@ def page(comparisons: Sequence[Comparison], rows: Sequence[Row] | None = None) -
         rows=rows,
         columns=columns,
         tops={top for own in wholes.values() for top in _tops(own)},
-        runs=[_run(run, comparison, columns) for comparison in comparisons for run in comparison.runs],
+        runs=[_run(run, c, columns) for c in comparisons for run in _single_runs(c, folders[c.name])],
         rank_note=_rank_note(rows),
     )
+
+
+def _single_runs(comparison: Comparison, rows: Sequence[Row]) -> Iterable[Run]:
+    """The runs that are listed one by one."""
+    near = {row.label for row in table.foremost(rows)}
+    return (run for run in comparison.runs if run.label in near)
 
 
 def notices(comparisons: Sequence[Comparison]) -> list[str]:
@@ -124,6 +133,12 @@ def notices(comparisons: Sequence[Comparison]) -> list[str]:
             found.append(f"{c.name} is not finished: {left} of {len(c.runs)} runs are still to be done.")
         if c.of_one_seed:
             found.append(f"{c.name} has one seed: {ONE_SEED}")
+        if references := references_of([s.label for s in c.standings if s.rank is not None]):
+            found.append(
+                f"{c.name} has so many methods that each is compared with {' and '.join(references)} alone. Ranks of "
+                f"those that differ from them are places. Charts, answers and single runs are shown of the best "
+                f"{ALL_PAIRS}; comparison.json has all."
+            )
     if len(comparisons) > 1:
         if len(alike(comparisons)) > 1:
             found.append(
@@ -165,13 +180,14 @@ def _css() -> str:
 
 def _part(comparison: Comparison, rows: list[Row]) -> Part:
     own = {row.label: row for row in rows}
-    rates = [charts.learning_rate(s, own[s.label]) for s in comparison.searches if s.auto and s.label in own]
+    near = {row.label: row for row in table.foremost(rows)}
+    rates = [charts.learning_rate(s, near[s.label]) for s in comparison.searches if s.auto and s.label in near]
     return Part(
         comparison=comparison,
         facts=_facts(comparison),
         cards=_cards(comparison, own),
         rates=[figure for figure in rates if figure is not None],
-        questions=_questions(rows),
+        questions=_questions(near.values()),
         config=yaml_text.written(_plain(comparison.config), width=100),
         conditions=_conditions(comparison),
     )
@@ -182,6 +198,8 @@ def _group(rows: Sequence[Row]) -> Group:
     drawn = [charts.tradeoff(rows, key) for key in ("peak_memory_bytes", "train_seconds")]
     together, each = charts.losses(rows)
     form = amounts.points if whole.higher_is_better else amounts.signed
+    keys = {row.key for row in rows}
+    pairs = [d for d in whole.differences if d.a in keys and d.b in keys]
     return Group(
         name=whole.name,
         level=whole.level,
@@ -189,7 +207,7 @@ def _group(rows: Sequence[Row]) -> Group:
         figures=[*(figure for figure in drawn if figure is not None), *together],
         each=each,
         differences=charts.differences(rows),
-        pairs=[(d, form(d.value), " to ".join(form(end) for end in d.interval)) for d in whole.differences],
+        pairs=[(d, form(d.value), " to ".join(form(end) for end in d.interval)) for d in pairs],
     )
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 from adapterlab.compare.report import amounts
 from adapterlab.compare.report.join import alike, exam_interval, join, joined_label
 from adapterlab.compare.results import UNTRAINED, Comparison, Interval, Run, Standing, mean
+from adapterlab.compare.statistics import ALL_PAIRS
 from adapterlab.terminal import shown
 
 COLOURS = (  # on light and on dark ground
@@ -200,6 +201,16 @@ def build(comparisons: Sequence[Comparison]) -> list[Row]:
             found.append(_row(whole, key, (c.name, label, name), series.get((c.name, label)), places.get(key)))
         rows += sorted(found, key=lambda row: order.get(row.key, len(order)))
     return rows
+
+
+def foremost(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that are shown in more than the table: all, or the best and the untrained where there are many.
+
+    Args:
+        rows: of one comparison, best first.
+    """
+    near = {row.name for row in [row for row in rows if row.series is not None][:ALL_PAIRS]}
+    return [row for row in rows if row.series is None or row.name in near]
 
 
 def columns(rows: Iterable[Row], kind: Kind | None = None) -> list[Column]:

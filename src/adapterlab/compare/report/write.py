@@ -104,4 +104,4 @@ def _draw(rows: Sequence[table.Row], file: Path) -> None:
     for row in rows:
         groups.setdefault(id(row.comparison), []).append(row)
     with new_file(file) as stream:
-        picture.draw(list(groups.values()), stream)
+        picture.draw([table.foremost(own) for own in groups.values()], stream)

@@ -1,0 +1,194 @@
+"""Steps that several devices share: what each holds and sends, what is refused, the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from test_planning import SMALL, config
+
+from adapterlab.cli import main
+from adapterlab.errors import ConfigError
+from adapterlab.plan import Device, Plan, plan
+from adapterlab.plan.advice import _more_devices, _sorted
+from adapterlab.plan.dividing import BUCKETS, FIRST, GATHERED, LAST, divided
+from adapterlab.plan.parallel import KINDS, Link, Parallel
+from adapterlab.plan.planning import described, make_method, setup_of, trace_of
+from adapterlab.plan.simulate import (
+    ACTIVATIONS,
+    ADAPTER,
+    BASE,
+    CHECKS,
+    GRADIENTS,
+    LOSS,
+    STATE,
+    UPDATE,
+    Piece,
+    Trace,
+)  # fmt: skip
+from adapterlab.plan.tracker import Moment
+
+FROZEN = Piece(10, 1_000_000, 4_000_000, "float32", BASE, False)
+FACTOR = Piece(3, 300, 1_200, "float32", ADAPTER, True)  # three rows are one and a half for each of two devices
+HEAD = Piece(5, 500_000, 2_000_000, "float32", BASE, False)
+HELD = {BASE: 10_000_000, ADAPTER: 2_400, STATE: 4_800}
+
+
+def trace() -> Trace:
+    """A step of two layers with a factor in each, and a head."""
+    windows: dict[str, dict[str, int]] = {
+        "forward, layer 0": {f"{ACTIVATIONS}, layer 0": 100},
+        "forward, layer 1": {f"{ACTIVATIONS}, layer 0": 60, f"{ACTIVATIONS}, layer 1": 100},
+        LOSS: {f"{ACTIVATIONS}, layer 0": 60, f"{ACTIVATIONS}, layer 1": 60, LOSS: 500},
+        "backward, layer 1": {f"{ACTIVATIONS}, layer 0": 60, GRADIENTS: 1_200},
+        "backward, layer 0": {GRADIENTS: 2_400},
+        CHECKS: {GRADIENTS: 2_400},
+        UPDATE: {GRADIENTS: 2_400, UPDATE: 2_400},
+    }
+    moments = {key: Moment(sum({**HELD, **own}.values()), {**HELD, **own}) for key, own in windows.items()}
+    return Trace(moments, dict(HELD), 1e9, 2, 600, 10_000_000, groups=((FROZEN, FACTOR), (FROZEN, FACTOR), (HEAD,)))
+
+
+def parts(kind: str, window: str, count: int = 2, accumulation: int = 1) -> dict[str, int]:
+    made, _ = divided(trace(), Parallel(kind, count), accumulation)
+    found = made.moments[window]
+    assert found.total == sum(found.parts.values())
+    return found.parts
+
+
+def test_copies_hold_all_and_buckets_for_what_trains() -> None:
+    made, traffic = divided(trace(), Parallel("ddp", 4))
+    for window, moment in made.moments.items():
+        assert moment.parts == {**trace().moments[window].parts, BUCKETS: 2_400}
+    assert (traffic.gathered, traffic.reduced) == (0, round(2 * 3 / 4 * 2_400))
+    assert made.base == 10_000_000
+
+
+def test_sharded_parameters_are_whole_one_layer_at_a_time() -> None:
+    layer = 4_000_000 + 2 * 800  # of two devices, each holds two rows of a factor
+    root = 2 * 3 * 400_000  # and three of the head's five rows
+    forward = parts("fsdp", "forward, layer 1")
+    assert forward[BASE] == 2 * 2_000_000 + 3 * 400_000
+    assert forward[ADAPTER] == 2 * 800
+    assert forward[STATE] == round(4_800 * 800 / 1_200)
+    assert forward[GATHERED] == root + 2 * layer
+    assert forward[f"{ACTIVATIONS}, layer 1"] == 100, "rows are its own"
+    backward = parts("fsdp", "backward, layer 0")
+    assert backward[GRADIENTS] == 1_200 + 800, "the layer at work has whole ones, the other its part"
+    assert backward[BUCKETS] == 1_200
+    assert parts("fsdp", "backward, layer 0", accumulation=2)[GRADIENTS] == 2_400
+    assert GATHERED not in parts("fsdp", UPDATE)
+    assert parts("fsdp", UPDATE)[GRADIENTS] == 1_600
+    assert parts("fsdp", FIRST)[GATHERED] == 2 * root + layer
+    assert GATHERED not in parts("fsdp", LAST)
+    _, traffic = divided(trace(), Parallel("fsdp", 2), accumulation=3)
+    assert traffic.gathered == 3 * (4 * layer + root) // 2
+    assert traffic.reduced == 1_200
+
+
+def test_devices_without_rows_of_a_factor_do_not_help_the_first() -> None:
+    assert parts("fsdp", "forward, layer 1", 64)[ADAPTER] == 2 * 400, "one row of three is the least"
+
+
+def test_deepspeed_keeps_float32_copies_buckets_and_small_weights() -> None:
+    two, three = (parts(kind, "backward, layer 0") for kind in ("zero2", "zero3"))
+    assert (two[BASE], three[BASE]) == (10_000_000, 5_000_000)
+    assert two[ADAPTER] == three[ADAPTER] == 2_400
+    assert two[STATE] == three[STATE] == 2_400 + 1_200
+    assert two[BUCKETS] == three[BUCKETS] == 500_000_000 * 4
+    assert (GATHERED in two, three[GATHERED]) == (False, 10_000_000)
+    assert divided(trace(), Parallel("zero2", 2))[1].sent == 2_400
+    assert divided(trace(), Parallel("zero3", 2))[1].gathered == 10_000_000
+
+
+def test_what_fully_shard_refuses_is_refused() -> None:
+    scalar = replace(trace(), groups=((FROZEN, Piece(0, 1, 4, "float32", ADAPTER, True)), (HEAD,)))
+    with pytest.raises(ConfigError, match="a single number"):
+        divided(scalar, Parallel("fsdp", 2))
+    mixed = replace(trace(), groups=((FACTOR, FACTOR._replace(dtype="bfloat16")), (HEAD,)))
+    with pytest.raises(ConfigError, match="bfloat16 and float32"):
+        divided(mixed, Parallel("fsdp", 2))
+    assert divided(scalar, Parallel("ddp", 2))
+
+
+@pytest.mark.parametrize(
+    ("devices", "kind", "link", "message"),
+    [
+        (1, "fsdp", None, "parallel='fsdp' needs several devices, and devices=1"),
+        (None, None, "pcie4", "link='pcie4' needs several devices"),
+        (4, None, None, "devices=4 says not how: add parallel, one of ddp, fsdp"),
+        (4, "fdsp", None, "parallel='fdsp' is unknown.*fsdp"),
+        (0, "ddp", None, "devices=0 is no number of devices"),
+        (2, "ddp", "pci4", "link='pci4' is unknown.*pcie4"),
+        (2, "ddp", "0", "link='0' is unknown"),
+    ],
+)
+def test_nonsense_is_refused(devices: Any, kind: Any, link: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Parallel.parse(devices, kind, link)
+
+
+def test_links() -> None:
+    assert Link.parse("NVLink").rate == 450e9
+    assert Link.parse("12.5 GB/s") == Link.parse("12.5") == Link("12.5 GB/s", 12.5e9)
+    _, traffic = divided(trace(), Parallel("ddp", 2, Link.parse("100gbe")))
+    assert traffic.seconds == pytest.approx(2_400 / 12.5e9)
+
+
+def test_plans_of_one_device_of_many() -> None:
+    given: Any = {"batch": 1, "length": 32, "precision": "fp32"}
+    setup = setup_of(config(), "lora", **given, kind="cuda")
+    place, trace = Device.parse("cuda:24GB"), trace_of(setup)
+    alone, found = described("m", setup, trace, place), {}
+    for kind in KINDS:
+        division = Parallel.parse(2, kind, "pcie5")
+        found[kind] = one = described("m", replace(setup, parallel=division), trace, place)
+        assert sum(one.parts.values()) == one.peak
+        assert (one.devices, one.parallel, one.flops) == (2, kind, alone.flops)
+        assert Plan.from_json(json.loads(json.dumps(one.to_json()))) == one
+    assert found["ddp"].traffic is not None
+    assert found["ddp"].traffic.sent == 4 * alone.trainable
+    assert found["ddp"].base == found["zero2"].base == alone.base
+    assert found["fsdp"].base == pytest.approx(alone.base / 2, rel=0.01)
+    assert found["fsdp"].state == pytest.approx(alone.state / 2, rel=0.01)
+    with pytest.raises(ConfigError, match=r"packs them in blocks.*ddp, zero2"):
+        plan(config(), "lora", **SMALL, quantize="nf4", devices=2, parallel="fsdp")
+
+
+def test_more_devices_are_a_remedy_where_one_is_too_small() -> None:
+    wide = config(hidden_size=512, intermediate_size=2048, num_hidden_layers=16)
+    given: Any = {"batch": 1, "length": 16, "precision": "fp32"}
+    setup, place = setup_of(wide, "full", **given, kind="cuda"), Device.parse("cuda:8GB")
+    trace = trace_of(setup)
+    start = described("m", setup, trace, place)
+    two = described("m", replace(setup, parallel=Parallel("fsdp", 2)), trace, place)
+    assert two.process < 0.9 * start.process
+    small = _on(start, round(1.065 * two.process))
+    ((what, (search, args, options)),) = _more_devices(small, wide, make_method("full"), given).items()
+    found = search(*args, **options)
+    assert (found.devices, found.process, found.verdict) == (2, two.process, "fits")
+    (change,) = _sorted(small, {what: found}, {})
+    assert change.what == "devices: 2, parallel: fsdp"
+    assert _more_devices(start, wide, make_method("full"), given) == {}, "it fits already"
+    with pytest.raises(ConfigError, match=r"does not fit with fsdp over 64 devices either.*activations"):
+        search(_on(start, 1000), *args[1:], **options)
+
+
+def _on(found: Plan, memory: int) -> Plan:
+    """A plan on a device with another memory."""
+    return replace(found, device=replace(found.device, memory=memory), limit=memory)
+
+
+def test_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    config().save_pretrained(tmp_path / "model")
+    common = ["plan", "--model", str(tmp_path / "model"), "--length", "32", "--device", "cuda:24GB", "--no-limits"]
+    with pytest.raises(SystemExit):
+        main([*common, "--devices", "4", "--parallel", "ddp", "--batch", "3", "--link", "pcie4"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "3 rows of its own: 12 a batch" in shown
+    assert "the best rate of pcie4" in shown
+    with pytest.raises(SystemExit):
+        main([*common, "--devices", "4"])
+    assert "says not how" in capsys.readouterr().err
