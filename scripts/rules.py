@@ -66,8 +66,7 @@ class Prediction:
 
     def measured(self) -> Measured | None:
         """The figure, if its result is kept."""
-        folder = RESULTS / self.results
-        return self.measure(folder) if folder.is_dir() else None
+        return _measured(self.measure, RESULTS / self.results)
 
     def verdict(self) -> str:
         """Whether the interval lies in the range."""
@@ -211,6 +210,11 @@ def _student(values: Sequence[float], form: str) -> Measured | None:
     half = _STUDENT[min(7, len(values) - 1)] * statistics.stdev(values) / math.sqrt(len(values))
     middle = statistics.fmean(values)
     return Measured(middle, (middle - half, middle + half), len(values), form)
+
+
+@cache
+def _measured(measure: Callable[[Path], Measured | None], folder: Path) -> Measured | None:
+    return measure(folder) if folder.is_dir() else None
 
 
 @cache

@@ -28,6 +28,7 @@ SPEC.loader.exec_module(rules)
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of results; what is read from it is forgotten after the test."""
     rules._comparison.cache_clear()
+    rules._measured.cache_clear()
     monkeypatch.setattr(rules, "RESULTS", tmp_path)
     return tmp_path
 
