@@ -90,6 +90,7 @@ class Rule:
         predictions: what it says; all have to hold.
         key: setting of `advise` that it bears on.
         advice: what `advise` makes of it.
+        remark: what a reader must know beside the figures.
     """
 
     id: str
@@ -98,6 +99,7 @@ class Rule:
     predictions: tuple[Prediction, ...]
     key: str
     advice: str
+    remark: str = ""
 
     def verdict(self) -> str:
         """Of all predictions together."""
@@ -239,10 +241,11 @@ def _rule(
     key: str,
     advice: str,
     *predictions: tuple[Any, ...],
-    nine: Sequence[Prediction] = (),
+    beside: Sequence[Prediction] = (),
+    remark: str = "",
 ) -> Rule:
     made = tuple(Prediction(says, f"rules/{id}", measure, *span) for says, measure, *span in predictions)
-    return Rule(id, title, source, (*nine, *made), key, advice)
+    return Rule(id, title, source, (*beside, *made), key, advice, remark)
 
 
 RULES = (
@@ -251,7 +254,7 @@ RULES = (
         "method.name", "LoRA stays the method to begin with.",
         ("LoRA+ ends lower than LoRA", loss("lora_plus", "lora"), *LOWER),
         ("LoRA+ is at LoRA's last validation loss by half of the steps", share_of_steps("lora_plus", "lora"), 0.0, 0.5),
-        nine=(
+        beside=(
             Prediction("LoRA+ ends lower than LoRA, each at the rate that a search found", NINE,
                        loss("lora_plus", "lora r=8"), *LOWER),
             Prediction("LoRA+ is at LoRA's last validation loss by half of the steps", NINE,
@@ -264,12 +267,20 @@ RULES = (
         ("alpha = 2 r ends lower than alpha = 8 r at the same rate", loss("lora", "alpha = 8 r"), *LOWER),
         ("and no rate undoes it: alpha = 8 r at a quarter of the rate ends more than 0.1 nats above",
          loss("alpha = 8 r at a quarter of the rate", "lora"), 0.1, math.inf),
+        beside=(
+            Prediction("with it, the rate of rank 8 suits rank 32, which ends at most 0.1 nats above", RANK_8,
+                       loss("lora r=32", "lora"), *AT_MOST),
+        ),
     ),
     _rule(
         "rank_8_is_enough", "Rank 8 is enough", f"{LORA}, section 7.2",
         "method.r", "Few rows begin with rank 8.",
         ("rank 8 ends at most 0.1 nats above rank 32", loss("lora", "lora r=32"), *AT_MOST),
-        nine=(Prediction("rank 8 ends at most 0.1 nats above rank 16", NINE, loss("lora r=8", "lora r=16"), *AT_MOST),),
+        beside=(
+            Prediction("rank 8 ends at most 0.1 nats above rank 16", NINE, loss("lora r=8", "lora r=16"), *AT_MOST),
+        ),
+        remark="Rank 32 had alpha = 64 and the rate of rank 8. Where it ends far above, that rate is too high for it, "
+        "and nothing is said of what it could do at one of its own.",
     ),
     _rule(
         "query_and_value", "Query and value suffice", f"{LORA}; against it QLoRA, arXiv 2305.14314, and {REGRET}",
@@ -375,6 +386,7 @@ def _section(rule: Rule) -> list[str]:
         if found:
             shown[prediction.results] = f"{_seeds(found)}, {_conditions(_comparison(RESULTS / prediction.results))}"
     lines += ["", f"**{rule.verdict()[0].upper()}{rule.verdict()[1:]}.** `advise`: {rule.advice}"]
+    lines += [f"\n{rule.remark}"] if rule.remark and shown else []
     lines += [f"\n{results}: {text}." for results, text in shown.items()]
     if any(prediction.measured() is None for prediction in rule.predictions):
         lines.append(f"\nStill to be measured: `adapterlab compare examples/rules/{rule.id}.yaml`")
