@@ -28,6 +28,7 @@ SPEC.loader.exec_module(rules)
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of results; what is read from it is forgotten after the test."""
     rules._comparison.cache_clear()
+    rules._measured.cache_clear()
     monkeypatch.setattr(rules, "RESULTS", tmp_path)
     return tmp_path
 
@@ -47,6 +48,12 @@ def test_every_rule_has_a_configuration_that_says_what_it_tests(rule: Any) -> No
     text = file.read_text(encoding="utf-8")
     assert "\n# From: " in text
     assert " here if " in " ".join(text.replace("\n#", " ").split())
+
+
+def test_every_configuration_bears_on_a_rule() -> None:
+    there = {file.stem for file in (ROOT / "examples" / "rules").glob("*.yaml")}
+    used = {Path(prediction.results).name for rule in rules.RULES for prediction in rule.predictions}
+    assert used - {"compare_smollm2"} == there
 
 
 def test_the_interval_decides() -> None:
@@ -88,6 +95,8 @@ def test_figures_are_those_of_the_comparison(kept: Path) -> None:
     assert found.interval[0] < expected < found.interval[1]
     assert found.seeds == 2
     assert rules.loss("dora", "nobody")(folder) is None
+    best = min(("dora", "bitfit"), key=lambda label: made.mean(label, lambda run: run.best and run.best.loss) or 0)
+    assert rules.loss("bitfit | dora", "ia3")(folder) == rules.loss(best, "ia3")(folder)
     forgot = rules.figure("dora", "ia3", lambda run: run.forgetting)(folder)
     assert forgot.value == pytest.approx(0.1 * (0.67 - 0.31))
     assert rules.ratio_of_rates("ia3", "dora")(keep(kept / "searched", _searched(made))).value == pytest.approx(10)
