@@ -80,7 +80,7 @@ def _saved(root: Path, count: int) -> tuple[dict[str | None, list[str]], Any]:
     chosen = random.Random(bench.SEED).sample(served, min(count, len(served)))
     wanted: dict[str | None, list[str]] = {}
     for id in chosen:
-        for name, said in saved(Case(registry.method(id)), root, [id]).items():
+        for name, said in saved(Case(registry.method(id)), root, id).items():
             wanted[name] = [f"t{token}" for token in said.ids]
     return wanted, Case(registry.method(chosen[0])).model()
 

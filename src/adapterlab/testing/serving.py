@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ from adapterlab.testing.suite import check
 FORMS = {"tokens": "by token", "pages": "as pages", "alone": "in turns"}
 PROMPT = (5, 9, 31, 7, 7, 12, 90)
 _TOKENS = 6
-_NAMES = ("one", "two")
 _TIMEOUT = 60.0
 
 
@@ -36,14 +34,13 @@ class Said(NamedTuple):
 
 @check(refuses=(UnusableAdapterError,))
 def check_served(case: Case) -> str:
-    """A server gives the greedy tokens of `generate`, beside requests of the base and of a second adapter."""
+    """A server gives the greedy tokens of `generate` and their log-probabilities, beside a request of the base."""
     with tempfile.TemporaryDirectory() as root:
-        wanted = saved(case, Path(root), _NAMES)
+        wanted = saved(case, Path(root), "one")
         with engine(case.model()) as server:
-            for name in _NAMES:
-                server.register(name, Path(root) / name)
+            server.register("one", Path(root) / "one")
             check_answers(server, wanted)
-            form = server.adapter(_NAMES[0]).form
+            form = server.adapter("one").form
     assert form is not None
     return FORMS[form]
 
@@ -53,22 +50,21 @@ def engine(model: Any) -> Engine:
     return Engine(model, None, EngineSettings(page_tokens=4, max_running=8, step_tokens=24, memory_gb=0.02))
 
 
-def saved(case: Case, root: Path, names: Iterable[str]) -> dict[str | None, Said]:
-    """Save adapters of a method whose values differ.
+def saved(case: Case, root: Path, name: str) -> dict[str | None, Said]:
+    """Save an adapter of a method.
 
     Args:
         case: method and model.
-        root: folder of their folders.
-        names: of the adapters.
+        root: folder of its folder.
+        name: of the adapter, and of its folder.
 
     Returns:
-        What `generate` says with each of them, and under None with none.
+        What `generate` says with it, and under None without it.
     """
-    found = case.attach(*names)
-    for seed, name in enumerate(names):
-        perturb(found, name, seed=5 + seed, size=0.2)
-        found.save(root / name, name)
-    return {name: _alone(found, name) for name in (None, *names)}
+    found = case.attach(name)
+    perturb(found, name, seed=5, size=0.2)
+    found.save(root / name, name)
+    return {one: _alone(found, one) for one in (None, name)}
 
 
 def check_answers(server: Engine, wanted: dict[str | None, Said]) -> None:

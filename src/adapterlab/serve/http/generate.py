@@ -237,7 +237,7 @@ class GenerateShape(Shape):
     def _details(self, answer: Gathered) -> dict[str, Any]:
         assert answer.end is not None
         texts = [token.text for token in answer.tokens]
-        texts[-1] += _tail(answer.end)
+        texts[-1] += answer.end.text + _stop(answer.end)  # what was held back is shown with the last one
         tokens = [self._token(token, text) for token, text in zip(answer.tokens, texts, strict=True)]
         tops = {"top_tokens": [self._top(token) for token in answer.tokens]} if self.asked.top_n_tokens else {}
         return {**self._ended(answer.end), "prefill": [], "tokens": tokens, **tops}
@@ -265,23 +265,18 @@ class GenerateShape(Shape):
 
 
 def _text(answer: Gathered) -> str:
-    return answer.text + (str(answer.end.stopped_by) if _stopped(answer.end) else "")
+    return answer.text + _stop(answer.end)
 
 
-def _tail(end: Finished) -> str:
-    """What the last token of an answer shows besides its own text."""
-    return end.text + (str(end.stopped_by) if _stopped(end) else "")
-
-
-def _stopped(end: Finished | None) -> bool:
-    """Whether a stop text ended an answer."""
-    return end is not None and isinstance(end.stopped_by, str)
+def _stop(end: Finished | None) -> str:
+    """The stop text that ended an answer, or ""."""
+    return end.stopped_by if end is not None and isinstance(end.stopped_by, str) else ""
 
 
 def _reason(end: Finished) -> str:
     if end.reason == "length":
         return "length"
-    return "stop_sequence" if _stopped(end) else "eos_token"
+    return "stop_sequence" if _stop(end) else "eos_token"
 
 
 def _likelihood(answer: Gathered) -> float:
