@@ -192,3 +192,6 @@ def test_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main([*common, "--devices", "4"])
     assert "says not how" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*common, "--serve", "--devices", "4", "--parallel", "fsdp"])
+    assert "--devices, --parallel divide a training step" in " ".join(capsys.readouterr().err.split())

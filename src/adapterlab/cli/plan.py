@@ -88,6 +88,7 @@ def plan(
         if trust_remote_code:
             options["trust_remote_code"] = True
         if serve:
+            _check_one_device(options)
             return _serve(name, chosen, options, sequences, adapters, as_json)
         if exact:
             options["exact"] = True
@@ -171,6 +172,15 @@ def _subject(
     if r is not None:
         chosen["r"] = r
     return str(model), {**chosen, **settings(pairs, "--set")}
+
+
+def _check_one_device(options: dict[str, Any]) -> None:
+    given = [f"--{name}" for name in ("devices", "parallel", "link") if name in options]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} divide a training step, and --serve plans a server, which has one device. Leave them "
+            "out; several replicas need as much each."
+        )
 
 
 def _device(device: str | None, speed: float | None) -> Any:

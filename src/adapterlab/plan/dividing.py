@@ -81,11 +81,11 @@ class _Division:
         return replace(self.trace, moments=moments, resting=resting, base=base), traffic
 
     def _moment(self, window: str, parts: Mapping[str, int]) -> Moment:
-        change = self.at_rest if window in (CHECKS, UPDATE) else lambda held: self.at_work(window, held)
-        found = _counted(change(self.weights(parts)))
+        held = self.weights(parts)
+        found = _counted(self.at_rest(held) if window in (CHECKS, UPDATE) else self.at_work(window, held))
         return Moment(sum(found.values()), found)
 
-    def weights(self, parts: Mapping[str, int]) -> dict[str, int]:
+    def weights(self, parts: Mapping[str, int]) -> dict[str, float]:
         """Take away what other devices hold of the weights."""
         return {**parts, **{part: parts.get(part, 0) - saved for part, saved in self.saved.items()}}
 
@@ -99,11 +99,11 @@ class _Division:
         """Bytes that a device keeps of the parameter's gradient, and of each number of the optimizer beside it."""
         return piece.size
 
-    def at_work(self, window: str, parts: dict[str, int]) -> dict[str, int]:
+    def at_work(self, window: str, parts: Mapping[str, float]) -> dict[str, float]:
         """Change the parts of a window of the forward or backward pass."""
         return {**parts, BUCKETS: self.gradients}  # they are made before the first step, and stay
 
-    def at_rest(self, parts: dict[str, int]) -> dict[str, int]:
+    def at_rest(self, parts: Mapping[str, float]) -> dict[str, float]:
         """Change the parts of windows after the backward pass, and of the time between steps."""
         return {**parts, BUCKETS: self.gradients}
 
@@ -135,7 +135,7 @@ class _Rows(_Division):
 
     held_gradient = held
 
-    def at_work(self, window: str, parts: dict[str, int]) -> dict[str, int]:
+    def at_work(self, window: str, parts: Mapping[str, float]) -> dict[str, float]:
         """Change the parts of a window of the forward or backward pass."""
         found = _LAYER.fullmatch(window)
         layer = int(found[2]) if found else None
@@ -149,7 +149,7 @@ class _Rows(_Division):
             BUCKETS: self.trained[min(layer + 1, len(self.layers) - 1)] if backward and layer is not None else 0,
         }
 
-    def _gradients(self, size: int, whole: int) -> float:
+    def _gradients(self, size: float, whole: int) -> float:
         """Gradients of layers that are done are in parts; those of the layer at work and of no layer are not yet."""
         if self.accumulation > 1:  # they are summed where they are until the last batch
             return size
@@ -161,7 +161,7 @@ class _Rows(_Division):
             return self.layers[-1]
         return self.layers[layer] + self.layers[max(0, layer - 1) if backward else layer]
 
-    def at_rest(self, parts: dict[str, int]) -> dict[str, int]:
+    def at_rest(self, parts: Mapping[str, float]) -> dict[str, float]:
         """Change the parts of windows after the backward pass: all is in parts again."""
         return {**parts, **{name: self.share * parts.get(name, 0) for name in (GRADIENTS, STATE, UPDATE, CHECKS)}}
 
@@ -218,12 +218,12 @@ class _Flat(_Division):
         """Bytes of the optimizer's own float32 copies, where it has none already."""
         return sum(-(-4 * p.numel // self.devices) for p in self.pieces if p.trained and p.dtype == "float32")
 
-    def at_work(self, window: str, parts: dict[str, int]) -> dict[str, int]:
+    def at_work(self, window: str, parts: Mapping[str, float]) -> dict[str, float]:
         """Change the parts of a window of the forward or backward pass."""
         arrived = parts.get(GRADIENTS, 0)
         return {**self.at_rest(parts), BUCKETS: self.bucket if arrived or window.startswith("backward") else 0}
 
-    def at_rest(self, parts: dict[str, int]) -> dict[str, int]:
+    def at_rest(self, parts: Mapping[str, float]) -> dict[str, float]:
         """Change the parts of windows after the backward pass, and of the time between steps."""
         shared = {name: self.share * parts.get(name, 0) for name in (GRADIENTS, UPDATE, CHECKS)}
         return {**parts, **shared, STATE: self.share * parts.get(STATE, 0) + self.copies}
@@ -236,7 +236,7 @@ class _FlatWeights(_Flat):
         """Bytes that a device keeps of a parameter."""
         return piece.size if piece.numel < _SMALL else -(-piece.size // self.devices)
 
-    def at_work(self, window: str, parts: dict[str, int]) -> dict[str, int]:
+    def at_work(self, window: str, parts: Mapping[str, float]) -> dict[str, float]:
         """Change the parts of a window of the forward or backward pass."""
         dealt = [[p for p in group if p.numel >= _SMALL] for group in self.trace.groups]
         most = max((sum(p.size for p in group) for group in dealt), default=0)

@@ -166,15 +166,15 @@ def _simulated(
     with tracked(setup) as tracker:
         model = build(setup)
         base = tracker.total
+        adapter, front = _adapter(setup, model, settings.page_tokens)
         forward = Forward(model, settings.page_tokens)
         forward.make_pools(math.ceil(length / settings.page_tokens))
-        tracker.moments.clear()
         piece = min(length, max(PROMPT_TOKENS, settings.step_tokens - sequences))
         work, further = (_work(forward, tracker, count, length, piece) for count in (sequences, 2 * sequences))
         more = max(0.0, (further - work) / sequences)
         found = Serving(
-            base, forward.page_bytes, settings.page_tokens, *_adapter(setup, model, settings.page_tokens), work, more,
-            sequences, adapters, length, place.memory, place.context, place.kind != "cpu",
+            base, forward.page_bytes, settings.page_tokens, adapter, front, work, more, sequences, adapters,
+            length, place.memory, place.context, place.kind != "cpu",
         )  # fmt: skip
         # The fullest moment of a step is another one with many sequences, which take more each.
         many = min(found.most_sequences or 0, _MANY)
@@ -189,17 +189,21 @@ def _work(forward: Forward, tracker: Tracker, sequences: int, length: int, piece
     pages = range(1, math.ceil(length / forward.page_tokens) + 1)
     rows = [Row([1], length - 1, pages)] * sequences + [Row([1] * piece, length - piece, pages)]
     before = tracker.total
+    tracker.moments.clear()
     tracker.enter("step")
     forward.run(rows)
-    return max(0, tracker.moments.pop("step").total - before)
+    return max(0, tracker.moments["step"].total - before)
 
 
 def _adapter(setup: Setup, model: Any, page_tokens: int) -> tuple[int, int]:
     """Bytes of an adapter's tensors, and pages of what it puts in front, as the engine counts them."""
     host = Host(model)
     host.attach(setup.method.brief(), NAME)
-    fronts = fronts_of(host, NAME)
-    if fronts is not None:
-        return 0, math.ceil(max(map(length_of, fronts.values())) / page_tokens)
-    put_whole_change(host, NAME)
-    return bytes_of(host, NAME), 0
+    try:
+        fronts = fronts_of(host, NAME)
+        if fronts is not None:
+            return 0, math.ceil(max(map(length_of, fronts.values())) / page_tokens)
+        put_whole_change(host, NAME)
+        return bytes_of(host, NAME), 0
+    finally:
+        host.detach(NAME)
