@@ -152,7 +152,7 @@ def product(way: Way, updates: Sequence[Update], runs: Runs) -> Product:
         raise ValueError(f"factors are float32, bfloat16 or float16, laid out as kernels read them, of rank <= {RANK}")
     step = way.step(table, [widths], runs)
 
-    def call(x: Tensor, y: Tensor) -> None:
+    def call(x: Tensor, y: Tensor, held: Any = tuple(updates)) -> None:  # which stay alive with it
         step(0, x, y)
 
     return call
