@@ -63,8 +63,9 @@ def work(job: dict[str, Any]) -> Figures:
     ids = bench.batch(model, 1, count)["input_ids"]
     names = [f"lora{number}" for number in range(job["attached"])]
     for name in names:
-        al.attach(model, al.LoRA(r=job["rank"], targets=TARGETS[job["targets"]]), name, active=False)
+        al.attach(model, al.LoRA(r=job["rank"], targets=TARGETS[job["targets"]]), name)
     host, draw = al.host(model), random.Random(bench.SEED)
+    host.activate()
     with torch.no_grad():
         for name in names:
             for parameter in host.parameters(name):

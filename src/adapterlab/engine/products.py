@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapterlab.core.composition import Composition
 from adapterlab.core.segments import Segments
 from adapterlab.core.state import State
 from adapterlab.engine.resting import resting
@@ -123,8 +122,8 @@ class Products:
         return y
 
     def _prepare(self, segments: Segments) -> _Prepared:
-        parts = segments.parts
-        keys = list(dict.fromkeys(key for part in parts if isinstance(part.who, tuple) for key in part.who))
+        owned = [(who, start, stop) for who, start, stop in segments.parts if isinstance(who, tuple)]
+        keys = list(dict.fromkeys(key for who, _, _ in owned for key in who))
         table = np.zeros((len(self._widths), len(keys)), ENTRY)
         for column, key in enumerate(keys):
             held = self._held.get(key)
@@ -133,9 +132,9 @@ class Products:
             else:
                 table[: len(held.entries), column] = held.entries
         numbers = {key: number for number, key in enumerate(keys)}
-        plain = segments.by_token and not any(isinstance(part.who, Composition) for part in parts)
+        plain = segments.by_token and len(owned) == len(segments.parts)  # there is no composition
         readable = (table["type"] != UNREADABLE).all(1) & plain
-        runs = [Run(start, stop, numbers[key]) for who, start, stop in parts if plain for key in who]
+        runs = [Run(start, stop, numbers[key]) for who, start, stop in owned for key in who]
         step = self.way.step(table, self._widths, Runs(runs, segments.total))
         if len(self._prepared) >= _MAPS:
             self._prepared.clear()

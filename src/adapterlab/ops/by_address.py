@@ -29,7 +29,7 @@ class ByAddress:
     """The compiled kernel; see `ops.segmented.Way`."""
 
     name = "compiled kernel"
-    dtypes = (torch.float32, torch.bfloat16)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
 
     def __init__(self, source: Path = SOURCE):
         """Compile it, unless that was done, and try it.

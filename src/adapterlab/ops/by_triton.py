@@ -90,7 +90,7 @@ class ByTriton:
     """The kernels; see `ops.segmented.Way`."""
 
     name = "Triton kernels"
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
     def __init__(self, device: str = "cuda"):
         """Try them.
