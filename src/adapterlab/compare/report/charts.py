@@ -183,7 +183,7 @@ def _overlaid(rows: Sequence[Row], which: str) -> Figure | None:
         drawings.append(plot.to_html())
     seeds = " Bands show the range over seeds." if any(len(many) > 1 for *_, many in curves) else ""
     how = " Smoothed." if which == "training" else ""
-    return Figure(f"{which.capitalize()} loss", *drawings, f"Mean over seeds.{how}{seeds}{_scale(y)}")
+    return Figure(f"{which.capitalize()} loss", drawings[0], drawings[1], f"Mean over seeds.{how}{seeds}{_scale(y)}")
 
 
 def _each(rows: Sequence[Row]) -> list[Figure]:
@@ -324,7 +324,7 @@ def _forest(comparison: Comparison, reference: Row, found: Sequence[tuple[Row, D
     better = "right" if comparison.higher_is_better else "left"
     note = f"Each method minus {reference.key}; further to the {better} is better. Bars are 95 % intervals. "
     note += "Hollow marks cannot be told apart from the reference after Holm's correction."
-    return Figure(f"Difference to {reference.key}", *drawings, note, reference.key)
+    return Figure(f"Difference to {reference.key}", drawings[0], drawings[1], note, reference.key)
 
 
 def _bars(
