@@ -94,9 +94,16 @@ def adamw(
     for group in groups:
         group["params"] = list(group["params"])
         group["lr"] = group.get("lr", lr) * group.pop("lr_factor", 1.0)
+    groups = [part for group in groups for part in _alike(group)]
     kinds = {p.device.type for group in groups for p in group["params"]}
     fused = bool(kinds) and kinds <= set(_FUSED)
     return AdamW(groups, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps, fused=fused or None)
+
+
+def _alike(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group of parameters of which some are split among processes, as two: one kernel takes one kind."""
+    kinds = {is_part(p): [q for q in group["params"] if is_part(q) == is_part(p)] for p in group["params"]}
+    return [{**group, "params": params} for params in kinds.values()] or [group]
 
 
 def split_as_parameters(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
