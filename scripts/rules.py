@@ -360,18 +360,17 @@ def page() -> str:
 
 
 def evidence() -> list[dict[str, Any]]:
-    """What `advise` cites: each prediction that was measured, with its verdict."""
+    """What `advise` cites: each rule of which something was measured, with its verdict and figures."""
     found = []
     for rule in RULES:
-        for prediction in rule.predictions:
-            measured = prediction.measured()
-            if measured is not None:
-                model = _comparison(RESULTS / prediction.results).model
-                found.append({
-                    "key": rule.key, "rule": rule.title, "says": prediction.says, "measured": str(measured),
-                    "verdict": prediction.verdict(), "model": model["name"], "parameters": model["parameters"],
-                    "source": f"docs/rules.md, benchmarks/results/{prediction.results}",
-                })  # fmt: skip
+        figures = {p.says: str(p.measured()) for p in rule.predictions if p.measured() is not None}
+        if figures:
+            results = [p.results for p in rule.predictions if p.measured() is not None]
+            model = _comparison(RESULTS / results[0]).model
+            found.append({
+                "key": rule.key, "rule": rule.title, "verdict": rule.verdict(), "figures": figures,
+                "model": model["name"], "parameters": model["parameters"], "source": f"docs/rules.md#{_anchor(rule.title)}",
+            })  # fmt: skip
     return found
 
 
