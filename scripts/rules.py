@@ -369,7 +369,8 @@ def evidence() -> list[dict[str, Any]]:
             model = _comparison(RESULTS / results[0]).model
             found.append({
                 "key": rule.key, "rule": rule.title, "verdict": rule.verdict(), "figures": figures,
-                "model": model["name"], "parameters": model["parameters"], "source": f"docs/rules.md#{_anchor(rule.title)}",
+                "model": model["name"], "parameters": model["parameters"],
+                "source": f"docs/rules.md#{_anchor(rule.title)}",
             })  # fmt: skip
     return found
 

@@ -316,9 +316,8 @@ def _tested(rules: Sequence[Rule], facts: Facts) -> list[str]:
     said = []
     for entry in found:
         figures = "; ".join(f"{says}: {measured}" for says, measured in entry["figures"].items())
-        said.append(
-            f"{entry['key']}: “{entry['rule']}” {entry['verdict']}, with {entry['model']}. {figures} ({entry['source']})."
-        )
+        verdict = f"“{entry['rule']}” {entry['verdict']}, with {entry['model']}"
+        said.append(f"{entry['key']}: {verdict}. {figures} ({entry['source']}).")
     largest = max((entry["parameters"] for entry in found), default=0)
     if said and facts.parameters > _SPEAKS * largest:
         said.append(
