@@ -283,10 +283,16 @@ RULES = (
         ),
     ),
     _rule(
-        "query_and_value", "Query and value suffice", f"{LORA}; against it QLoRA, arXiv 2305.14314, and {REGRET}",
+        "query_and_value", "Query and value suffice", LORA,
         "method.targets", "All linear layers are adapted.",
         ("q and v end at most 0.1 nats above all linear layers with as many parameters", loss("q and v r=42", "lora"),
          *AT_MOST),
+    ),
+    _rule(
+        "query_and_value", "All linear layers are needed, even at as many parameters",
+        f"QLoRA, arXiv 2305.14314; {REGRET}",
+        "method.targets", "All linear layers are adapted.",
+        ("all linear layers end lower than q and v with as many parameters", loss("lora", "q and v r=42"), *LOWER),
     ),
     _rule(
         "pissa_converges_faster", "PiSSA converges faster",
