@@ -283,10 +283,16 @@ RULES = (
         ),
     ),
     _rule(
-        "query_and_value", "Query and value suffice", f"{LORA}; against it QLoRA, arXiv 2305.14314, and {REGRET}",
+        "query_and_value", "Query and value suffice", LORA,
         "method.targets", "All linear layers are adapted.",
         ("q and v end at most 0.1 nats above all linear layers with as many parameters", loss("q and v r=42", "lora"),
          *AT_MOST),
+    ),
+    _rule(
+        "query_and_value", "All linear layers are needed, even at as many parameters",
+        f"QLoRA, arXiv 2305.14314; {REGRET}",
+        "method.targets", "All linear layers are adapted.",
+        ("all linear layers end lower than q and v with as many parameters", loss("lora", "q and v r=42"), *LOWER),
     ),
     _rule(
         "pissa_converges_faster", "PiSSA converges faster",
@@ -360,18 +366,18 @@ def page() -> str:
 
 
 def evidence() -> list[dict[str, Any]]:
-    """What `advise` cites: each prediction that was measured, with its verdict."""
+    """What `advise` cites: each rule of which something was measured, with its verdict and figures."""
     found = []
     for rule in RULES:
-        for prediction in rule.predictions:
-            measured = prediction.measured()
-            if measured is not None:
-                model = _comparison(RESULTS / prediction.results).model
-                found.append({
-                    "key": rule.key, "rule": rule.title, "says": prediction.says, "measured": str(measured),
-                    "verdict": prediction.verdict(), "model": model["name"], "parameters": model["parameters"],
-                    "source": f"docs/rules.md, benchmarks/results/{prediction.results}",
-                })  # fmt: skip
+        figures = {p.says: str(p.measured()) for p in rule.predictions if p.measured() is not None}
+        if figures:
+            results = [p.results for p in rule.predictions if p.measured() is not None]
+            model = _comparison(RESULTS / results[0]).model
+            found.append({
+                "key": rule.key, "rule": rule.title, "verdict": rule.verdict(), "figures": figures,
+                "model": model["name"], "parameters": model["parameters"],
+                "source": f"docs/rules.md#{_anchor(rule.title)}",
+            })  # fmt: skip
     return found
 
 

@@ -313,11 +313,11 @@ def _tested(rules: Sequence[Rule], facts: Facts) -> list[str]:
     text = resources.files("adapterlab.compare").joinpath("evidence.json").read_text(encoding="utf-8")
     keys = {rule.key for rule in rules}
     found = [entry for entry in json.loads(text) if entry["key"] in keys]
-    said = [
-        f"{entry['key']}: “{entry['rule']}” {entry['verdict']}; {entry['says']}: {entry['measured']} "
-        f"({entry['model']}; {entry['source']})."
-        for entry in found
-    ]
+    said = []
+    for entry in found:
+        figures = "; ".join(f"{says}: {measured}" for says, measured in entry["figures"].items())
+        verdict = f"“{entry['rule']}” {entry['verdict']}, with {entry['model']}"
+        said.append(f"{entry['key']}: {verdict}. {figures} ({entry['source']}).")
     largest = max((entry["parameters"] for entry in found), default=0)
     if said and facts.parameters > _SPEAKS * largest:
         said.append(
