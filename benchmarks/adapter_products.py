@@ -25,7 +25,7 @@ from _bench import Figures, Job
 BASE = "base"
 SIDES = {
     "kernel": "updates alone, beside bare modules: a LoRA for each, by the compiled kernel",
-    "one": "one LoRA for all, by the compiled kernel",
+    "one": "one LoRA for all",
     "each": "a LoRA for each, by the compiled kernel",
     "changing": "likewise, others in every step",
     "torch": "a LoRA for each, in torch",
@@ -107,6 +107,9 @@ def _mixed(host: Any, side: str, chosen: list[str], count: int, products: Any) -
             yield
     elif side == "kernel":
         with host.using(), _beside(host, chosen, products):
+            yield
+    elif side == "one":
+        with host.using(*chosen):
             yield
     else:
         runs = [(name, count // len(chosen)) for name in chosen]
