@@ -34,7 +34,8 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return {part: value for name in ("best", "last") for part, value in load_file(run / name / FILE).items()}
+    parts = {name: load_file(run / name / FILE) for name in ("best", "last")}
+    return {f"{name} {key}": value for name, tensors in parts.items() for key, value in tensors.items()}
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,8 @@ def test_the_command_line_starts_stops_and_names_the_ranks(root: Path) -> None:
     command = [sys.executable, "-m", "adapterlab", "train", str(file), "--processes", "2"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD)
     end = time.monotonic() + 120
-    while time.monotonic() < end and not (output / "metrics.jsonl").is_file():
+    metered = output / "metrics.jsonl"
+    while time.monotonic() < end and not (metered.is_file() and metered.stat().st_size):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
