@@ -129,8 +129,8 @@ def loop_of(
     host.methods["one"].prepare(host, "one", [case.batch(model)])
     world = accelerator.num_processes
     options: dict[str, Any] = {
-        "steps": STEPS, "batch_size": ROWS // WORLD, "accumulation": WORLD // world, "lr": 1e-2, "eps": 1e-4, "schedule": "linear", "warmup": 0,
-        "weight_decay": 0.1, "clip": 0.5, "packing": False, **training,
+        "steps": STEPS, "batch_size": ROWS // WORLD, "accumulation": WORLD // world, "lr": 1e-2, "eps": 1e-4,
+        "schedule": "linear", "warmup": 0, "weight_decay": 0.1, "clip": 0.5, "packing": False, **training,
     }  # fmt: skip
     collate = functools.partial(_completed, method, model) if method.overrides("example_batch") else None
     given = rows()
