@@ -17,7 +17,7 @@ from torch import nn
 from adapterlab import registry
 from adapterlab.errors import AdapterlabError, RankError
 from adapterlab.foreign.sharding import is_part, local
-from adapterlab.testing.parallel import KINDS, loop_of, measured, talking
+from adapterlab.testing.parallel import KINDS, Single, apart, loop_of, measured, talking, trained
 from adapterlab.train import Listener, fit
 from adapterlab.train.parallel.replicated import Replicated
 from tiny_runs import make_config
@@ -96,6 +96,26 @@ def split(rank: int, folder: Path) -> dict[str, Any]:
     return {**held, "refused": refused}
 
 
+def ways(rank: int, folder: Path) -> dict[str, float]:
+    """How far other ways to train a split base are from one process: kept whole, computed again, in half precision."""
+    every: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "zero2": ("full", "zero2", {}),
+        "recompute": ("full", "fsdp", {"recompute": "full"}),
+        "cheap": ("lora", "fsdp", {"recompute": "cheap"}),
+        "bf16": ("lora", "fsdp", {"precision": "bf16"}),
+        "bf16 masters": ("full", "fsdp", {"precision": "bf16"}),
+        "bf16 projected": ("galore", "fsdp", {"precision": "bf16"}),
+    }
+    found = {}
+    for name, (id, kind, options) in every.items():
+        method, precision = registry.method(id), options.get("precision", "fp32")
+        with talking(folder, name.replace(" ", "-")) as accelerator:
+            start = loop_of(method, "auto", Single(), precision=precision).host.state_dict("one")
+            alone = trained(method, "auto", Single(), precision=precision)
+            found[name] = apart(trained(method, kind, accelerator, **options), alone, start)
+    return found
+
+
 def methods(rank: int, folder: Path) -> dict[str, Any]:
     """A method of each family in every kind, beside one process."""
     return measured(sampled(), KINDS, rank, folder)
@@ -103,7 +123,7 @@ def methods(rank: int, folder: Path) -> dict[str, Any]:
 
 def work(rank: int, folder: Path) -> dict[str, Any]:
     """Every case, or what it raised."""
-    cases: dict[str, Callable[[int, Path], Any]] = {"shares": shares, "split": split, "runs": runs}
+    cases: dict[str, Callable[[int, Path], Any]] = {"shares": shares, "split": split, "ways": ways, "runs": runs}
     found: dict[str, Any] = {}
     for name, case in cases.items():
         try:

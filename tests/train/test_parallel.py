@@ -35,6 +35,8 @@ def test_a_pair_of_processes(root: Path) -> None:
     assert not wrong, "\n".join(wrong)
     _check_shares([each["shares"] for each in found])
     _check_split([each["split"] for each in found])
+    for name, off in found[0]["ways"].items():
+        assert off < (0.3 if "bf16" in name else 5e-3), f"{name}: {off}"
     _check_runs(root, [each["runs"] for each in found])
 
 
