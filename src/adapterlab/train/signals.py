@@ -14,6 +14,7 @@ from typing import Any
 
 Stopping = Callable[[], contextlib.AbstractContextManager[Callable[[], bool]]]
 _ECHO = 3.0  # seconds in which a launcher may pass on a signal that came to all processes anyway
+_STARTED = ("LOCAL_RANK", "ADAPTERLAB_LIFELINE")  # set where a launcher, or a comparison, passes signals on
 _ASKED = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -57,7 +58,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
                 signal.raise_signal(number)
             return
         asked.set()
-        if "LOCAL_RANK" in os.environ:
+        if any(name in os.environ for name in _STARTED):
             echoes[0] = time.monotonic() + _ECHO
         else:
             restore()
