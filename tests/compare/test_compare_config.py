@@ -188,7 +188,7 @@ def test_rows_that_changed_in_between(fields: dict[str, Any], inline: Callable[.
     compare(CompareConfig(**fields))
     file = Path(fields["data"]["path"])
     file.write_text(file.read_text().replace("=", "!"))
-    with pytest.raises(DataError, match="have changed"):
+    with pytest.raises(DataError, match="are not those that the comparison"):
         compare(CompareConfig(**fields))
 
 

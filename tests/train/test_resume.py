@@ -255,8 +255,9 @@ def test_a_run_may_be_killed_at_every_change_of_its_folder(tmp_path: Path) -> No
     def session(step: int, **options: bool) -> None:
         accelerator = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
         state = {"adapter": {"a": torch.zeros(1)}, "status": {"step": step}}
+        parallel = SimpleNamespace(taken_apart=lambda whole: (whole, {}))
         loop: Any = SimpleNamespace(
-            status=SimpleNamespace(step=step), accelerator=accelerator, state_dict=lambda: state
+            status=SimpleNamespace(step=step), accelerator=accelerator, state_dict=lambda: state, parallel=parallel
         )
         with claimed(run, **{"resume": False, "overwrite": False, **options}):
             folder = RunFolder(run, {}, {})

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapterlab.errors import FormatError
 from adapterlab.io.atomic import write_json
@@ -17,6 +17,7 @@ from adapterlab.paths import user_path
 
 FILE = "comparison.json"
 FORMAT = 1
+_INDEX = "_runs_by_label"  # where a comparison keeps its index
 UNTRAINED = "untrained"  # method id and label of the base model as it is
 Interval = tuple[float, float]
 Point = tuple[int, float]  # step, loss in nats a token
@@ -332,7 +333,6 @@ class Comparison(Record):
     standings: list[Standing] = []
     differences: list[Difference] = []
     recommendation: Recommendation | None = None
-    _index: tuple[list[Run], int, dict[str, list[Run]]] = PrivateAttr(default_factory=lambda: ([], 0, {}))
 
     @property
     def labels(self) -> list[str]:
@@ -356,12 +356,14 @@ class Comparison(Record):
 
     def _by_label(self) -> dict[str, list[Run]]:
         """Runs by label: a report asks for each label many times."""
-        if self._index[0] is not self.runs or self._index[1] != len(self.runs):  # copies bring the index of other runs
-            found: dict[str, list[Run]] = {}
+        found: dict[str, list[Run]]
+        runs, count, found = self.__dict__.get(_INDEX, (None, 0, {}))  # beside the fields, which alone are compared
+        if runs is not self.runs or count != len(self.runs):  # copies bring the index of other runs
+            found = {}
             for run in self.runs:
                 found.setdefault(run.label, []).append(run)
-            self._index = (self.runs, len(self.runs), found)
-        return self._index[2]
+            self.__dict__[_INDEX] = (self.runs, len(self.runs), found)
+        return found
 
     def mean(self, label: str, figure: Callable[[Run], float | None]) -> float | None:
         """Return the mean of a figure over the finished runs of a label; None where none has it.
