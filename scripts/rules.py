@@ -442,8 +442,8 @@ the other way round: put your model and rows into the configuration, and look.
 The common rate, 2e-3, is that of LoRA here: one run at 1e-3 ended at 0.72 nats where one at 2e-3 ended at 0.53, before
 anything was compared at it.
 
-**What was not fixed beforehand.** Some criteria were made sharper once first results were seen. That alpha = 2 r must also
-win against a quarter of the rate, and at rank 32, was added then: by its first line alone, one rate for both, that rule
-holds. An arm of rank 32 at alpha 64 was taken out of "Rank 8 is enough" as a matter of its rate; it would have spoken for
-the rule. Read such verdicts as a reason to look again, with seeds of your own.
+**What was not fixed beforehand.** Some criteria were made sharper once first results were seen. That alpha = 2 r must
+also win against a quarter of the rate, and at rank 32, was added then: by its first line alone, one rate for both, that
+rule holds. An arm of rank 32 at alpha 64 was taken out of "Rank 8 is enough" as a matter of its rate; it would have
+spoken for the rule. Read such verdicts as a reason to look again, with seeds of your own.
 """
