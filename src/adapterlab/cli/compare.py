@@ -120,7 +120,6 @@ def _help(folder: str | None, processes: int | None, quiet: bool, others: list[s
     from adapterlab.compare.engine import work
     from adapterlab.compare.slurm import AGAIN
     from adapterlab.compare.stopping import Asked, asked_to_end
-    from adapterlab.errors import ConfigError
     from adapterlab.paths import user_path
 
     if folder is None or others:

@@ -205,6 +205,7 @@ class _Work:
         self.claims = Claims()
         self.running: dict[Path, tuple[Job, int]] = {}  # with the number of failures before
         self.results: dict[Path, dict[str, Any]] = {}
+        self._elsewhere: dict[Path, Job] = {}  # what others were doing at the last look
         self.plain, self.versions, self.git = config.plain(), versions(), git_revision()
         self._trained = False  # whether a training has said how much memory it takes
         for job in self.jobs():
@@ -231,20 +232,23 @@ class _Work:
             watcher: is shown the progress.
             wait: until nothing is left; else only until nothing runs here.
         """
+        self._look_around()
         comparison, shown, look, ended = self.compare(), self._standing(), 0.0, False
         while True:
             if ended or time.monotonic() >= look:
+                self._look_around()
                 started, standing = self._start(), self._standing()
                 if started or ended or standing != shown:
                     comparison, shown = self.compare(), standing
                     comparison.save(self.root)
                 look = time.monotonic() + _LOOK
-                if not self.running and not (wait and any(self._left())):
+                if not self.running and not (wait and standing[1]):
                     break
             if watcher:
                 watcher.update(comparison, self.active())
             time.sleep(_POLL)
             ended = self._look_after()
+        self._look_around()
         comparison = self.compare(finished=not any(self._left()))
         comparison.save(self.root)
         if watcher:
@@ -257,6 +261,7 @@ class _Work:
         while True:
             if ended or time.monotonic() >= look:
                 self._check_opened()
+                self._look_around()
                 self._start()
                 look = time.monotonic() + _LOOK
                 left = list(self._left())
@@ -489,12 +494,13 @@ class _Work:
     def _at_work(self) -> dict[Path, Job]:
         """The jobs that processes do now, here or elsewhere, by folder; of those that train together each one."""
         own = [one for job, _ in self.running.values() for one in (job.members or (job,))]
-        found = {job.folder(self.root): job for job in own}
-        for job in self._left():
-            folder = job.folder(self.root)
-            if folder not in found and self.claims.held_elsewhere(folder):
-                found[folder] = job
-        return found
+        here = {job.folder(self.root): job for job in own}
+        return {**here, **{folder: job for folder, job in self._elsewhere.items() if folder not in here}}
+
+    def _look_around(self) -> None:
+        """See what others do: that takes a look into the folder of every job that is left."""
+        left = {job.folder(self.root): job for job in self._left()}
+        self._elsewhere = {folder: job for folder, job in left.items() if self.claims.held_elsewhere(folder)}
 
     def _standing(self) -> tuple[int, int, frozenset[Path]]:
         """How far it is: jobs known, jobs left, and those under way."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain, groupby, pairwise
 from typing import Any
 
 import torch
@@ -172,32 +172,22 @@ def _bare(row: Mapping[str, Sequence[int]]) -> int:
 def _branching(rows: _Rows, openings: Sequence[tuple[int, list[int]]]) -> dict[str, Any]:
     """The packed batch of rows of which some share their opening; each opening stands before the first of its rows."""
     opened = {i: (length, numbers[0]) for length, numbers in openings for i in numbers}
-    parts: list[tuple[Mapping[str, Sequence[int]], int]] = []
-    places: list[range] = []
-    widths: list[int] = []
-    starts: dict[int, int] = {}
-    done = 0
-
-    def put(row: Mapping[str, Sequence[int]], start: int, before: range) -> None:
-        nonlocal done
-        length = len(row["input_ids"]) - start
-        parts.append((row, start))
-        places.extend((before, range(done, done + length)))
-        widths.append(len(before) + length)
-        done += length
-
+    parts: list[tuple[Mapping[str, Sequence[int]], int]] = []  # as for `_packed`
+    behind: list[int | None] = []  # the opening that each continues, by its number among the parts
+    at: dict[int, int] = {}  # where the openings are, by the first of their rows
     for i, row in enumerate(rows):
-        length, first = opened.get(i, (0, i))
-        if length and first == i:
-            starts[i] = done
-            put({"input_ids": row["input_ids"][:length], "labels": [IGNORED] * length}, 0, range(0))
-        put(row, length, range(starts[first], starts[first] + length) if length else range(0))
-    return {
-        **_packed(parts),
-        "cu_seq_lens_k": _bounds(widths),
-        "max_length_k": max(widths),
-        PLACES: torch.tensor([*chain.from_iterable(places)], dtype=torch.int64),
-    }
+        length, first = opened.get(i, (0, -1))
+        if first == i:
+            at[i] = len(parts)
+            parts.append(({"input_ids": row["input_ids"][:length], "labels": [IGNORED] * length}, 0))
+            behind.append(None)
+        parts.append((row, length))
+        behind.append(at.get(first))
+    packed = _packed(parts)
+    own = [range(start, end) for start, end in pairwise(packed["cu_seq_lens_q"].tolist())]
+    seen = [[*(() if number is None else own[number]), *tokens] for number, tokens in zip(behind, own, strict=True)]
+    widths = [len(keys) for keys in seen]
+    return {**packed, "cu_seq_lens_k": _bounds(widths), "max_length_k": max(widths), PLACES: _joined(seen)[0]}
 
 
 def _places(batch: Mapping[str, Any]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -19,6 +19,19 @@ def dropout_off(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def draws(compute: Callable[[], object]) -> bool:
+    """Say whether a computation takes random numbers of torch; the generators are put back."""
+    cards = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(cards):
+        before = _generators()
+        compute()
+        return not all(map(torch.equal, before, _generators()))
+
+
+def _generators() -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
 
 
 @contextlib.contextmanager

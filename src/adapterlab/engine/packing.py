@@ -12,7 +12,7 @@ from adapterlab.data.batching import Collator, PackingCollator, placed
 from adapterlab.engine.attachments import attachments
 from adapterlab.engine.attention import fast_attention, uses_interface
 from adapterlab.engine.loss import Loss
-from adapterlab.engine.modes import evaluating
+from adapterlab.engine.modes import draws, evaluating
 from adapterlab.errors import ConfigError
 from adapterlab.foreign.model import attention_limits, is_causal, is_encoder_decoder, plain_class, text_config
 
@@ -107,24 +107,27 @@ def _draws(model: Any) -> str:
     """Try it: random numbers of training, such as those of dropout, are to be each row's own."""
     if not model.training:
         return ""
-    device = next(model.parameters()).device
-    batch, carrier = placed(PackingCollator()(_rows(model, opening=True)), device), attachments(model)
+    batch = placed(PackingCollator()(_rows(model, opening=True)), next(model.parameters()).device)
+    carrier = attachments(model)
     collected: Any = carrier.state.collect() if carrier else contextlib.nullcontext([])
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        before = _generators(device)
-        try:
-            with fast_attention(model), collected as emitted:
-                Loss(model).hidden(batch)
-        except Exception as error:  # foreign code may fail in any way
-            return f"the model does not take such a batch ({type(error).__name__}: {str(error)[:120]})"
-        drawn = not all(map(torch.equal, before, _generators(device)))
+    try:
+        with fast_attention(model), collected as emitted:
+            drawn = draws(lambda: Loss(model).hidden(batch))
+    except Exception as error:  # foreign code may fail in any way
+        return _refusal(error)
     if emitted:
         return "a loss that adapters emit is a mean over the tokens of a batch"
     return "training draws random numbers, which are each row's own" if drawn else ""
 
 
-def _generators(device: torch.device) -> list[torch.Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+def made_up(model: Any, count: int, shift: int = 1) -> list[int]:
+    """Return tokens for a trial, of which hardly two behind each other come again."""
+    vocabulary = text_config(model).vocab_size
+    return [(7 * i * i + 3 * i + shift) % vocabulary for i in range(count)]
+
+
+def _refusal(error: Exception) -> str:
+    return f"the model does not take such a batch ({type(error).__name__}: {str(error)[:120]})"
 
 
 def _disagreement(model: Any, collate: Collate) -> str:
@@ -136,8 +139,7 @@ def _rows(model: Any, opening: bool) -> list[Row]:
 
     The second alone bears labels; with an opening they begin alike, and both do.
     """
-    vocabulary = text_config(model).vocab_size
-    ids = [(7 * i * i + 3 * i + 1) % vocabulary for i in range(_PROBE)]
+    ids = made_up(model, _PROBE)
     if opening:
         other = ids[:-3] + ids[2:4]
         return [{"input_ids": row, "labels": [-100] * (_PROBE - 2) + row[_PROBE - 2 :]} for row in (ids, other)]
@@ -160,7 +162,7 @@ def _difference(model: Any, one: Collate, other: Collate, *, opening: bool = Fal
             try:
                 losses.append(float(loss(placed(make(rows), parameter.device))))
             except Exception as error:  # foreign code that does not know such a batch may fail in any way
-                return f"the model does not take such a batch ({type(error).__name__}: {str(error)[:120]})"
+                return _refusal(error)
     if abs(losses[0] - losses[1]) > tolerance * abs(losses[0]):
         return f"{type(model).__name__} computes another loss then ({losses[1]:.6g} instead of {losses[0]:.6g})"
     return ""

@@ -102,7 +102,9 @@ def adamw(
 
 def _alike(group: dict[str, Any]) -> list[dict[str, Any]]:
     """A group of parameters of which some are split among processes, as two: one kernel takes one kind."""
-    kinds = {is_part(p): [q for q in group["params"] if is_part(q) == is_part(p)] for p in group["params"]}
+    kinds: dict[bool, list[nn.Parameter]] = {}
+    for p in group["params"]:
+        kinds.setdefault(is_part(p), []).append(p)
     return [{**group, "params": params} for params in kinds.values()] or [group]
 
 

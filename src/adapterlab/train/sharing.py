@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterlab.data.batching import PackingCollator, joined, placed
-from adapterlab.engine.modes import evaluating
-from adapterlab.foreign.model import output_head, text_config
+from adapterlab.engine.modes import draws, evaluating
+from adapterlab.engine.packing import made_up
+from adapterlab.foreign.model import output_head
 from adapterlab.foreign.quantized import is_plain
-from adapterlab.train import rng
 from adapterlab.train.loop import Loop
 
 LEAST = 32  # rows of a product from which on its bits may be asked to depend on no other row
@@ -38,23 +38,15 @@ def own_passes(loop: Loop) -> str:
 
 def _rows(loop: Loop) -> list[dict[str, Tensor]]:
     """A batch of one row for the base, and another for the run."""
-    vocabulary = text_config(loop.host.model).vocab_size
-    ids = [[(7 * i * i + 3 * i + shift) % vocabulary for i in range(size)] for shift, size in ((1, _BESIDE), (2, _OWN))]
+    ids = [made_up(loop.host.model, size, shift) for shift, size in ((1, _BESIDE), (2, _OWN))]
     return [placed(PackingCollator()([{"input_ids": row, "labels": row}]), loop.device) for row in ids]
 
 
 @torch.no_grad()
 def _base_draws(loop: Loop) -> bool:
     """Say whether the base alone takes random numbers in training."""
-    before = rng.state()
-    try:
-        with loop.host.using():
-            loop.loss.hidden(_rows(loop)[0])
-        after = rng.state()
-    finally:
-        rng.restore(before)
-    pairs = zip((before["torch"], *before["cuda"]), (after["torch"], *after["cuda"]), strict=True)
-    return not all(torch.equal(one, two) for one, two in pairs)
+    with loop.host.using():
+        return draws(lambda: loop.loss.hidden(_rows(loop)[0]))
 
 
 def _fault(loop: Loop) -> str:

@@ -40,8 +40,9 @@ def kind_of(accelerator: Accelerator, model: nn.Module, wanted: str = "auto", *,
     started: Any = accelerator.distributed_type
     if started not in (DistributedType.NO, DistributedType.FSDP, *_PLAIN):
         raise ConfigError(
-            f"Training on {started} is not supported. Start the processes plainly (accelerate launch --multi_gpu, or "
-            f"--cpu --num_processes N) or with FSDP 2, and choose with parallel: ddp, {', '.join(_SPLIT)}. What "
+            f"Training on {started} is not supported. Start the processes plainly (adapterlab train --processes N, "
+            f"torchrun, accelerate launch --multi_gpu) or with FSDP 2, and choose with parallel: ddp, "
+            f"{', '.join(_SPLIT)}. What "
             "DeepSpeed's stages 2 and 3 divide, zero2 and zero3 divide here without its package."
         )
     if accelerator.num_processes == 1:
