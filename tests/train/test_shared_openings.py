@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_those_of_whole_rows(
     tiny: Callable[..., Any], randomise: Callable[..., None], kind: str, method: str
 ) -> None:
     single = kind == "mixtral"  # its grouped products know no float64
-    model, size = (tiny(kind), 1e-5) if single else (tiny(kind).double(), 1e-7)  # norms compute in float32
+    model, size = (tiny(kind), 1e-5) if single else (tiny(kind).double(), 1e-6)  # norms compute in float32
     host = attach(model, METHODS[method])
     if method != "full":
         randomise(host)

@@ -79,7 +79,8 @@ class Entries(Adapter):
 
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the module with its parameters seen as functions of the trained vectors."""
-        tensors, again = {}, list[Tensor]()
+        tensors: dict[str, Tensor] = {}
+        again: list[Tensor] = []  # `list[Tensor]()` is nothing that torch.compile follows
         for name, held in self.held.items():
             vector, values, index = held.trained()
             if len(index):

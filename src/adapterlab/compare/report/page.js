@@ -68,6 +68,7 @@
       buttons.forEach((one) => one.setAttribute("aria-pressed", String(one === button)));
     });
   }
+  panes.forEach(measure); // observers report late where the machine is busy
 
   // Legend: press to hide a method in its group's charts, point at it to see it alone.
   for (const group of all(".group")) {
