@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -100,6 +101,13 @@ def test_planning_leaves_the_random_numbers_alone() -> None:
     after = called(rng.state)
     assert torch.equal(after.pop("torch"), before.pop("torch"))
     assert after == before
+
+
+def test_a_copy_without_contents_keeps_its_mode() -> None:
+    """A mode that was copied, too, gives back the memory of its tensors twice."""
+    with contentless() as mode:
+        made = copy.deepcopy(torch.nn.Linear(2, 3))
+    assert all(getattr(parameter, "fake_mode", None) is mode for parameter in made.parameters())
 
 
 def test_packed_weights_take_what_bitsandbytes_allocates() -> None:

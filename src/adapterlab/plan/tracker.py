@@ -290,10 +290,21 @@ def _grouped(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return out.to(dtype)
 
 
+class _Contentless(FakeTensorMode):
+    """A mode that tensors and their copies share.
+
+    `copy.deepcopy` of a tensor without contents copies its mode, too, with weak references to storages in it: each
+    copy would give back the same count once more, and memory that is in use would be freed.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Contentless:
+        return self
+
+
 @contextlib.contextmanager
 def contentless() -> Iterator[FakeTensorMode]:
     """A mode in which floating-point tensors have no contents, for a `Tracker` to run on."""
-    with FakeTensorMode(allow_non_fake_inputs=True, allow_fallback_kernels=False) as mode:
+    with _Contentless(allow_non_fake_inputs=True, allow_fallback_kernels=False) as mode:
         yield mode
 
 
