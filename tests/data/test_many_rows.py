@@ -304,7 +304,7 @@ def test_processes_beside_fill_the_files_and_tell_what_is_wrong(
     cfg = DataConfig(path=written(tmp_path, "jsonl", [*ROWS, {"prompt": "x"}]), eval_size=0)
     rows = rows_for(model, make_tokenizer(), load_data(cfg).train, cfg).rows
     with prepared.beside(rows):
-        end = time.monotonic() + 60
+        end = time.monotonic() + 200  # a process takes long to start where others compute
         with pytest.raises(DataError, match="column 'completion' is missing"):  # noqa: PT012
             while time.monotonic() < end:
                 rows[0]
