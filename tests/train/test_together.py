@@ -308,6 +308,32 @@ def test_a_shared_pass_that_fails_is_computed_one_by_one(tiny: Callable[..., Any
         check_same(runs[name].weights, by_itself(Host(tiny("llama")), MIX[name](), rows).weights)
 
 
+def test_a_shared_pass_that_fails_on_its_way_back_leaves_earlier_gradients(
+    tiny: Callable[..., Any], rows: Rows
+) -> None:
+    """In the middle of a step of several micro-batches, when some gradients have arrived already."""
+    host, runs = Host(tiny("llama")), {name: MIX[name]() for name in ("wide", "ia3")}
+    passes = 0
+
+    def failing(gradient: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    def second(module: Any, args: Any, out: Any) -> None:
+        nonlocal passes
+        if torch.is_grad_enabled() and host.state.segments is not None:
+            passes += 1
+            if passes == 2:
+                out.register_hook(failing)
+
+    host.model.model.layers[0].mlp.register_forward_hook(second)
+    endings = at_once(host, runs, rows)
+    assert passes == 2
+    for name in runs:
+        assert endings[name].error is None
+        assert "out of memory" in endings[name].why
+        check_close(runs[name].weights, by_itself(Host(tiny("llama")), MIX[name](), rows).weights, 1e-3, name)
+
+
 def test_who_has_no_room_waits_until_others_have_left(tiny: Callable[..., Any], rows: Rows) -> None:
     host, log = Host(tiny("llama")), list[str]()
 

@@ -273,20 +273,22 @@ class _Rounds:
     def _jointly(self, runners: list[_Runner]) -> dict[_Runner, float | Exception]:
         """The losses of several micro-batches from one pass.
 
-        Where its forward half fails nothing has happened yet: each run has a pass of its own then, to see whose fault
-        it is. If it is nobody's, they share no further pass.
+        Where it fails, all is as it was before: each run has a pass of its own then, to see whose fault it is. If it is
+        nobody's, they share no further pass.
         """
         self._resume()
         self._train_mode()
         before = [runner.stream.generator.get_state() for runner in runners]
-        losses: list[Tensor] = []
+        earlier = [(p, p.grad) for runner in runners for p in self.host.parameters(runner.name)]
+        for parameter, _ in earlier:
+            parameter.grad = None  # gradients of this pass could not be told from those of earlier ones
         try:
             with self._owned(runners) as sinks:
-                losses += self._losses(runners, sinks)
+                losses = self._losses(runners, sinks)
                 runners[0].part.loop.accelerator.backward(torch.stack(losses).sum())
         except Exception as error:
-            if losses:  # gradients of some are there, and cannot be told from those of earlier passes
-                return dict.fromkeys(runners, error)
+            for parameter, gradient in earlier:
+                parameter.grad = gradient
             for runner, state in zip(runners, before, strict=True):
                 runner.stream.generator.set_state(state)
             found = {runner: self._alone(runner) for runner in runners}
@@ -294,6 +296,9 @@ class _Rounds:
                 for runner in runners:
                     runner.why = f"a pass for several runs failed: {type(error).__name__}: {error}"
             return found
+        for parameter, gradient in earlier:
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
         return {runner: float(loss.detach()) for runner, loss in zip(runners, losses, strict=True)}
 
     @contextlib.contextmanager
