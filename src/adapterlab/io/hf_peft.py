@@ -317,7 +317,7 @@ def _peft_key(key: str, parts: Mapping[str, Any], codec: HFCodec) -> str:
         return f"{PREFIX}{module}.base_layer.{leaf}" if module in parts else PREFIX + rest
     if group == "shared":
         return codec.shared[rest]
-    path = max((p for p in parts if rest.startswith(p + ".")), key=len)
+    path = _part_of(rest, parts)
     tensor = rest[len(path) + 1 :]
     if isinstance(parts[path], Copy):
         return f"{PREFIX}{path}.{tensor.removeprefix('copy.')}"
@@ -326,8 +326,19 @@ def _peft_key(key: str, parts: Mapping[str, Any], codec: HFCodec) -> str:
 
 def _only_ours(key: str, parts: Mapping[str, Any], codec: HFCodec) -> bool:
     """Say whether a tensor of a module has no name of its own in PEFT's files: `inward` makes it of others."""
-    path = next((p for p in parts if key.startswith(f"adapter.{p}.") and not isinstance(parts[p], Copy)), None)
-    return path is not None and codec.inward is not None and key.removeprefix(f"adapter.{path}.") not in codec.tensors
+    if codec.inward is None or not key.startswith("adapter."):
+        return False
+    path = _part_of(key.removeprefix("adapter."), parts)
+    of_copy = not path or isinstance(parts[path], Copy)
+    return not of_copy and key.removeprefix(f"adapter.{path}.") not in codec.tensors
+
+
+def _part_of(tensor: str, parts: Mapping[str, Any]) -> str:
+    """The innermost module that a tensor's name lies in, "" for none: looked up, because models may have thousands."""
+    path = tensor.rpartition(".")[0]
+    while path and path not in parts:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def _is_second_copy(key: str, tensors: Mapping[str, Tensor]) -> bool:
