@@ -15,7 +15,7 @@ from inline_comparisons import small_comparison, use_inline_pool
 
 import adapterlab as al
 from adapterlab import io
-from adapterlab.compare import CompareConfig, compare, load
+from adapterlab.compare import CompareConfig, compare, load, worker
 from adapterlab.compare.results import UNTRAINED
 from adapterlab.data import DataConfig
 from adapterlab.evaluate import score
@@ -186,3 +186,27 @@ def test_the_report_can_be_written(made: Any, tmp_path: Path) -> None:
     assert "first" in files[0].read_text(encoding="utf-8")
     table = next(file for file in files if file.suffix == ".csv")
     assert list(csv.reader(table.open(encoding="utf-8")))
+
+
+def test_a_run_with_several_gpus_uses_all_of_them(
+    tiny_base: Path, tmp_path: Path, inline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here all that there is to place it over is the CPU."""
+    fields = {**small_comparison(tiny_base, tmp_path), "device": "cuda", "gpus": 2}
+    (contender,) = (config := CompareConfig(**fields)).contenders()
+    places = {"steps": 1, "seed": 0, "lr": 1e-3, "output": tmp_path / "run"}
+    assert {key: config.train_fields(contender, **places)[key] for key in ("device", "parallel")} == {
+        "device": None, "parallel": "device_map",
+    }  # fmt: skip
+    inline()
+    asked = []
+    real = worker.load_model
+    monkeypatch.setattr(
+        worker, "load_model", lambda *args, **given: asked.append(given["device"]) or real(*args, **given)
+    )
+    spread = compare(config)
+    assert set(asked) == {"auto"}
+    plain = compare(CompareConfig(**{**fields, "device": "cpu", "output": tmp_path / "plain"}))
+    (one,), (other,) = spread.runs_of("lora"), plain.runs_of("lora")
+    assert one.best.losses == pytest.approx(other.best.losses, rel=1e-5)
+    assert set(asked) == {"auto", "cpu"}

@@ -204,8 +204,9 @@ class CompareConfig(Settings):
         None, examples=[1], ge=1, description="CPU threads of each run; null: cores shared fairly"
     )
     gpus: int | None = Field(
-        None, examples=[2], ge=1, description="GPUs that each run has for itself, on one machine; null: one where Ray "
-        "has any, not asked for with Slurm; the processes of a machine all see the same ones"
+        None, examples=[2], ge=1, description="GPUs that each run has for itself, on one machine, the layers of its "
+        "model placed over all of them; null: one where Ray has any, not asked for with Slurm; the processes of a "
+        "machine all see the same ones"
     )  # fmt: skip
     memory: Annotated[str, Field(pattern=r"^(?i:\d+(\.\d+)?\s*[mgt]i?b?)$")] | None = Field(
         None, examples=["32GB"], description="memory that a cluster sets aside for each run; null: not asked for"
@@ -273,6 +274,11 @@ class CompareConfig(Settings):
             raise ConfigError("These methods cannot be compared; nothing was run:\n" + "\n".join(faults))
         return contenders
 
+    @property
+    def spreads(self) -> bool:
+        """Whether the model of each run is placed over several devices."""
+        return self.gpus is not None and self.gpus > 1 and self.device in (None, "cuda")
+
     def memory_bytes(self) -> int | None:
         """Return `memory` in bytes, a GB being 2^30 of them."""
         if self.memory is None:
@@ -294,7 +300,8 @@ class CompareConfig(Settings):
             "trust_remote_code": self.trust_remote_code,
             "precision": self.precision,
             "quantize": self.quantize,
-            "device": self.device,
+            "device": None if self.spreads else self.device,
+            "parallel": "device_map" if self.spreads else "auto",
             "method": {"name": contender.method, **contender.settings},
             "data": self.train_data(),
             "training": {

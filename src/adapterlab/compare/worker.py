@@ -72,13 +72,7 @@ class Watch(Listener):
 def untrained(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
     """Examine the base model as it is, and measure the training rows."""
     config = job.settings()
-    model, tokenizer = load_model(
-        config.model,
-        precision=config.precision,
-        device=config.device,
-        quantize=config.quantize,
-        trust_remote_code=config.trust_remote_code,
-    )
+    model, tokenizer = _base(config)
     meter = Meter(next(model.parameters()).device)
     progress.say(now=True, phase="answering")
     paper = _paper(config, model, tokenizer)
@@ -291,13 +285,7 @@ def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
     trained = _fit(TrainConfig(**fields), progress)
     gc.collect()
     progress.say(now=True, phase="answering")
-    model, tokenizer = load_model(
-        comparison.model,
-        precision=comparison.precision,
-        device=comparison.device,
-        quantize=comparison.quantize,
-        trust_remote_code=comparison.trust_remote_code,
-    )
+    model, tokenizer = _base(comparison)
     paper = _paper(comparison, model, tokenizer)
 
     def examine() -> Exam:
@@ -330,6 +318,17 @@ def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
         adapter_bytes=measuring.folder_bytes(trained.adapter), inference=cost,
         step_flops=step and step * mean, flops=step and step * trained.tokens, train_curve=train, eval_curve=held,
     ).model_dump(mode="json")  # fmt: skip
+
+
+def _base(config: CompareConfig) -> tuple[Any, Any]:
+    """The base model and its tokenizer, where trainings have it."""
+    return load_model(
+        config.model,
+        precision=config.precision,
+        device="auto" if config.spreads else config.device,
+        quantize=config.quantize,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def _paper(config: CompareConfig, model: Any, tokenizer: Any) -> Paper:
