@@ -62,6 +62,7 @@ def test_two_at_once_are_one_product(family: str, tiny: Any, batch_for: Any, ran
 
 def test_what_is_kept_follows_every_change(tiny: Any, batch_for: Any, randomise: Any, calls: Any) -> None:
     """Of values, of what is live, of the mode, of the dtype; a wrong one would answer for another adapter."""
+    torch.manual_seed(0)
     model = tiny("llama")
     batch = batch_for(model)
     host = al.attach(model, al.LoRA(r=2, dropout=0.5), "a")
@@ -75,7 +76,8 @@ def test_what_is_kept_follows_every_change(tiny: Any, batch_for: Any, randomise:
             found = model(**batch).logits
         assert calls
         with torch.enable_grad():
-            torch.testing.assert_close(found, model(**batch).logits.detach(), rtol=1e-5, atol=1e-4)
+            size = max(1.0, float(found.abs().max()))  # a step makes some hidden states large
+            torch.testing.assert_close(found, model(**batch).logits.detach(), rtol=1e-5, atol=1e-4 * size)
         return found
 
     host.activate("a")

@@ -148,12 +148,13 @@ def test_an_engine_that_failed_is_followed_by_one_with_the_same_adapters(
     assert ask(real, "PUT", "/v1/adapters/scaled", {"pinned": True})[0] == 200
     failed = real.service.engine
     failed._worker.plan = lambda: 1 // 0  # type: ignore[assignment]
-    seen = set()
+    seen: list[int] = []
     until = time.monotonic() + 20
-    while real.service.engine is failed:
-        seen.add(post(real, "/v1/completions", body)[0])
+    while 200 not in seen:  # the one that follows may be there between two requests
+        seen.append(post(real, "/v1/completions", body)[0])
         assert time.monotonic() < until
-    assert seen <= {500, 503}
+    assert real.service.engine is not failed
+    assert set(seen) <= {500, 503, 200}
     assert 503 in seen
     answer = post(real, "/v1/completions", body)[1]
     assert answer["choices"][0]["logprobs"]["tokens"] == expected["tokens"]["low"][0]
