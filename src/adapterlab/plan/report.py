@@ -142,18 +142,17 @@ def _bar(plan: Plan) -> Text:
     return bar
 
 
-def changes_table(changes: Sequence[Change]) -> Table:
-    """Show what each change saves."""
+def changes_table(changes: Sequence[Change]) -> Group:
+    """Show what each change saves, and below what cannot be tried, and why."""
     table = Table("change", "needs", "saves", "work", "verdict", title="What to change", title_justify="left")
     for change in changes:
-        if change.plan is None:
-            table.add_row(Text(change.what), "", "", "", Text(change.reason, style="dim"))
-        else:
+        if change.plan is not None:
             verdict = Text(change.plan.verdict, style=_VERDICTS[change.plan.verdict])
             table.add_row(
                 Text(change.what), size(change.plan.process), size(change.saving), f"x {change.slower:.2f}", verdict
             )
-    return table
+    why = [Text(f"{change.what}: {change.reason}", style="dim") for change in changes if change.plan is None]
+    return Group(*([table] if table.row_count else []), *why)
 
 
 def methods_table(plans: Sequence[Plan], reasons: Mapping[str, str]) -> Group:
