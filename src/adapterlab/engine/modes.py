@@ -1,9 +1,9 @@
-"""Evaluation and training mode of a model, put back module by module."""
+"""What a trial of a model must not leave behind, put back: modes, random numbers, gradients."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -32,6 +32,19 @@ def draws(compute: Callable[[], object]) -> bool:
 
 def _generators() -> list[torch.Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())]
+
+
+@contextlib.contextmanager
+def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let parameters begin without gradients, and give them back those they had before."""
+    before = [(p, p.grad) for p in parameters]
+    for p, _ in before:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, gradient in before:
+            p.grad = gradient
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from adapterlab.engine.modes import gradients_aside
 from adapterlab.errors import NotTrainingError
 from adapterlab.foreign.model import base_modules
 from adapterlab.foreign.quantized import stops_gradient
@@ -39,19 +40,15 @@ def verify(host: Attachments, batch: Mapping[str, Tensor]) -> None:
         for path, adapter in host.adapters(key).items()
         if not adapter.resident
     ]
-    before = {key: p.grad for key, p in parameters.items()}
-    for p in parameters.values():
-        p.grad = None
     try:
-        with host.state.collect() as losses:
-            loss = host.model(**batch).loss
-            (loss + sum(losses)).backward()
-        silent = [key for key, p in parameters.items() if p.grad is None]
+        with gradients_aside(parameters.values()):
+            with host.state.collect() as losses:
+                loss = host.model(**batch).loss
+                (loss + sum(losses)).backward()
+            silent = [key for key, p in parameters.items() if p.grad is None]
     finally:
         for handle in handles:
             handle.remove()
-        for key, p in parameters.items():
-            p.grad = before[key]
     parts = [item for key in host.state.active for item in host.adapters(key).items()]
     # One module of a tied weight may be the one that is used; there the gradient alone tells.
     missed = [path for path, adapter in parts if path not in called and not (adapter.resident or adapter.alike)]

@@ -27,6 +27,7 @@ from adapterlab.core.segments import segments
 from adapterlab.core.state import Sinks
 from adapterlab.data.batching import joined
 from adapterlab.engine.attention import fast_attention
+from adapterlab.engine.modes import gradients_aside
 from adapterlab.engine.norms import lean_norms
 from adapterlab.engine.recompute import offloading
 from adapterlab.errors import AttachError
@@ -279,16 +280,14 @@ class _Rounds:
         self._resume()
         self._train_mode()
         before = [runner.stream.generator.get_state() for runner in runners]
-        earlier = [(p, p.grad) for runner in runners for p in self.host.parameters(runner.name)]
-        for parameter, _ in earlier:
-            parameter.grad = None  # gradients of this pass could not be told from those of earlier ones
+        parameters = [p for runner in runners for p in runner.part.loop.parameters()]
         try:
-            with self._owned(runners) as sinks:
+            # Gradients of a pass that fails could not be told from those of earlier ones.
+            with gradients_aside(parameters), self._owned(runners) as sinks:
                 losses = self._losses(runners, sinks)
                 runners[0].part.loop.accelerator.backward(torch.stack(losses).sum())
+                gradients = [p.grad for p in parameters]
         except Exception as error:
-            for parameter, gradient in earlier:
-                parameter.grad = gradient
             for runner, state in zip(runners, before, strict=True):
                 runner.stream.generator.set_state(state)
             found = {runner: self._alone(runner) for runner in runners}
@@ -296,9 +295,9 @@ class _Rounds:
                 for runner in runners:
                     runner.why = f"a pass for several runs failed: {type(error).__name__}: {error}"
             return found
-        for parameter, gradient in earlier:
+        for p, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+                p.grad = gradient if p.grad is None else p.grad.add_(gradient)
         return {runner: float(loss.detach()) for runner, loss in zip(runners, losses, strict=True)}
 
     @contextlib.contextmanager

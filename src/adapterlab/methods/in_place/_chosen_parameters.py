@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Batches
-from adapterlab.engine.modes import dropout_off
+from adapterlab.engine.modes import dropout_off, gradients_aside
 from adapterlab.errors import AttachError, DataError, NotTrainingError, TrainingError
 from adapterlab.foreign.quantized import is_plain
 
@@ -244,7 +244,7 @@ def clipped(most: float, norm: float) -> float:
 @contextlib.contextmanager
 def _streamed(parameters: Mapping[str, nn.Parameter], receive: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Hand over each gradient as soon as it is complete, and drop it."""
-    before = {path: (p.requires_grad, p.grad) for path, p in parameters.items()}
+    before = {path: p.requires_grad for path, p in parameters.items()}
 
     def hook(path: str, p: Any) -> None:
         receive(path, p.grad)
@@ -253,16 +253,15 @@ def _streamed(parameters: Mapping[str, nn.Parameter], receive: Callable[[str, Te
     handles = []
     try:
         for path, p in parameters.items():
-            p.grad = None
             p.requires_grad_(True)
             handles.append(p.register_post_accumulate_grad_hook(functools.partial(hook, path)))
-        yield
+        with gradients_aside(parameters.values()):
+            yield
     finally:
         for handle in handles:
             handle.remove()
         for path, p in parameters.items():
-            p.requires_grad_(before[path][0])
-            p.grad = before[path][1]
+            p.requires_grad_(before[path])
 
 
 def magnitude(parameters: Mapping[str, nn.Parameter]) -> Score:
