@@ -226,7 +226,7 @@ def measure(model: BertForMaskedLM, encoder: Any, steps: int = 120) -> float:
 def test_tuned_vectors_beat_words(encoder: str, knowing: BertForMaskedLM) -> None:
     draw = torch.Generator().manual_seed(4)
     tried = torch.randint(FIRST["filler"], MARK, (10, 6), generator=draw)  # as many as a person tries
-    assert measure(knowing, encoder) < min(of_words(knowing, words) for words in tried)
+    assert measure(knowing, encoder) <= 0.8 * min(of_words(knowing, words) for words in tried)
 
 
 # ---------------------------------------------------------------------- training, saving

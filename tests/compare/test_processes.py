@@ -21,7 +21,7 @@ from adapterlab.compare import CompareConfig, compare, load
 from tiny_runs import cli
 
 pytestmark = pytest.mark.slow
-STEPS = 80
+STEPS = 160
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 200) -> None:

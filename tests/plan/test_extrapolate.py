@@ -38,8 +38,11 @@ def setup(method: Any, **options: Any) -> Setup:
     [
         setup("lora"),
         setup("lora", recompute="full"),
+        setup("lora", recompute="cheap"),
         setup("full", recompute="full"),
-        setup("prefix_tuning", precision="fp32"),
+        setup("ia3"),
+        setup("prefix_tuning"),
+        setup("vera", precision="fp32"),
     ],
     ids=lambda given: f"{given.method.id}-{given.training.recompute}",
 )

@@ -130,7 +130,7 @@ def test_a_base_in_half_precision_is_trained_alike(cls: type[Method], tmp_path: 
     ours, theirs = attached(made(cls), "bf16"), attached(made(cls), "bf16")
     own(ours, lr=1e-3).run()
     foreign(theirs, tmp_path, lr=1e-3).train()
-    assert far(state_of(theirs), state_of(ours), start(cls, "bf16")) < 0.4  # rounding may choose other entries
+    assert far(state_of(theirs), state_of(ours), start(cls, "bf16")) < 0.3  # rounding may choose other entries
 
 
 def _work(rank: int, folder: str) -> None:

@@ -19,8 +19,8 @@ ROWS = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
 @pytest.mark.skipif(not ROWS.is_file(), reason="the GSM8K rows are not there")
 def test_the_gsm8k_example_learns_from_real_rows(tmp_path: Path) -> None:
     overrides = [
-        f"data.path={ROWS}", "data.limit=20", "data.eval_size=4", "training.steps=4", "training.batch_size=2",
-        "training.accumulation=1", "training.eval_every=2", "training.warmup=1", "training.lr=1e-3",
+        f"data.path={ROWS}", "data.limit=60", "data.eval_size=12", "training.steps=6", "training.batch_size=4",
+        "training.accumulation=1", "training.eval_every=3", "training.warmup=1", "training.lr=1e-3",
         "training.schedule=constant", f"output={tmp_path / 'run'}",
         f"precision={'fp32' if slow_in_bf16() else 'bf16'}",
     ]  # fmt: skip

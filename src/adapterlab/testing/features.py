@@ -229,7 +229,7 @@ def check_checkpointing(case: Case) -> None:
 def check_compile(case: Case) -> None:
     """`torch.compile` makes one graph of the model that answers as the model does."""
     found = case.attach(model=models.tiny(f"{case.family}-1", case.precision))  # one layer: tracing is slow
-    batch = {**models.batch(found.model), "use_cache": False}  # what a cache does would be traced each time
+    batch = models.batch(found.model)
     found.model.eval()
     torch.compiler.reset()
     try:
