@@ -78,6 +78,12 @@ MAKERS: dict[str, Callable[[], nn.Module]] = {
 gc.set_threshold(50_000, 20, 20)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """The same random values whichever tests ran before, so that a bound holds always or never."""
+    transformers.set_seed(0)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _settled() -> None:
     """Before the tests of another file: let the garbage collector pass over whatever is there to stay.
