@@ -71,6 +71,10 @@ def test_the_same_method_twice_needs_labels() -> None:
         ({"methods": []}, "methods"),
         ({"methods": [{"lora": 3}]}, "received"),
         ({"level": 2}, "level"),
+        ({"parallel": "fsdp"}, "Raise processes_per_run"),
+        ({"cpu_offload": True}, "Raise processes_per_run"),
+        ({"processes_per_run": 2, "gpus": 4}, "Set gpus to 2"),
+        ({"processes_per_run": 2, "parallel": "ddp", "cpu_offload": True}, "cpu_offload goes with parallel=fsdp"),
     ],
 )
 def test_wrong_settings(change: dict[str, Any], words: str) -> None:

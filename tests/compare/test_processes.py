@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -100,6 +101,46 @@ def test_kill_in_the_middle_and_start_again(
     (other,) = load(tmp_path / "whole").runs_of("lora")
     assert run.best == other.best
     assert run.train_curve == other.train_curve
+
+
+def test_two_processes_train_a_run_and_one_of_them_is_killed(
+    fields: dict[str, Any], tmp_path: Path, inline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rates, losses and answers are those of one process with the batches of both, also after a second attempt."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    inline()
+    plain = {
+        **fields, "output": str(tmp_path / "two"), "methods": [{"lora": {"r": 2}}], "lr": "auto", "threads": 1,
+        "search": {"rates": 2, "fractions": [0.05], "extend": 1}, "budget": {"steps": 60}, "processes": 1,
+        "training": {"batch_size": 2, "save_every": 2, "eval_every": 30}, "processes_per_run": 2, "parallel": "fsdp",
+    }  # fmt: skip
+    checkpoint = tmp_path / "two" / "runs" / "lora" / "seed0" / "train" / "checkpoint" / "state.pt"
+
+    def kill_second() -> None:
+        wait_for(checkpoint.is_file)
+        (second,) = (p for p in descendants(os.getpid()) if p.environ().get("RANK") == "1")
+        second.kill()
+
+    killer = threading.Thread(target=kill_second)
+    killer.start()
+    two = compare(CompareConfig(**plain))
+    killer.join()
+    (run,) = two.runs_of("lora")
+    assert run.attempts == 2
+    assert two.conditions["rows in a step"] == 4
+
+    alone = {"processes_per_run": 1, "parallel": "auto", "training": {**plain["training"], "batch_size": 4}}
+    one = compare(CompareConfig(**{**plain, **alone, "output": tmp_path / "one"}))
+    (other,) = one.runs_of("lora")
+    assert run.lr == other.lr
+    assert run.tokens == other.tokens
+    assert [loss for _, loss in run.train_curve] == pytest.approx([loss for _, loss in other.train_curve], rel=1e-3)
+    assert run.best is not None
+    assert other.best is not None
+    assert run.best.losses == pytest.approx(other.best.losses, rel=1e-3)
+    for found, wanted in zip(two.searches[0].rounds[0], one.searches[0].rounds[0], strict=True):
+        assert found.loss == pytest.approx(wanted.loss, rel=1e-4)
+        assert found.together == 1
 
 
 def test_a_worker_ends_with_whoever_started_it(tmp_path: Path) -> None:

@@ -99,6 +99,8 @@ def pool(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]) -> Callable[..
         ({"gpus": 4}, 1, {"num_cpus": 8, "num_gpus": 4}),
         ({"device": "cpu", "threads": 4}, 4, {"num_cpus": 4, "num_gpus": 0}),
         ({"device": "cpu", "threads": 4, "processes": 3}, 3, {"num_cpus": 4, "num_gpus": 0}),
+        ({"processes_per_run": 2}, 3, {"num_cpus": 4, "num_gpus": 2}),
+        ({"processes_per_run": 2, "device": "cpu", "threads": 2}, 4, {"num_cpus": 4, "num_gpus": 0}),
         ({"gpus": 1, "threads": 1, "memory": "10GB"}, 5, {"num_cpus": 1, "num_gpus": 1, "memory": 10 * 2**30}),
     ],
 )

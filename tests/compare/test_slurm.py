@@ -78,6 +78,8 @@ def test_the_script_asks_for_what_the_configuration_says(fields: dict[str, Any],
     ]  # fmt: skip
     assert "\nmodule load cuda\n" in text
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    several = slurm.script(CompareConfig(**{**given, "processes_per_run": 2}), 8, tmp_path)
+    assert "--cpus-per-task=8\n" in several
     plain = slurm.script(CompareConfig(**fields), 1, tmp_path)
     assert not any(f"--{name}" in plain for name in ("partition", "account", "time", "gres", "mem", "cpus"))
 

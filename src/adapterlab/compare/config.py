@@ -200,13 +200,21 @@ class CompareConfig(Settings):
     processes: int | None = Field(
         None, examples=[2], ge=1, description="runs at a time; null: as memory and cores allow"
     )
+    processes_per_run: int = Field(
+        1, examples=[4], ge=1, description="processes of one machine that train each run together, on a GPU each where "
+        "there are any: a step takes batch_size × accumulation × processes_per_run rows"
+    )  # fmt: skip
+    parallel: Literal["auto", "ddp", "fsdp", "zero2", "zero3"] = Field(
+        "auto", description="how these processes hold the model, as in a training configuration; auto: ddp"
+    )
+    cpu_offload: bool = Field(False, description="with fsdp, zero2 and zero3: as in a training configuration")
     threads: int | None = Field(
-        None, examples=[1], ge=1, description="CPU threads of each run; null: cores shared fairly"
+        None, examples=[1], ge=1, description="CPU threads of each process of a run; null: cores shared fairly"
     )
     gpus: int | None = Field(
-        None, examples=[2], ge=1, description="GPUs that each run has for itself, on one machine, the layers of its "
-        "model placed over all of them; null: one where Ray has any, not asked for with Slurm; the processes of a "
-        "machine all see the same ones"
+        None, examples=[2], ge=1, description="GPUs that each run has for itself, on one machine: one for each of its "
+        "processes, or the layers of its model placed over all of them by a single process; null: one a process where "
+        "Ray has any, not asked for with Slurm; the processes of a machine all see the same ones"
     )  # fmt: skip
     memory: Annotated[str, Field(pattern=r"^(?i:\d+(\.\d+)?\s*[mgt]i?b?)$")] | None = Field(
         None, examples=["32GB"], description="memory that a cluster sets aside for each run; null: not asked for"
@@ -239,6 +247,21 @@ class CompareConfig(Settings):
         if isinstance(value, (list, tuple)) and len(set(value)) < len(value):
             raise ValueError("each seed may be there once")
         return value
+
+    @model_validator(mode="after")
+    def _processes(self) -> Self:
+        if self.processes_per_run == 1 and (self.parallel != "auto" or self.cpu_offload):
+            raise ValueError(
+                "parallel and cpu_offload say how the processes of a run hold its model, and there is one; received "
+                f"parallel={self.parallel} and cpu_offload={self.cpu_offload}. Raise processes_per_run, or leave them "
+                "out"
+            )
+        if self.processes_per_run > 1 and self.gpus not in (None, self.processes_per_run):
+            raise ValueError(
+                f"each of the {self.processes_per_run} processes of a run has one GPU; received gpus={self.gpus}. Set "
+                f"gpus to {self.processes_per_run}, or leave it out"
+            )
+        return self
 
     def _check_training(self) -> None:
         for key, instead in _GOVERNED.items():
@@ -276,8 +299,20 @@ class CompareConfig(Settings):
 
     @property
     def spreads(self) -> bool:
-        """Whether the model of each run is placed over several devices."""
-        return self.gpus is not None and self.gpus > 1 and self.device in (None, "cuda")
+        """Whether the one process of each run places its model over several devices."""
+        several = self.gpus is not None and self.gpus > 1
+        return several and self.processes_per_run == 1 and self.device in (None, "cuda")
+
+    @property
+    def shares(self) -> bool:
+        """Whether trainings may share a base in one process."""
+        return self.together == "auto" and self.processes_per_run == 1
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step of a run."""
+        training = Training(**self.training)
+        return training.batch_size * training.accumulation * self.processes_per_run
 
     def memory_bytes(self) -> int | None:
         """Return `memory` in bytes, a GB being 2^30 of them."""
@@ -301,7 +336,8 @@ class CompareConfig(Settings):
             "precision": self.precision,
             "quantize": self.quantize,
             "device": None if self.spreads else self.device,
-            "parallel": "device_map" if self.spreads else "auto",
+            "parallel": "device_map" if self.spreads else self.parallel,
+            "cpu_offload": self.cpu_offload,
             "method": {"name": contender.method, **contender.settings},
             "data": self.train_data(),
             "training": {

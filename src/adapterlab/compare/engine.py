@@ -364,7 +364,7 @@ class _Work:
         if run["method"] == UNTRAINED:
             self.pool.need = round(_GROWTH * memory["peak"])
         else:
-            need = round(_MARGIN * memory["peak"])
+            need = round(_MARGIN * memory["peak"] * self.config.processes_per_run)
             self.pool.need = max(self.pool.need, need) if self._trained else need
             self._trained = True
 
@@ -431,7 +431,7 @@ class _Work:
     def _may_share(self, job: Job) -> bool:
         """Whether a run trains with others: those of the first seed say what each costs, where that is asked."""
         measures = self.config.evaluation.costs and job.seed == self.config.seeds[0]
-        if self.config.together == "never" or job.kind != "run" or measures:
+        if not self.config.shares or job.kind != "run" or measures:
             return False
         folder = job.folder(self.root)
         return shared(JobFolder(folder)) is None and len(claims.losses(folder)) < _TOGETHER
@@ -443,8 +443,7 @@ class _Work:
             return budget.steps
         if budget.tokens is not None:
             base = self.result(Job(kind="untrained"))
-            rows = self.training.batch_size * self.training.accumulation
-            return max(1, round(budget.tokens / (rows * base["tokens_per_row"]))) if base else None
+            return max(1, round(budget.tokens / (self.config.rows_per_step * base["tokens_per_row"]))) if base else None
         if not registry.method(contender.method).trains:
             return _ANY
         probe = self.result(Job(kind="probe", contender=contender))
@@ -577,10 +576,11 @@ class _Work:
             "processor": platform.processor() or platform.machine(),
             "engine": self.opened.engine,
             "runs at a time": self.opened.places,
-            "threads of each run": self.pool.threads or "as the machine has",
-            "share a base": "nothing" if self.config.together == "never" else _SHARES,
+            "processes of each run": self.config.processes_per_run,
+            "threads of each run": self.pool.threads * self.config.processes_per_run or "as the machine has",
+            "share a base": _SHARES if self.config.shares else "nothing",
             "budget": str(self.config.budget),
-            "rows in a step": self.training.batch_size * self.training.accumulation,
+            "rows in a step": self.config.rows_per_step,
             "training rows": self.data["train_rows"],
             "validation rows": self.data["validation_rows"],
             "evaluation rows": self.data["eval_rows"],

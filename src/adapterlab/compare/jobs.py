@@ -171,10 +171,15 @@ class JobFolder:
 
 
 class Progress:
-    """Says in a file how far a job is, at most once a second."""
+    """Says in a file how far a job is, at most once a second.
 
-    def __init__(self, folder: JobFolder):
-        self.folder = folder
+    Args:
+        folder: of the job.
+        silent: say nothing: another process of the job does.
+    """
+
+    def __init__(self, folder: JobFolder, *, silent: bool = False):
+        self.folder, self.silent = folder, silent
         self.before = float(folder.progress().get("elapsed", 0.0))
         self.began, self.last = time.monotonic(), 0.0
         self.state: dict[str, Any] = {"phase": "loading", "step": 0, "total": 0, "loss": None}
@@ -187,7 +192,7 @@ class Progress:
     def say(self, *, now: bool = False, **state: Any) -> None:
         """Note what changed."""
         self.state.update(state)
-        if now or time.monotonic() - self.last >= 1:
+        if not self.silent and (now or time.monotonic() - self.last >= 1):
             self.last = time.monotonic()
             part = self.folder.path / f"{PROGRESS}.part"  # no fsync: nothing depends on it after a crash
             part.write_text(json.dumps({**self.state, "elapsed": round(self.elapsed, 2)}), encoding="utf-8")

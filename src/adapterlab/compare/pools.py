@@ -15,7 +15,7 @@ from adapterlab.compare import lifeline
 from adapterlab.compare.config import CompareConfig
 from adapterlab.compare.jobs import LOG
 from adapterlab.errors import ConfigError
-from adapterlab.foreign.process_memory import resident
+from adapterlab.foreign.process_memory import resident_of_all
 
 Ending = int | str  # a process's exit status, or how it was lost with the machine or the worker that ran it
 _STOP_SECONDS = 60
@@ -30,7 +30,7 @@ class Pool(Protocol):
 
     @property
     def threads(self) -> int:
-        """CPU threads of each."""
+        """CPU threads of each process of a job."""
 
     def start(self, folder: Path) -> None:
         """Start the job of a folder."""
@@ -62,14 +62,14 @@ class LocalPool:
     """Processes of this machine.
 
     Attributes:
-        size: most processes at a time.
-        threads: of each.
-        need: bytes that one more process is expected to take; nothing is started beside others without them.
+        size: most jobs at a time.
+        threads: of each process of a run.
+        need: bytes that one more job is expected to take; nothing is started beside others without them.
 
     Args:
-        size: most processes at a time.
-        threads: of each.
-        devices: GPUs, a group for each process; none: all processes see the same ones.
+        size: most jobs at a time.
+        threads: of each process of a run.
+        devices: GPUs, a group for each job; none: all processes see the same ones.
     """
 
     def __init__(self, size: int, threads: int, devices: Sequence[str] = ()):
@@ -98,7 +98,7 @@ class LocalPool:
 
     def _promised(self) -> int:
         """Bytes that the running processes are still expected to take."""
-        return sum(max(0, self.need - resident(process.pid)) for process in self.running.values())
+        return sum(max(0, self.need - resident_of_all(process.pid)) for process in self.running.values())
 
     def cancel(self, folder: Path) -> None:
         """End the job of a folder at once."""
@@ -169,11 +169,15 @@ def local(config: CompareConfig) -> LocalPool:
     gpu = (config.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
     cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count() or 1
     groups = _groups(config.gpus) if config.gpus else []
-    most = config.processes or len(groups) or (1 if gpu else None)
-    # A small model gains little from many threads, and runs of one thread share cores without loss.
-    threads = config.threads or (max(1, cores // most) if groups and most else cores if gpu or most == 1 else None)
-    threads = threads or max(1, min(4, cores // 2))
-    size = most or max(1, cores // threads)
+    most, ranks = config.processes or len(groups) or (1 if gpu else None), config.processes_per_run
+    if groups and most:
+        share = cores // most
+    elif gpu or most == 1:
+        share = cores
+    else:  # a small model gains little from many threads, and runs of one thread share cores without loss
+        share = ranks * min(4, cores // max(2, ranks))
+    threads = config.threads or max(1, share // ranks)
+    size = most or max(1, cores // (threads * ranks))
     return LocalPool(min(size, len(groups)) if groups else size, threads, groups)
 
 

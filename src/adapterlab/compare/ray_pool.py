@@ -40,7 +40,8 @@ class RayPool:
     """Tasks of a Ray cluster.
 
     Attributes:
-        threads: CPUs of each job.
+        processes: that train in each job.
+        threads: CPUs of each of them.
         gpus: GPUs of each job.
 
     Args:
@@ -57,6 +58,7 @@ class RayPool:
         import ray
 
         self._ray: Any = ray
+        self.processes = config.processes_per_run
         self._root, self._most, self._memory = config.output.absolute(), config.processes, config.memory_bytes()
         self._software = Software.here().model_dump()
         self.running: dict[Any, Path] = {}
@@ -64,7 +66,9 @@ class RayPool:
         machines = self._machines()
         gpus = any(machine.get("GPU") for machine in machines.values())
         self.gpus = (
-            config.gpus if config.gpus is not None else int(gpus and (config.device or "cuda").startswith("cuda"))
+            config.gpus
+            if config.gpus is not None
+            else self.processes * (gpus and (config.device or "cuda").startswith("cuda"))
         )
         self.threads = config.threads or self._threads(machines)
         self._size = sum(map(self._places, machines.values()))
@@ -157,30 +161,32 @@ class RayPool:
             shares = [
                 m.get("CPU", 1) * self.gpus // m["GPU"] for m in machines.values() if m.get("GPU", 0) >= self.gpus
             ]
-            return max(1, int(min(shares, default=1)))
-        cores = [m["CPU"] for m in machines.values() if m.get("CPU", 0) >= 1]
-        return max(1, min(_MOST_THREADS, int(min(cores, default=1)) // 2))
+            return max(1, int(min(shares, default=1)) // self.processes)
+        cores = int(min((m["CPU"] for m in machines.values() if m.get("CPU", 0) >= 1), default=1))
+        return max(1, min(_MOST_THREADS, cores // max(2, self.processes)))
 
     def _needs(self) -> dict[str, Any]:
-        needs: dict[str, Any] = {"num_cpus": self.threads, "num_gpus": self.gpus}
+        needs: dict[str, Any] = {"num_cpus": self.threads * self.processes, "num_gpus": self.gpus}
         return {**needs, "memory": self._memory} if self._memory else needs
 
     def _places(self, machine: Mapping[str, float]) -> int:
         """How many runs a machine has room for at a time."""
-        asked = {"CPU": self.threads, "GPU": self.gpus, "memory": self._memory or 0}
+        asked = {"CPU": self.threads * self.processes, "GPU": self.gpus, "memory": self._memory or 0}
         return int(min(machine.get(name, 0) // amount for name, amount in asked.items() if amount))
 
     def _check_room(self, machines: Mapping[str, Mapping[str, float]]) -> None:
         if any(map(self._places, machines.values())):
             return
-        needs = f"{self.threads} CPUs, {self.gpus} GPUs" + (f" and {self._memory:,} bytes" if self._memory else "")
+        needs = f"{self.threads * self.processes} CPUs, {self.gpus} GPUs" + (
+            f" and {self._memory:,} bytes" if self._memory else ""
+        )
         there = "; ".join(
             f"{m.get('CPU', 0):.0f} CPUs, {m.get('GPU', 0):.0f} GPUs, {m.get('memory', 0):,.0f} bytes"
             for m in machines.values()
         )
         raise ConfigError(
             f"Each run needs {needs} on one machine, and no machine of the Ray cluster has that: there are {there}. "
-            "Lower threads, gpus or memory in the configuration, or add a machine."
+            "Lower threads, gpus, memory or processes_per_run in the configuration, or add a machine."
         )
 
     def _check_machines(self, machines: Mapping[str, Mapping[str, float]]) -> None:
@@ -223,7 +229,7 @@ def _connect(ray: Any, config: CompareConfig) -> None:
         ray.init(address=address or "auto", log_to_driver=False)
     except (OSError, ValueError, RuntimeError) as error:
         if address is None and isinstance(error, ConnectionError):  # there is none
-            cpus = config.processes and config.threads and config.processes * config.threads
+            cpus = config.processes and config.threads and config.processes * config.threads * config.processes_per_run
             ray.init(address="local", num_cpus=cpus, log_to_driver=False, include_dashboard=False)
             return
         where = f"at RAY_ADDRESS={address}" if address else "on this machine that this process can use"

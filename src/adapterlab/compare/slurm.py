@@ -76,7 +76,7 @@ def script(config: CompareConfig, tasks: int, cwd: Path) -> str:
         "partition": asked.partition,
         "account": asked.account,
         "time": asked.time,
-        "cpus-per-task": config.threads,
+        "cpus-per-task": config.threads and config.threads * config.processes_per_run,
         "gres": f"gpu:{config.gpus}" if config.gpus else None,
         "mem": f"{-(-memory // 2**20)}M" if memory else None,
     }

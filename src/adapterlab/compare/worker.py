@@ -2,6 +2,9 @@
 
 The job stands in FOLDER/job.json. Whatever was done before is kept: a finished job returns at once, an interrupted
 training continues from its checkpoint, and rates that were tried are not tried again.
+
+Where several processes train a run, this one starts them as a launcher does. Each of them comes here again, as a rank:
+together they probe, search or train, and what they trained is examined by the first process alone.
 """
 
 from __future__ import annotations
@@ -11,13 +14,15 @@ import functools
 import gc
 import itertools
 import math
+import signal
 import statistics
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -31,7 +36,7 @@ from adapterlab.compare.lifeline import STOPPED, stop_with_parent
 from adapterlab.compare.results import UNTRAINED, Exam, Memory, Run, Search, Trial
 from adapterlab.compare.sharing import Shared, shared
 from adapterlab.data import load_data, placed
-from adapterlab.errors import AdapterlabError, AttachError, ConfigError, OutputError, TrainingError
+from adapterlab.errors import AdapterlabError, AttachError, ConfigError, OutputError, RankError, TrainingError
 from adapterlab.evaluate.examination import Paper, set_paper, sit
 from adapterlab.evaluate.rows import collator_for, rows_for
 from adapterlab.hosts import Host
@@ -44,13 +49,17 @@ from adapterlab.plan import before_run
 from adapterlab.train import folder as files
 from adapterlab.train.config import TrainConfig
 from adapterlab.train.course import Course
+from adapterlab.train.launching import launch
 from adapterlab.train.loop import Listener, Loop, Record, Status
 from adapterlab.train.many import adapter_name, fit_many, in_the_base, leave
 from adapterlab.train.memory import Meter
+from adapterlab.train.parallel import kind_of
+from adapterlab.train.ranks import check_joined, launched, rank
 from adapterlab.train.result import RunResult
 from adapterlab.train.run import NAME, fit, load, make_accelerator
 from adapterlab.train.signals import Interrupted, Stopping
 from adapterlab.train.together import Ending, Entrant, train_together
+from adapterlab.train.watch import watched
 
 TRIALS, TRAIN = "trials.json", "train"
 _PROBE = 6  # steps that are timed; the first is for warming up
@@ -100,18 +109,30 @@ def _mean_tokens(config: CompareConfig, model: Any, tokenizer: Any) -> float:
 
 
 class Session:
-    """A loaded model with its rows, for trainings that leave no files."""
+    """A loaded model with its rows, for trainings that leave no files; a context on all ranks of the job."""
 
     def __init__(self, job: Job, folder: JobFolder):
         assert job.contender is not None
         self.comparison, self.contender, self.steps = job.settings(), job.contender, job.steps
         self.output = folder.path / TRAIN
         self.config = self._config(1, 0.0)
-        before_run.check(self.config, print)
+        if launched() == 1:  # plans are of one process
+            before_run.check(self.config, print)
         self.accelerator = make_accelerator(self.config)
+        check_joined(self.accelerator)
+        self._watch = watched(self.accelerator, folder.path)
+
+    def __enter__(self) -> Self:
+        """Load."""
+        self._watch.__enter__()
         self.loaded = load(self.config, self.accelerator)
-        self.shares = self.comparison.together == "auto" and not in_the_base(self.loaded.host, NAME)
+        self.shares = self.comparison.shares and not in_the_base(self.loaded.host, NAME)
         self.loaded.host.detach(NAME)
+        return self
+
+    def __exit__(self, *why: Any) -> None:
+        """Tell the other ranks how it ended."""
+        self._watch.__exit__(*why)
 
     def _config(self, steps: int, lr: float) -> TrainConfig:
         seed = self.comparison.seeds[0]
@@ -124,7 +145,8 @@ class Session:
         try:
             return self._loop(steps, lr, NAME, self.accelerator, listeners, evaluate).run()
         finally:
-            leave(self.loaded.host, NAME)
+            if launched() == 1:  # what ranks share is loaded anew
+                leave(self.loaded.host, NAME)
 
     def train_each(self, steps: int, rates: Sequence[float], *listeners: Listener) -> list[Ending]:
         """Train the method anew with each of some rates, all on the one base at once, and take it off again."""
@@ -150,16 +172,21 @@ class Session:
         listeners: Sequence[Listener],
         evaluate: bool = True,
     ) -> Loop:
-        config, host = self._config(steps, lr), self.loaded.host
+        config = self._config(steps, lr)
         warmup = config.training.warmup
         if isinstance(warmup, int):  # a shorter run has its part of it
             warmup = min(steps, math.ceil(warmup * steps / max(self.steps, steps)))
         training = config.training.model_copy(update={"eval_every": steps, "warmup": warmup})
-        set_seed(training.seed)
-        host.attach(config.make_method(), name)
+        if launched() > 1:
+            self.loaded = load(config, accelerator)
+        else:
+            set_seed(training.seed)
+            self.loaded.host.attach(config.make_method(), name)
+        host = self.loaded.host
         return Loop(
             host, name, self.loaded.rows, training, eval_rows=self.loaded.eval_rows if evaluate else (),
             collate=collator_for(host.model, self.loaded.tokenizer), accelerator=accelerator, listeners=listeners,
+            parallel=kind_of(accelerator, host.model, config.parallel, offload=config.cpu_offload),
         )  # fmt: skip
 
 
@@ -177,9 +204,8 @@ def probe(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
             if len(times) == _PROBE:
                 raise Enough
 
-    session = Session(job, folder)
     rate = _rate(job)
-    with contextlib.suppress(Enough):
+    with Session(job, folder) as session, contextlib.suppress(Enough):
         session.train(_RUN, rate, Watch(progress), Clock(), evaluate=False)
     steps = [after - before for before, after in itertools.pairwise(times)]
     return {"step_seconds": statistics.median(steps)}
@@ -198,20 +224,22 @@ def search(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
     done: dict[str, Any] = parsed(file.read_text(encoding="utf-8")) if file.is_file() else {}
     session: list[Session] = []
     settings = job.settings().search
-
-    def trials(rates: Sequence[float], steps: int) -> list[Trial]:
-        left = [rate for rate in rates if _key(rate, steps) not in done]
-        if left and not session:
-            session.append(Session(job, folder))
-        for group in [left] if len(left) > 1 and session[0].shares else [[rate] for rate in left]:
-            for trial in _tried(session[0], group, steps, Watch(progress)):
-                done[_key(trial.lr, steps)] = trial.model_dump()
-            write_json(file, done)
-        return [Trial(**done[_key(rate, steps)]) for rate in rates]
-
     rates = spread(_rate(job), settings.rates, settings.factor)
     lengths = [max(1, round(job.steps * fraction)) for fraction in settings.fractions]
-    rounds = halve(rates, lengths, trials, extend=settings.extend, factor=settings.factor)
+    with contextlib.ExitStack() as held:
+
+        def trials(rates: Sequence[float], steps: int) -> list[Trial]:
+            left = [rate for rate in rates if _key(rate, steps) not in done]
+            if left and not session:
+                session.append(held.enter_context(Session(job, folder)))
+            for group in [left] if len(left) > 1 and session[0].shares else [[rate] for rate in left]:
+                for trial in _tried(session[0], group, steps, Watch(progress)):
+                    done[_key(trial.lr, steps)] = trial.model_dump()
+                if rank() == 0:
+                    write_json(file, done)
+            return [Trial(**done[_key(rate, steps)]) for rate in rates]
+
+        rounds = halve(rates, lengths, trials, extend=settings.extend, factor=settings.factor)
     chosen = next((t.lr for t in rounds[-1] if t.kept), None)
     return Search(label=job.label, auto=True, chosen=chosen, rounds=rounds).model_dump(mode="json")
 
@@ -276,13 +304,24 @@ def together(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
     return {"runs": len(places)}
 
 
+def train(job: Job, folder: JobFolder, progress: Progress) -> None:
+    """Train with one seed, unless that is done."""
+    _trained(job, folder, progress)
+
+
+def _trained(job: Job, folder: JobFolder, progress: Progress) -> RunResult:
+    assert job.contender is not None
+    output = folder.path / TRAIN
+    fields = job.settings().train_fields(job.contender, steps=job.steps, seed=job.seed, lr=job.lr, output=output)
+    return _fit(TrainConfig(**fields), progress)
+
+
 def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
-    """Train with one seed, unless that was done together with others, then examine what came out."""
+    """Train with one seed, unless that was done together with others or by ranks, then examine what came out."""
     assert job.contender is not None
     comparison, contender = job.settings(), job.contender
     output = folder.path / TRAIN
-    fields = comparison.train_fields(contender, steps=job.steps, seed=job.seed, lr=job.lr, output=output)
-    trained = _fit(TrainConfig(**fields), progress)
+    trained = _trained(job, folder, progress)
     gc.collect()
     progress.say(now=True, phase="answering")
     model, tokenizer = _base(comparison)
@@ -321,11 +360,12 @@ def run(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]:
 
 
 def _base(config: CompareConfig) -> tuple[Any, Any]:
-    """The base model and its tokenizer, where trainings have it."""
+    """The base model and its tokenizer, on all the GPUs that trainings have."""
+    several = config.processes_per_run > 1 and config.device != "cpu" and torch.cuda.device_count() > 1
     return load_model(
         config.model,
         precision=config.precision,
-        device="auto" if config.spreads else config.device,
+        device="auto" if config.spreads or several else config.device,
         quantize=config.quantize,
         trust_remote_code=config.trust_remote_code,
     )
@@ -337,7 +377,8 @@ def _paper(config: CompareConfig, model: Any, tokenizer: Any) -> Paper:
 
 def _fit(config: TrainConfig, progress: Progress) -> RunResult:
     """Train, or continue; a run that another version or place of the folder began is started anew."""
-    before_run.check(config, print)  # for its reason: without it, the system would end the process for want of memory
+    if launched() == 1:  # for its reason: without it, the system would end the process for want of memory
+        before_run.check(config, print)
     try:
         result = fit(config, resume=True, quiet=True, callbacks=[Watch(progress)])
     except ConfigError:
@@ -388,35 +429,65 @@ WORK: dict[str, Callable[[Job, JobFolder, Progress], dict[str, Any]]] = {
 }
 
 
+# What ranks do; a run's examination is not theirs.
+OF_RANKS: dict[str, Callable[[Job, JobFolder, Progress], dict[str, Any] | None]] = {
+    "probe": probe,
+    "search": search,
+    "run": train,
+}
+
+
 def main(path: str) -> int:
     """Do the job of a folder and return the exit status."""
     folder = JobFolder(Path(path))
+    if launched() > 1:
+        return _work(folder, OF_RANKS)
     with alone(folder.path, wait=120):  # a process whose parent died may need a moment to stop
         if folder.result() is not None:
             return 0
-        job, progress = folder.job(), Progress(folder)
-        try:
-            progress.say(now=True)
-            result = WORK[job.kind](job, folder, progress)
+        job = folder.job()
+        ranks, device = job.settings().processes_per_run, job.settings().device
+        if ranks > 1 and job.kind in OF_RANKS:
+            try:
+                status = launch([path], ranks, device, module="adapterlab.compare.worker")
+            except ConfigError as error:  # there are fewer GPUs
+                _failed(folder, error)
+                return 1
+            if status or folder.result() is not None:
+                return status
+        return _work(folder, WORK)
+
+
+def _work(folder: JobFolder, work: Mapping[str, Callable[[Job, JobFolder, Progress], dict[str, Any] | None]]) -> int:
+    """Do the job of a folder, as the only process or as one of its ranks, of which the first one writes."""
+    job, progress = folder.job(), Progress(folder, silent=rank() > 0)
+    try:
+        progress.say(now=True)
+        result = work[job.kind](job, folder, progress)
+        if result is not None and rank() == 0:
             progress.say(now=True, phase="finished")
             folder.finish(result)
-        except Interrupted:
-            return STOPPED
-        except Exception as error:
-            traceback.print_exc()
+    except Interrupted:
+        if launched() > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher ends the others when the first one leaves
+        return STOPPED
+    except Exception as error:
+        traceback.print_exc()
+        if rank() == 0:
             _failed(folder, error)
-            return 1
+        return 1
     return 0
 
 
 def _failed(folder: JobFolder, error: BaseException) -> str:
     """Write down in a job's folder why it failed, and return it."""
-    known = isinstance(error, AdapterlabError) and not isinstance(error, OutputError)
+    known = isinstance(error, AdapterlabError) and not isinstance(error, (OutputError, RankError))
     reason = f"{type(error).__name__}: {error}"
     folder.fail(reason, final=known)
     return reason
 
 
 if __name__ == "__main__":
-    stop_with_parent()
+    if launched() == 1:  # ranks end with their launcher
+        stop_with_parent()
     sys.exit(main(sys.argv[1]))

@@ -72,3 +72,12 @@ def resident(pid: int | None = None) -> int:
         return int(psutil.Process(pid).memory_info().rss)
     except psutil.NoSuchProcess:
         return 0
+
+
+def resident_of_all(pid: int) -> int:
+    """Resident memory of a process and of those that it started."""
+    try:
+        started = psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return 0
+    return resident(pid) + sum(resident(process.pid) for process in started)

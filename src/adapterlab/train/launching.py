@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,20 @@ _PATIENCE = "600"  # seconds for the ranks to finish their step and to save, bef
 _PATIENCE_OF_TORCH = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
-def launch(words: Sequence[str], processes: int, device: str | None, output: Path) -> int:
-    """Run `adapterlab WORDS` in several processes.
+def launch(
+    words: Sequence[str], processes: int, device: str | None, output: Path | None = None, module: str = "adapterlab"
+) -> int:
+    """Run `python -m MODULE WORDS` in several processes.
 
-    It is `accelerate launch --multi_gpu --num_processes N -m adapterlab WORDS`, on GPUs and on CPUs, with a free port,
-    the cores of the machine divided among the processes, and time to save when a signal arrives.
+    It is `accelerate launch --multi_gpu --num_processes N -m MODULE WORDS`, on GPUs and on CPUs, with a free port, the
+    cores of the machine divided among the processes, and time to save when a signal arrives.
 
     Args:
-        words: the verb and what follows it.
+        words: what follows the module's name.
         processes: how many.
         device: of the configuration.
-        output: folder of the run.
+        output: folder of the run, if a signal is to be answered with whether the run was saved.
+        module: what each of them runs.
 
     Returns:
         The exit status: that of the process that ended the run.
@@ -50,21 +54,33 @@ def launch(words: Sequence[str], processes: int, device: str | None, output: Pat
     os.environ[PROCESSES] = str(processes)
     os.environ.setdefault(_PATIENCE_OF_TORCH, _PATIENCE)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks and this say what it would
-    with tempfile.TemporaryDirectory(prefix="adapterlab-") as logs:
+    with tempfile.TemporaryDirectory(prefix="adapterlab-") as logs, _handlers_kept():
         options = {
             "--num_processes": processes, "--num_machines": 1, "--mixed_precision": "no", "--dynamo_backend": "no",
             "--main_process_port": 0, "--log_dir": logs, **_threads(processes),
         }  # fmt: skip
         given = [str(word) for option in options.items() for word in option]
         try:
-            launch_command(launch_command_parser().parse_args(["--multi_gpu", *given, "-m", "adapterlab", *words]))
+            launch_command(launch_command_parser().parse_args(["--multi_gpu", *given, "-m", module, *words]))
         except SignalException:
-            if read_run(output).get("status") not in ("interrupted", "finished"):
+            if output is not None and read_run(output).get("status") not in ("interrupted", "finished"):
                 _say(f"The run in {output} was ended before it could save; an earlier checkpoint stays.")
             return STOPPED
         except ChildFailedError as error:
             return _ended(error.failures)
     return 0
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Put the handlers of signals back that the launcher replaces for good."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 def _threads(processes: int) -> dict[str, int]:
