@@ -36,8 +36,8 @@ def test_figures_are_those_of_the_merged_weights(tiny, put, weights_of, kind, me
         if kind == "gpt2" or "embed" in s.path:
             w, new = w.T, new.T
         delta = new - w
-        values = np.linalg.svd(delta, compute_uv=False)
-        values = values[values > 1e-5 * values[0]]
+        every = np.linalg.svd(delta, compute_uv=False)
+        values = every[every > 1e-5 * every[0]]
         assert s.norm == pytest.approx(np.linalg.norm(delta), rel=1e-4)
         assert s.relative == pytest.approx(np.linalg.norm(delta) / np.linalg.norm(w), rel=1e-4)
         p = values / values.sum()
@@ -45,7 +45,8 @@ def test_figures_are_those_of_the_merged_weights(tiny, put, weights_of, kind, me
         assert s.stable_rank == pytest.approx((values**2).sum() / values[0] ** 2, rel=1e-4)
         for k, share in s.energy.items():
             assert share == pytest.approx((values[:k] ** 2).sum() / (values**2).sum(), rel=1e-5)
-        np.testing.assert_allclose(s.singular_values, values[: len(s.singular_values)], rtol=1e-3, atol=1e-5)
+        # The smallest that counts may lie on either side of the bound.
+        np.testing.assert_allclose(s.singular_values, every[: len(s.singular_values)], rtol=1e-3, atol=1e-5)
         norms, moved = np.linalg.norm(w, axis=1), np.linalg.norm(new, axis=1)
         assert s.magnitude == pytest.approx(np.abs(moved - norms).mean(), rel=1e-3, abs=1e-6)
         turned = 1 - (w * new).sum(1) / norms / moved
