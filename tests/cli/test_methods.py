@@ -109,3 +109,13 @@ def test_help_needs_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert all(verb in done.stdout for verb in ("evaluate", "generate", "chat", "targets", "methods"))
+
+
+def test_the_list_needs_neither_compiler_nor_modelling_code() -> None:
+    """They take twice as long to import as all the rest."""
+    import subprocess
+
+    code = "import sys; from adapterlab.cli import main\nassert main(['methods', 'lora*']) == 0\n"
+    code += "for name in ('torch._dynamo', 'transformers.modeling_utils', 'scipy', 'accelerate'):\n"
+    code += "    assert name not in sys.modules, name"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -16,7 +16,6 @@ from adapterlab.core.site import Site
 from adapterlab.core.targets import Targets
 from adapterlab.errors import AttachError, ModelError, nearest
 from adapterlab.foreign.model import base_copy, base_name, config_of, input_table
-from adapterlab.foreign.pretrained import read_tokenizer
 from adapterlab.models.pulling import resolve
 
 KINDS = ("embedding", "linear")
@@ -212,6 +211,8 @@ def _tokenizer(model: Any) -> Any:
     if name is None:
         raise AttachError(f"This {type(model).__name__} does not say where its tokenizer is; {how}.")
     try:
+        from adapterlab.foreign.pretrained import read_tokenizer  # with all of transformers: seconds
+
         return read_tokenizer(resolve(name), config_of(model), trust_remote_code=False)
     except (ModelError, OSError, ValueError, KeyError, TypeError) as error:
         raise AttachError(f"The tokenizer of {name} cannot be read ({error}); {how}.") from None

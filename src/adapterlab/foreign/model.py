@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from adapterlab.foreign.calls import calls
 from adapterlab.foreign.private_transformers import FILLED
@@ -94,6 +93,8 @@ def is_encoder_decoder(model: Any) -> bool:
 
 def shifts_labels(model: Any) -> bool:
     """Say whether the loss of a model compares position t with the label of t + 1."""
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss  # with scipy
+
     loss = LOSS_MAPPING.get(getattr(model, "loss_type", None))
     return loss is ForCausalLMLoss and not is_encoder_decoder(model)
 

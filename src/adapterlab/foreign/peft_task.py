@@ -12,14 +12,14 @@ from adapterlab.foreign.model import config_of, is_encoder_decoder, plain_class
 CAUSAL, SEQ2SEQ, FEATURES = "CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"
 CLASSIFYING = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
-# Task of PEFT's -> the automatic class of transformers that PEFT makes such a model with.
+# Task of PEFT's -> the automatic class of transformers that PEFT makes such a model with, and the table that it reads.
 _AUTO = {
-    CAUSAL: ("AutoModelForCausalLM", transformers.MODEL_FOR_CAUSAL_LM_MAPPING),
-    SEQ2SEQ: ("AutoModelForSeq2SeqLM", transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING),
-    "SEQ_CLS": ("AutoModelForSequenceClassification", transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING),
-    "TOKEN_CLS": ("AutoModelForTokenClassification", transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING),
-    "QUESTION_ANS": ("AutoModelForQuestionAnswering", transformers.MODEL_FOR_QUESTION_ANSWERING_MAPPING),
-    FEATURES: ("AutoModel", transformers.MODEL_MAPPING),
+    CAUSAL: ("AutoModelForCausalLM", "MODEL_FOR_CAUSAL_LM_MAPPING"),
+    SEQ2SEQ: ("AutoModelForSeq2SeqLM", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING"),
+    "TOKEN_CLS": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING"),
+    "QUESTION_ANS": ("AutoModelForQuestionAnswering", "MODEL_FOR_QUESTION_ANSWERING_MAPPING"),
+    FEATURES: ("AutoModel", "MODEL_MAPPING"),
 }
 # What PEFT's model of any task hands to the base by name, given or not, and what that of one task adds; beside flags.
 _READ = ("input_ids", "attention_mask", "inputs_embeds")
@@ -58,13 +58,13 @@ def computes_prompts(model: Any, task: str | None) -> bool:
     return task is not None and not (task in CLASSIFYING and is_encoder_decoder(model))
 
 
-def _is_made_by(cls: Any, config: Any, auto: str, known: Any) -> bool:
+def _is_made_by(cls: Any, config: Any, auto: str, known: str) -> bool:
     """Say whether an automatic class makes models of a class, or of one that it was derived from."""
     by_config = getattr(config, "auto_map", None) or {}
     if auto in by_config:  # code that came with the weights
         return str(by_config[auto]).rpartition(".")[2] == cls.__name__
     try:
-        made = known[type(config)]
+        made = getattr(transformers, known)[type(config)]
     except KeyError:
         return False
     return issubclass(cls, made)

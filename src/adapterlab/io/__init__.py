@@ -1,6 +1,19 @@
-"""Adapter folders: ours, and HF PEFT's two files; writes are atomic."""
+"""Adapter folders: ours, and HF PEFT's two files; writes are atomic.
 
-from adapterlab.io.folder import read_info, save
-from adapterlab.io.info import AdapterInfo
+Names are imported on first use: writing a file loads no torch.
+"""
 
-__all__ = ["AdapterInfo", "read_info", "save"]
+from __future__ import annotations
+
+from adapterlab.lazy import lazy
+
+# public name -> module that defines it
+_PUBLIC = {
+    "AdapterInfo": "info",
+    "read_info": "folder",
+    "save": "folder",
+}
+
+__all__ = [*_PUBLIC]
+
+__getattr__, __dir__ = lazy(__name__, _PUBLIC)

@@ -21,12 +21,6 @@ from torch.nn import functional as F
 from adapterlab.foreign.private_torch import has_tile_products, softmax_backward
 from adapterlab.ops.operator import operator
 
-varlen_attn: Any
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
-    varlen_attn = None
-
 SCORES = 2**21  # of a tile at most, where it holds several samples: its buffers stay in the last cache
 SHORT = 256
 _GROUPED = (torch.bfloat16,)  # where a product's overhead outweighs padding; in float32 its operations do
@@ -100,8 +94,7 @@ def pays(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None = None) -> bool:
 def varlen_works(q: Tensor, v: Tensor) -> bool:
     """Say whether torch has a kernel for packed samples on this device."""
     return (
-        varlen_attn is not None
-        and q.device.type == "cuda"
+        q.device.type == "cuda"
         and torch.version.hip is None
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[3] == v.shape[3] <= 256
@@ -133,10 +126,13 @@ def varlen_attention(
     Returns:
         `[1, tokens, heads, value_dim]`.
     """
+    from torch.nn.attention import varlen  # brings torch's compiler: a second and a half
+
+    kernel: Any = varlen.varlen_attn
     window = (-1, 0) if causal else (-1, -1)
     grouped = q.shape[1] != k.shape[1]
     flat = (t[0].transpose(0, 1) for t in (q, k, v))
-    out: Tensor = varlen_attn(*flat, *bounds, *longest, scale=scale, window_size=window, enable_gqa=grouped)
+    out: Tensor = kernel(*flat, *bounds, *longest, scale=scale, window_size=window, enable_gqa=grouped)
     return out[None]
 
 
