@@ -3,6 +3,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -180,8 +181,10 @@ def test_the_untrained_model_is_named_and_does_not_squeeze_the_others():
 
 
 def test_conditions_that_differ_are_pointed_out():
-    slow = fabricate("slow").model_copy(update={"conditions": {"device": "cpu", "threads of each run": 8}})
-    assert any("different conditions" in notice for notice in page.notices([fabricate("fast"), slow]))
+    for change in ({"device": "mps"}, {"threads of each run": 8}):
+        other = fabricate("other")
+        other = other.model_copy(update={"conditions": {**other.conditions, **change}})
+        assert any("different conditions" in notice for notice in page.notices([fabricate("fast"), other]))
     assert not any("different conditions" in notice for notice in page.notices([fabricate("a"), fabricate("b")]))
 
 
@@ -266,3 +269,8 @@ def test_a_page_of_very_many_methods_can_be_loaded():
     assert text.count("<tr") < 130 + 101 + 2 * 101 + 10, "the table has all, the rest is of the best"
     assert len(text) < 4e6
     assert len(page.table.foremost(rows)) == 101
+
+
+def test_writing_a_report_again_needs_no_torch():
+    code = "import sys, adapterlab.cli.report, adapterlab.compare.report; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -149,9 +149,7 @@ def notices(comparisons: Sequence[Comparison]) -> list[str]:
             found.append(
                 "All were judged on the same evaluation rows, so the methods of all folders are ranked together."
             )
-        machines = {
-            (c.platform, str(c.conditions.get("device")), str(c.conditions.get("threads"))) for c in comparisons
-        }
+        machines = {(c.platform, *(str(c.conditions.get(key)) for key in _MACHINE)) for c in comparisons}
         if len(machines) > 1:
             found.append("Times and memory were measured under different conditions; compare them with care.")
     return found
