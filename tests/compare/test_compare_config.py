@@ -196,6 +196,14 @@ def test_rows_that_changed_in_between(fields: dict[str, Any], inline: Callable[.
         compare(CompareConfig(**fields))
 
 
+def test_a_setting_that_an_earlier_version_did_not_have_was_its_default() -> None:
+    config = CompareConfig(**{**BASE, "methods": ["lora"]})
+    saved = {key: value for key, value in config.decisive().items() if key not in ("processes_per_run", "parallel")}
+    assert config.differences(saved) == []
+    several = config.model_copy(update={"processes_per_run": 2})
+    assert several.differences(saved) == ["  processes_per_run: 1 there, 2 now"]
+
+
 def test_settings_on_the_command_line_replace_those_of_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({**BASE, "data": {"task": "chain_sum", "eval_size": 9}, "methods": ["lora"]}))

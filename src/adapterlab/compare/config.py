@@ -361,9 +361,14 @@ class CompareConfig(Settings):
         return {key: value for key, value in self.plain().items() if key not in _FREE}
 
     def differences(self, saved: Mapping[str, Any]) -> list[str]:
-        """Say in which settings an earlier configuration differs, those left out that cannot change results."""
+        """Say in which settings an earlier configuration differs, those left out that cannot change results.
+
+        A setting that it does not have is one of a later version, and was what is the default now.
+        """
+        usual = type(self)(data=self.data, methods=self.methods, budget=self.budget).plain()
         then, now = (
-            dict(flatten({k: v for k, v in tree.items() if k not in _FREE})) for tree in (saved, self.decisive())
+            dict(flatten({k: v for k, v in tree.items() if k not in _FREE}))
+            for tree in ({**usual, **saved}, self.decisive())
         )
         return [
             f"  {key}: {then.get(key)!r} there, {now.get(key)!r} now"
