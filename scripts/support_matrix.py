@@ -53,8 +53,8 @@ class Targeted(Case):
 
     targets: tuple[str, ...] = ()
 
-    def make(self, model: Any) -> Method:
-        return self.method(**{**self.method.example(model), "targets": self.targets})
+    def make(self, model: Any, **settings: Any) -> Method:
+        return self.method(**{**self.method.example(model), "targets": self.targets, **settings})
 
 
 def exchanges(method: type[Method]) -> dict[str, Case]:

@@ -49,9 +49,9 @@ class Case:
         """Return a fresh base model."""
         return models.tiny(self.family, self.precision)
 
-    def make(self, model: nn.Module) -> Method:
-        """Make the method with its example settings."""
-        return self.method(**self.method.example(model))
+    def make(self, model: nn.Module, **settings: Any) -> Method:
+        """Make the method with its example settings, and others in their place."""
+        return self.method(**{**self.method.example(model), **settings})
 
     def batch(self, model: Any, **options: Any) -> dict[str, Tensor]:
         """Return arguments of an adapted model with labels, and whatever else makes all of the method train.
@@ -62,20 +62,21 @@ class Case:
         """
         return self.method.example_batch(model, models.batch(model, **options))
 
-    def attach(self, *names: str, model: Any = None, fresh: bool = False) -> Host:
+    def attach(self, *names: str, model: Any = None, fresh: bool = False, **settings: Any) -> Host:
         """Attach the method and give its trainable tensors random values, as training would.
 
         Args:
             names: of the adapters, "one" by default; of several only the last is active.
             model: where to; default: a new model.
             fresh: leave the values as they start.
+            settings: of the method, in place of the example's.
         """
         model = self.model() if model is None else model
         found = host(model) or Host(model)
         for i, name in enumerate(names or ("one",)):
             found.activate()
             torch.manual_seed(i)
-            found.attach(self.make(model), name)
+            found.attach(self.make(model, **settings), name)
             found.methods[name].prepare(found, name, [self.batch(model)])
             if not fresh:
                 perturb(found, name, seed=i)
