@@ -133,7 +133,7 @@ def test_signals_reach_the_worker_and_its_status_decides(
         while not (tmp_path / "ready").exists() and time.monotonic() < end:
             time.sleep(0.01)
         shell.send_signal(getattr(signal, f"SIG{sent}"))
-    assert shell.wait(20) == status
+    assert shell.wait(60) == status
     file = tmp_path / "queued.txt"
     assert (file.read_text().strip() if file.exists() else "") == queued
 

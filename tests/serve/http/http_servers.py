@@ -42,13 +42,13 @@ class Server:
         return self.service.engine
 
     def openai(self, key: str = "none") -> Any:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=10)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
     def stop(self) -> None:
         if isinstance(self.service.engine, FakeEngine):
             self.engine.flowing.set()
         self.uvicorn.should_exit = True
-        self.thread.join(20)
+        self.thread.join(60)
         assert not self.thread.is_alive()
 
 
@@ -71,7 +71,7 @@ def ask(
     given = {"Content-Type": "application/json", **headers, **({"Authorization": f"Bearer {key}"} if key else {})}
     request = urllib.request.Request(server.url + path, data, given, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=20) as response:
+        with urllib.request.urlopen(request, timeout=60) as response:
             return response.status, _read(response.read()), response.headers
     except urllib.error.HTTPError as error:
         return error.code, _read(error.read()), error.headers

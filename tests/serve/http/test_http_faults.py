@@ -42,7 +42,7 @@ def sent(server: Server, body: Any, *, path: str = "/v1/completions") -> socket.
     return connection
 
 
-def until(what: Callable[[], Any], seconds: float = 10) -> None:
+def until(what: Callable[[], Any], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end, "it did not happen in time"
@@ -172,7 +172,7 @@ def test_a_server_that_is_asked_to_end_finishes_what_runs(make_server: Callable[
     time.sleep(0.3)
     assert server.thread.is_alive()
     server.stop()
-    asking.join(10)
+    asking.join(60)
     assert answers[0][0] == 200
     assert answers[0][1]["choices"][0]["text"] == "base 1 0"
 

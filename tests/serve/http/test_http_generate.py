@@ -28,7 +28,7 @@ def streamed(server: Server, body: Any) -> list[Any]:
     request = urllib.request.Request(
         f"{server.url}/generate_stream", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=20) as response:
+    with urllib.request.urlopen(request, timeout=60) as response:
         return [json.loads(line.removeprefix(b"data: ")) for line in response if line.startswith(b"data: ")]
 
 
@@ -38,7 +38,7 @@ def sampling(server: Server) -> dict[str, Any]:
 
 def test_hugging_faces_client_is_answered(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "is_offline_mode", lambda: False)  # this machine alone is asked
-    client = InferenceClient(server.url, timeout=10)
+    client = InferenceClient(server.url, timeout=60)
     assert client.text_generation("1+1", max_new_tokens=40) == "base 3 0"
     whole = client.text_generation("1+1", adapter_id="sums", details=True, top_n_tokens=2, max_new_tokens=40)
     assert (whole.generated_text, whole.details.finish_reason) == ("sums 3 0", "eos_token")
