@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 import pytest
 
 from adapterlab.errors import AdapterlabError, FormatError, UnknownAdapterError, UnusableAdapterError
 from adapterlab.serve.adapters import Adapters, Version
+from adapterlab.serve.fairness import Counters
 from adapterlab.serve.pages import Pages, PrefixCache
 from adapterlab.serve.requests import EngineSettings
 from adapterlab.serve.scheduler import Scheduler, Sequence
@@ -221,6 +222,49 @@ def test_tenants_get_alike_however_many_requests_they_send() -> None:
         had.update(sequence.tenant for sequence in books.step())
     assert had["few"] == 48
     assert had["many"] <= 48 + 4 * 8
+
+
+def test_counters_of_those_that_went_are_given_up_and_change_nothing() -> None:
+    class Keeping(Counters):
+        """Forgets nobody."""
+
+        def join(self, who: Hashable, others: Collection[Hashable]) -> None:
+            least = min((self[other] for other in others), default=None)
+            if least is None:
+                self._given.clear()
+            else:
+                self._given[who] = max(self[who], least)
+
+    draw, there, most = random.Random(3), set[int](), 0
+    counters, reference = Counters(), Keeping()
+    for step in range(20_000):
+        who = step if draw.random() < 0.3 else draw.randrange(max(1, step))
+        if who not in there and len(there) < 8:
+            counters.join(who, there)
+            reference.join(who, there)
+            there.add(who)
+        elif len(there) > 1:
+            there.discard(draw.choice(sorted(there)))
+        for one in there:
+            tokens = draw.random()
+            counters.charge(one, tokens)
+            reference.charge(one, tokens)
+            assert counters[one] == reference[one]
+        most = max(most, len(counters))
+    assert most < 300 < len(reference)
+
+
+def test_a_tenant_that_comes_changes_no_turns_of_another_ones_adapters() -> None:
+    books = Books(max_running=1)
+    for name, tenant in (("a", "x"), ("b", "x"), ("c", "y")):
+        books.adapters.add(name, tenant, name, "lora", 100)
+    scheduler = books.scheduler
+    books.ask([1, 2, 3], 20, "a", tenant="x")
+    books.step()
+    given = scheduler.by_adapter["x"][scheduler.running[0].root]
+    assert given > 0
+    books.ask([1], 1, "c", tenant="y")
+    assert scheduler.by_adapter["x"][scheduler.running[0].root] == given
 
 
 def test_adapters_that_are_alone_take_turns_with_the_others() -> None:

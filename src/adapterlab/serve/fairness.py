@@ -6,8 +6,9 @@ whoever comes back after a pause starts at the least of those that are there, so
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable
 
+_SPARE = 64  # of those that went, whom it does not pay to look for
 GENERATED = 2.0  # a generated token costs a pass over all weights for itself; one of a prompt shares it with others
 
 
@@ -20,13 +21,20 @@ class Counters:
     def __getitem__(self, who: Hashable) -> float:
         return self._given.get(who, 0.0)
 
-    def join(self, who: Hashable, others: Iterable[Hashable]) -> None:
+    def __len__(self) -> int:
+        return len(self._given)
+
+    def join(self, who: Hashable, others: Collection[Hashable]) -> None:
         """Let somebody come (back), who has nothing waiting or running, beside others that do."""
         least = min((self[other] for other in others), default=None)
         if least is None:
             self._given.clear()  # nobody is left to compare with
-        else:
-            self._given[who] = max(self[who], least)
+            return
+        self._given[who] = max(self[who], least)
+        if len(self._given) > 2 * (len(others) + _SPARE):
+            # Who went with no more than the least would come back with just that.
+            there = {who, *others}
+            self._given = {one: given for one, given in self._given.items() if given > least or one in there}
 
     def charge(self, who: Hashable, tokens: float) -> None:
         """Note what somebody was given."""

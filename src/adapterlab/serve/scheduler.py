@@ -7,7 +7,7 @@ generated, and fills up with pieces of prompts.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,7 +115,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preempted = 0
         self.refused: list[tuple[Sequence, AdapterlabError]] = []
-        self.by_tenant, self.by_adapter = Counters(), Counters()
+        self.by_tenant = Counters()
+        self.by_adapter: defaultdict[str | None, Counters] = defaultdict(Counters)  # of each tenant
         self._numbers = itertools.count()
         self._turns = itertools.count(1)
         self._turn: dict[Version | None, int] = {}  # when a lane had its last step
@@ -131,7 +132,7 @@ class Scheduler:
             self.by_tenant.join(sequence.tenant, tenants)
         adapters = {s.root for s in everyone if s.tenant == sequence.tenant}
         if sequence.root not in adapters:
-            self.by_adapter.join(sequence.root, adapters)
+            self.by_adapter[sequence.tenant].join(sequence.root, adapters)
         self._wait(sequence)
 
     def end(self, sequence: Sequence, *, spoiled: bool = False) -> list[int]:
@@ -208,7 +209,7 @@ class Scheduler:
         generated = max(0, piece.stop - max(piece.start, sequence.prompt))
         cost = piece.stop - piece.start - generated + GENERATED * generated
         self.by_tenant.charge(sequence.tenant, cost)
-        self.by_adapter.charge(sequence.root, cost)
+        self.by_adapter[sequence.tenant].charge(sequence.root, cost)
         if piece.chooses and self.settings.prefix_cache and piece.stop <= sequence.prompt:
             self.cache.keep(sequence.root, sequence.tokens[: piece.stop], sequence.pages)
 
@@ -251,7 +252,7 @@ class Scheduler:
             if self._overdue(s, now):
                 return (0, s.number)
             cold = s.version not in active and s.version is not None and not s.version.is_loaded
-            return (1, -s.priority, self.by_tenant[s.tenant], cold, self.by_adapter[s.root], s.number)
+            return (1, -s.priority, self.by_tenant[s.tenant], cold, self.by_adapter[s.tenant][s.root], s.number)
 
         return sorted(self.waiting.values(), key=rank)
 
