@@ -284,8 +284,10 @@ class Site:
     @property
     def device(self) -> torch.device:
         """Where the module computes: where its parameters are, or where accelerate brings them for a call."""
-        found = next((p.device for p in self.module.parameters()), torch.device("cpu"))
-        return elsewhere(self.module) or found
+        own = (p for p in self.module._parameters.values() if p is not None)
+        first = next(own, None)
+        first = next(self.module.parameters(), None) if first is None else first
+        return elsewhere(self.module) or (torch.device("cpu") if first is None else first.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -364,6 +366,11 @@ class Site:
     def parameter(self, *shape: int) -> nn.Parameter:
         """A new zero parameter on this module's device, in the adapter's dtype."""
         return nn.Parameter(torch.zeros(*shape, device=self.device, dtype=self.dtype))
+
+    def parameter_of(self, value: Tensor) -> nn.Parameter:
+        """A new parameter on this module's device, in the adapter's dtype, with a copy of these values."""
+        copied = value.detach().to(self.device, self.dtype, copy=True, memory_format=torch.contiguous_format)
+        return nn.Parameter(copied)
 
     @contextlib.contextmanager
     def substituted(self, **tensors: Tensor) -> Iterator[None]:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from adapterlab.errors import AttachError
+from adapterlab.foreign.private_torch import TorchDispatchMode
 
+_ATEN = torch.ops.aten
 _MAKERS = frozenset(
     (
-        torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.randint, torch.randperm,
-        torch.eye, torch.arange, torch.linspace, torch.tril_indices, torch.triu_indices, torch.empty_strided,
-        Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full,
+        _ATEN.empty, _ATEN.zeros, _ATEN.ones, _ATEN.full, _ATEN.rand, _ATEN.randn, _ATEN.randint, _ATEN.randperm,
+        _ATEN.eye, _ATEN.arange, _ATEN.linspace, _ATEN.tril_indices, _ATEN.triu_indices, _ATEN.empty_strided,
+        _ATEN.new_empty, _ATEN.new_zeros, _ATEN.new_ones, _ATEN.new_full,
     )
 )  # fmt: skip
+# Those whose size is an argument as it stands, and which; of the others, one without contents is made.
+_SIZED = {_ATEN.empty.memory_format: 0, _ATEN.zeros.default: 0, _ATEN.ones.default: 0, _ATEN.randn.default: 0}
 _ONLY_REAL = ("device", "generator", "pin_memory", "out")
+_UNCOUNTED = (RuntimeError, OverflowError, TypeError)
 
 
-class Allowance(TorchFunctionMode):
+class Allowance(TorchDispatchMode):
     """Inside the context no more numbers are made than are allowed; what is too much is refused before it exists.
 
     Args:
@@ -32,28 +36,32 @@ class Allowance(TorchFunctionMode):
         super().__init__()
         self.numbers = self.left = numbers
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[Any], args: Any = (), kwargs: dict[str, Any] | None = None
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, _UNCOUNTED) and "overflow" in str(error).lower():  # more than torch can count
+            raise self._refused() from error
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[Any], args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _MAKERS:
+        if func.overloadpacket in _MAKERS:
             self.left -= self._asked(func, args, kwargs)
             if self.left < 0:
-                raise AttachError(
-                    f"its settings ask for tensors of more than {self.numbers:,} numbers, which neither the tensors "
-                    "in its file nor the base model account for. A size in its configuration is wrong: copy the whole "
-                    "folder again."
-                )
+                raise self._refused()
         return func(*args, **kwargs)
 
-    def _asked(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> int:
+    def _asked(self, func: Any, args: Any, kwargs: dict[str, Any]) -> int:
+        if (place := _SIZED.get(func)) is not None:
+            return math.prod(args[place])
         plain = {key: value for key, value in kwargs.items() if key not in _ONLY_REAL}
         try:
             return int(func(*args, **plain, device="meta").numel())
-        except (
-            RuntimeError,
-            OverflowError,
-            TypeError,
-            MemoryError,
-        ) as error:  # more than can be counted, or no size at all
+        except (*_UNCOUNTED, MemoryError) as error:  # more than can be counted, or no size at all
             return self.left + 1 if "overflow" in str(error).lower() else 0
+
+    def _refused(self) -> AttachError:
+        return AttachError(
+            f"its settings ask for tensors of more than {self.numbers:,} numbers, which neither the tensors in its "
+            "file nor the base model account for. A size in its configuration is wrong: copy the whole folder again."
+        )

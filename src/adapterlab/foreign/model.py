@@ -30,8 +30,10 @@ _AROUND = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 def unwrapped(module: Any) -> Any:
     """Return the module inside of what torch put around it without computing anything else."""
-    inside = next((found for key in _AROUND if (found := module._modules.get(key)) is not None), None)
-    return module if inside is None else unwrapped(inside)
+    for key in _AROUND if module._modules else ():
+        if (inside := module._modules.get(key)) is not None:
+            return unwrapped(inside)
+    return module
 
 
 def plain_path(path: str) -> str:
@@ -289,18 +291,18 @@ def is_adapter_path(path: str) -> bool:
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Walk over a model's own modules, adapters and wrappers left out; a module that is reached twice is named once."""
     seen: set[int] = set()
-
-    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    ahead = [("", model)]  # the next one last
+    while ahead:
+        path, module = ahead.pop()
         module = unwrapped(module)
         if id(module) in seen:
-            return
+            continue
         seen.add(id(module))
         yield path, module
-        for name, child in module._modules.items():
+        lead = f"{path}." if path else ""
+        for name, child in reversed(module._modules.items()):
             if child is not None and name not in (ADAPTERS, SHARED):
-                yield from walk(child, f"{path}.{name}" if path else name)
-
-    return walk(model, "")
+                ahead.append((lead + name, child))
 
 
 def weight_reads(modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, bool]]:

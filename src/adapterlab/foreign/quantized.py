@@ -28,6 +28,8 @@ def packed_tensor(module: nn.Module) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Say whether a tensor holds its numbers as they are; one without contents, made for planning, stands for such."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return True
     kind = type(tensor.data)
     return kind is Tensor or issubclass(kind, FakeTensor)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterlab.errors import OutputError
+from adapterlab.foreign.model import base_modules
 
 Result = TypeVar("Result")
 
@@ -23,8 +24,10 @@ def is_sharded(model: nn.Module) -> bool:
 
     FSDP2 marks its modules too: after a forward pass it may show whole parameters for a while.
     """
-    parts = any(is_part(p) or _is_flat(p) for p in model.parameters())
-    return parts or any(hasattr(m, "unshard") and hasattr(m, "reshard") for m in model.modules())
+    modules = [module for _, module in base_modules(model)]  # adapters are split with what they are at
+    held = (p for module in modules for p in module._parameters.values() if p is not None)
+    parts = any(is_part(p) or _is_flat(p) for p in held)
+    return parts or any(hasattr(m, "unshard") and hasattr(m, "reshard") for m in modules)
 
 
 def is_replicated(model: nn.Module) -> bool:

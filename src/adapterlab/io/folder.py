@@ -28,7 +28,7 @@ from adapterlab.engine.allowance import Allowance
 from adapterlab.engine.attachments import Attachments
 from adapterlab.engine.standpoint import seen_as_whole
 from adapterlab.errors import AttachError, ConfigError, FormatError, TargetError, TrainingError
-from adapterlab.foreign.model import base_copy, base_name, base_revision, is_adapter_path
+from adapterlab.foreign.model import base_copy, base_modules, base_name, base_revision, is_adapter_path
 from adapterlab.foreign.sharding import gathered, leads, whole
 from adapterlab.io import adapter_hub, hf_peft, misfit
 from adapterlab.io.atomic import Kind, new_folder, write_json, write_text
@@ -337,7 +337,8 @@ def _adapted(info: AdapterInfo, tensors: dict[str, Tensor]) -> list[str]:
 def _accounted_for(host: Attachments, method: Method, tensors: dict[str, Tensor]) -> int:
     """Numbers that attaching may make: what the file holds, and what the method derives from the base beside it."""
     held = sum(value.numel() for value in tensors.values())
-    base = sum(parameter.numel() for parameter in host.model.parameters())
+    modules = base_modules(host.model) if method.derived else ()
+    base = sum(p.numel() for _, module in modules for p in module._parameters.values() if p is not None)
     return round(_TIMES * held + method.derived * base) + _ALWAYS
 
 

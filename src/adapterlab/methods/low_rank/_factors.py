@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterlab.core.adapter import Delta
 from adapterlab.core.carrier import Carrier
@@ -97,6 +97,8 @@ class Factors(Delta):
 
     holds: ClassVar[tuple[str, str] | None] = ("A", "B")
 
+    A: nn.Parameter
+    B: nn.Parameter
     A0: Tensor | None
     B0: Tensor | None
     scale: float
@@ -107,7 +109,6 @@ class Factors(Delta):
         super().__init__(site)
         place = method.place(site)
         self.scale, self.init = place.scale, method.init
-        self.A, self.B = site.parameter(place.r, site.shape[1]), site.parameter(site.shape[0], place.r)
         self.init.check(place)
         self.begin(self.init.start(place))
 
@@ -115,9 +116,11 @@ class Factors(Delta):
     def begin(self, start: Start) -> None:
         """Take over the values, the rank and the part of the base of a start."""
         for key, value in (("A", start.A), ("B", start.B)):
-            if getattr(self, key).shape != value.shape:
-                setattr(self, key, self.site.parameter(*value.shape))
-            getattr(self, key).copy_(value)
+            held = self._parameters.get(key)
+            if held is None or held.shape != value.shape:
+                setattr(self, key, self.site.parameter_of(value))
+            else:
+                held.copy_(value)
         for key, taken in zip(("A0", "B0"), start.taken or (None, None), strict=True):
             self.register_buffer(key, None if taken is None else taken.detach().to(self.A, copy=True))
 
