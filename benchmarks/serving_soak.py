@@ -196,10 +196,9 @@ class Soak:
 
     def _nonsense(self, draw: random.Random) -> None:
         """Something that no server should understand."""
-        body = {
-            **_asking("base"),
-            draw.choice(("prompt", "n", "stop", "model", "x")): draw.choice(({}, -1, [[]], "\0")),
-        }
+        key = draw.choice(("prompt", "n", "stop", "model", "x"))
+        texts = () if key in ("prompt", "stop") else ("\0",)  # as text to go on with, or to end at, it is understood
+        body = {**_asking("base"), key: draw.choice(({}, -1, [[]], *texts))}
         status, found = self._send("POST", draw.choice(("/v1/completions", "/generate", "/v1/adapters")), body)
         self._expect(400 <= status < 500, f"nonsense: {status}: {found}")
 
