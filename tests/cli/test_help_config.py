@@ -7,7 +7,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from adapterlab import yaml_text
-from adapterlab.cli import build
+from adapterlab.cli import build, main
 from adapterlab.compare.config import CompareConfig
 from adapterlab.errors import ConfigError
 from adapterlab.serve.http.limits import ServerSettings
@@ -42,3 +42,13 @@ def test_the_keys_are_listed_without_a_file_at_80_columns(verb: str) -> None:
 def test_an_unknown_key_says_where_all_are() -> None:
     with pytest.raises(ConfigError, match=r"'modle'.*Nearest: model.*--help-config"):
         TrainConfig(modle="x", data={"task": "chain_sum"})
+
+
+@pytest.mark.parametrize("verb", ["train", "compare", "serve", "bench"])
+def test_a_setting_that_is_written_as_an_option_is_told_how_settings_are_written(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "x", "--some.thing=5"])
+    assert caught.value.code == 2
+    assert "without dashes: some.thing=VALUE" in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -49,14 +49,26 @@ def build() -> typer.Typer:
     return app
 
 
+_UsageError: Any = typer.BadParameter.__base__  # click's own, or that of the copy which typer brings
+_SETTINGS = ("overrides", "options")  # arguments that are written key=value
+
+
 class _Verb(TyperCommand):
-    """A verb whose wrong values are named without the kind of error that pydantic puts before its message."""
+    """A verb that says what is wrong with its arguments.
+
+    Wrong values are named without the kind of error that pydantic puts before its message, and a setting that is
+    written as an option is told how settings are written.
+    """
 
     def parse_args(self, *args: Any) -> list[str]:
         try:
             return super().parse_args(*args)
-        except typer.BadParameter as error:
-            error.message = error.message.removeprefix("Value error, ")
+        except _UsageError as error:
+            option = getattr(error, "option_name", None)
+            if isinstance(error, typer.BadParameter):
+                error.message = error.message.removeprefix("Value error, ")
+            elif option and any(parameter.name in _SETTINGS for parameter in self.params):
+                error.message += f". Settings are written without dashes: {option.lstrip('-')}=VALUE."
             raise
 
 
