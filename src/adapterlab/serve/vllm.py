@@ -10,6 +10,7 @@ from typing import Any
 
 from adapterlab.errors import AdapterlabError, ConfigError, MissingDependencyError
 from adapterlab.io.files import read_json
+from adapterlab.models.pulling import resolve
 
 _CONFIG = "adapter_config.json"
 _TYPE = "LORA"  # the one type of HF PEFT's that vLLM computes
@@ -36,7 +37,7 @@ def plan(model: str, adapters: Sequence[tuple[str, Path]], *, host: str, port: i
     """Work out the command.
 
     Args:
-        model: folder or hub id of the base.
+        model: the base, by any name that it has here; vLLM gets the folder.
         adapters: names and folders.
         host: to listen on.
         port: to listen on.
@@ -44,6 +45,7 @@ def plan(model: str, adapters: Sequence[tuple[str, Path]], *, host: str, port: i
 
     Raises:
         MissingDependencyError: vLLM is not installed.
+        ModelError: there is no such base.
     """
     program = shutil.which(_PROGRAM)
     if program is None:
@@ -58,7 +60,7 @@ def plan(model: str, adapters: Sequence[tuple[str, Path]], *, host: str, port: i
             served[one] = folder, rank_in(folder)
         except AdapterlabError as error:
             refused[one] = str(error)
-    command = [program, "serve", model, "--host", host, "--port", str(port), "--served-model-name", name]
+    command = [program, "serve", str(resolve(model)), "--host", host, "--port", str(port), "--served-model-name", name]
     if served:
         rank = max(rank for _, rank in served.values())
         command += ["--enable-lora", "--max-lora-rank", str(next(size for size in _RANKS if size >= rank))]

@@ -124,8 +124,11 @@ def test_vllm_gets_what_it_can_serve(tmp_path: Path, monkeypatch: pytest.MonkeyP
     file = folders["dora"] / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "use_dora": True, "modules_to_save": ["lm_head"]}))
     (tmp_path / "ours").mkdir()
-    made = vllm.plan("m", [*folders.items(), ("ours", tmp_path / "ours")], host="127.0.0.1", port=8000, name="base")
-    assert made.command[:3] == (str(program), "serve", "m")
+    base = tmp_path / "where it lies"
+    monkeypatch.setattr(vllm, "resolve", lambda name: base if name == "alias" else None)
+    found = [*folders.items(), ("ours", tmp_path / "ours")]
+    made = vllm.plan("alias", found, host="127.0.0.1", port=8000, name="base")
+    assert made.command[:3] == (str(program), "serve", str(base))
     assert made.command[made.command.index("--max-lora-rank") + 1] == "32"
     assert made.served == ("small", "wide")
     assert f"wide={tmp_path / 'wide'}" in made.command
