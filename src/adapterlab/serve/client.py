@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from adapterlab.errors import ConfigError, ServingError
+from adapterlab.errors import ConfigError, ServingError, nearest
 from adapterlab.json_text import parsed
 
 KEY = "ADAPTERLAB_KEY"
@@ -133,8 +133,10 @@ class RemoteConversation:
         """
         if len(names) > 1:
             raise ConfigError(f"A server answers with one adapter at a time, and {len(names)} were named.")
+        there = [str(one["id"]) for one in self.client.models()] if names else []  # not all servers tell of single ones
         for name in names:
-            self.client.ask("GET", f"/v1/models/{quote(name)}")
+            if name not in there:
+                raise ServingError(f"The server has no {name!r}. {nearest(name, there)}")
         self.active = names
 
     def say(self, text: str, show: Any) -> None:
