@@ -19,6 +19,9 @@ from adapterlab.cli._shared import say
 from adapterlab.errors import AdapterlabError
 from adapterlab.terminal import Terminal, show_messages_of_others, shown
 
+_UsageError: Any = typer.BadParameter.__base__  # click's own, or that of the copy which typer brings
+_SETTINGS = ("overrides", "options")  # arguments that are written key=value
+
 
 def build() -> typer.Typer:
     """Collect the verbs of this folder into one application."""
@@ -47,10 +50,6 @@ def build() -> typer.Typer:
             raise typer.Exit
 
     return app
-
-
-_UsageError: Any = typer.BadParameter.__base__  # click's own, or that of the copy which typer brings
-_SETTINGS = ("overrides", "options")  # arguments that are written key=value
 
 
 class _Verb(TyperCommand):

@@ -201,7 +201,7 @@ class _Work:
     ):
         self.config, self.contenders, self.pool, self.judge, self.data = config, contenders, pool, judge, data
         self.opened, self.root, self.say = opened, config.output, say or (lambda line: None)
-        self.training = Training(**config.training)
+        self.training, self.rows_per_step = Training(**config.training), config.rows_per_step
         self.claims = Claims()
         self.running: dict[Path, tuple[Job, int]] = {}  # with the number of failures before
         self.results: dict[Path, dict[str, Any]] = {}
@@ -443,7 +443,7 @@ class _Work:
             return budget.steps
         if budget.tokens is not None:
             base = self.result(Job(kind="untrained"))
-            return max(1, round(budget.tokens / (self.config.rows_per_step * base["tokens_per_row"]))) if base else None
+            return max(1, round(budget.tokens / (self.rows_per_step * base["tokens_per_row"]))) if base else None
         if not registry.method(contender.method).trains:
             return _ANY
         probe = self.result(Job(kind="probe", contender=contender))
@@ -580,7 +580,7 @@ class _Work:
             "threads of each run": self.pool.threads * self.config.processes_per_run or "as the machine has",
             "share a base": _SHARES if self.config.shares else "nothing",
             "budget": str(self.config.budget),
-            "rows in a step": self.config.rows_per_step,
+            "rows in a step": self.rows_per_step,
             "training rows": self.data["train_rows"],
             "validation rows": self.data["validation_rows"],
             "evaluation rows": self.data["eval_rows"],

@@ -19,8 +19,8 @@ _MAKERS = frozenset(
         _ATEN.new_empty, _ATEN.new_zeros, _ATEN.new_ones, _ATEN.new_full,
     )
 )  # fmt: skip
-# Those whose size is an argument as it stands, and which; of the others, one without contents is made.
-_SIZED = {_ATEN.empty.memory_format: 0, _ATEN.zeros.default: 0, _ATEN.ones.default: 0, _ATEN.randn.default: 0}
+# Those whose first argument is their size; of the others, one without contents is made.
+_SIZED = frozenset((_ATEN.empty.memory_format, _ATEN.zeros.default, _ATEN.ones.default, _ATEN.randn.default))
 _ONLY_REAL = ("device", "generator", "pin_memory", "out")
 _UNCOUNTED = (RuntimeError, OverflowError, TypeError)
 
@@ -52,8 +52,8 @@ class Allowance(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _asked(self, func: Any, args: Any, kwargs: dict[str, Any]) -> int:
-        if (place := _SIZED.get(func)) is not None:
-            return math.prod(args[place])
+        if func in _SIZED:
+            return math.prod(args[0])
         plain = {key: value for key, value in kwargs.items() if key not in _ONLY_REAL}
         try:
             return int(func(*args, **plain, device="meta").numel())

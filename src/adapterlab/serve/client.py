@@ -119,9 +119,8 @@ class RemoteConversation:
         self.client, self.system = client, system
         self.settings = {"max_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         self.turns: list[dict[str, str]] = []
-        self.base, *names = [str(one["id"]) for one in client.models()]
-        self.methods: dict[str, None] = dict.fromkeys(names)
         self.active: tuple[str, ...] = ()
+        self._look()
         self.activate(*([model] if model != self.base else []))
 
     def activate(self, *names: str) -> None:
@@ -133,11 +132,17 @@ class RemoteConversation:
         """
         if len(names) > 1:
             raise ConfigError(f"A server answers with one adapter at a time, and {len(names)} were named.")
-        there = [str(one["id"]) for one in self.client.models()] if names else []  # not all servers tell of single ones
         for name in names:
-            if name not in there:
-                raise ServingError(f"The server has no {name!r}. {nearest(name, there)}")
+            if name not in (self.base, *self.methods):
+                self._look()  # it may have come since
+            if name not in (self.base, *self.methods):
+                raise ServingError(f"The server has no {name!r}. {nearest(name, [self.base, *self.methods])}")
         self.active = names
+
+    def _look(self) -> None:
+        """Ask what is there; not all servers tell of single models."""
+        self.base, *names = [str(one["id"]) for one in self.client.models()]
+        self.methods: dict[str, None] = dict.fromkeys(names)
 
     def say(self, text: str, show: Any) -> None:
         """Put a question and pass the answer on as it comes; an interrupted one is kept as far as it came."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adapterlab.core.method import LayerMethod
 from adapterlab.core.targets import ALL_LINEAR, Targets
 from adapterlab.errors import AttachError, ConfigError, FormatError, MergeError
 from adapterlab.foreign.model import is_encoder_decoder
@@ -231,7 +232,8 @@ def check_compile(case: Case) -> None:
     """`torch.compile` makes one graph of the model that answers as the model does."""
     model = models.tiny(f"{case.family}-1", case.precision)  # one layer: tracing is slow
     # What would be at all linear layers is at a square one and at one that is not: each is traced alike.
-    everywhere = getattr(case.make(model), "targets", None) == Targets(include=(ALL_LINEAR,))
+    method = case.make(model)
+    everywhere = isinstance(method, LayerMethod) and method.targets == Targets(include=(ALL_LINEAR,))
     settings: dict[str, Any] = {"targets": ("q", "down")} if everywhere else {}
     found = case.attach(model=model, **settings)
     batch = models.batch(found.model)
