@@ -23,6 +23,7 @@ import _bench as bench
 from _bench import Figures, Job
 
 BASE = "base"
+APART = "apart "  # what begins the names of adapters of which the model knows nothing
 SIDES = {
     "kernel": "updates alone, beside bare modules: a LoRA for each, by the compiled kernel",
     "one": "one LoRA for all",
@@ -58,6 +59,7 @@ def work(job: dict[str, Any]) -> Figures:
     import adapterlab as al
     from adapterlab.engine.products import Products
     from adapterlab.ops.by_address import ByAddress
+    from adapterlab.ops.segmented import Update
 
     model, count = bench.load(job["model"], dtype=job["dtype"]).eval(), job["requests"]
     ids = bench.batch(model, 1, count)["input_ids"]
@@ -73,12 +75,17 @@ def work(job: dict[str, Any]) -> Figures:
     model.eval()
     products = Products(ByAddress())
     for name in names:
-        products.take(name, host.adapters(name).values())
+        found = {}
+        for adapter in host.adapters(name).values():
+            out, n_in = adapter.site.shape
+            found[products.number(adapter.site.module, n_in, out)] = Update(adapter.A, adapter.B, adapter.scale)
+        products.take(APART + name, found)
 
     def step(side: str) -> float:
-        changes = side.endswith("changing")
+        changes, way = side.endswith("changing"), None if side.startswith(("torch", "one")) else products
         chosen = draw.sample(names, count) if changes else names[:1] if side == "one" else names[:count]
-        way = None if side.startswith("torch") else products
+        if way is not None:
+            chosen = [APART + name for name in chosen]
         with _mixed(host, side, chosen, count, way):
             if not changes:  # what the first step prepares stays
                 model(input_ids=ids, use_cache=False)
@@ -112,13 +119,12 @@ def _mixed(host: Any, side: str, chosen: list[str], count: int, products: Any) -
         with host.using(*chosen):
             yield
     else:
-        runs = [(name, count // len(chosen)) for name in chosen]
-        with host.tokens(runs):
-            host.state.products = products
-            try:
+        host.state.products = products
+        try:
+            with host.tokens([(name, count // len(chosen)) for name in chosen]):
                 yield
-            finally:
-                host.state.products = None
+        finally:
+            host.state.products = None
 
 
 @contextlib.contextmanager
@@ -138,7 +144,7 @@ def _beside(host: Any, chosen: list[str], products: Any) -> Iterator[None]:
 
         return forward
 
-    modules = {module: number for module, number in products._numbers.items() if prepared.readable[number]}
+    modules = {module: number for module, number in products._numbers.items() if number in prepared.adds}
     for module, number in modules.items():
         module.forward = call(module, number)
     try:

@@ -35,7 +35,7 @@ class State:
         active: keys of the live adapters, parts of composites included.
         together: how they are put together, by keys; None: they nest in order of attachment.
         segments: of a mixed batch, who owns which rows or tokens; or None.
-        products: how modules of a mixed batch are computed without a gradient by whoever owns all adapters, or None.
+        products: what adapters add in a mixed batch that are kept apart from the model, see `engine.products`, or None.
         generators: of a mixed batch, where the dropout of an adapter takes its random numbers, by key; others take
             them from torch's own.
         sinks: of a mixed batch, where adapters leave what they emit and observe, by key; the others leave it in the

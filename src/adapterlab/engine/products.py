@@ -1,27 +1,28 @@
 """Updates of several adapters in one pass, in a way of `ops.segmented`: without gradients, for who owns the adapters.
 
-A server loads adapters and lets nobody write to them. So where their factors lie is written down when they are loaded;
-what a step needs is put together once for all modules, when its adapters are others than those of the step before;
-and nothing is checked in a call.
+A server loads adapters and lets nobody write to them. So the factors of one are copied into a block of memory, and
+where each lies is written down; what a step needs is put together once for all modules, when its adapters are others
+than those of the step before. The model knows nothing of such an adapter but its key, in the map of a mixed batch.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapterlab.core.segments import Segments
+from adapterlab.core.segments import Segment, Segments
 from adapterlab.core.state import State
-from adapterlab.engine.resting import resting
-from adapterlab.errors import BuildError
+from adapterlab.errors import AttachError, BuildError
+from adapterlab.foreign.model import ADAPTERS
 from adapterlab.ops.by_address import ByAddress
-from adapterlab.ops.segmented import ENTRY, UNREADABLE, Entries, Run, Runs, Step, Update, Way, by_column, entry
+from adapterlab.ops.low_rank import add_low_rank, thin_dtype
+from adapterlab.ops.segmented import ENTRY, TYPES, Entries, Run, Runs, Step, Update, Way, can_be_read
 
 _MAPS = 16  # that are kept prepared: of a step there are several where adapters stand around whole blocks
 
@@ -42,25 +43,45 @@ def fastest(device: str) -> tuple[Way | None, str]:
 
 
 class _Held(NamedTuple):
-    """Where the factors of an adapter are, by the number of the module, and what keeps them there."""
+    """The factors of an adapter, and where they are by the number of the module."""
 
+    block: Tensor
     entries: Entries
-    factors: list[tuple[Tensor, Tensor]]
+
+    def update(self, number: int, n_in: int, out: int) -> Update:
+        """What it adds to a module of a size, at which it is."""
+        _, _, rank, scale, _ = self.entries[number].tolist()
+        a, b = (self._piece(number, name, rank * width) for name, width in (("a", n_in), ("b", out)))
+        return Update(a.view(rank, n_in), b.view(rank, out).T, scale)
+
+    def _piece(self, number: int, name: str, length: int) -> Tensor:
+        start = (int(self.entries[name][number]) - self.block.data_ptr()) // self.block.element_size()
+        return self.block[start : start + length]
 
 
 class _Prepared(NamedTuple):
-    """A step, and which modules it computes."""
+    """What a step adds.
+
+    Attributes:
+        segments: the map it was made for.
+        step: the products of its short runs.
+        long: its long runs, and whose they are.
+        adds: the modules at which it adds something.
+        bare: by module, whether nothing else is computed there; None: nobody has looked.
+    """
 
     segments: Segments
     step: Step
-    readable: list[bool]
+    long: list[tuple[int, int, _Held]]
+    adds: set[int]
+    bare: list[bool | None]
 
 
 class Products:
-    """Computes modules with the updates of a mixed batch, while `State.products` is this.
+    """What adapters add to linear modules in a mixed batch, while `State.products` is this.
 
     Attributes:
-        way: how.
+        way: how it is computed.
     """
 
     def __init__(self, way: Way):
@@ -70,93 +91,133 @@ class Products:
         self._held: dict[str, _Held] = {}
         self._prepared: dict[int, _Prepared] = {}
 
-    def take(self, key: str, adapters: Iterable[Any]) -> None:
-        """Lay the factors of an adapter out and write down where they are; from now on they stay there as they are.
+    def __contains__(self, key: str) -> bool:
+        return key in self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def number(self, module: nn.Module, n_in: int, out: int) -> int:
+        """Return the number of a linear module of `[out, in]`; the module has to ask this, see `computed`."""
+        if module not in self._numbers:
+            self._numbers[module] = len(self._widths)
+            self._widths.append((n_in, out))
+        return self._numbers[module]
+
+    def takes(self, number: int, update: Update) -> bool:
+        """Say whether an update is of a module's size and kernels can read it."""
+        return can_be_read(update, *self._widths[number])
+
+    @torch.no_grad()
+    def take(self, key: str, updates: Mapping[int, Update]) -> int:
+        """Copy the factors of an adapter, which are its own from now on.
 
         Args:
             key: of the adapter.
-            adapters: at all of its modules.
+            updates: by the number of the module. Of one device; of one dtype, or they are kept in float32.
+
+        Returns:
+            The bytes that they take.
+
+        Raises:
+            ValueError: factors that are not of the module's size, or that no kernel can read.
         """
-        found = [(self._number(adapter), _update(adapter)) for adapter in adapters]
+        if not updates or not all(self.takes(number, update) for number, update in updates.items()):
+            raise ValueError(f"the factors of {key} are not of the sizes of their modules, or no kernel can read them")
+        numbers, scales = list(updates), [one.scale for one in updates.values()]
+        first, second = [one.a for one in updates.values()], [one.b for one in updates.values()]
+        dtypes = {t.dtype for t in (*first, *second)}
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        sizes = [t.numel() for t in (*first, *second)]
+        block = torch.empty(sum(sizes), dtype=dtype, device=first[0].device)
+        pieces = block.split(sizes)
+        for piece, a in zip(pieces, first, strict=False):
+            piece.view(a.shape).copy_(a)
+        for piece, b in zip(pieces[len(first) :], second, strict=True):
+            piece.view(b.shape[1], b.shape[0]).T.copy_(b)
+        starts = np.cumsum([0, *sizes[:-1]]).astype(np.uint64) * np.uint64(block.element_size())
+        addresses = starts + np.uint64(block.data_ptr())
         entries = np.zeros(len(self._widths), ENTRY)
-        for number, update in found:
-            if number is not None:
-                known = (0, 0, 0, 0.0, UNREADABLE) if update is None else entry(update, *self._widths[number])
-                entries[number] = known
-        self._held[key] = _Held(entries, [(update.a, update.b) for _, update in found if update is not None])
+        entries["a"][numbers], entries["b"][numbers] = addresses[: len(first)], addresses[len(first) :]
+        entries["rank"][numbers], entries["scale"][numbers] = [len(a) for a in first], scales
+        entries["type"][numbers] = TYPES[dtype]
+        self._held[key] = _Held(block, entries)
         self._prepared.clear()
+        return block.numel() * block.element_size()
 
     def drop(self, key: str) -> None:
         """Forget an adapter."""
         self._held.pop(key, None)
         self._prepared.clear()
 
-    def computed(self, state: State, module: Any, forward: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor | None:
-        """Compute a module and what its adapters add.
+    def computed(self, state: State, module: Any, args: Any, kwargs: Any, plain: Any, usual: Callable[..., Any]) -> Any:
+        """Compute a module and what is added to it.
 
         Args:
             state: shared by the adapters.
             module: the module.
-            forward: its own forward.
             args: what it is called with.
             kwargs: likewise.
+            plain: its own forward.
+            usual: the same with the adapters that stand around it, of the module, the state, `args` and `kwargs`.
 
-        Returns:
-            None where it is not given all tokens of the map in one row, or an adapter there is no product of factors.
+        Raises:
+            AttachError: something is to be added and it is not given all tokens of the map in one row, or a gradient
+                is wanted.
         """
-        segments, number = state.segments, self._numbers.get(module)
-        if segments is None or number is None or kwargs or len(args) != 1 or torch.is_grad_enabled():
-            return None
-        x = args[0]
-        if type(x) is not Tensor or x.dtype not in self.way.dtypes or torch.compiler.is_compiling():
-            return None
-        if x.shape[:-1] != (1, segments.total):
-            return None
+        number, segments = self._numbers.get(module), state.segments
+        if number is None or segments is None:
+            return usual(module, state, args, kwargs)
+        x: Any = args[0] if len(args) == 1 and not kwargs else None
+        one_row = x is not None and x.dim() == 3 and len(x) == 1
+        if one_row and not segments.by_token:  # it was found to be of one owner
+            segments = segments.once(("tokens", x.shape[1]), functools.partial(segments.tokens, 1, x.shape[1]))
+        if not one_row or x.shape[1] != segments.total or torch.is_grad_enabled():
+            raise AttachError(
+                f"What is added here is kept apart from the model, for {segments.total} tokens in one row and without "
+                f"a gradient; received {'other arguments' if x is None else list(x.shape)}."
+            )
         prepared = self._prepared.get(id(segments)) or self._prepare(segments)
-        if not prepared.readable[number]:
-            return None
-        y: Tensor = forward(module, x)
-        if y.dtype is not x.dtype or not y.is_contiguous():  # of packed weights, say
-            return None
-        prepared.step(number, x, y)
+        bare = prepared.bare[number]
+        if bare is None:
+            names = tuple(module._modules[ADAPTERS]._modules)
+            bare = prepared.bare[number] = not segments.among(names).used
+        y = plain(module, x) if bare else usual(module, state, args, kwargs)
+        if number in prepared.adds:
+            y = y.contiguous()
+            prepared.step(number, x, y)
+            for start, stop, held in prepared.long:
+                if number < len(held.entries) and held.entries["rank"][number]:
+                    _add(y[0, start:stop], x[0, start:stop], held.update(number, *self._widths[number]))
         return y
 
     def _prepare(self, segments: Segments) -> _Prepared:
-        owned = [(who, start, stop) for who, start, stop in segments.parts if isinstance(who, tuple)]
-        keys = list(dict.fromkeys(key for who, _, _ in owned for key in who))
-        table = np.zeros((len(self._widths), len(keys)), ENTRY)
-        for column, key in enumerate(keys):
-            held = self._held.get(key)
-            if held is None:
-                table[:, column]["type"] = UNREADABLE
-            else:
-                table[: len(held.entries), column] = held.entries
-        numbers = {key: number for number, key in enumerate(keys)}
-        plain = segments.by_token and len(owned) == len(segments.parts)  # there is no composition
-        readable = (table["type"] != UNREADABLE).all(1) & plain
-        runs = [Run(start, stop, numbers[key]) for who, start, stop in owned for key in who]
-        step = self.way.step(table, self._widths, Runs(runs, segments.total))
+        whose = [
+            (key, part) for part in segments.parts if isinstance(part.who, tuple) for key in part.who if key in self
+        ]
+        short = [(key, part) for key, part in whose if _length(part) < self.way.long]
+        long = [(part.start, part.stop, self._held[key]) for key, part in whose if _length(part) >= self.way.long]
+        columns = {key: column for column, key in enumerate(dict.fromkeys(key for key, _ in short))}
+        table = np.zeros((len(self._widths), len(columns)), ENTRY)
+        for key, column in columns.items():
+            entries = self._held[key].entries
+            table[: len(entries), column] = entries
+        runs = Runs([Run(part.start, part.stop, columns[key]) for key, part in short], segments.total)
+        adds: set[int] = {*np.flatnonzero((table["rank"] > 0).any(1)).tolist()}
+        for _, _, held in long:
+            adds |= {*np.flatnonzero(held.entries["rank"]).tolist()}
         if len(self._prepared) >= _MAPS:
             self._prepared.clear()
-        made = self._prepared[id(segments)] = _Prepared(segments, step, readable.tolist())
+        step = self.way.step(table, self._widths, runs)
+        made = _Prepared(segments, step, long, adds, [None] * len(self._widths))
+        self._prepared[id(segments)] = made
         return made
 
-    def _number(self, adapter: Any) -> int | None:
-        """The number of an adapter's module, or None where that is no linear layer."""
-        module = adapter.site.module
-        if module not in self._numbers and adapter.site.kind == "linear":
-            out, n_in = adapter.site.shape
-            self._numbers[module] = len(self._widths)
-            self._widths.append((n_in, out))
-        return self._numbers.get(module)
+
+def _length(part: Segment) -> int:
+    return part.stop - part.start
 
 
-def _update(adapter: Any) -> Update | None:
-    """What an adapter adds, if it is nothing but a product of two factors at rest."""
-    found = resting({"": adapter}, mixed=True)
-    if found is None:
-        return None
-    rest = found[""]
-    if not rest.b.T.is_contiguous():
-        rest.b.data = by_column(rest.b.data)
-    return Update(rest.a.detach(), rest.b.detach(), rest.scale)
+def _add(y: Tensor, x: Tensor, update: Update) -> None:
+    dtype = thin_dtype(x)
+    add_low_rank(y, x, update.a.to(dtype).T, update.b.to(dtype).T, update.scale)

@@ -273,6 +273,8 @@ class Switching(Anatomy):
             raise AttachError("Parallel makes rows and cannot be one: give the rows of its parts one by one.")
         wanted = [() if n is None else n if isinstance(n, tuple) else (n,) for n, _ in counted]
         used = list(dict.fromkeys(leaf for who in wanted for part in who for leaf in leaves(part)))
+        kept_apart = [name for name in used if name not in self.methods and self._keeps_apart(name, wanted)]
+        used = [name for name in used if name not in kept_apart]
         for name in used:
             self.check(name)
         resident = [n for n in used if any(self.patches[key] for key in self.parts(n))]
@@ -283,7 +285,7 @@ class Switching(Anatomy):
             )
         owners = [self._owner(who) for who in wanted]
         for owner in dict.fromkeys(owners):
-            check_heard({key: self.places[key] for key in names_of(owner)})
+            check_heard({key: self.places[key] for key in names_of(owner) if key in self.places})
         whole = segments(zip(owners, (count for _, count in counted), strict=True), by_token)
         before = self.live
         self._switch(used)
@@ -296,6 +298,12 @@ class Switching(Anatomy):
         finally:
             self.state.segments = None
             self.activate(*before)
+
+    def _keeps_apart(self, name: str, wanted: Sequence[tuple[str | Composition, ...]]) -> bool:
+        """Say whether nothing of an adapter is on the model, and what it adds is in `State.products`, for it alone."""
+        products = self.state.products
+        whose = [who for who in wanted if name in (leaf for part in who for leaf in leaves(part))]
+        return products is not None and name in products and all(who == (name,) for who in whose)
 
     def _owner(self, parts: tuple[str | Composition, ...]) -> Who:
         if any(isinstance(part, Composition) for part in parts):

@@ -88,16 +88,19 @@ def wrapped(cls: Any, takes: tuple[str, ...] = ()) -> type[nn.Module]:
     """
     plain, linear = cls.forward, is_plain_linear(cls)
 
+    def usual(self: nn.Module, state: State, args: Any, kwargs: Any) -> Any:
+        if linear and len(args) == 1 and not kwargs and (y := at_rest(self, state, args[0])) is not None:
+            return y
+        return dispatch(self, Base(plain, self), *args, **kwargs)
+
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if ADAPTERS not in self._modules:  # a hook set in between still holds this method after a detach
             return plain(self, *args, **kwargs)
         state = self.__dict__[STATE]
-        if state.products is not None and (y := state.products.computed(state, self, plain, args, kwargs)) is not None:
-            return y
-        if linear and len(args) == 1 and not kwargs and (y := at_rest(self, state, args[0])) is not None:
-            return y
-        return dispatch(self, Base(plain, self), *args, **kwargs)
+        if state.products is not None:
+            return state.products.computed(state, self, args, kwargs, plain, usual)
+        return usual(self, state, args, kwargs)
 
     if takes:
         forward.__signature__ = _with(inspect.signature(plain), takes)  # type: ignore[attr-defined]

@@ -17,12 +17,19 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     Of tensors that are split among processes it looks at the part that is here.
     """
     floating = {key: t for key, t in tensors.items() if t.is_floating_point() or t.is_complex()}
-    here = {key: local(tensor) for key, tensor in floating.items()}
-    return next((key for key, tensor in here.items() if tensor.numel() and not _finite(tensor)), None)
+    here = {key: part for key, tensor in floating.items() if (part := local(tensor)).numel()}
+    ends: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in here.values():
+        ends.setdefault((tensor.dtype, tensor.device), []).extend(_ends(tensor))
+    if all(torch.isfinite(torch.stack(each)).all() for each in ends.values()):  # asked once, not for each tensor
+        return None
+    return next(key for key, tensor in here.items() if not torch.isfinite(torch.stack(_ends(tensor))).all())
 
 
-def _finite(tensor: Tensor) -> bool:
-    if tensor.is_complex() or tensor.itemsize == 1:  # neither has an order in torch
-        return bool(torch.isfinite(tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)).all())
-    ends = torch.stack(torch.aminmax(tensor))  # NaN wins against every number
-    return bool(torch.isfinite(ends).all())
+def _ends(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Two numbers of a tensor that are finite if all are; NaN wins against every number."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    elif tensor.itemsize == 1:  # it has no order in torch
+        tensor = tensor.to(torch.float32)
+    return torch.aminmax(tensor)

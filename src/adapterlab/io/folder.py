@@ -255,10 +255,12 @@ class Saved:
     Attributes:
         info: what the folder says about it.
         tensors: all of it, under the names of the file.
+        kind: of adapters that differ in the numbers of their tensors alone; "" where that cannot be told.
     """
 
     info: AdapterInfo
     tensors: dict[str, Tensor]
+    kind: str = ""
 
 
 def read(folder: str | Path) -> Saved:
@@ -268,7 +270,17 @@ def read(folder: str | Path) -> Saved:
         FormatError: the folder holds none, or a damaged one.
     """
     info = read_info(folder)
-    return Saved(info, _tensors(info))
+    tensors = _tensors(info)
+    return Saved(info, tensors, _kind(info, tensors))
+
+
+def _kind(info: AdapterInfo, tensors: Mapping[str, Tensor]) -> str:
+    if info.written_by == "adapterhub":
+        return ""
+    by_peft = info.written_by == "peft"
+    said = read_json(info.folder / CONFIG) if by_peft else [info.method, info.fields, info.modules]
+    shapes = {key: [str(value.dtype), *value.shape] for key, value in tensors.items()}
+    return digest([info.written_by, said, shapes])
 
 
 def load(
@@ -284,7 +296,7 @@ def load(
     paths = info.modules or _adapted(info, tensors)
     try:
         method = _method(info, tensors, target)
-        _check_seal(info)
+        check_seal(info)
         if info.written_by == "peft":
             hf_peft.check_computes(method, target, info.folder)
         # Tensors in our own names tell a method its structure; PEFT's are renamed once the method stands.
@@ -379,8 +391,12 @@ def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _check_seal(info: AdapterInfo) -> None:
-    """Settings decide what the tensors mean; they were valid here, and may still be others than those saved."""
+def check_seal(info: AdapterInfo) -> None:
+    """Check that settings are those that were saved: valid ones may still give the tensors another meaning.
+
+    Raises:
+        FormatError: they are others.
+    """
     if info.seal is not None and info.seal != _seal(dataclasses.asdict(info)):
         raise FormatError(
             f"{info.folder / METHOD} is not what was saved: method, fields, modules or sha256 have changed. Copy the "

@@ -6,6 +6,7 @@ of which an update has as many as it needs. A piece of one token, as in decoding
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -91,6 +92,7 @@ class ByTriton:
 
     name = "Triton kernels"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    long: float = math.inf
 
     def __init__(self, device: str = "cuda"):
         """Try them.

@@ -97,13 +97,18 @@ def by_column(b: Tensor) -> Tensor:
     return b.T.contiguous().T
 
 
+def can_be_read(update: Update, n_in: int, out: int) -> bool:
+    """Say whether kernels can read factors, laid out for them, at a module of a size."""
+    a, b, _ = update
+    shaped = a.dim() == b.dim() == 2 and len(a) <= RANK and (a.shape[1], *b.shape) == (n_in, out, len(a))
+    return shaped and a.dtype is b.dtype and a.dtype in TYPES and a.device == b.device
+
+
 def entry(update: Update, n_in: int, out: int) -> tuple[int, int, int, float, int]:
     """Return the `ENTRY` of an update for a module of a size; it holds while the factors stay where they are."""
     a, b, scale = update
-    shaped = a.dim() == b.dim() == 2 and len(a) <= RANK and (a.shape[1], *b.shape) == (n_in, out, len(a))
     plain = all(t.layout is torch.strided and type(t.data) is Tensor for t in (a, b))
-    plain = plain and shaped and a.is_contiguous() and b.T.is_contiguous()
-    if not (shaped and plain) or a.dtype is not b.dtype or a.dtype not in TYPES or a.device != b.device:
+    if not (can_be_read(update, n_in, out) and plain and a.is_contiguous() and b.T.is_contiguous()):
         return 0, 0, 0, 0.0, UNREADABLE
     return a.data_ptr(), b.data_ptr(), len(a), scale, TYPES[a.dtype]
 
@@ -125,10 +130,12 @@ class Way(Protocol):
     Attributes:
         name: for people.
         dtypes: of x that it takes.
+        long: tokens of a run from which on torch's own products are at least as fast.
     """
 
     name: str
     dtypes: tuple[torch.dtype, ...]
+    long: float
 
     def step(self, table: Entries, widths: Sequence[tuple[int, int]], runs: Runs) -> Step:
         """Prepare the products of a step.

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from adapterlab.core.adapter import Front
 from adapterlab.engine.attention import attention_modules, core_attention
-from adapterlab.engine.products import Products
 from adapterlab.errors import AdapterlabError, UnusableAdapterError
 from adapterlab.foreign.model import text_config
 from adapterlab.hosts import Host, host, load
@@ -28,6 +27,7 @@ from adapterlab.serve.adapters import Form, Version
 from adapterlab.serve.forward import Forward, Row
 from adapterlab.serve.pages import Pages
 from adapterlab.serve.reading import Reader
+from adapterlab.serve.table import Table
 from adapterlab.serve.whole_change import put_whole_change
 
 MakeRoom = Callable[[int], bool]
@@ -53,8 +53,8 @@ class Trial(NamedTuple):
 class OnModel:
     """Puts adapters on a model and takes them off; see `serve.adapters.Loader`."""
 
-    def __init__(self, model: Any, forward: Forward, pages: Pages, reader: Reader, products: Products | None = None):
-        self.model, self.forward, self.pages, self.reader, self.products = model, forward, pages, reader, products
+    def __init__(self, model: Any, forward: Forward, pages: Pages, reader: Reader, table: Table | None = None):
+        self.model, self.forward, self.pages, self.reader, self.table = model, forward, pages, reader, table
         self._tried: dict[str, Form] = {}
         self._live = contextlib.ExitStack()
         self._runs: list[tuple[str | None, int]] | None = None
@@ -73,12 +73,14 @@ class OnModel:
         carrier, names = host(self.model), {key for key, _ in runs}
         if carrier is None or names == {None}:
             return
-        if len(names) == 1:
+        tabled = self.table is not None and any(name in self.table for name in names if name is not None)
+        if len(names) == 1 and not tabled:
             self._live.enter_context(carrier.using(*(name for name in names if name is not None)))
         else:
+            if self.table is not None and tabled:
+                carrier.state.products = self.table.products
+                self._live.callback(setattr, carrier.state, "products", None)
             self._live.enter_context(carrier.tokens(runs))
-            carrier.state.products = self.products
-            self._live.callback(setattr, carrier.state, "products", None)
         self._runs = runs
 
     def rest(self) -> None:
@@ -94,18 +96,21 @@ class OnModel:
             UnusableAdapterError: it can be computed in no form.
         """
         self.rest()
-        carrier = load(self.model, self.reader.take(version), version.key, active=False)
+        saved = self.reader.take(version)
+        if self.table is not None and (size := self.table.read(version.key, saved)) is not None:
+            version.form, version.bytes = "tokens", size
+            return True
+        carrier = load(self.model, saved, version.key, active=False)
         kind, put = repr(carrier.methods[version.key]), False
         try:
             trial = None if kind in self._tried else self._trial(carrier, version)
             fronts = fronts_of(carrier, version.key)
             if fronts is None:
                 put_whole_change(carrier, version.key)
-                if self.products is not None:
-                    for part in carrier.parts(version.key):
-                        self.products.take(part, carrier.adapters(part).values())
                 version.form = self._tried.get(kind)
                 put = self._on_tokens(carrier, version, trial, make_room)
+                if put and version.form == "tokens" and self.table is not None:
+                    put = self._in_table(self.table, carrier, version, saved.kind, trial, make_room)
             else:
                 put = self._in_pages(version, fronts, trial, make_room)
             if put and version.form is not None:
@@ -126,12 +131,17 @@ class OnModel:
     def unload(self, version: Version) -> None:
         """Take an adapter off the model; its pages are the caller's."""
         self.rest()
+        if self.table is not None:
+            self.table.drop(version.key)
         carrier = host(self.model)
         if carrier is not None and version.key in carrier.methods:
-            if self.products is not None:
-                for part in carrier.parts(version.key):
-                    self.products.drop(part)
             carrier.detach(version.key)
+
+    def close(self) -> None:
+        """Leave the model as it was, after all are unloaded."""
+        self.rest()
+        if self.table is not None:
+            self.table.close()
 
     # ------------------------------------------------------------------ pages in front
 
@@ -171,6 +181,17 @@ class OnModel:
         except (AdapterlabError, RuntimeError):  # it changes what all tokens see, or cannot be told apart by tokens
             version.form = "alone"
             return self._right(version, trial, make_room)
+
+    def _in_table(
+        self, table: Table, carrier: Host, version: Version, kind: str, trial: Trial | None, make_room: MakeRoom
+    ) -> bool:
+        """Move what can be into the table."""
+        self.rest()
+        size = table.take(carrier, version.key, kind)
+        if not size:
+            return True
+        version.bytes = size + (bytes_of(carrier, version.key) if version.key in carrier.methods else 0)
+        return trial is None or self._right(version, trial, make_room)
 
     # ------------------------------------------------------------------ trials
 

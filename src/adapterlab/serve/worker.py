@@ -24,6 +24,7 @@ from adapterlab.serve.reading import Reader
 from adapterlab.serve.requests import EngineSettings, Finished, Handle, Request, Statistics
 from adapterlab.serve.sampling import choose_all
 from adapterlab.serve.scheduler import Piece, Scheduler, Sequence
+from adapterlab.serve.table import Table
 
 
 class Worker:
@@ -56,8 +57,8 @@ class Worker:
         way, why = (None, "as settings say") if settings.products == "torch" else fastest(self.forward.device.type)
         self.products = f"torch ({why})" if way is None else way.name
         self.reader = Reader(int(settings.read_ahead_gb * 1e9))
-        made = None if way is None else Products(way)
-        self.on_model = OnModel(model, self.forward, self.pages, self.reader, made)
+        table = None if way is None else Table(model, self.forward, Products(way))
+        self.on_model = OnModel(model, self.forward, self.pages, self.reader, table)
         self.adapters = Adapters(self.on_model, self.pages, self.cache, self.forward.page_bytes)
         positions = getattr(text_config(model), "max_position_embeddings", None)
         self.window = min((n for n in (positions, settings.max_length) if n is not None), default=None)
@@ -262,6 +263,7 @@ class Worker:
         self.reader.close()
         self.cache.forget()
         self.adapters.close()
+        self.on_model.close()
         self.forward.pools.clear()
 
     # ------------------------------------------------------------------ what is known

@@ -1,0 +1,222 @@
+"""Adapters without modules: what one adds to linear layers lies in a table, and the layers ask the table.
+
+To put an adapter on a model makes hundreds of modules, a third of a second in which nobody gets an answer. What is
+nothing but products of factors needs none: of an adapter that was put on the model the table takes all such products.
+Of adapters of its kind, which differ in their numbers alone, it then learns which tensor of the file is which factor of
+which layer, by putting on one with numbers that are known again; and reads the next ones without the model.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adapterlab.core.adapter import Adapter
+from adapterlab.core.carrier import Carrier
+from adapterlab.core.method import Method
+from adapterlab.core.site import Site
+from adapterlab.engine.products import Products
+from adapterlab.engine.resting import behind, resting
+from adapterlab.errors import AdapterlabError
+from adapterlab.hosts import Host, host, load
+from adapterlab.io.folder import Saved, check_seal
+from adapterlab.ops.segmented import Update
+from adapterlab.serve.forward import Forward, Row
+from adapterlab.serve.pages import ZERO
+
+_KINDS = 256  # of which is remembered how they are read
+_MARKS, _PROBE = "served-table", "served-probe"  # names on the model
+
+
+class Place(NamedTuple):
+    """Where in a file the factors of a layer are.
+
+    Attributes:
+        number: of the layer.
+        a: name of A.
+        b: name of B.
+        scale: of their product.
+        dtype: that they are read in.
+    """
+
+    number: int
+    a: str
+    b: str
+    scale: float
+    dtype: torch.dtype
+
+
+class Marks(Method):
+    """Nothing, at modules that ask the table: it changes their class."""
+
+    id: ClassVar[str] = "marks"
+    trains: ClassVar[bool] = False
+
+    def attach(self, host: Carrier, name: str) -> None:
+        """Put nothing anywhere yet."""
+
+    class Mark(Adapter):
+        """Nothing."""
+
+        def __init__(self, site: Site):
+            super().__init__(site)
+            self.idle = True
+
+
+class Table:
+    """What adapters add, by layer.
+
+    Attributes:
+        products: computes it.
+    """
+
+    def __init__(self, model: Any, forward: Forward, products: Products):
+        self.model, self.forward, self.products = model, forward, products
+        self._sites: dict[nn.Module, Site] | None = None
+        self._marked: set[nn.Module] = set()
+        # By kind; None: one was taken as a whole, and nobody has looked yet; empty: they cannot be read so.
+        self._kinds: OrderedDict[str, tuple[Place, ...] | None] = OrderedDict()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.products
+
+    def read(self, key: str, saved: Saved) -> int | None:
+        """Take an adapter from its file, if one of its kind was taken before.
+
+        Returns:
+            The bytes that it takes, or None: it has to be put on the model.
+
+        Raises:
+            FormatError: its settings are not those that were saved.
+        """
+        if saved.kind not in self._kinds:
+            return None
+        places = self._kinds[saved.kind]
+        if places is None:
+            places = self._kinds[saved.kind] = self._learnt(saved)
+        if not places:
+            return None
+        check_seal(saved.info)
+        found, device = saved.tensors, self.forward.device
+        return self.products.take(
+            key, {n: Update(found[a].to(device, dtype), found[b].to(device, dtype), s) for n, a, b, s, dtype in places}
+        )
+
+    def take(self, carrier: Host, key: str, kind: str) -> int:
+        """Take what can be computed so of an adapter that is on the model; what cannot stays there.
+
+        Returns:
+            The bytes that it takes here.
+        """
+        parts = carrier.parts(key)
+        at: dict[nn.Module, dict[str, Any]] = {}
+        for part in parts:
+            for adapter in carrier.adapters(part).values():
+                at.setdefault(adapter.site.module, {})[part] = adapter
+        found: dict[int, Update] = {}
+        for module, held in at.items():
+            number, pairs = self._number(carrier, module), resting(held, mixed=True)
+            if number is None or pairs is None:
+                continue
+            one, *more = pairs.values()
+            pair = behind([(p.a, p.scale * p.b) for p in (one, *more)]) if more else (one.a, one.b)
+            update = Update(pair[0].detach(), pair[1].detach(), 1.0 if more else one.scale)
+            if not self.products.takes(number, update):
+                continue
+            found[number] = update
+            for part in held:
+                carrier.unwrap(part, module)
+        size = self.products.take(key, found) if found else 0
+        if found and len(found) == len(at) and not any(carrier.patches[part] for part in parts):
+            carrier.detach(key)
+            if kind:
+                self._kinds.setdefault(kind, None)
+                while len(self._kinds) > _KINDS:
+                    self._kinds.popitem(last=False)
+        return size
+
+    def drop(self, key: str) -> None:
+        """Forget an adapter."""
+        self.products.drop(key)
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        carrier = host(self.model)
+        if carrier is not None and _MARKS in carrier.methods:
+            carrier.detach(_MARKS)
+        self._marked.clear()
+
+    # ------------------------------------------------------------------ kinds
+
+    def _learnt(self, saved: Saved) -> tuple[Place, ...]:
+        """Find out which tensor of a file is which factor, or that they are not these factors, as they are."""
+        draw = torch.Generator().manual_seed(0)
+        made = {name: torch.randn(t.shape, generator=draw).to(t.dtype) for name, t in saved.tensors.items()}
+        names = {t.flatten()[0].item(): name for name, t in made.items() if t.numel()}
+        try:
+            carrier = load(self.model, Saved(saved.info, made), _PROBE, active=False)
+        except AdapterlabError:  # it takes certain numbers alone
+            return ()
+        try:
+            if carrier.parts(_PROBE) != [_PROBE] or carrier.patches[_PROBE]:
+                return ()
+            places = [self._place(carrier, adapter, made, names) for adapter in carrier.adapters(_PROBE).values()]
+        finally:
+            carrier.detach(_PROBE)
+        known = [place for place in places if place is not None]
+        used = [name for place in known for name in (place.a, place.b)]
+        return tuple(known) if len(known) == len(places) and sorted(used) == sorted(made) else ()
+
+    def _place(self, carrier: Host, adapter: Any, made: dict[str, Tensor], names: dict[float, str]) -> Place | None:
+        number, found = self._number(carrier, adapter.site.module), resting({"": adapter}, mixed=True)
+        if number is None or found is None:
+            return None
+        one = found[""]
+        if not self.products.takes(number, Update(one.a, one.b)):
+            return None
+        a, b = (names.get(t.flatten()[0].item(), "") for t in (one.a, one.b))
+        for name, t in ((a, one.a), (b, one.b)):
+            if name not in made or not torch.equal(made[name].to(t.device, t.dtype), t):
+                return None
+        return Place(number, a, b, one.scale, one.a.dtype)
+
+    # ------------------------------------------------------------------ layers
+
+    def _number(self, carrier: Host, module: nn.Module) -> int | None:
+        """The number of a layer, which asks the table from now on; None where it cannot."""
+        if self._sites is None:
+            self._sites = self._watched(carrier)
+        site = self._sites.get(module)
+        if site is None:
+            return None
+        if _MARKS not in carrier.methods:
+            carrier.attach(Marks(), _MARKS, active=False)
+        if module not in self._marked:
+            carrier.wrap(_MARKS, site, Marks.Mark(site))
+            self._marked.add(module)
+        out, n_in = site.shape
+        return self.products.number(module, n_in, out)
+
+    def _watched(self, carrier: Host) -> dict[nn.Module, Site]:
+        """The linear layers that are called once a pass, with all its tokens in one row, and keep their dtype."""
+        count, times = 3, dict[nn.Module, int]()
+
+        def watch(module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
+            fits = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(y, Tensor)
+            fits = fits and args[0].dtype in self.products.way.dtypes and args[0].shape[:-1] == (1, count)
+            fits = fits and (y.dtype, y.device) == (args[0].dtype, args[0].device)
+            times[module] = times.get(module, 0) + (1 if fits else 2)
+
+        sites = {site.module: site for site in carrier.all_sites() if site.kind == "linear"}
+        hooks = [module.register_forward_hook(watch, with_kwargs=True) for module in sites]
+        try:
+            with carrier.using():
+                self.forward.run([Row(range(count), 0, [ZERO] * count)])
+        finally:
+            self.forward.clear([ZERO])
+            for hook in hooks:
+                hook.remove()
+        return {module: site for module, site in sites.items() if times.get(module) == 1}

@@ -1,0 +1,83 @@
+"""Adapters that are products of factors leave no module on the model, and answer what they answer with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from served import ask, filled, tiny_llama
+
+import adapterlab as al
+from adapterlab.engine.products import fastest
+from adapterlab.errors import AttachError, UnusableAdapterError
+from adapterlab.serve.table import Table
+
+PROMPTS = [(5, 9, 31), tuple(range(20, 41)), (3,)]
+
+if fastest("cpu")[0] is None:
+    pytest.skip("there is no compiler, and without a kernel there is no table", allow_module_level=True)
+
+
+def test_of_a_kind_the_first_is_put_on_the_model_and_the_others_are_read(
+    alone: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, seen, read = engine("low", "low3", "moved", "scaled", "after"), [], Table.read
+    monkeypatch.setattr(Table, "read", lambda *args: seen.append(read(*args)) or seen[-1])
+    names = ("low", "low3", "moved", "scaled", "after")
+    handles = [(name, p, one.submit(ask(p, name))) for name in names for p in PROMPTS]
+    for name, prompt, handle in handles:
+        assert handle.result(60)[0].ids == alone.answer(name, prompt), name
+    assert [size is not None for size in seen] == [False, True, False, False, False]
+    carrier, products = al.host(one.model), one._worker.on_model.table.products
+    loaded = {v.name: v.key for v in one._worker.adapters.loaded}
+    assert {name for name, key in loaded.items() if key in products} == {"low", "low3", "moved"}
+    assert {name for name, key in loaded.items() if key in carrier.methods} == {"scaled", "after"}
+    one.stop()
+    assert al.host(one.model) is None
+
+
+def test_settings_that_change_the_product_are_another_kind(alone: Any, engine: Any, tmp_path: Path) -> None:
+    one, wanted = engine("low"), {}
+    for name, method in {"a": al.LoRA(r=2), "b": al.LoRA(r=2), "c": al.LoRA(r=2, alpha=9), "d": al.LoRA(r=3)}.items():
+        host = filled(al.attach(tiny_llama(), method, "a"), seed=ord(name))
+        one.register(name, host.save(tmp_path / name, "a"))
+        with torch.no_grad():
+            out = host.model.generate(torch.tensor([PROMPTS[1]]), max_new_tokens=10, do_sample=False)
+        wanted[name] = out[0, len(PROMPTS[1]) :].tolist()
+    for name in (*wanted, *wanted):
+        assert one.submit(ask(PROMPTS[1], name)).result(60)[0].ids == wanted[name], name
+
+
+def test_settings_that_were_edited_are_refused_also_where_the_kind_is_known(engine: Any, tmp_path: Path) -> None:
+    one = engine("low")
+    for name in "ab":
+        filled(al.attach(tiny_llama(), al.LoRA(r=2), "a"), seed=ord(name)).save(tmp_path / name, "a")
+        one.register(name, tmp_path / name)
+    file = tmp_path / "c" / "method.json"
+    (tmp_path / "b").rename(tmp_path / "c")
+    said = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**said, "seal": "0" * 64}), encoding="utf-8")
+    one.register("c", tmp_path / "c")
+    assert one.submit(ask(PROMPTS[0], "a")).result(60)
+    with pytest.raises(UnusableAdapterError, match="is not what was saved"):
+        one.submit(ask(PROMPTS[0], "c")).result(60)
+
+
+def test_what_is_kept_apart_is_never_left_out(alone: Any, engine: Any) -> None:
+    """A pass that the table cannot compute fails, instead of giving what the base says."""
+    one = engine("low", "low3")
+    for name in ("low", "low3"):
+        one.submit(ask(PROMPTS[0], name)).result(60)
+    carrier, table = al.host(one.model), one._worker.on_model.table
+    key = one._worker.adapters.loaded[0].key
+    carrier.state.products = table.products
+    try:
+        with carrier.tokens([(key, 3)]), pytest.raises(AttachError, match="without a gradient"):
+            one.model(input_ids=torch.tensor([PROMPTS[0]]))
+    finally:
+        carrier.state.products = None
+    with pytest.raises(AttachError, match="no adapter"), carrier.tokens([(key, 3)]):
+        pass
