@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from served import ask, filled, tiny_llama
 
 import adapterlab as al
@@ -49,6 +50,28 @@ def test_settings_that_change_the_product_are_another_kind(alone: Any, engine: A
         wanted[name] = out[0, len(PROMPTS[1]) :].tolist()
     for name in (*wanted, *wanted):
         assert one.submit(ask(PROMPTS[1], name)).result(60)[0].ids == wanted[name], name
+
+
+def test_files_of_peft_in_half_precision_are_read_too(
+    engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of hundreds of random tensors many begin with the same number then."""
+    one, wanted, seen, read = engine("norms"), {}, [], Table.read
+    monkeypatch.setattr(Table, "read", lambda *args: seen.append(read(*args)) or seen[-1])
+    for name in "abc":
+        folder = filled(al.attach(tiny_llama(), al.LoRA(r=2, targets="all-linear"), "a"), seed=ord(name)).save(tmp_path / name, "a")
+        file = folder / "adapter_model.safetensors"
+        save_file({key: value.bfloat16() for key, value in load_file(file).items()}, file)
+        (folder / "method.json").unlink()
+        one.register(name, folder)
+        model = tiny_llama()
+        al.load(model, folder)
+        with torch.no_grad():
+            out = model.generate(torch.tensor([PROMPTS[1]]), max_new_tokens=10, do_sample=False)
+        wanted[name] = out[0, len(PROMPTS[1]) :].tolist()
+    for name in wanted:
+        assert one.submit(ask(PROMPTS[1], name)).result(60)[0].ids == wanted[name], name
+    assert [size is not None for size in seen] == [False, True, True]
 
 
 def test_settings_that_were_edited_are_refused_also_where_the_kind_is_known(engine: Any, tmp_path: Path) -> None:

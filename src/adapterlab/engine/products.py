@@ -94,9 +94,6 @@ class Products:
     def __contains__(self, key: str) -> bool:
         return key in self._held
 
-    def __len__(self) -> int:
-        return len(self._held)
-
     def number(self, module: nn.Module, n_in: int, out: int) -> int:
         """Return the number of a linear module of `[out, in]`; the module has to ask this, see `computed`."""
         if module not in self._numbers:

@@ -155,7 +155,7 @@ class Table:
         """Find out which tensor of a file is which factor, or that they are not these factors, as they are."""
         draw = torch.Generator().manual_seed(0)
         made = {name: torch.randn(t.shape, generator=draw).to(t.dtype) for name, t in saved.tensors.items()}
-        names = {t.flatten()[0].item(): name for name, t in made.items() if t.numel()}
+        names = {_beginning(t): name for name, t in made.items()}
         try:
             carrier = load(self.model, Saved(saved.info, made), _PROBE, active=False)
         except AdapterlabError:  # it takes certain numbers alone
@@ -170,14 +170,14 @@ class Table:
         used = [name for place in known for name in (place.a, place.b)]
         return tuple(known) if len(known) == len(places) and sorted(used) == sorted(made) else ()
 
-    def _place(self, carrier: Host, adapter: Any, made: dict[str, Tensor], names: dict[float, str]) -> Place | None:
+    def _place(self, carrier: Host, adapter: Any, made: dict[str, Tensor], names: dict[Any, str]) -> Place | None:
         number, found = self._number(carrier, adapter.site.module), resting({"": adapter}, mixed=True)
         if number is None or found is None:
             return None
         one = found[""]
         if not self.products.takes(number, Update(one.a, one.b)):
             return None
-        a, b = (names.get(t.flatten()[0].item(), "") for t in (one.a, one.b))
+        a, b = (names.get(_beginning(t), "") for t in (one.a, one.b))
         for name, t in ((a, one.a), (b, one.b)):
             if name not in made or not torch.equal(made[name].to(t.device, t.dtype), t):
                 return None
@@ -220,3 +220,8 @@ class Table:
             for hook in hooks:
                 hook.remove()
         return {module: site for module, site in sites.items() if times.get(module) == 1}
+
+
+def _beginning(t: Tensor) -> tuple[float, ...]:
+    """The first numbers of a tensor: in half precision a single one is that of many others."""
+    return tuple(t.flatten()[:8].tolist())
