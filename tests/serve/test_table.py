@@ -59,7 +59,9 @@ def test_files_of_peft_in_half_precision_are_read_too(
     one, wanted, seen, read = engine("norms"), {}, [], Table.read
     monkeypatch.setattr(Table, "read", lambda *args: seen.append(read(*args)) or seen[-1])
     for name in "abc":
-        folder = filled(al.attach(tiny_llama(), al.LoRA(r=2, targets="all-linear"), "a"), seed=ord(name)).save(tmp_path / name, "a")
+        folder = filled(al.attach(tiny_llama(), al.LoRA(r=2, targets="all-linear"), "a"), seed=ord(name)).save(
+            tmp_path / name, "a"
+        )
         file = folder / "adapter_model.safetensors"
         save_file({key: value.bfloat16() for key, value in load_file(file).items()}, file)
         (folder / "method.json").unlink()
