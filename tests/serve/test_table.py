@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from served import ask, filled, tiny_llama
+from served import METHODS, ask, filled, tiny_llama
 
 import adapterlab as al
-from adapterlab.engine.products import fastest
+from adapterlab.engine import reordered_weights
+from adapterlab.engine.products import Products, fastest
 from adapterlab.errors import AttachError, UnusableAdapterError
+from adapterlab.serve.forms import OnModel
 from adapterlab.serve.table import Table
 
 PROMPTS = [(5, 9, 31), tuple(range(20, 41)), (3,)]
@@ -106,3 +108,47 @@ def test_what_is_kept_apart_is_never_left_out(alone: Any, engine: Any) -> None:
         carrier.state.products = None
     with pytest.raises(AttachError, match="no adapter"), carrier.tokens([(key, 3)]):
         pass
+
+
+def test_what_is_wrong_in_the_table_stays_on_the_model(
+    alone: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take, taken = Products.take, []
+
+    def doubled(self: Any, key: str, updates: Any) -> int:
+        taken.append(key)
+        return take(self, key, {n: update._replace(scale=2 * update.scale) for n, update in updates.items()})
+
+    monkeypatch.setattr(Products, "take", doubled)
+    one = engine("low", "low3")
+    handles = [(name, p, one.submit(ask(p, name))) for name in ("low", "low3") for p in PROMPTS]
+    for name, prompt, handle in handles:
+        assert handle.result(60)[0].ids == alone.answer(name, prompt), name
+    assert len(taken) == 1, "the second of the kind is not tried there again"
+    assert {v.key for v in one._worker.adapters.loaded} <= set(al.host(one.model).methods)
+    one.stop()
+    assert al.host(one.model) is None
+
+
+def test_the_first_of_a_kind_is_tried_once(alone: Any, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, tried = OnModel._right, []
+    monkeypatch.setattr(OnModel, "_right", lambda *args: tried.append(args[1].name) or right(*args))
+    one = engine("low", "low3", "after", "norms")
+    handles = [(name, one.submit(ask(PROMPTS[0], name))) for name in ("low", "low3", "after", "norms")]
+    for name, handle in handles:
+        assert handle.result(60)[0].ids == alone.answer(name, PROMPTS[0]), name
+    assert tried == ["low", "after", "norms", "norms"], "what changes all tokens is tried beside others before"
+
+
+def test_copies_of_weights_change_no_answer(alone: Any, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reordered_weights, "_gain", lambda weights: 1.0)
+    one = engine()
+    assert one.statistics().bytes_reordered > 0
+    asked = [(name, prompt) for name in (None, *METHODS) for prompt in PROMPTS]
+    handles = [(name, prompt, one.submit(ask(prompt, name))) for name, prompt in asked]
+    for name, prompt, handle in handles:
+        assert handle.result(60)[0].ids == alone.answer(name, prompt), name
+    one.stop()
+    assert all(type(parameter) is torch.nn.Parameter for parameter in one.model.parameters())
+    assert one.statistics().bytes_reordered == 0
+    assert engine(reordered_gb=0).statistics().bytes_reordered == 0

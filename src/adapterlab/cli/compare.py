@@ -97,6 +97,7 @@ def compare(
     comparison = load_config(config, changes)
     for id, keys in comparison.left_out().items():
         say(f"Left out: {id}, which needs {', '.join(keys)}. Name it with its settings to compare it.", err=True)
+    _say_if_slow(comparison, engine)
     if dry_run:
         _list(comparison)
         return
@@ -180,6 +181,14 @@ def _watching(quiet: bool) -> Iterator[Watcher | None]:
             yield view
     else:
         yield Lines(lambda line: say(line, err=True))
+
+
+def _say_if_slow(comparison: Any, engine: str) -> None:
+    """Say before hours are spent that another precision takes a part of them; of other machines nothing is known."""
+    from adapterlab.foreign.processor import SLOW_IN_BF16, accelerated, slow_in_bf16
+
+    if engine == "local" and comparison.precision == "bf16" and not accelerated() and slow_in_bf16():
+        say(f"Slow: {SLOW_IN_BF16}.", err=True)
 
 
 def _list(comparison: Any) -> None:

@@ -136,7 +136,10 @@ def _register(service: Service) -> None:
         say(f"not served: {line}", err=True, fg="yellow")
     if len(bad) > _SHOWN:
         say(f"... and {len(bad) - _SHOWN} more that cannot be served", err=True, fg="yellow")
-    say(f"Adapters: {len(service.engine.adapters(every=True)):,}, computed by: {service.engine.products}.")
+    engine = service.engine
+    say(f"Adapters: {len(engine.adapters(every=True)):,}, computed by: {engine.products}.")
+    if copies := engine.statistics().bytes_reordered:
+        say(f"{copies / 1e9:.2g} GB hold weights again, in the order that the processor reads (engine.reordered_gb).")
 
 
 def _name_of(place: Place) -> str:

@@ -12,6 +12,8 @@
 | `StorageWeakRef` | two tensors share memory, without keeping it alive | `untyped_storage().data_ptr()`, compared while both live |
 | `graph_task_id` | whether the backward pass runs now | a flag set by a hook on the loss |
 | `has_kernel` | whether an operator is a composition of others | a list of such operators |
+| `as_plain_tensors` | a weight with a copy is a weight to every other function | `torch.Tensor.__torch_function__`, several times slower |
+| `reordered`, `reordered_linear` | products with weights in the order that oneDNN reads | `F.linear` on the plain weight |
 | `softmax_backward` | the gradient of the attention kernel | p * (dp - (dp * p).sum(-1)), one more copy |
 """  # noqa: E501
 
@@ -21,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DisableTorchFunctionSubclass as as_plain_tensors
 from torch._C import DispatchKey, _SetExcludeDispatchKeyGuard
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -35,8 +38,9 @@ from torch.utils._pytree import tree_iter
 
 __all__ = [
     "DataDependentOutputException", "DispatchKey", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode",
-    "StorageWeakRef", "TorchDispatchMode", "_SetExcludeDispatchKeyGuard", "_disable_current_modes", "graph_task_id",
-    "has_kernel", "has_tile_products", "softmax_backward", "tree_iter", "unset_fake_temporarily",
+    "StorageWeakRef", "TorchDispatchMode", "_SetExcludeDispatchKeyGuard", "_disable_current_modes",
+    "as_plain_tensors", "graph_task_id", "has_kernel", "has_tile_products", "reordered", "reordered_linear",
+    "softmax_backward", "tree_iter", "unset_fake_temporarily",
 ]  # fmt: skip
 
 
@@ -58,3 +62,15 @@ def has_tile_products() -> bool:
 def softmax_backward(dp: Tensor, p: Tensor, out: Tensor) -> Tensor:
     """The gradient of a softmax over the last dimension, written into `out`; `dp` is that of its result `p`."""
     return torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=out)
+
+
+def reordered(weight: Tensor, rows: int) -> Tensor:
+    """Copy a weight `[out, in]` in the order in which oneDNN reads it for products with about so many rows."""
+    copied: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+    return copied
+
+
+def reordered_linear(x: Tensor, copied: Tensor, bias: Tensor | None) -> Tensor:
+    """What `F.linear` computes, with a weight in that order."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, copied, bias, "none", [], "")
+    return y

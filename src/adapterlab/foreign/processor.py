@@ -7,6 +7,8 @@ import time
 
 import torch
 
+SLOW_IN_BF16 = "this processor computes bfloat16 in software, many times slower than float32: set precision to fp32"
+
 _SIZES = (128, 512, 512)  # of a product: tokens, out, in
 _SLOW = 3.0  # ratio of the times from which half precision costs more than it saves
 

@@ -192,6 +192,8 @@ def serving_table(found: Serving) -> Group:
     """Show what serving needs."""
     table = Table("what", "bytes", title="Serving", title_justify="left")
     table.add_row("base weights", size(found.base))
+    if found.copies:
+        table.add_row("copies in the order that the processor reads, at most", size(found.copies))
     table.add_row(
         f"keys and values, {found.sequences} x {found.length:,} tokens ({size(found.cache)} each)",
         size(found.cache * found.sequences),

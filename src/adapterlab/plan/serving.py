@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adapterlab.core.method import Method
+from adapterlab.engine.reordered_weights import most_bytes
 from adapterlab.errors import ConfigError
 from adapterlab.hosts import Host
 from adapterlab.plan.child import called
@@ -40,6 +41,7 @@ class Serving:
 
     Attributes:
         base: bytes of the base weights.
+        copies: bytes of copies of them in the order that the processor reads, at most.
         page: bytes of a page of keys and values, in all layers; page_tokens: tokens that it holds.
         adapter: bytes of the tensors of one adapter that is loaded; those that are not take none.
         front: pages of what an adapter puts in front of every sequence, instead of tensors.
@@ -51,6 +53,7 @@ class Serving:
     """
 
     base: int
+    copies: int
     page: int
     page_tokens: int
     adapter: int
@@ -92,7 +95,7 @@ class Serving:
     @property
     def total(self) -> int:
         """Bytes altogether, with the page of zeros that fills up tables."""
-        kept = self.base + self.page + self.cache * self.sequences + self.adapter_each * self.adapters
+        kept = self.base + self.copies + self.page + self.cache * self.sequences + self.adapter_each * self.adapters
         return kept + self.work + self.context
 
     @property
@@ -140,7 +143,7 @@ def plan_serving(
         precision: of weights and pages.
         quantize: None, "nf4" or "int8".
         device: as for `plan`.
-        settings: of the engine, whose `page_tokens` and `step_tokens` count.
+        settings: of the engine, whose `page_tokens`, `step_tokens` and `reordered_gb` count.
         trust_remote_code: run the code that the model brings.
 
     Raises:
@@ -166,6 +169,7 @@ def _simulated(
     with tracked(setup) as tracker:
         model = build(setup)
         base = tracker.total
+        copies = most_bytes(model, int(settings.reordered_gb * 1e9)) if place.kind == "cpu" else 0
         adapter, front = _adapter(setup, model, settings.page_tokens)
         forward = Forward(model, settings.page_tokens)
         forward.make_pools(math.ceil(length / settings.page_tokens))
@@ -173,7 +177,7 @@ def _simulated(
         work, further = (_work(forward, tracker, count, length, piece) for count in (sequences, 2 * sequences))
         more = max(0.0, (further - work) / sequences)
         found = Serving(
-            base, forward.page_bytes, settings.page_tokens, adapter, front, work, more, sequences, adapters,
+            base, copies, forward.page_bytes, settings.page_tokens, adapter, front, work, more, sequences, adapters,
             length, place.memory, place.context, place.kind != "cpu",
         )  # fmt: skip
         # The fullest moment of a step is another one with many sequences, which take more each.

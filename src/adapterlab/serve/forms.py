@@ -23,6 +23,7 @@ from adapterlab.engine.attention import attention_modules, core_attention
 from adapterlab.errors import AdapterlabError, UnusableAdapterError
 from adapterlab.foreign.model import text_config
 from adapterlab.hosts import Host, host, load
+from adapterlab.io.folder import Saved
 from adapterlab.serve.adapters import Form, Version
 from adapterlab.serve.forward import Forward, Row
 from adapterlab.serve.pages import Pages
@@ -50,12 +51,27 @@ class Trial(NamedTuple):
     plain: Tensor
 
 
+class Way(NamedTuple):
+    """How an adapter is computed.
+
+    Attributes:
+        form: see above.
+        in_table: what can be is in the table.
+    """
+
+    form: Form
+    in_table: bool = False
+
+
+_WAYS = (Way("tokens", in_table=True), Way("tokens"), Way("alone"))  # the fastest first
+
+
 class OnModel:
     """Puts adapters on a model and takes them off; see `serve.adapters.Loader`."""
 
     def __init__(self, model: Any, forward: Forward, pages: Pages, reader: Reader, table: Table | None = None):
         self.model, self.forward, self.pages, self.reader, self.table = model, forward, pages, reader, table
-        self._tried: dict[str, Form] = {}
+        self._tried: dict[str, Way] = {}
         self._live = contextlib.ExitStack()
         self._runs: list[tuple[str | None, int]] | None = None
 
@@ -106,15 +122,13 @@ class OnModel:
             trial = None if kind in self._tried else self._trial(carrier, version)
             fronts = fronts_of(carrier, version.key)
             if fronts is None:
-                put_whole_change(carrier, version.key)
-                version.form = self._tried.get(kind)
-                put = self._on_tokens(carrier, version, trial, make_room)
-                if put and version.form == "tokens" and self.table is not None:
-                    put = self._in_table(self.table, carrier, version, saved.kind, trial, make_room)
+                put, way = self._on_tokens(carrier, version, saved, self._tried.get(kind), trial, make_room)
             else:
-                put = self._in_pages(version, fronts, trial, make_room)
-            if put and version.form is not None:
-                self._tried[kind] = version.form
+                put, way = self._in_pages(version, fronts, trial, make_room), Way("pages")
+            if put:
+                self._tried[kind] = way
+                if self.table is not None and way.in_table and version.key not in carrier.methods:
+                    self.table.know(saved.kind)
         finally:
             self.rest()
             if not put:
@@ -162,9 +176,18 @@ class OnModel:
 
     # ------------------------------------------------------------------ other forms
 
-    def _on_tokens(self, carrier: Host, version: Version, trial: Trial | None, make_room: MakeRoom) -> bool:
-        """Choose between `tokens` and `alone`, or refuse."""
-        key = version.key
+    def _on_tokens(
+        self,
+        carrier: Host,
+        version: Version,
+        saved: Saved,
+        known: Way | None,
+        trial: Trial | None,
+        make_room: MakeRoom,
+    ) -> tuple[bool, Way]:
+        """Find the best way that is right, or refuse."""
+        key, table = version.key, self.table
+        put_whole_change(carrier, key)
         for part in carrier.parts(key):
             for path, adapter in carrier.adapters(part).items():
                 if not adapter.keeps_tokens_apart:
@@ -172,26 +195,22 @@ class OnModel:
                         "it cannot be computed step by step, beside others: what stands around "
                         f"{path or 'the whole model'} may make tokens depend on each other in a way of its own."
                     )
-        version.bytes = bytes_of(carrier, key)
-        if trial is None:
-            return True
-        try:
-            version.form = "tokens"
-            return self._right(version, trial, make_room)
-        except (AdapterlabError, RuntimeError):  # it changes what all tokens see, or cannot be told apart by tokens
-            version.form = "alone"
-            return self._right(version, trial, make_room)
-
-    def _in_table(
-        self, table: Table, carrier: Host, version: Version, kind: str, trial: Trial | None, make_room: MakeRoom
-    ) -> bool:
-        """Move what can be into the table."""
-        self.rest()
-        size = table.take(carrier, version.key, kind)
-        if not size:
-            return True
-        version.bytes = size + (bytes_of(carrier, version.key) if version.key in carrier.methods else 0)
-        return trial is None or self._right(version, trial, make_room)
+        for way in _WAYS if known is None else (known,):
+            version.form = way.form
+            size = table.take(carrier, key) if table is not None and way.in_table else 0
+            if known is None and way.in_table and not size:
+                continue
+            version.bytes = size + (bytes_of(carrier, key) if key in carrier.methods else 0)
+            try:
+                return trial is None or self._right(version, trial, make_room), way
+            except (AdapterlabError, RuntimeError):  # it changes what all tokens see, or cannot be told apart by tokens
+                if way is _WAYS[-1]:
+                    raise
+                if size:
+                    self.unload(version)
+                    carrier = load(self.model, saved, key, active=False)
+                    put_whole_change(carrier, key)
+        raise AssertionError("the last way has been tried")
 
     # ------------------------------------------------------------------ trials
 

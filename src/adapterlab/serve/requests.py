@@ -273,6 +273,7 @@ class Statistics:
         pages_cached: kept for prefixes that come again; they are free for whoever needs them.
         bytes_budget: for pages and adapters together.
         bytes_adapters: of loaded ones.
+        bytes_reordered: of copies of the base's weights.
         adapters_registered: names.
         adapters_loaded: versions in memory.
     """
@@ -293,6 +294,7 @@ class Statistics:
     pages_cached: int = 0
     bytes_budget: int = 0
     bytes_adapters: int = 0
+    bytes_reordered: int = 0
     adapters_registered: int = 0
     adapters_loaded: int = 0
 
@@ -311,6 +313,11 @@ class EngineSettings(Settings):
     )
     read_ahead_gb: float = Field(
         0.5, ge=0, description="for files of adapters that requests wait for, read before it is their turn; 0: none"
+    )
+    reordered_gb: float = Field(
+        1.0,
+        ge=0,
+        description="for copies of the base's weights in the order that the processor reads fastest; 0: none",
     )
     prefix_cache: bool = Field(True, description="keep keys and values of prompts for those that begin alike")
     products: Literal["auto", "torch"] = Field(

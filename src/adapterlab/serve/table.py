@@ -105,7 +105,14 @@ class Table:
             key, {n: Update(found[a].to(device, dtype), found[b].to(device, dtype), s) for n, a, b, s, dtype in places}
         )
 
-    def take(self, carrier: Host, key: str, kind: str) -> int:
+    def know(self, kind: str) -> None:
+        """Read adapters of a kind from now on: one was taken as a whole, and is right."""
+        if kind:
+            self._kinds.setdefault(kind, None)
+            while len(self._kinds) > _KINDS:
+                self._kinds.popitem(last=False)
+
+    def take(self, carrier: Host, key: str) -> int:
         """Take what can be computed so of an adapter that is on the model; what cannot stays there.
 
         Returns:
@@ -132,10 +139,6 @@ class Table:
         size = self.products.take(key, found) if found else 0
         if found and len(found) == len(at) and not any(carrier.patches[part] for part in parts):
             carrier.detach(key)
-            if kind:
-                self._kinds.setdefault(kind, None)
-                while len(self._kinds) > _KINDS:
-                    self._kinds.popitem(last=False)
         return size
 
     def drop(self, key: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adapterlab.engine.products import Products, fastest
+from adapterlab.engine.reordered_weights import ReorderedWeights
 from adapterlab.errors import AdapterlabError, BusyError, ConfigError, ServingError, UnusableAdapterError
 from adapterlab.evaluate.generation import stop_ids
 from adapterlab.foreign.model import input_table, text_config
@@ -32,6 +33,7 @@ class Worker:
 
     Attributes:
         products: how updates of several adapters are computed, in words.
+        reordered: copies of the base's weights.
         adapters: that are registered.
         scheduler: of sequences.
     """
@@ -68,6 +70,7 @@ class Worker:
         self._steps = self._in = self._cached = self._out = 0
         self._finished: Counter[str] = Counter()
         self._by_adapter: Counter[str] = Counter()
+        self.reordered = ReorderedWeights(model, int(settings.reordered_gb * 1e9))
 
     @property
     def is_idle(self) -> bool:
@@ -264,6 +267,7 @@ class Worker:
         self.cache.forget()
         self.adapters.close()
         self.on_model.close()
+        self.reordered.close()
         self.forward.pools.clear()
 
     # ------------------------------------------------------------------ what is known
@@ -289,6 +293,7 @@ class Worker:
             pages_cached=idle,
             bytes_budget=self.pages.count * page,
             bytes_adapters=sum(version.bytes + len(version.pages) * page for version in loaded),
+            bytes_reordered=self.reordered.bytes,
             adapters_registered=len(self.adapters),
             adapters_loaded=len(loaded),
         )

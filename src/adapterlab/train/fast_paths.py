@@ -15,7 +15,7 @@ from adapterlab.engine.norms import HALF, rms_norms
 from adapterlab.engine.wrapping import adapters_of
 from adapterlab.foreign.model import base_modules, is_encoder_decoder, plain_class
 from adapterlab.foreign.private_transformers import attention_implementation
-from adapterlab.foreign.processor import slow_in_bf16
+from adapterlab.foreign.processor import SLOW_IN_BF16, slow_in_bf16
 from adapterlab.hosts import Host
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def _precision(model: Any) -> list[FastPath]:
     first = next(model.parameters())
     if first.device.type != "cpu" or model.dtype != torch.bfloat16 or not slow_in_bf16():
         return []
-    reason = "this processor computes bfloat16 in software, many times slower than float32: set precision to fp32"
-    return [FastPath("precision", False, reason)]
+    return [FastPath("precision", False, SLOW_IN_BF16)]
 
 
 def _optimizer(optimizer: Any) -> FastPath:
