@@ -58,8 +58,8 @@ class Spread:
 # Taken where nothing is known of the model and rows at hand: nine methods on sums of two numbers, the mean over their
 # 36 pairs, two seeds and 100 rows (benchmarks/results/compare_smollm2).
 TYPICAL = {
-    "score": Spread(0.015, 0.078, 0.362, "typical: nine methods with SmolLM2-135M on sums"),
-    "loss": Spread(0.029, 0.089, 0.257, "typical: nine methods with SmolLM2-135M on sums"),
+    "score": Spread(0.011, 0.061, 0.347, "typical: nine methods with SmolLM2-135M on sums"),
+    "loss": Spread(0.016, 0.088, 0.219, "typical: nine methods with SmolLM2-135M on sums"),
 }
 
 
