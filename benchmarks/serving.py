@@ -4,14 +4,17 @@
     python benchmarks/serving.py --quick
 
 Each run takes one model and one engine. A side is one load: so many requests at the same time, prompts of random
-tokens, answers of a fixed length, greedy, and no prefix kept. The sides take turns with `generate` of the base on the
+tokens, answers of a fixed length, greedy, and no prefix kept; on the side `many` three times as many requests, of which
+so many are answered at the same time. The sides take turns with `generate` of the base on the
 same prompts as one batch; a figure is a side's tokens per second over those of `generate` beside it. Adapters of the
-side `many` are drawn anew each time from all that are registered, so that it reads adapters that are not loaded.
+side `many` are drawn anew each time from all that are registered, so that it reads adapters that are not loaded. PEFT
+answers the same requests as one batch, by `generate` with all of its adapters on the model.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import tempfile
 import time
@@ -28,7 +31,13 @@ SIDES = {
     "each": "a LoRA of its own for each request",
     "many": "likewise, drawn from all that are registered",
 }
+PEFT = {
+    "peft one": "PEFT, one LoRA for all",
+    "peft each": "PEFT, a mixed batch: a LoRA of its own for each row",
+}
+WAVES = 3
 TARGETS = {"all": "all-linear", "qv": ("q", "v")}
+PEFT_TARGETS = {"all": "all-linear", "qv": ["q_proj", "v_proj"]}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -56,12 +65,13 @@ def work(job: dict[str, Any]) -> Figures:
     from adapterlab.serve import Engine, EngineSettings
 
     model, other = (bench.load(job["model"], dtype="float32").eval() for _ in range(2))  # the engine's is its own
+    peft, by_peft = _with_peft(job)
     draw, count = random.Random(bench.SEED), job["requests"]
     prompts = bench.batch(model, count, job["prompt"])["input_ids"]
     settings = EngineSettings(
         prefix_cache=False, max_running=max(count, 8), step_tokens=256 + count, max_adapters=count
     )
-    found: dict[str, list[float]] = {side: [] for side in SIDES}
+    found: dict[str, list[float]] = {side: [] for side in (*SIDES, *PEFT)}
     with tempfile.TemporaryDirectory() as folder, Engine(model, None, settings) as engine:
         began = time.perf_counter()
         for number, saved in zip(range(job["registered"]), _saved(job, other, Path(folder)), strict=False):
@@ -70,7 +80,13 @@ def work(job: dict[str, Any]) -> Figures:
         for number in range(job["rounds"] + 1):
             for side in SIDES:
                 before = _generated(other, prompts, job["tokens"])
-                after = _served(engine, prompts, job, _names(side, count, job["registered"], draw))
+                names = _names(side, count, job["registered"], draw)
+                after = _served(engine, prompts, job, names)
+                if number:
+                    found[side].append(len(names) / count * before / after)
+            for side, given in by_peft.items():
+                before = _generated(other, prompts, job["tokens"])
+                after = _generated(peft, prompts, job["tokens"], **given)
                 if number:
                     found[side].append(before / after)
         seen = engine.statistics()
@@ -102,19 +118,37 @@ def _saved(job: dict[str, Any], model: Any, root: Path) -> Iterator[Path]:
 
 def _names(side: str, count: int, registered: int, draw: random.Random) -> list[str | None]:
     if side == "many":
-        return [f"lora{i}" for i in draw.sample(range(registered), count)]
+        return [f"lora{i}" for i in draw.sample(range(registered), WAVES * count)]
     return {"base": [None] * count, "one": ["lora0"] * count, "each": [f"lora{i}" for i in range(count)]}[side]
 
 
-def _generated(model: Any, prompts: Any, tokens: int) -> float:
+def _with_peft(job: dict[str, Any]) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """A model with PEFT's adapters, and what `generate` is given for each side."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=job["rank"], target_modules=PEFT_TARGETS[job["targets"]])
+    names = [f"lora{number}" for number in range(job["requests"])]
+    model: Any = get_peft_model(bench.load(job["model"], dtype="float32"), config, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.02)
+    model.set_adapter(names[0])
+    return model.eval(), {"peft one": {}, "peft each": {"adapter_names": names}}
+
+
+def _generated(model: Any, prompts: Any, tokens: int, **given: Any) -> float:
     """Seconds of one batch of `generate`."""
     import torch
 
     def run() -> None:
         with torch.no_grad():
             model.generate(
-                prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=tokens,
-                min_new_tokens=tokens, pad_token_id=0,
+                input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=tokens,
+                min_new_tokens=tokens, pad_token_id=0, **given,
             )  # fmt: skip
 
     return bench.timed(run, 1, warm=0)[0]
@@ -127,7 +161,8 @@ def _served(engine: Any, prompts: Any, job: dict[str, Any], names: list[str | No
     sampling = Sampling(temperature=0, max_tokens=job["tokens"], ignore_end=True)
 
     def run() -> None:
-        requests = [Request(tuple(p), name, sampling) for p, name in zip(prompts.tolist(), names, strict=True)]
+        asked = zip(itertools.cycle(prompts.tolist()), names, strict=False)
+        requests = [Request(tuple(prompt), name, sampling) for prompt, name in asked]
         for handle in [engine.submit(request) for request in requests]:
             handle.result()
 
@@ -138,15 +173,17 @@ def report(done: list[tuple[Job, Figures]], file: Path) -> tuple[dict[str, Any],
     summary = {
         case: {
             side: bench.spread([figures[side] for job, figures in done if job.case == case])
-            for side in (*SIDES, "generate_tokens_per_s", "registering_s")
+            for side in (*SIDES, *PEFT, "generate_tokens_per_s", "registering_s")
         }
         for case in TARGETS
     }
     header = ["tokens/s / those of `generate` on the base", "LoRA on all linear layers", "on q and v"]
-    table = [[text, *(bench.shown(summary[case][side]) for case in TARGETS)] for side, text in SIDES.items()]
+    table = [
+        [text, *(bench.shown(summary[case][side]) for case in TARGETS)] for side, text in {**SIDES, **PEFT}.items()
+    ]
     rates = [bench.shown(summary[case]["generate_tokens_per_s"], 0) for case in TARGETS]
     return summary, bench.markdown(header, [*table, ["`generate`, tokens/s", *rates]])
 
 
 if __name__ == "__main__":
-    bench.main(__file__, plan=plan, work=work, report=report, options=options, peers=False)
+    bench.main(__file__, plan=plan, work=work, report=report, options=options)

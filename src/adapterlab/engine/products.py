@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,22 +121,22 @@ class Products:
         """
         if not updates or not all(self.takes(number, update) for number, update in updates.items()):
             raise ValueError(f"the factors of {key} are not of the sizes of their modules, or no kernel can read them")
-        numbers, scales = list(updates), [one.scale for one in updates.values()]
-        first, second = [one.a for one in updates.values()], [one.b for one in updates.values()]
-        dtypes = {t.dtype for t in (*first, *second)}
+        numbers, pairs = np.array(list(updates)), list(updates.values())
+        dtypes = {t.dtype for one in pairs for t in (one.a, one.b)}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        sizes = [t.numel() for t in (*first, *second)]
-        block = torch.empty(sum(sizes), dtype=dtype, device=first[0].device)
-        pieces = block.split(sizes)
-        for piece, a in zip(pieces, first, strict=False):
-            piece.view(a.shape).copy_(a)
-        for piece, b in zip(pieces[len(first) :], second, strict=True):
-            piece.view(b.shape[1], b.shape[0]).T.copy_(b)
-        starts = np.cumsum([0, *sizes[:-1]]).astype(np.uint64) * np.uint64(block.element_size())
-        addresses = starts + np.uint64(block.data_ptr())
+        size = sum(one.a.numel() + one.b.numel() for one in pairs)
+        block, start = torch.empty(size, dtype=dtype, device=pairs[0].a.device), 0
         entries = np.zeros(len(self._widths), ENTRY)
-        entries["a"][numbers], entries["b"][numbers] = addresses[: len(first)], addresses[len(first) :]
-        entries["rank"][numbers], entries["scale"][numbers] = [len(a) for a in first], scales
+        for name, factors in (("a", [one.a for one in pairs]), ("b", [one.b.T for one in pairs])):
+            for which in _alike(factors):
+                shape = factors[which[0]].shape
+                piece = block[start : start + len(which) * shape.numel()].view(len(which), *shape)
+                torch.stack([factors[i].to(dtype) for i in which], out=piece)  # one by one takes several times as long
+                offsets = np.arange(len(which), dtype=np.uint64) * np.uint64(piece[0].nbytes)
+                entries[name][numbers[which]] = np.uint64(piece.data_ptr()) + offsets
+                start += piece.numel()
+        entries["rank"][numbers] = [len(one.a) for one in pairs]
+        entries["scale"][numbers] = [one.scale for one in pairs]
         entries["type"][numbers] = TYPES[dtype]
         self._held[key] = _Held(block, entries)
         self._prepared.clear()
@@ -209,6 +209,14 @@ class Products:
         made = _Prepared(segments, step, long, adds, [None] * len(self._widths))
         self._prepared[id(segments)] = made
         return made
+
+
+def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The places of tensors, by their shapes."""
+    found: dict[torch.Size, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        found.setdefault(tensor.shape, []).append(i)
+    return list(found.values())
 
 
 def _length(part: Segment) -> int:

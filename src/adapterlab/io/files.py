@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from adapterlab.errors import FormatError
 from adapterlab.io.finite import not_finite
 from adapterlab.json_text import parsed
+
+_AT_ONCE = 1 << 26  # bytes up to which a file is read as a whole: faster, and in memory twice for a moment
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -31,15 +33,24 @@ def read_json(file: Path) -> dict[str, Any]:
     return found
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
+def contents(file: Path) -> bytes | None:
+    """Read a file that is not large; None: it is."""
+    return file.read_bytes() if file.stat().st_size <= _AT_ONCE else None
+
+
+def read_tensors(file: Path, data: bytes | None = None) -> dict[str, Tensor]:
     """Read a file of tensors.
+
+    Args:
+        file: of tensors.
+        data: its contents, if they were read.
 
     Raises:
         FormatError: it is damaged, or holds values that are not finite.
     """
     try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors = load_file(file) if data is None else load(data)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise FormatError(f"{file} is damaged ({error}). Copy it again, or save the adapter again.") from None
     if (key := not_finite(tensors)) is not None:
         raise FormatError(

@@ -34,7 +34,7 @@ from adapterlab.io import adapter_hub, hf_peft, misfit
 from adapterlab.io.atomic import Kind, new_folder, write_json, write_text
 from adapterlab.io.beside import add_beside
 from adapterlab.io.card import model_card
-from adapterlab.io.files import check_there, read_json, read_tensors
+from adapterlab.io.files import check_there, contents, read_json, read_tensors
 from adapterlab.io.finite import not_finite
 from adapterlab.io.info import AdapterInfo
 from adapterlab.io.links import check_links
@@ -479,12 +479,13 @@ def _tensors(info: AdapterInfo) -> dict[str, Tensor]:
         return adapter_hub.tensors(info.folder)
     file = info.folder / TENSORS
     check_there(file)
-    if info.sha256 and _sha256(file) != info.sha256:
+    data = contents(file)
+    if info.sha256 and _sha256(file, data) != info.sha256:
         raise FormatError(
             f"{file} is not the file that was saved: its SHA-256 differs from the one in {METHOD}. It is damaged, or "
             f"another program rewrote it; in that case remove {METHOD} to load the folder as a PEFT adapter."
         )
-    tensors = read_tensors(file)
+    tensors = read_tensors(file, data)
     return hf_peft.unnamed(method_by_id(info.method), tensors, file) if info.written_by == "peft" else tensors
 
 
@@ -501,6 +502,8 @@ def _has_key(file: Path, wanted: Callable[[str], bool]) -> bool:
         return False
 
 
-def _sha256(file: Path) -> str:
+def _sha256(file: Path, data: bytes | None = None) -> str:
+    if data is not None:
+        return hashlib.sha256(data).hexdigest()
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
