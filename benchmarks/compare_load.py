@@ -95,6 +95,7 @@ def be_idle() -> None:
     """Let the jobs that this process starts do nothing."""
     from adapterlab.compare import pools
 
+    pools.can_fork = lambda: False
     pools.command = lambda folder: [sys.executable, "-S", "-c", IDLE, str(folder)]
 
 

@@ -33,10 +33,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens in the cache")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each side in a run, after one to warm up")
     parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--dtype", default="bfloat16", help="of the base; float32 for processors without bfloat16")
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
-    common = {"model": bench.chosen_model(args), "prompt": args.prompt, "steps": args.steps, "rank": args.rank}
+    keys = ("prompt", "steps", "rank", "dtype")
+    common = {"model": bench.chosen_model(args), **{key: getattr(args, key) for key in keys}}
     counts = ["2"] if args.quick else args.rows.split(",")
     return [
         Job(count, "adapterlab", pair, {**common, "rows": int(count)}) for pair in range(args.pairs) for count in counts
@@ -49,7 +51,10 @@ def work(job: dict[str, Any]) -> Figures:
     import adapterlab as al
     from adapterlab.foreign.cache import NAMES
 
-    model, rows = bench.load(job["model"], device=job.get("device", "cpu")).eval(), job["rows"]
+    model, rows = (
+        bench.load(job["model"], dtype=job.get("dtype", "bfloat16"), device=job.get("device", "cpu")).eval(),
+        job["rows"],
+    )
     names = [f"lora{number}" for number in range(max(rows, 2))]
     host = al.attach(model, al.LoRA(r=job["rank"], targets="all-linear"), names[0])
     for name in names:

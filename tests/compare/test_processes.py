@@ -162,6 +162,7 @@ def test_a_worker_ends_with_whoever_started_it(tmp_path: Path) -> None:
 def test_a_process_that_says_nothing_is_reported(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     from adapterlab.compare import pools
 
+    monkeypatch.setattr(pools, "can_fork", lambda: False)
     monkeypatch.setattr(pools, "command", lambda folder: [sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"])
     result = compare(CompareConfig(**fields))
     (run,) = result.runs_of("lora", "failed")

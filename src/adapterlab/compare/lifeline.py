@@ -28,16 +28,22 @@ def start(
         cwd: where it works; None: here.
         devices: GPUs it may see, as in `CUDA_VISIBLE_DEVICES`; None: those of this process.
     """
-    environment = {**os.environ, _SET: "1", "OMP_NUM_THREADS": str(threads)}
-    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if devices is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = devices
+    environment = environment_of(threads, devices)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as stream:
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=cwd,
             start_new_session=True,
         )  # fmt: skip
+
+
+def environment_of(threads: int, devices: str | None = None) -> dict[str, str]:
+    """Return the environment of a process that calls `stop_with_parent`."""
+    environment = {**os.environ, _SET: "1", "OMP_NUM_THREADS": str(threads)}
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = devices
+    return environment
 
 
 def stop_with_parent() -> None:

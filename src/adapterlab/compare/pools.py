@@ -13,12 +13,14 @@ import psutil
 
 from adapterlab.compare import lifeline
 from adapterlab.compare.config import CompareConfig
+from adapterlab.compare.forking import Forked, Forks, can_fork
 from adapterlab.compare.jobs import LOG
 from adapterlab.errors import ConfigError
 from adapterlab.foreign.process_memory import resident_of_all
 
 Ending = int | str  # a process's exit status, or how it was lost with the machine or the worker that ran it
 _STOP_SECONDS = 60
+_WORKER = "adapterlab.compare.worker"
 
 
 class Pool(Protocol):
@@ -50,7 +52,7 @@ class Pool(Protocol):
 
 def command(folder: Path) -> list[str]:
     """The command line of a job's process."""
-    return [sys.executable, "-m", "adapterlab.compare.worker", str(folder)]
+    return [sys.executable, "-m", _WORKER, str(folder)]
 
 
 def spawn(folder: Path, threads: int, devices: str | None = None) -> subprocess.Popen[bytes]:
@@ -74,14 +76,19 @@ class LocalPool:
 
     def __init__(self, size: int, threads: int, devices: Sequence[str] = ()):
         self.size, self.threads, self.need = size, threads, 0
-        self.running: dict[Path, subprocess.Popen[bytes]] = {}
+        self.running: dict[Path, subprocess.Popen[bytes] | Forked] = {}
         self._free, self._used = list(devices), dict[Path, str]()
+        self._forks: Forks | None = None
 
     def start(self, folder: Path) -> None:
         """Start the job of a folder."""
         if self._free:
             self._used[folder] = self._free.pop(0)
-        self.running[folder] = spawn(folder, self.threads, self._used.get(folder))
+        if can_fork():
+            self._forks = self._forks or Forks(_WORKER, self.threads)
+            self.running[folder] = self._forks.start(str(folder), folder / LOG)
+        else:
+            self.running[folder] = spawn(folder, self.threads, self._used.get(folder))
 
     def finished(self) -> list[tuple[Path, Ending]]:
         """Return folder and exit status of the jobs that have ended since the last call."""
@@ -98,7 +105,8 @@ class LocalPool:
 
     def _promised(self) -> int:
         """Bytes that the running processes are still expected to take."""
-        return sum(max(0, self.need - resident_of_all(process.pid)) for process in self.running.values())
+        held = (0 if process.pid is None else resident_of_all(process.pid) for process in self.running.values())
+        return sum(max(0, self.need - each) for each in held)
 
     def cancel(self, folder: Path) -> None:
         """End the job of a folder at once."""
@@ -118,6 +126,9 @@ class LocalPool:
                 process.wait()
         for folder in list(self.running):
             self._forget(folder)
+        if self._forks is not None:
+            self._forks.close()
+            self._forks = None
 
     def _forget(self, folder: Path) -> None:
         stdin = self.running.pop(folder).stdin
