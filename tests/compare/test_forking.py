@@ -21,6 +21,9 @@ if sys.platform != "linux":
 
 JOB = """
 import os, sys, time
+import torch
+if __name__ != "__main__":
+    print("no answer")
 IMPORTED_BY = os.getpid()
 
 def main(argument):
@@ -81,6 +84,9 @@ def test_jobs_begin_in_a_prepared_process_and_end_as_others_do(forks: Forks, pla
         assert (own, session, threads) == (str(jobs[argument].pid), own, "3")
     assert len({own for _, _, own, *_ in words.values()}) == len(logs)
     assert "RuntimeError: broken" in logs["raise"].read_text()
+    prepared, forked = (psutil.Process(pid).memory_info() for pid in (forks._process.pid, jobs["sleep"].pid))
+    assert forked.shared == pytest.approx(prepared.shared, rel=0.05), "libraries count for it as for one of its own"
+    assert forked.shared > 50 << 20
     jobs["sleep"].terminate()
     assert jobs["sleep"].wait(60) == -15
     again = forks.start("sleep", place / "again.txt")

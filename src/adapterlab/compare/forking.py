@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from adapterlab.compare import lifeline
+from adapterlab.foreign.process_memory import pages_of_files, read_in
 
 HEAVY = ("transformers.modeling_utils", "transformers.models.auto.modeling_auto", "datasets", "tokenizers")
 _LOST = -int(signal.SIGKILL)  # the status of a job whose end nobody has seen
@@ -130,10 +131,12 @@ class Forked:
         """
         until = None if timeout is None else time.monotonic() + timeout
         while (status := self.poll()) is None:
-            left = 1.0 if until is None else until - time.monotonic()
-            if left <= 0:
+            left = None if until is None else until - time.monotonic()
+            if self._itself is not None:
+                return self._itself.wait(left)
+            if left is not None and left <= 0:
                 raise subprocess.TimeoutExpired("a job", timeout or 0)
-            self._forks.listen(min(left, 1.0))
+            self._forks.listen(1.0 if left is None else min(left, 1.0))
         return status
 
     def terminate(self) -> None:
@@ -171,6 +174,8 @@ class _Prepared:
     """The process itself."""
 
     def __init__(self, module: str, also: Sequence[str]):
+        self.answers = os.dup(1)
+        os.dup2(2, 1)  # what modules print is no answer
         for name in also:
             importlib.import_module(name)
         self.main = importlib.import_module(module).main
@@ -179,6 +184,7 @@ class _Prepared:
         self.running: dict[int, tuple[int, int, int]] = {}  # by number: process, its handle, its line of life
         gc.collect()
         gc.freeze()  # so that children do not write to what they share
+        self.pages = pages_of_files()
 
     def serve(self) -> None:
         """Do what is said until nobody says anything any more."""
@@ -211,7 +217,7 @@ class _Prepared:
         os.close(end)
         handle = os.pidfd_open(pid)
         self.running[job] = (pid, handle, line)
-        _say({"job": job, "pid": pid})
+        self._say({"job": job, "pid": pid})
         return handle
 
     def _end(self, handle: int) -> None:
@@ -220,7 +226,7 @@ class _Prepared:
         _, status = os.waitpid(pid, 0)
         os.close(handle)
         os.close(line)
-        _say({"job": job, "status": os.waitstatus_to_exitcode(status)})
+        self._say({"job": job, "status": os.waitstatus_to_exitcode(status)})
 
     def _become(self, argument: str, log: str, cwd: str, end: int) -> NoReturn:
         """Be the process of a job."""
@@ -231,17 +237,18 @@ class _Prepared:
         os.dup2(stream, 1)
         os.dup2(stream, 2)
         os.close(stream)
+        os.close(self.answers)
         for _, handle, line in self.running.values():  # of others, whose end would not be seen otherwise
             os.close(handle)
             os.close(line)
         os.chdir(cwd)
+        read_in(self.pages)
         sys.argv = [self.main.__module__, argument]
         lifeline.stop_with_parent()
         sys.exit(self.main(argument))
 
-
-def _say(said: Mapping[str, Any]) -> None:
-    os.write(1, json.dumps(said).encode() + b"\n")
+    def _say(self, said: Mapping[str, Any]) -> None:
+        os.write(self.answers, json.dumps(said).encode() + b"\n")
 
 
 if __name__ == "__main__":

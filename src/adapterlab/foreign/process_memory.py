@@ -5,12 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
 import psutil
 
 _LEAST = 64 << 20  # bytes of growth below which giving back is not worth its time
 _SHARE = 16  # the same as a part of what the process holds
+_READ_IN = 22  # MADV_POPULATE_READ, from Linux 5.14 on
+_PRESENT = 63  # bit of a page in /proc/self/pagemap
 
 
 class Heap:
@@ -81,3 +86,31 @@ def resident_of_all(pid: int) -> int:
     except psutil.NoSuchProcess:
         return 0
     return resident(pid) + sum(resident(process.pid) for process in started)
+
+
+def pages_of_files() -> list[tuple[int, int]]:
+    """Return address and length of what this process (on Linux) has in memory of files, programs among them."""
+    size, found = os.sysconf("SC_PAGE_SIZE"), []
+    with open("/proc/self/pagemap", "rb", buffering=0) as pages:
+        for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+            where, access, _, _, node, *_ = line.split(maxsplit=5)
+            if node == "0" or not access.startswith("r"):
+                continue
+            start, end = (int(address, 16) // size for address in where.split("-"))
+            pages.seek(8 * start)
+            entries = np.frombuffer(pages.read(8 * (end - start)), np.uint64)
+            there = np.flatnonzero(entries >> np.uint64(_PRESENT))
+            for run in np.split(there, np.flatnonzero(np.diff(there) > 1) + 1) if there.size else ():
+                found.append(((start + int(run[0])) * size, len(run) * size))
+    return found
+
+
+def read_in(pages: Sequence[tuple[int, int]]) -> None:
+    """Have pages of files in memory, as the process has that this one was forked from: a fork leaves them out.
+
+    What is there already stays as it is. Without it a forked process seems to take less than one that was started.
+    """
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for address, length in pages:
+        advise(address, length, _READ_IN)
