@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from adapterlab.compare import CompareConfig, compare, pools
+from adapterlab.compare import CompareConfig, compare, engine, pools
 from adapterlab.compare.halving import halve, spread
 from adapterlab.compare.jobs import Job, JobFolder
 from adapterlab.compare.results import UNTRAINED, Exam, Run, Trial
@@ -280,3 +281,23 @@ def test_progress_is_shown(fields: dict[str, Any], inline: Callable[..., Any]) -
     assert any("lora, seed 0: 75.0% right" in line for line in said)
     state = json.loads((fields["output"] / "comparison.json").read_text())
     assert state["finished"] is True
+
+
+def test_a_summary_that_takes_long_is_made_seldom(
+    fields: dict[str, Any], inline: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summarise, made = engine._Work.compare, []
+
+    def slow(self: Any, **given: Any) -> Any:
+        time.sleep(0.2)
+        made.append(given.get("finished"))
+        return summarise(self, **given)
+
+    monkeypatch.setattr(engine._Work, "compare", slow)
+    inline(pretend)
+    began = time.monotonic()
+    result = compare(CompareConfig(**{**fields, "methods": [{"lora": {"r": [1, 2, 3, 4, 5, 6]}}], "seeds": 2}))
+    assert len(result.runs_of("lora r=1")) == 2
+    assert result.finished
+    assert len(made) <= 3 + (time.monotonic() - began) / 2.0, "and not for each of the runs"
+    assert made[-1] is True

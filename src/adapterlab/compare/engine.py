@@ -38,6 +38,7 @@ ENGINES: tuple[Engine, ...] = ("local", "ray", "folder", "slurm")
 ATTEMPTS = 2  # failures are tried once more
 _POLL = 0.3  # seconds between looks at what was started here
 _LOOK = 2.0  # seconds between looks into the folder, at what others do
+_PAUSE = 9  # times as long as the last summary took: of thousands of runs it takes a minute, and is due after each
 _TOGETHER = 2  # lost attempts after which a run trains by itself: those it shared with may be to blame
 _MOST_TASKS = 32  # where nothing says how many
 _ASKED = (STOPPED, -signal.SIGTERM)  # exit statuses of a process that somebody asked to end
@@ -234,13 +235,16 @@ class _Work:
         """
         self._look_around()
         comparison, shown, look, ended = self.compare(), self._standing(), 0.0, False
+        changed, due = False, 0.0
         while True:
             if ended or time.monotonic() >= look:
                 self._look_around()
                 started, standing = self._start(), self._standing()
-                if started or ended or standing != shown:
-                    comparison, shown = self.compare(), standing
+                changed = changed or started or ended or standing != shown
+                if changed and (began := time.monotonic()) >= due:
+                    comparison, shown, changed = self.compare(), standing, False
                     comparison.save(self.root)
+                    due = time.monotonic() + _PAUSE * (time.monotonic() - began)
                 look = time.monotonic() + _LOOK
                 if not self.running and not (wait and standing[1]):
                     break

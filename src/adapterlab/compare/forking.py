@@ -27,7 +27,10 @@ from typing import Any, NoReturn
 from adapterlab.compare import lifeline
 from adapterlab.foreign.process_memory import pages_of_files, read_in
 
-HEAVY = ("transformers.modeling_utils", "transformers.models.auto.modeling_auto", "datasets", "tokenizers")
+HEAVY = (
+    "transformers.modeling_utils", "transformers.models.auto.modeling_auto", "transformers.generation.utils",
+    "transformers.modeling_layers", "datasets", "tokenizers",
+)  # fmt: skip
 _LOST = -int(signal.SIGKILL)  # the status of a job whose end nobody has seen
 # Libraries that make threads when they are loaded: numpy's, and the heap of pyarrow.
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
