@@ -51,10 +51,8 @@ def work(job: dict[str, Any]) -> Figures:
     import adapterlab as al
     from adapterlab.foreign.cache import NAMES
 
-    model, rows = (
-        bench.load(job["model"], dtype=job.get("dtype", "bfloat16"), device=job.get("device", "cpu")).eval(),
-        job["rows"],
-    )
+    model = bench.load(job["model"], dtype=job.get("dtype", "bfloat16"), device=job.get("device", "cpu")).eval()
+    rows = job["rows"]
     names = [f"lora{number}" for number in range(max(rows, 2))]
     host = al.attach(model, al.LoRA(r=job["rank"], targets="all-linear"), names[0])
     for name in names:

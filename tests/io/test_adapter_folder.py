@@ -370,3 +370,12 @@ def test_check_free(tmp_path: Path) -> None:
     check_free(tmp_path, overwrite=True)
     with pytest.raises(OutputError, match="not empty"):
         check_free(tmp_path)
+
+
+def test_tensors_that_cannot_be_read_are_named(saved: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(FormatError, match=r"adapter_model.safetensors is damaged .*Permission denied"):
+        al.load(tiny("llama"), saved)

@@ -84,7 +84,7 @@ class LocalPool:
         """Start the job of a folder."""
         if self._free:
             self._used[folder] = self._free.pop(0)
-        if can_fork():
+        if folder not in self._used and can_fork():
             self._forks = self._forks or Forks(_WORKER, self.threads)
             self.running[folder] = self._forks.start(str(folder), folder / LOG)
         else:

@@ -34,8 +34,15 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def contents(file: Path) -> bytes | None:
-    """Read a file that is not large; None: it is."""
-    return file.read_bytes() if file.stat().st_size <= _AT_ONCE else None
+    """Read a file that is not large; None: it is.
+
+    Raises:
+        FormatError: it cannot be read.
+    """
+    try:
+        return file.read_bytes() if file.stat().st_size <= _AT_ONCE else None
+    except OSError as error:
+        raise _damaged(file, error) from None
 
 
 def read_tensors(file: Path, data: bytes | None = None) -> dict[str, Tensor]:
@@ -51,13 +58,17 @@ def read_tensors(file: Path, data: bytes | None = None) -> dict[str, Tensor]:
     try:
         tensors = load_file(file) if data is None else load(data)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise FormatError(f"{file} is damaged ({error}). Copy it again, or save the adapter again.") from None
+        raise _damaged(file, error) from None
     if (key := not_finite(tensors)) is not None:
         raise FormatError(
             f"{file} holds values that are not finite, first in {key}: such an adapter answers nothing. Its training "
             "went wrong; take an earlier checkpoint, or train again with a lower learning rate."
         )
     return tensors
+
+
+def _damaged(file: Path, error: Exception) -> FormatError:
+    return FormatError(f"{file} is damaged ({error}). Copy it again, or save the adapter again.")
 
 
 def check_there(file: Path) -> None:
