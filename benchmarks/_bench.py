@@ -436,6 +436,7 @@ def batch(model: Any, rows: int, length: int) -> dict[str, Any]:
 def driver(host: Any, name: str = "default", lr: float = 1e-4) -> Callable[[Mapping[str, Any]], float]:
     """Return a function that trains one step on a batch, with every event of the method, and returns the loss."""
     from adapterlab.engine.attention import fast_attention
+    from adapterlab.engine.float_products import fast_products
     from adapterlab.engine.loss import Loss
     from adapterlab.optim import adamw
 
@@ -453,7 +454,7 @@ def driver(host: Any, name: str = "default", lr: float = 1e-4) -> Callable[[Mapp
                 return total if penalty is None else total + penalty
 
         method.before_step(host, name, state["step"], optimizer)
-        with fast_attention(host.model):
+        with fast_attention(host.model), fast_products(host.model):
             found = method.gradient(host, name, value, lambda total: total.backward())
         method.after_backward(host, name, state["step"])
         optimizer.step()

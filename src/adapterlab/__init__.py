@@ -52,6 +52,7 @@ _PUBLIC = {
     "method": "adapterlab.registry",
     "Loss": "adapterlab.engine.loss",
     "fast_attention": "adapterlab.engine.attention",
+    "fast_products": "adapterlab.engine.float_products",
     "load": "adapterlab.hosts",
     "load_model": "adapterlab.models",
     "pull": "adapterlab.models",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adapterlab.core.method import Method
 from adapterlab.engine.attachments import Attachments, attachments
+from adapterlab.engine.float_products import fast_products
 from adapterlab.engine.merge import merge
 from adapterlab.engine.recompute import Mode, recompute
 from adapterlab.engine.stacked import Stack, stacked
@@ -146,7 +147,8 @@ class Host(Attachments):
         name = self.only(rest[0] if name is None and len(rest) == 1 else name)
         for one in tasks:
             self.check(one)
-        return self.methods[name].learn_from(self, name, tasks, steps=steps, lr=lr)
+        with fast_products(self.model):
+            return self.methods[name].learn_from(self, name, tasks, steps=steps, lr=lr)
 
     def stack(self, *names: str) -> contextlib.AbstractContextManager[Stack]:
         """Serve many low-rank adapters from stacked slots inside the context; see `engine.stacked`.

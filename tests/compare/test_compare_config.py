@@ -18,7 +18,6 @@ from adapterlab.cli import main
 from adapterlab.compare import CompareConfig, compare, load_config, preparing
 from adapterlab.compare.config import DATA, TRAIN
 from adapterlab.errors import ConfigError, DataError, OutputError
-from adapterlab.foreign import processor
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BASE: dict[str, Any] = {"data": {"path": "rows.jsonl"}, "budget": {"steps": 5}}
@@ -229,22 +228,6 @@ def test_the_command_line_checks_without_running(fields: dict[str, Any], capsys:
     assert caught.value.code == 0
     assert "6 runs of 6 steps" in capsys.readouterr().out
     assert not Path(fields["output"]).exists()
-
-
-@pytest.mark.parametrize(
-    ("precision", "slow", "gpu"),
-    [("bf16", True, False), ("bf16", True, True), ("bf16", False, False), ("fp32", True, False)],
-)
-def test_a_precision_that_this_processor_computes_in_software_is_named_before(
-    precision: str, slow: bool, gpu: bool, fields: dict[str, Any], capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(processor, "slow_in_bf16", lambda: slow)
-    monkeypatch.setattr(processor, "accelerated", lambda: gpu)
-    file = Path(fields["output"]).parent / "c.yaml"
-    file.write_text(yaml.safe_dump({**fields, "output": str(fields["output"]), "precision": precision}))
-    with pytest.raises(SystemExit):
-        main(["compare", str(file), "--dry-run"])
-    assert ("set precision to fp32" in capsys.readouterr().err) == (precision == "bf16" and slow and not gpu)
 
 
 @pytest.mark.parametrize("name", ["compare_smollm2.yaml", "compare_gsm8k.yaml", "compare_slurm.yaml"])

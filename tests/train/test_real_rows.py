@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from adapterlab.foreign.processor import slow_in_bf16
+from adapterlab.foreign.processor import slow_in
 from adapterlab.train import fit, load_config
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ def test_the_gsm8k_example_learns_from_real_rows(tmp_path: Path) -> None:
         f"data.path={ROWS}", "data.limit=60", "data.eval_size=12", "training.steps=6", "training.batch_size=4",
         "training.accumulation=1", "training.eval_every=3", "training.warmup=1", "training.lr=1e-3",
         "training.schedule=constant", f"output={tmp_path / 'run'}",
-        f"precision={'fp32' if slow_in_bf16() else 'bf16'}",
+        f"precision={'fp32' if slow_in(torch.bfloat16) else 'bf16'}",
     ]  # fmt: skip
     config, _ = load_config(ROOT / "examples" / "gsm8k_lora.yaml", overrides)
     result = fit(config, quiet=True)

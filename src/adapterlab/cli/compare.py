@@ -95,7 +95,7 @@ def compare(
     if idle := [f"--{name}" for name, value in {**asked, "pilot": pilot}.items() if value is not None]:
         raise ConfigError(f"{', '.join(idle)} belongs to --power, which asks before anything runs.")
     comparison = load_config(config, changes)
-    _say_before(comparison, engine)
+    _say_before(comparison)
     if dry_run:
         _list(comparison)
         return
@@ -181,15 +181,10 @@ def _watching(quiet: bool) -> Iterator[Watcher | None]:
         yield Lines(lambda line: say(line, err=True))
 
 
-def _say_before(comparison: Any, engine: str) -> None:
-    """Say before hours are spent what is left out, and that another precision would take a part of them."""
-    from adapterlab.foreign.processor import SLOW_IN_BF16, accelerated, slow_in_bf16
-
+def _say_before(comparison: Any) -> None:
+    """Say before hours are spent what is left out."""
     for id, keys in comparison.left_out().items():
         say(f"Left out: {id}, which needs {', '.join(keys)}. Name it with its settings to compare it.", err=True)
-    # Of the processors of other machines nothing is known.
-    if engine == "local" and comparison.precision == "bf16" and not accelerated() and slow_in_bf16():
-        say(f"Slow: {SLOW_IN_BF16}.", err=True)
 
 
 def _list(comparison: Any) -> None:

@@ -23,9 +23,10 @@ def quickstart(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the folder.")] = False,
 ) -> None:
     """Fine-tune the default model on small sums, and show what it learned: a few minutes on a laptop."""
+    import torch
     from rich.text import Text
 
-    from adapterlab.foreign.processor import accelerated, slow_in_bf16
+    from adapterlab.foreign.processor import accelerated, slow_in
     from adapterlab.io.atomic import check_free
     from adapterlab.models import DEFAULT, load_model, pull
     from adapterlab.terminal import Terminal
@@ -33,7 +34,7 @@ def quickstart(
     console = Terminal(highlight=False)
     check_free(output, overwrite=overwrite)
     # On a GPU, and on processors that compute with it, bfloat16 halves memory and time.
-    precision = "fp32" if not accelerated() and slow_in_bf16() else "bf16"
+    precision = "fp32" if not accelerated() and slow_in(torch.bfloat16) else "bf16"
     config = {**_config(output, steps, questions), "precision": precision}
     console.rule("1. The model as it is")
     pull(DEFAULT)

@@ -11,6 +11,7 @@ import torch
 
 from adapterlab.compare.results import Inference
 from adapterlab.data import placed
+from adapterlab.engine.float_products import fast_products
 from adapterlab.engine.loss import Loss
 from adapterlab.engine.modes import evaluating
 from adapterlab.errors import AdapterlabError, MergeError
@@ -95,7 +96,7 @@ def step_flops(host: Host, name: str, batch: dict[str, torch.Tensor]) -> float |
     method = host.methods[name]
     try:
         loss = Loss(host.model)
-        with host.state.collect() as extra, Tracker() as tracker:
+        with fast_products(host.model), host.state.collect() as extra, Tracker() as tracker:
             method.gradient(host, name, lambda: loss(batch) + sum(extra), lambda value: value.backward())
         return float(tracker.flops)
     except (AdapterlabError, RuntimeError):

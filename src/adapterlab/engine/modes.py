@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
+from adapterlab.engine.float_products import fast_products
+
 
 @contextlib.contextmanager
 def dropout_off(model: nn.Module) -> Iterator[None]:
@@ -50,5 +52,5 @@ def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode without gradients, and each of its modules back into its own mode afterwards."""
-    with dropout_off(model), torch.no_grad():
+    with dropout_off(model), torch.no_grad(), fast_products(model):
         yield

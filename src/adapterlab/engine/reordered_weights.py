@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterlab.core.site import is_plain_linear
+from adapterlab.engine.float_products import fast_products
 from adapterlab.foreign.model import plain_class
 from adapterlab.foreign.private_torch import as_plain_tensors, reordered, reordered_linear
 from adapterlab.foreign.quantized import is_plain
@@ -80,7 +81,8 @@ class ReorderedWeights:
         for weight in candidates(model) if budget else ():
             if weight.device.type == "cpu" and not weight.is_inference():  # those count no changes
                 kinds.setdefault((weight.shape, weight.dtype), []).append(weight)
-        gains = [(_gain(weights[:_TRIED]) / _size(weights[0]), weights) for weights in kinds.values()]
+        with fast_products(model):
+            gains = [(_gain(weights[:_TRIED]) / _size(weights[0]), weights) for weights in kinds.values()]
         for gain, weights in sorted(gains, key=lambda found: found[0], reverse=True):
             for weight in weights if gain > 0 else ():
                 if self.bytes + _size(weight) <= budget:

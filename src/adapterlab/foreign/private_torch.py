@@ -11,7 +11,7 @@
 | `DispatchKey`, `_SetExcludeDispatchKeyGuard` | recomputation leaves views to autograd | none: `recompute: cheap` would fall back to `full` |
 | `StorageWeakRef` | two tensors share memory, without keeping it alive | `untyped_storage().data_ptr()`, compared while both live |
 | `graph_task_id` | whether the backward pass runs now | a flag set by a hook on the loss |
-| `has_kernel` | whether an operator is a composition of others | a list of such operators |
+| `is_composed` | whether an operator is a composition of others | a list of such operators |
 | `as_plain_tensors` | a weight with a copy is a weight to every other function | `torch.Tensor.__torch_function__`, several times slower |
 | `reordered`, `reordered_linear` | products with weights in the order that oneDNN reads | `F.linear` on the plain weight |
 | `softmax_backward` | the gradient of the attention kernel | p * (dp - (dp * p).sum(-1)), one more copy |
@@ -19,6 +19,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from torch.utils._pytree import tree_iter
 __all__ = [
     "DataDependentOutputException", "DispatchKey", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode",
     "StorageWeakRef", "TorchDispatchMode", "_SetExcludeDispatchKeyGuard", "_disable_current_modes",
-    "as_plain_tensors", "graph_task_id", "has_kernel", "has_tile_products", "reordered", "reordered_linear",
+    "as_plain_tensors", "graph_task_id", "has_tile_products", "is_composed", "reordered", "reordered_linear",
     "softmax_backward", "tree_iter", "unset_fake_temporarily",
 ]  # fmt: skip
 
@@ -49,9 +50,11 @@ def graph_task_id() -> int:
     return torch._C._current_graph_task_id()
 
 
-def has_kernel(operator: Any, key: Any) -> bool:
-    """Say whether an operator has a kernel of its own for a dispatch key."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key))
+@functools.cache
+def is_composed(operator: Any) -> bool:
+    """Say whether an operator of torch consists of others."""
+    key = DispatchKey.CompositeImplicitAutograd
+    return operator.namespace == "aten" and torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key)
 
 
 def has_tile_products() -> bool:

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-SLOW_IN_BF16 = "this processor computes bfloat16 in software, many times slower than float32: set precision to fp32"
+from adapterlab.foreign.private_torch import _disable_current_modes
 
 _SIZES = (128, 512, 512)  # of a product: tokens, out, in
 _SLOW = 3.0  # ratio of the times from which half precision costs more than it saves
@@ -19,13 +19,14 @@ def accelerated() -> bool:
 
 
 @functools.cache
-def slow_in_bf16() -> bool:
-    """Say whether the processor takes many times as long for products in bfloat16 as in float32.
+def slow_in(dtype: torch.dtype) -> bool:
+    """Say whether the processor takes many times as long for products in a dtype as in float32.
 
-    Those without instructions for it (most laptops) compute them in software: a step takes ten times as long. It is
-    tried once, in milliseconds.
+    Those without instructions for half precision (most laptops) compute them in software. It is tried once, in
+    milliseconds.
     """
-    return _seconds(torch.bfloat16) > _SLOW * _seconds(torch.float32)
+    with _disable_current_modes():
+        return _seconds(dtype) > _SLOW * _seconds(torch.float32)
 
 
 def _seconds(dtype: torch.dtype) -> float:

@@ -24,7 +24,7 @@ from adapterlab.foreign.private_torch import (
     FakeTensor,
     FakeTensorMode,
     TorchDispatchMode,
-    has_kernel,
+    is_composed,
     tree_iter,
     unset_fake_temporarily,
 )
@@ -120,7 +120,7 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _composite(func) and func.overloadpacket not in self._counts:
+        if is_composed(func) and func.overloadpacket not in self._counts:
             with self:  # its parts are what is computed; autograd takes most such operators apart, but not inside nodes
                 return func.decompose(*args, **kwargs)
         extra = self._inside(func, args, kwargs) if func.namespace in _TRANSPARENT else None
@@ -235,13 +235,6 @@ class Tracker(TorchDispatchMode):
 
 KERNELS = "inside kernels"
 _INSIDES: dict[Any, tuple[int, int]] = {}  # what operators take inside, by operator and form of the arguments
-
-
-@functools.cache
-def _composite(func: Any) -> bool:
-    """Say whether an operator consists of others."""
-    key = DispatchKey.CompositeImplicitAutograd
-    return func.namespace == "aten" and has_kernel(func, key)
 
 
 def _form(leaf: Any) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterlab.engine.attention import attention_modules, core_attention
+from adapterlab.engine.float_products import fast_products
 from adapterlab.errors import ModelError
 from adapterlab.foreign.calls import argument_names
 from adapterlab.foreign.model import attention_limits, input_device, is_encoder_decoder, plain_class, text_config
@@ -122,6 +123,7 @@ class Forward:
         self.page_bytes = per_token * page_tokens
         self.pools: dict[nn.Module, Pool] = {}
         self._layout: _Layout | None = None
+        self._fast = fast_products(model)
 
     def make_pools(self, pages: int) -> None:
         """Make room for pages, beside the one of zeros; memory is taken when they are written."""
@@ -163,7 +165,7 @@ class Forward:
         if _CHOOSES in self.takes:
             given[_CHOOSES] = chosen if len(chosen) else chosen.new_zeros(1)
         self._layout = self._laid_out(rows)
-        with core_attention(self.modules, self._attend):
+        with core_attention(self.modules, self._attend), self._fast:
             logits: Tensor = self.model(**given).logits[0]
         return logits[: len(chosen)] if _CHOOSES in given else logits[chosen]
 

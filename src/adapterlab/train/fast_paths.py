@@ -6,16 +6,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from adapterlab.data.batching import PackingCollator
 from adapterlab.engine.attention import uses_interface
+from adapterlab.engine.float_products import FloatProducts, fast_products
 from adapterlab.engine.fusion import why_apart
 from adapterlab.engine.norms import HALF, rms_norms
 from adapterlab.engine.wrapping import adapters_of
 from adapterlab.foreign.model import base_modules, is_encoder_decoder, plain_class
 from adapterlab.foreign.private_transformers import attention_implementation
-from adapterlab.foreign.processor import SLOW_IN_BF16, slow_in_bf16
 from adapterlab.hosts import Host
 
 if TYPE_CHECKING:
@@ -58,7 +56,7 @@ def fast_paths(loop: Loop) -> list[FastPath]:
         FastPath("offload", training.offload, "activations wait on the " + ("CPU" if training.offload else "device")),
         _optimizer(loop._raw),
         _lowest(loop.host, loop.name),
-        *_precision(loop.host.model),
+        *_products(loop.host.model),
     ]
 
 
@@ -97,12 +95,11 @@ def _norms(model: Any) -> list[FastPath]:
     return [FastPath("norms", True, f"{len(lean)} keep their input alone")] if lean else []
 
 
-def _precision(model: Any) -> list[FastPath]:
-    """Whether the processor has instructions for the weights' precision; nothing to say where it has."""
-    first = next(model.parameters())
-    if first.device.type != "cpu" or model.dtype != torch.bfloat16 or not slow_in_bf16():
+def _products(model: Any) -> list[FastPath]:
+    """In what products are computed; nothing to say where it is the weights' precision."""
+    if not isinstance(fast_products(model), FloatProducts):
         return []
-    return [FastPath("precision", False, SLOW_IN_BF16)]
+    return [FastPath("products", True, "in float32, as the processor has no instructions for half precision")]
 
 
 def _optimizer(optimizer: Any) -> FastPath:

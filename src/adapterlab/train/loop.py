@@ -22,6 +22,7 @@ from adapterlab.data.batching import count_tokens
 from adapterlab.data.mixture import Named
 from adapterlab.data.vocabulary import check_ids
 from adapterlab.engine.attention import fast_attention
+from adapterlab.engine.float_products import fast_products
 from adapterlab.engine.loss import Loss
 from adapterlab.engine.norms import lean_norms
 from adapterlab.engine.packing import choose
@@ -226,8 +227,10 @@ class Loop:
             host.recompute(training.recompute)
         offloading(model, training.offload)  # refused here already
         model.train()
+        self._fast = fast_products(model)
         if from_data:  # a checkpoint's adapter has the structure that data once decided
-            self.method.prepare(host, self.name, Batches(self))
+            with self._fast:
+                self.method.prepare(host, self.name, Batches(self))
         longest = max(longest_of(self.rows), longest_of(self.eval_rows))
         self.collate, self.batching = choose(model, self.collate, longest, training.packing, training.shared_openings)
         self.loss = Loss(model, training.label_smoothing, training.z_loss)  # evaluation uses the plain loss
@@ -480,7 +483,8 @@ class Loop:
                 return part.whole(self.loss(part.batch, part.labels), emitted)
 
         called = functools.partial(self.parallel.called, loss)
-        with contextlib.nullcontext() if part.used is None else state.observing(part.used):
+        observing = contextlib.nullcontext() if part.used is None else state.observing(part.used)
+        with observing, self._fast:
             return float(self.method.gradient(self.host, self.name, called, self.parallel.backward))
 
     def _sum(self, value: float) -> float:
