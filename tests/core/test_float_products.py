@@ -172,6 +172,13 @@ def test_what_is_no_product_of_half_precision_is_left_to_torch(monkeypatch: pyte
     assert seen.half == {"mm": 1, "addmm": 1}  # few numbers: to copy them costs more
 
 
+@pytest.mark.parametrize("other", [torch.float32, torch.float16])
+def test_operands_of_two_dtypes_are_refused_as_everywhere(other: torch.dtype) -> None:
+    a, b = drawn(torch.bfloat16, 6, 8), drawn(other, 8, 5)
+    with FloatProducts(), pytest.raises(RuntimeError, match="dtype"):
+        a @ b
+
+
 class Wrapped(Tensor):
     """A tensor that holds its numbers in another one, as packed and distributed tensors do."""
 

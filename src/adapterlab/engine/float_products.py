@@ -9,7 +9,7 @@ in half precision, and so does what autograd keeps: it works below autograd, who
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from adapterlab.foreign.processor import slow_in
 from adapterlab.ops.operator import NAMESPACE
 
 _PLAIN = (nn.Parameter, FakeTensor)  # further kinds of tensors that hold their numbers themselves, or none
+_OPERANDS = 3  # of an operator at most; what follows has dtypes of its own
 _BLOCK = 1 << 22  # numbers of an operand that are copied at a time
 _WORTH = 5  # multiplications for each number that is copied or rounded, from which that costs less than it saves
 
@@ -47,7 +48,7 @@ class FloatProducts(TorchDispatchMode):
             return NotImplemented  # they say what they are made of, and that comes here again
         kwargs = kwargs or {}
         if (computed := _COMPUTED.get(func)) is not None:
-            return (computed if any(map(_is_half, args)) else func)(*args, **kwargs)
+            return (computed if _are_half(args[:_OPERANDS]) else func)(*args, **kwargs)
         if func.namespace == NAMESPACE:
             with self:
                 return func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
@@ -55,6 +56,12 @@ class FloatProducts(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _are_half(operands: Sequence[Any]) -> bool:
+    """Operands of several dtypes are torch's to refuse."""
+    given = [value for value in operands if isinstance(value, Tensor)]
+    return all(map(_is_half, given)) and len({t.dtype for t in given}) == 1
 
 
 def _is_half(value: Any) -> bool:

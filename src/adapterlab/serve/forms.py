@@ -252,7 +252,7 @@ class OnModel:
         """Logits of the model as it is, `[tokens, vocabulary]`."""
         self.rest()
         given = torch.tensor([ids], device=self.forward.device)
-        with carrier.using(*names), core_attention(self.forward.modules, None):
+        with carrier.using(*names), core_attention(self.forward.modules, None), self.forward.fast:
             logits: Tensor = self.model(input_ids=given, use_cache=False).logits[0]
         return logits
 

@@ -103,6 +103,7 @@ class Forward:
 
     Attributes:
         modules: those that attend.
+        fast: context in which the model's products are computed as fast as this machine can.
         page_bytes: what a page takes, in all modules together.
     """
 
@@ -123,7 +124,7 @@ class Forward:
         self.page_bytes = per_token * page_tokens
         self.pools: dict[nn.Module, Pool] = {}
         self._layout: _Layout | None = None
-        self._fast = fast_products(model)
+        self.fast = fast_products(model)
 
     def make_pools(self, pages: int) -> None:
         """Make room for pages, beside the one of zeros; memory is taken when they are written."""
@@ -165,7 +166,7 @@ class Forward:
         if _CHOOSES in self.takes:
             given[_CHOOSES] = chosen if len(chosen) else chosen.new_zeros(1)
         self._layout = self._laid_out(rows)
-        with core_attention(self.modules, self._attend), self._fast:
+        with core_attention(self.modules, self._attend), self.fast:
             logits: Tensor = self.model(**given).logits[0]
         return logits[: len(chosen)] if _CHOOSES in given else logits[chosen]
 
