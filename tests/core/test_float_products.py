@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from adapterlab.engine import float_products
 from adapterlab.engine.float_products import FloatProducts, fast_products
 from adapterlab.evaluate.generation import generate
 from adapterlab.evaluate.loss import evaluate_loss
+from adapterlab.plan.tracker import Tracker
 from adapterlab.registry import method
 from adapterlab.testing import models
 from adapterlab.train import Training
@@ -48,19 +50,45 @@ def check_rounded_once(found: Any, wanted: Tensor, dtype: torch.dtype) -> None:
 
 
 class Seen(TorchDispatchMode):
-    """Counts the products of half precision that reach torch's kernels."""
+    """Counts the operators of torch that multiply half precision."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.half: Counter[str] = Counter()
-        self.float: Counter[str] = Counter()
+        self.half: Counter[Any] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__.rstrip("_")
-        if name in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "convolution") or "attention" in name:
-            given = [value.dtype for value in args if isinstance(value, Tensor)]
-            (self.half if any(dtype in HALF for dtype in given) else self.float)[name] += 1
+        multiplies = name in ("mm", "addmm", "bmm", "baddbmm", "linear", "matmul", "convolution") or "attention" in name
+        if multiplies and func.namespace == "aten":
+            self.half[func] += any(isinstance(value, Tensor) and value.dtype in HALF for value in args)
         return func(*args, **(kwargs or {}))
+
+
+class Counted:
+    """Products of half precision by who computed them."""
+
+    def __init__(self) -> None:
+        self.ours: Counter[Any] = Counter()
+        self.torchs: Counter[Any] = Counter()
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    found, kernel = Counted(), float_products._kernel
+
+    def counting(func: Any, computed: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+        def ours(usual: Any, *args: Any, **kwargs: Any) -> Any:
+            def torchs(*given: Any, **others: Any) -> Any:
+                found.torchs[func] += any(isinstance(t, Tensor) and t.dtype in HALF for t in given[:3])
+                return usual(*given, **others)
+
+            found.ours[func] += 1
+            return computed(torchs, *args, **kwargs)
+
+        return kernel(func, ours, keys, *args, **kwargs)
+
+    monkeypatch.setattr(float_products, "_kernel", counting)
+    return found
 
 
 # ---------------------------------------------------------------------- operators
@@ -119,23 +147,22 @@ def test_products_of_batches(dtype: torch.dtype, shape: tuple[int, ...], batch: 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("quiet", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
-def test_calls_without_a_gradient(dtype: torch.dtype, quiet: Callable[[], Any]) -> None:
+def test_calls_without_a_gradient(dtype: torch.dtype, quiet: Callable[[], Any], counted: Counted) -> None:
     x, weight, bias = drawn(dtype, 2, 6, 8), drawn(dtype, 5, 8), drawn(dtype, 5)
     q = drawn(dtype, 1, 2, 6, 4)
-    seen = Seen()
-    with quiet(), seen, FloatProducts():
+    with quiet(), FloatProducts():
         found = F.linear(x, weight, bias), x @ weight.T, F.scaled_dot_product_attention(q, q, q, is_causal=True)
     exact = x.double() @ weight.double().T
     check_rounded_once(found[0], exact + bias.double(), dtype)
     check_rounded_once(found[1], exact, dtype)
     check_rounded_once(found[2], F.scaled_dot_product_attention(*[q.double()] * 3, is_causal=True), dtype)
-    assert seen.float
-    assert not seen.half
+    assert len(counted.ours) == 3
+    assert not +counted.torchs
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients_of_attention_and_convolutions(dtype: torch.dtype, masked: bool) -> None:
+def test_gradients_of_attention_and_convolutions(dtype: torch.dtype, masked: bool, counted: Counted) -> None:
     given = [drawn(dtype, 2, 3, 9, 8, seed=i) for i in range(3)]
     mask = drawn(dtype, 1, 1, 9, 9, seed=5) if masked else None
     images, kernels = drawn(dtype, 2, 3, 8, 8), drawn(dtype, 4, 3, 2, 2)
@@ -149,27 +176,29 @@ def test_gradients_of_attention_and_convolutions(dtype: torch.dtype, masked: boo
         (convolved * drawn(dtype, *convolved.shape, seed=9).to(to)).sum().backward()
         return [attended.detach(), convolved.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
-    seen = Seen()
-    with seen, FloatProducts():
+    with FloatProducts():
         found = gradients(dtype)
-    assert seen.float
-    assert not seen.half
+    assert len(counted.ours) == 4
+    assert not +counted.torchs
     for one, exact in zip(found, gradients(torch.float64), strict=True):
         # The gradients of attention come from its rounded result.
         torch.testing.assert_close(one.double(), exact, rtol=0, atol=2 * torch.finfo(dtype).eps * exact.abs().max())
 
 
-def test_what_is_no_product_of_half_precision_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_product_of_half_precision_is_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch, counted: Counted
+) -> None:
     a, whole = drawn(torch.float32, 4, 5), torch.arange(6).view(2, 3)
     with FloatProducts():
         assert torch.equal(a @ a.T, a @ a.T)
         assert (a.double() @ a.double().T).dtype is torch.float64
         assert torch.equal(whole @ whole.T, torch.tensor([[5, 14], [14, 50]]))
     monkeypatch.setattr(float_products, "_WORTH", 5)
-    half, seen = a.bfloat16(), Seen()
-    with seen, FloatProducts():
+    assert not counted.ours
+    half = a.bfloat16()
+    with FloatProducts():
         assert (half[:1] @ half.T).shape == torch.addmm(half[:1, :4], half[:1], half.T).shape == (1, 4)
-    assert seen.half == {"mm": 1, "addmm": 1}  # few numbers: to copy them costs more
+    assert counted.torchs.total() == 2  # few numbers: to copy them costs more
 
 
 @pytest.mark.parametrize("other", [torch.float32, torch.float16])
@@ -195,12 +224,25 @@ class Wrapped(Tensor):
         return func(*(value.held if isinstance(value, Wrapped) else value for value in args), **(kwargs or {}))
 
 
-def test_tensors_of_other_kinds_say_what_they_are_made_of() -> None:
-    x, weight, seen = drawn(torch.bfloat16, 6, 8), drawn(torch.bfloat16, 8, 5), Seen()
-    with seen, FloatProducts():
+def test_tensors_of_other_kinds_are_met_inside(counted: Counted) -> None:
+    x, weight = drawn(torch.bfloat16, 6, 8), drawn(torch.bfloat16, 8, 5)
+    with FloatProducts():
         found = x @ Wrapped(weight)
     check_rounded_once(found, x.double() @ weight.double(), torch.bfloat16)
-    assert not seen.half
+    assert counted.ours == {ATEN.mm.default: 1}
+
+
+def test_torchs_kernels_are_back_after_the_last_context(counted: Counted) -> None:
+    a = drawn(torch.bfloat16, 6, 6)
+    with FloatProducts():
+        with pytest.raises(ZeroDivisionError), FloatProducts():
+            raise ZeroDivisionError
+        a @ a
+    a @ a
+    assert counted.ours == {ATEN.mm.default: 1}
+    with FloatProducts():
+        a @ a
+    assert counted.ours == {ATEN.mm.default: 2}
 
 
 # ---------------------------------------------------------------------- where it is on
@@ -230,7 +272,9 @@ METHODS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("id", METHODS)
 @pytest.mark.parametrize("recompute", ["none", "cheap", "full"])
-def test_a_step_leaves_no_product_in_half_precision(id: str, recompute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_leaves_no_product_in_half_precision(
+    id: str, recompute: Any, monkeypatch: pytest.MonkeyPatch, counted: Counted
+) -> None:
     monkeypatch.setattr(float_products, "_BLOCK", 1000)
     if recompute != "none" and id not in ("lora", "full"):
         pytest.skip("it does not depend on the method")
@@ -239,19 +283,21 @@ def test_a_step_leaves_no_product_in_half_precision(id: str, recompute: Any, mon
     seen = Seen()
     with seen:
         loop.run()
-    assert seen.float["mm"] + seen.float["addmm"]
-    assert not seen.half
+    assert counted.ours[ATEN.mm.default]
+    assert not +counted.torchs
+    assert {func for func, times in seen.half.items() if times} <= float_products.OPERATORS
 
 
-def test_evaluation_and_answers_leave_none() -> None:
+def test_evaluation_and_answers_leave_none(counted: Counted) -> None:
     model = models.tiny(precision="bf16")
     al.attach(model, al.LoRA())
     seen = Seen()
     with seen:
         evaluate_loss(model, models.token_rows(4), Collator(0))
         generate(model, _Words(), [[1, 2, 3], [4, 5]], max_new_tokens=3)
-    assert seen.float
-    assert not seen.half
+    assert counted.ours
+    assert not +counted.torchs
+    assert {func for func, times in seen.half.items() if times} <= float_products.OPERATORS
 
 
 class _Words:
@@ -293,3 +339,24 @@ def test_gradients_are_those_of_half_precision() -> None:
     assert Counter(kept) == before
     off, usual = (sum(float((each[key] - exact[key]).norm()) for key in exact) for each in (found, plain))
     assert off <= 1.2 * usual
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 70), (70, 5, 3), (30, 4, 60), (6, 90, 8), (40, 50, 60)])
+def test_a_plan_counts_the_copies(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(float_products, "_BLOCK", 200)
+    m, k, n = shape
+    a, b = drawn(torch.bfloat16, m, k), drawn(torch.bfloat16, k, n)
+    out = a.new_empty(m, n)
+    for compute, given in (
+        (functools.partial(float_products._multiplied, out), (a, b)),
+        (functools.partial(float_products._bmm, torch.bmm), (a.expand(9, -1, -1), b.expand(9, -1, -1))),
+    ):
+        tracker = Tracker()
+        tracker._watch((*given, out))
+        before = tracker.total
+        with tracker:
+            result = compute(*given)
+        made = 0 if result is out else result.nbytes
+        peak = max(moment.total for moment in tracker.moments.values())
+        assert peak - before - made == float_products.copied(*given)
+    assert not float_products.copied(a.float(), b.float())

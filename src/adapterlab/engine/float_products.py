@@ -3,24 +3,25 @@
 torch computes them there one number at a time: y = x Wᵀ takes six times as long as in float32, the product of a
 gradient with W forty times. Inside `fast_products` their operands are copied to float32, a block of limited size at a
 time, and the result is rounded once, as instructions for half precision do it. Weights, activations and gradients stay
-in half precision, and so does what autograd keeps: it works below autograd, whoever calls an operator.
+in half precision, and so does what autograd keeps: torch's kernels are replaced below autograd, for whoever calls them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.library import Library
 
 from adapterlab.engine.norms import HALF
-from adapterlab.foreign.private_torch import DispatchKey, FakeTensor, TorchDispatchMode, is_composed
+from adapterlab.foreign.private_torch import BELOW_AUTOGRAD, without
 from adapterlab.foreign.processor import slow_in
-from adapterlab.ops.operator import NAMESPACE
 
-_PLAIN = (nn.Parameter, FakeTensor)  # further kinds of tensors that hold their numbers themselves, or none
 _OPERANDS = 3  # of an operator at most; what follows has dtypes of its own
 _BLOCK = 1 << 22  # numbers of an operand that are copied at a time
 _WORTH = 5  # multiplications for each number that is copied or rounded, from which that costs less than it saves
@@ -31,7 +32,8 @@ def fast_products(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
 
     On a CPU without instructions for bfloat16 or float16 (most laptops) a training step in half precision takes about
     as long as in float32 then, and ten to twenty times as long without. Elsewhere, and for models in float32, it does
-    nothing. Forward and backward pass belong into the same context.
+    nothing. Forward and backward pass belong into the same context. Other threads of the process compute in the same
+    way meanwhile.
 
     Args:
         model: whose weights say where and in which precision products are computed.
@@ -40,22 +42,35 @@ def fast_products(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
     return FloatProducts() if any(map(slow_in, dtypes)) else contextlib.nullcontext()
 
 
-class FloatProducts(TorchDispatchMode):
-    """Inside the context, products of half precision on the CPU are computed in float32."""
+class FloatProducts:
+    """Inside the context, products of half precision on the CPU are computed in float32, in the whole process."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(kind is not Tensor and not issubclass(kind, _PLAIN) for kind in types):
-            return NotImplemented  # they say what they are made of, and that comes here again
-        kwargs = kwargs or {}
-        if (computed := _COMPUTED.get(func)) is not None:
-            return (computed if _are_half(args[:_OPERANDS]) else func)(*args, **kwargs)
-        if func.namespace == NAMESPACE:
-            with self:
-                return func._op_dk(DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
-        if is_composed(func):  # without autograd nobody takes it apart before
-            with self:
-                return func.decompose(*args, **kwargs)
-        return func(*args, **kwargs)
+    _lock = threading.Lock()
+    _entered: ClassVar[int] = 0
+    _kernels: ClassVar[Library | None] = None
+
+    def __enter__(self) -> None:
+        cls = FloatProducts
+        with cls._lock:
+            cls._entered += 1
+            if cls._kernels is None:
+                cls._kernels = Library("aten", "IMPL", BELOW_AUTOGRAD)
+                for func, computed in _COMPUTED.items():
+                    cls._kernels.impl(func.name(), functools.partial(_kernel, func, computed), with_keyset=True)
+
+    def __exit__(self, *error: object) -> None:
+        cls = FloatProducts
+        with cls._lock:
+            cls._entered -= 1
+            if not cls._entered:
+                cls._kernels = None  # torch's own are back
+
+
+def _kernel(func: Any, computed: Callable[..., Any], keys: Any, *args: Any, **kwargs: Any) -> Any:
+    usual = functools.partial(func.redispatch, without(keys, BELOW_AUTOGRAD))
+    if not _are_half(args[:_OPERANDS]):
+        return usual(*args, **kwargs)
+    return computed(usual, *args, **kwargs)
 
 
 def _are_half(operands: Sequence[Any]) -> bool:
@@ -70,23 +85,38 @@ def _is_half(value: Any) -> bool:
 
 # ---------------------------------------------------------------------- products of matrices
 
+Usual = Callable[..., Any]  # torch's kernel
 
-def _mm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+
+def _mm(usual: Usual, a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     if not _pays(a, b):
-        return _ATEN.mm(a, b) if out is None else _ATEN.mm.out(a, b, out=out)
+        return usual(a, b) if out is None else usual(a, b, out=out)
     return _multiplied(_result(out, a, len(a), b.shape[1]), a, b)
 
 
-def _addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None) -> Tensor:
+def _addmm(usual: Usual, c: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
+    return _added_to(usual, None, c, a, b, **kwargs)
+
+
+def _addmm_(usual: Usual, c: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
+    return _added_to(usual, c, c, a, b, **kwargs)
+
+
+def _added_to(
+    usual: Usual,
+    into: Tensor | None,
+    c: Tensor,
+    a: Tensor,
+    b: Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor | None = None,
+) -> Tensor:
     if not _pays(a, b):
-        given = {"beta": beta, "alpha": alpha}
-        return _ATEN.addmm(c, a, b, **given) if out is None else _ATEN.addmm.out(c, a, b, **given, out=out)
+        return usual(c, a, b, beta=beta, alpha=alpha, **({} if out is None else {"out": out}))
     shape = (len(a), b.shape[1])
-    return _multiplied(_result(out, a, *shape), a, b, c.expand(shape), beta, alpha)
-
-
-def _addmm_(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return _addmm(c, a, b, beta=beta, alpha=alpha, out=c)
+    return _multiplied(_result(out if into is None else into, a, *shape), a, b, c.expand(shape), beta, alpha)
 
 
 def _pays(a: Tensor, b: Tensor) -> bool:
@@ -109,8 +139,7 @@ def _multiplied(
     a = a.float()
     if n >= k:
         for part in _parts(n, k):
-            found = a @ b[:, part].float()
-            out[:, part] = _added(found, None if c is None else c[:, part], beta, alpha)
+            out[:, part] = _added(a @ b[:, part].float(), None if c is None else c[:, part], beta, alpha)
         return out
     total = a.new_zeros(out.shape)
     for part in _parts(k, n):
@@ -130,25 +159,25 @@ def _parts(length: int, width: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, length, step))
 
 
-def _bmm(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+def _bmm(usual: Usual, a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     out = _result(out, a, len(a), a.shape[1], b.shape[2])
     for part in _batches(a, b):
-        out[part] = torch.bmm(a[part].float(), b[part].float())
+        out[part] = a[part].float() @ b[part].float()
     return out
 
 
 def _baddbmm(
-    c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
+    usual: Usual, c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
 ) -> Tensor:
     shape = (len(a), a.shape[1], b.shape[2])
     out, c = _result(out, a, *shape), c.expand(shape)
     for part in _batches(a, b):
-        out[part] = _added(torch.bmm(a[part].float(), b[part].float()), c[part], beta, alpha)
+        out[part] = _added(a[part].float() @ b[part].float(), c[part], beta, alpha)
     return out
 
 
-def _baddbmm_(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return _baddbmm(c, a, b, beta=beta, alpha=alpha, out=c)
+def _baddbmm_(usual: Usual, c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return _baddbmm(usual, c, a, b, beta=beta, alpha=alpha, out=c)
 
 
 def _batches(a: Tensor, b: Tensor) -> Iterator[slice]:
@@ -158,18 +187,15 @@ def _batches(a: Tensor, b: Tensor) -> Iterator[slice]:
 # ---------------------------------------------------------------------- convolution and attention
 
 
-def _as_a_whole(func: Any) -> Callable[..., Any]:
-    """An operator whose operands are copied as a whole.
+def _as_a_whole(*sums: int) -> Callable[..., Any]:
+    """Copy all operands and round all results, but for those that are sums in float32 always."""
 
-    What it returns in the dtype of its operands is rounded; sums that it returns in float32 always, are not.
-    """
-
-    def computed(*args: Any, **kwargs: Any) -> Any:
-        half = next(value.dtype for value in args if _is_half(value))
-        found = func(*map(_float, args), **{key: _float(value) for key, value in kwargs.items()})
+    def computed(usual: Usual, *args: Any, **kwargs: Any) -> Any:
+        half = args[0].dtype
+        found = usual(*map(_float, args), **{key: _float(value) for key, value in kwargs.items()})
         if isinstance(found, Tensor):
             return found.to(half)
-        return tuple(t.to(half) if t is not None and i not in _SUMS.get(func, ()) else t for i, t in enumerate(found))
+        return tuple(t.to(half) if t is not None and i not in sums else t for i, t in enumerate(found))
 
     return computed
 
@@ -178,9 +204,9 @@ def _float(value: Any) -> Any:
     return value.float() if _is_half(value) else value
 
 
+# ---------------------------------------------------------------------- all of them
+
 _ATEN = torch.ops.aten
-_ATTENTION = _ATEN._scaled_dot_product_flash_attention_for_cpu
-_SUMS = {_ATTENTION.default: (1,)}  # of the exponentials of scores
 _COMPUTED: dict[Any, Callable[..., Any]] = {
     _ATEN.mm.default: _mm,
     _ATEN.mm.out: _mm,
@@ -192,13 +218,31 @@ _COMPUTED: dict[Any, Callable[..., Any]] = {
     _ATEN.baddbmm.default: _baddbmm,
     _ATEN.baddbmm.out: _baddbmm,
     _ATEN.baddbmm_.default: _baddbmm_,
-    **{
-        func: _as_a_whole(func)
-        for func in (
-            _ATEN.convolution.default,
-            _ATEN.convolution_backward.default,
-            _ATTENTION.default,
-            _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,
-        )
-    },
+    _ATEN.convolution.default: _as_a_whole(),
+    _ATEN.convolution_backward.default: _as_a_whole(),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default: _as_a_whole(1),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default: _as_a_whole(),
 }
+OPERATORS = frozenset(_COMPUTED)
+
+
+def copied(*args: Any, **kwargs: Any) -> int:
+    """Return the bytes of the copies that one of `OPERATORS` holds at a time on this machine, given its arguments."""
+    operands = [value for value in args[:_OPERANDS] if isinstance(value, Tensor)]
+    if not _are_half(operands) or not slow_in(operands[0].dtype):
+        return 0
+    a, b = operands[-2:]
+    if a.dim() == b.dim() == 2:
+        return 4 * _held(a.shape[0], a.shape[1], b.shape[1]) if _pays(a, b) else 0
+    if a.dim() == b.dim() == 3:
+        (count, m, k), n = a.shape, b.shape[2]
+        return 4 * min(count, max(1, _BLOCK // max(1, m * k, k * n))) * (m * k + k * n + m * n)
+    return 4 * sum(map(Tensor.numel, operands))
+
+
+def _held(m: int, k: int, n: int) -> int:
+    """Numbers in float32, while a product of `[m, k]` and `[k, n]` is computed."""
+    m, n = min(m, n), max(m, n)
+    width, length = (k, n) if n >= k else (n, k)
+    step = min(length, max(1, _BLOCK // max(1, width)))
+    return m * k + step * width + m * (step if n >= k else n)

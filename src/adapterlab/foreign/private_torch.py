@@ -9,6 +9,7 @@
 | `has_tile_products` | which forward pass of attention is faster | the processor's flags, or timing both once |
 | `tree_iter` | tensors among an operator's arguments | ten lines of recursion |
 | `DispatchKey`, `_SetExcludeDispatchKeyGuard` | recomputation leaves views to autograd | none: `recompute: cheap` would fall back to `full` |
+| `BELOW_AUTOGRAD`, `without` | kernels of our own in the place of torch's, for a while | a dispatch mode, which costs every operator a call into Python |
 | `StorageWeakRef` | two tensors share memory, without keeping it alive | `untyped_storage().data_ptr()`, compared while both live |
 | `graph_task_id` | whether the backward pass runs now | a flag set by a hook on the loss |
 | `is_composed` | whether an operator is a composition of others | a list of such operators |
@@ -37,17 +38,25 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
+BELOW_AUTOGRAD = "BackendSelect"  # the key that every call passes between autograd and the device's kernel
+
 __all__ = [
+    "BELOW_AUTOGRAD",
     "DataDependentOutputException", "DispatchKey", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode",
     "StorageWeakRef", "TorchDispatchMode", "_SetExcludeDispatchKeyGuard", "_disable_current_modes",
     "as_plain_tensors", "graph_task_id", "has_tile_products", "is_composed", "reordered", "reordered_linear",
-    "softmax_backward", "tree_iter", "unset_fake_temporarily",
+    "softmax_backward", "tree_iter", "unset_fake_temporarily", "without",
 ]  # fmt: skip
 
 
 def graph_task_id() -> int:
     """Number of the backward pass that runs on this thread, -1 when none does."""
     return torch._C._current_graph_task_id()
+
+
+def without(keys: Any, key: str) -> Any:
+    """The dispatch keys of a call without one of them, for its `redispatch`."""
+    return keys.remove(getattr(DispatchKey, key))
 
 
 @functools.cache

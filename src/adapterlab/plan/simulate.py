@@ -22,7 +22,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from adapterlab.data import Collator
-from adapterlab.engine import attention, float_products
+from adapterlab.engine import attention
 from adapterlab.engine.loss import Loss
 from adapterlab.errors import ConfigError, require
 from adapterlab.foreign import pretrained
@@ -135,7 +135,6 @@ def tracked(setup: Setup, *, real: bool = False) -> Iterator[Tracker]:
                 stack.enter_context(patch.object(Loss, "_agrees", _head_is_all))
                 if setup.kind != "cpu":  # tensors without contents are on the CPU, whose own kernels others lack
                     stack.enter_context(patch.object(attention, "pays", lambda *_: False))
-                    stack.enter_context(patch.object(float_products, "slow_in", lambda _: False))
                     stack.enter_context(patch.object(cross_entropy, "block_rows", len))
                     stack.enter_context(patch.object(rms_norm, "block_rows", torch.Tensor.numel))
             yield stack.enter_context(Tracker(fake, setup.granularity, setup.kind))

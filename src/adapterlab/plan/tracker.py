@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from adapterlab.engine import float_products
 from adapterlab.errors import ConfigError
 from adapterlab.foreign.private_torch import (
     DispatchKey,
@@ -71,7 +72,7 @@ class Tracker(TorchDispatchMode):
 
     def __init__(self, fake: FakeTensorMode | None = None, granularity: int = 1, kind: str = "cpu"):
         super().__init__()
-        self.fake, self.granularity = fake, granularity
+        self.fake, self.granularity, self.kind = fake, granularity, kind
         self.live: Counter[str] = Counter()
         self.total = self.flops = 0
         self.window, self.part = "setup", "other"
@@ -128,7 +129,7 @@ class Tracker(TorchDispatchMode):
         declared = self._workspaces.get(func)
         if declared is not None:
             extra = declared(*args, **kwargs)
-        if extra is not None:
+        if extra:
             self._note(extra)
         count = self._counts.get(func.overloadpacket)
         if count is not None:
@@ -137,9 +138,9 @@ class Tracker(TorchDispatchMode):
 
     def _inside(self, func: Any, args: Any, kwargs: Any) -> int:
         """Bytes that an operator of the library takes beside its results; its kernel is made of further operators."""
-        key = (func, *(_form(leaf) for leaf in tree_iter((args, kwargs))))
+        key = (func, self.kind, *(_form(leaf) for leaf in tree_iter((args, kwargs))))
         if key not in _INSIDES or self.fake is None:
-            inner = Tracker(self.fake)
+            inner = Tracker(self.fake, kind=self.kind)
             inner._watch((args, kwargs))
             given = inner.total
             with inner, inner._short():
@@ -333,6 +334,8 @@ def _counts() -> dict[Any, Callable[..., int]]:
 def _workspaces(kind: str) -> dict[Any, Callable[..., int]]:
     """Bytes that kernels take for themselves, by operator."""
     found: dict[Any, Callable[..., int]] = {}
+    if kind == "cpu":
+        found |= dict.fromkeys(float_products.OPERATORS, float_products.copied)
     if "bitsandbytes" in sys.modules:
         found[torch.ops.bitsandbytes.gemm_4bit.default] = _unpacked
     if kind == "cuda":
