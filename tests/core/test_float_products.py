@@ -6,13 +6,16 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer, TrainingArguments
 
 import adapterlab as al
 from adapterlab.data import Collator
@@ -298,6 +301,25 @@ def test_evaluation_and_answers_leave_none(counted: Counted) -> None:
     assert counted.ours
     assert not +counted.torchs
     assert {func for func, times in seen.half.items() if times} <= float_products.OPERATORS
+
+
+def test_other_trainers_have_them_by_the_callback(tmp_path: Path, counted: Counted) -> None:
+    model = models.tiny(precision="bf16")
+    host = al.attach(model, al.LoRA())
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        model, arguments, data_collator=Collator(0), train_dataset=Dataset.from_list(models.token_rows(4)),
+        callbacks=[al.AdapterlabCallback(host, "default")],
+    )  # fmt: skip
+    trainer.train()
+    assert counted.ours[ATEN.mm.default]
+    assert not +counted.torchs
+    before = counted.ours.total()
+    drawn(torch.bfloat16, 8, 8) @ drawn(torch.bfloat16, 8, 8)
+    assert counted.ours.total() == before
 
 
 class _Words:

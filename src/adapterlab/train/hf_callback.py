@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from adapterlab.engine.float_products import fast_products
 from adapterlab.engine.recompute import keep_record
 from adapterlab.engine.verify import check_gradient_passes
 from adapterlab.engine.wrapping import STATE, adapters_of
@@ -55,6 +56,7 @@ class AdapterlabCallback(TrainerCallback):
         self._rates: list[float] = []
         self._waiting: list[nn.Parameter] | None = None
         self._joined: Joined | None = None
+        self._fast = contextlib.ExitStack()
         if type(self.method).overrides("gradient"):
             raise ConfigError(
                 f"{self.method.id} has its own gradient, which a callback cannot give to a foreign trainer. Train it "
@@ -97,6 +99,8 @@ class AdapterlabCallback(TrainerCallback):
         plain = getattr(args, "loss_type", None) == "nll"
         self._joined = Joined(unwrapped(more.get("model") or self.host.model), self.host.state, plain, self.method.id)
         self.method.begin(self.host, self.name, state.max_steps)
+        self._fast.close()  # that of a training which ended in an error
+        self._fast.enter_context(fast_products(self.host.model))
         if type(self.method).overrides("rate"):
             self._plain = _factors(more["lr_scheduler"], self.method.id)
 
@@ -156,6 +160,7 @@ class AdapterlabCallback(TrainerCallback):
         """Training is over."""
         if self._joined is not None:
             self._joined.end()
+        self._fast.close()
         self.method.finish(self.host, self.name)
 
 
