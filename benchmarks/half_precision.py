@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import _bench as bench
+import step_time
 from _bench import Figures, Job
 
 SIDES = {
@@ -60,18 +61,8 @@ def _ours(job: dict[str, Any], model: Any) -> Any:
 
 
 def _peft(job: dict[str, Any], model: Any) -> Any:
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    adapted: Any = get_peft_model(model, LoraConfig(r=job["rank"], target_modules="all-linear", task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4, fused=True)
-
-    def step(batch: Any) -> None:
-        adapted(**batch, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": job["rank"], "target_modules": "all-linear"}
+    return step_time._peft({"config": config}, model, None)[0]
 
 
 def report(done: list[tuple[Job, Figures]], file: Path) -> tuple[dict[str, Any], str]:

@@ -23,11 +23,14 @@ from adapterlab.engine import float_products
 from adapterlab.engine.float_products import FloatProducts, fast_products
 from adapterlab.evaluate.generation import generate
 from adapterlab.evaluate.loss import evaluate_loss
+from adapterlab.foreign import processor
+from adapterlab.hosts import Host
 from adapterlab.plan.tracker import Tracker
 from adapterlab.registry import method
 from adapterlab.testing import models
 from adapterlab.train import Training
-from adapterlab.train.loop import Loop
+from adapterlab.train.loop import Listener, Loop
+from adapterlab.train.together import Entrant, train_together
 
 HALF = [torch.bfloat16, torch.float16]
 ATEN = torch.ops.aten
@@ -261,6 +264,14 @@ def test_it_is_on_where_the_weights_are_slow(monkeypatch: pytest.MonkeyPatch) ->
     assert not isinstance(fast_products(half), FloatProducts)
 
 
+@pytest.mark.parametrize(("half", "slow"), [(2.9, False), (3.1, True)])
+def test_a_processor_is_slow_in_what_takes_it_three_times_as_long(
+    half: float, slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "_seconds", {torch.float32: 1.0, torch.bfloat16: half}.__getitem__)
+    assert processor.slow_in.__wrapped__(torch.bfloat16) == slow
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"dropout": 0.3},
     "dora": {},
@@ -273,14 +284,14 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("id", METHODS)
-@pytest.mark.parametrize("recompute", ["none", "cheap", "full"])
+STEPS = [*((id, "none") for id in METHODS), *((id, how) for id in ("lora", "full") for how in ("cheap", "full"))]
+
+
+@pytest.mark.parametrize(("id", "recompute"), STEPS)
 def test_a_step_leaves_no_product_in_half_precision(
     id: str, recompute: Any, monkeypatch: pytest.MonkeyPatch, counted: Counted
 ) -> None:
     monkeypatch.setattr(float_products, "_BLOCK", 1000)
-    if recompute != "none" and id not in ("lora", "full"):
-        pytest.skip("it does not depend on the method")
     host = al.attach(models.tiny(precision="bf16"), method(id)(**METHODS[id]))
     loop = Loop(host, "default", models.token_rows(8), Training(batch_size=4, steps=2, lr=1e-2, recompute=recompute))
     seen = Seen()
@@ -289,6 +300,30 @@ def test_a_step_leaves_no_product_in_half_precision(
     assert counted.ours[ATEN.mm.default]
     assert not +counted.torchs
     assert {func for func, times in seen.half.items() if times} <= float_products.OPERATORS
+
+
+def test_runs_on_one_base_leave_none_while_any_of_them_goes_on(counted: Counted) -> None:
+    host = Host(models.tiny(precision="bf16"))
+    rows = models.token_rows(8)
+
+    def entrant(name: str, steps: int) -> Entrant:
+        def start(stopping: Any) -> Any:
+            host.attach(al.LoRA(r=2), name)
+            training = Training(batch_size=4, steps=steps, eval_every=9)
+            return Loop(host, name, rows, training, listeners=[Ends()]).course(stopping)
+
+        return Entrant(name, start)
+
+    after: list[int] = []
+
+    class Ends(Listener):
+        def finished(self, loop: Loop) -> None:
+            after.append(counted.ours.total())
+
+    endings = train_together(host, [entrant("short", 1), entrant("long", 3)])
+    assert [ending.error for ending in endings] == [None, None]
+    assert 0 < after[0] < after[1]
+    assert not +counted.torchs
 
 
 def test_evaluation_and_answers_leave_none(counted: Counted) -> None:

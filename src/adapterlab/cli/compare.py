@@ -95,7 +95,7 @@ def compare(
     if idle := [f"--{name}" for name, value in {**asked, "pilot": pilot}.items() if value is not None]:
         raise ConfigError(f"{', '.join(idle)} belongs to --power, which asks before anything runs.")
     comparison = load_config(config, changes)
-    _say_before(comparison)
+    _say_left_out(comparison)
     if dry_run:
         _list(comparison)
         return
@@ -181,7 +181,7 @@ def _watching(quiet: bool) -> Iterator[Watcher | None]:
         yield Lines(lambda line: say(line, err=True))
 
 
-def _say_before(comparison: Any) -> None:
+def _say_left_out(comparison: Any) -> None:
     """Say before hours are spent what is left out."""
     for id, keys in comparison.left_out().items():
         say(f"Left out: {id}, which needs {', '.join(keys)}. Name it with its settings to compare it.", err=True)

@@ -1,9 +1,10 @@
 """Products in half precision on a processor without instructions for it: computed in float32, block by block.
 
 torch computes them there one number at a time: y = x Wᵀ takes six times as long as in float32, the product of a
-gradient with W forty times. Inside `fast_products` their operands are copied to float32, a block of limited size at a
-time, and the result is rounded once, as instructions for half precision do it. Weights, activations and gradients stay
-in half precision, and so does what autograd keeps: torch's kernels are replaced below autograd, for whoever calls them.
+gradient with W some thirty times. Inside `fast_products` their operands are copied to float32, a block of limited size
+at a time, and the result is rounded once, as instructions for half precision do it. Weights, activations and gradients
+stay in half precision, and so does what autograd keeps: torch's kernels are replaced below autograd, for whoever calls
+them.
 """
 
 from __future__ import annotations
@@ -94,29 +95,13 @@ def _mm(usual: Usual, a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Ten
     return _multiplied(_result(out, a, len(a), b.shape[1]), a, b)
 
 
-def _addmm(usual: Usual, c: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
-    return _added_to(usual, None, c, a, b, **kwargs)
-
-
-def _addmm_(usual: Usual, c: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
-    return _added_to(usual, c, c, a, b, **kwargs)
-
-
-def _added_to(
-    usual: Usual,
-    into: Tensor | None,
-    c: Tensor,
-    a: Tensor,
-    b: Tensor,
-    *,
-    beta: float = 1,
-    alpha: float = 1,
-    out: Tensor | None = None,
+def _addmm(
+    usual: Usual, c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
 ) -> Tensor:
     if not _pays(a, b):
         return usual(c, a, b, beta=beta, alpha=alpha, **({} if out is None else {"out": out}))
     shape = (len(a), b.shape[1])
-    return _multiplied(_result(out if into is None else into, a, *shape), a, b, c.expand(shape), beta, alpha)
+    return _multiplied(_result(out, a, *shape), a, b, c.expand(shape), beta, alpha)
 
 
 def _pays(a: Tensor, b: Tensor) -> bool:
@@ -153,9 +138,13 @@ def _added(product: Tensor, c: Tensor | None, beta: float, alpha: float) -> Tens
     return product if c is None or beta == 0 else product.add_(c, alpha=beta)
 
 
+def _step(length: int, width: int) -> int:
+    """How many rows or columns of a width have no more than `_BLOCK` numbers."""
+    return min(length, max(1, _BLOCK // max(1, width)))
+
+
 def _parts(length: int, width: int) -> Iterator[slice]:
-    """Pieces of so many rows or columns of a width that none has more than `_BLOCK` numbers."""
-    step = max(1, _BLOCK // max(1, width))
+    step = max(1, _step(length, width))
     return (slice(start, start + step) for start in range(0, length, step))
 
 
@@ -176,12 +165,20 @@ def _baddbmm(
     return out
 
 
-def _baddbmm_(usual: Usual, c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return _baddbmm(usual, c, a, b, beta=beta, alpha=alpha, out=c)
-
-
 def _batches(a: Tensor, b: Tensor) -> Iterator[slice]:
-    return _parts(len(a), max(a[0].numel(), b[0].numel()) if len(a) else 1)
+    return _parts(len(a), max(a.shape[1] * a.shape[2], b.shape[1] * b.shape[2]))
+
+
+def _in_place(computed: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same into the first operand, for an operator that has no `out`."""
+
+    def into(usual: Usual, c: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def torchs(*operands: Any, out: Tensor, **others: Any) -> Any:
+            return usual(*operands, **others)
+
+        return computed(torchs, c, *args, **kwargs, out=c)
+
+    return into
 
 
 # ---------------------------------------------------------------------- convolution and attention
@@ -212,12 +209,12 @@ _COMPUTED: dict[Any, Callable[..., Any]] = {
     _ATEN.mm.out: _mm,
     _ATEN.addmm.default: _addmm,
     _ATEN.addmm.out: _addmm,
-    _ATEN.addmm_.default: _addmm_,
+    _ATEN.addmm_.default: _in_place(_addmm),
     _ATEN.bmm.default: _bmm,
     _ATEN.bmm.out: _bmm,
     _ATEN.baddbmm.default: _baddbmm,
     _ATEN.baddbmm.out: _baddbmm,
-    _ATEN.baddbmm_.default: _baddbmm_,
+    _ATEN.baddbmm_.default: _in_place(_baddbmm),
     _ATEN.convolution.default: _as_a_whole(),
     _ATEN.convolution_backward.default: _as_a_whole(),
     _ATEN._scaled_dot_product_flash_attention_for_cpu.default: _as_a_whole(1),
@@ -236,13 +233,14 @@ def copied(*args: Any, **kwargs: Any) -> int:
         return 4 * _held(a.shape[0], a.shape[1], b.shape[1]) if _pays(a, b) else 0
     if a.dim() == b.dim() == 3:
         (count, m, k), n = a.shape, b.shape[2]
-        return 4 * min(count, max(1, _BLOCK // max(1, m * k, k * n))) * (m * k + k * n + m * n)
+        return 4 * _step(count, max(m * k, k * n)) * (m * k + k * n + m * n)
     return 4 * sum(map(Tensor.numel, operands))
 
 
 def _held(m: int, k: int, n: int) -> int:
     """Numbers in float32, while a product of `[m, k]` and `[k, n]` is computed."""
     m, n = min(m, n), max(m, n)
-    width, length = (k, n) if n >= k else (n, k)
-    step = min(length, max(1, _BLOCK // max(1, width)))
-    return m * k + step * width + m * (step if n >= k else n)
+    if n >= k:
+        step = _step(n, k)
+        return m * k + step * k + m * step
+    return m * k + _step(k, n) * n + m * n

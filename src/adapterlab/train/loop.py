@@ -227,9 +227,8 @@ class Loop:
             host.recompute(training.recompute)
         offloading(model, training.offload)  # refused here already
         model.train()
-        self._fast = fast_products(model)
         if from_data:  # a checkpoint's adapter has the structure that data once decided
-            with self._fast:
+            with fast_products(model):
                 self.method.prepare(host, self.name, Batches(self))
         longest = max(longest_of(self.rows), longest_of(self.eval_rows))
         self.collate, self.batching = choose(model, self.collate, longest, training.packing, training.shared_openings)
@@ -277,7 +276,8 @@ class Loop:
         try:
             self._tell("started")
             # Entered here once: each step finds it on, without a walk over the modules.
-            with stopping() as asked, fast_attention(self.host.model), lean_norms(self.host.model):
+            model = self.host.model
+            with stopping() as asked, fast_attention(model), lean_norms(model), fast_products(model):
                 if not self.total and self.eval_rows:
                     self.evaluate()
                 while status.step < self.total and not self.out_of_patience:
@@ -306,7 +306,8 @@ class Loop:
 
     def step(self) -> Record:
         """Do one optimizer step and return its metrics."""
-        with fast_attention(self.host.model), lean_norms(self.host.model):
+        model = self.host.model
+        with fast_attention(model), lean_norms(model), fast_products(model):
             return carried_out(self.stepping(), self.compute)
 
     def stepping(self) -> Generator[Part, float, Record]:
@@ -483,8 +484,7 @@ class Loop:
                 return part.whole(self.loss(part.batch, part.labels), emitted)
 
         called = functools.partial(self.parallel.called, loss)
-        observing = contextlib.nullcontext() if part.used is None else state.observing(part.used)
-        with observing, self._fast:
+        with contextlib.nullcontext() if part.used is None else state.observing(part.used):
             return float(self.method.gradient(self.host, self.name, called, self.parallel.backward))
 
     def _sum(self, value: float) -> float:

@@ -27,7 +27,6 @@ from adapterlab.core.segments import segments
 from adapterlab.core.state import Sinks
 from adapterlab.data.batching import joined
 from adapterlab.engine.attention import fast_attention
-from adapterlab.engine.float_products import fast_products
 from adapterlab.engine.modes import gradients_aside
 from adapterlab.engine.norms import lean_norms
 from adapterlab.engine.recompute import offloading
@@ -284,8 +283,7 @@ class _Rounds:
         parameters = [p for runner in runners for p in runner.part.loop.parameters()]
         try:
             # Gradients of a pass that fails could not be told from those of earlier ones.
-            fast = fast_products(self.host.model)
-            with gradients_aside(parameters), self._owned(runners) as sinks, fast:
+            with gradients_aside(parameters), self._owned(runners) as sinks:
                 losses = self._losses(runners, sinks)
                 runners[0].part.loop.accelerator.backward(torch.stack(losses).sum())
                 gradients = [p.grad for p in parameters]
