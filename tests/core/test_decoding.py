@@ -8,15 +8,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adapterlab as al
 from adapterlab.engine import resting, wrapping
+from adapterlab.engine.products import fastest
 from adapterlab.ops.low_rank import low_rank_by_row
+
+needs_compiler = pytest.mark.skipif(fastest("cpu")[0] is None, reason=fastest("cpu")[1] or "there is a kernel")
+# The kernel takes no float64, which torch's products are compared in.
+either_way = pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=needs_compiler)])
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Which of the products without gradient were computed."""
+    """Which of the products without gradient were computed, and how."""
     seen: list[str] = []
 
     def noted(name: str, function: Any) -> Any:
@@ -29,7 +36,24 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(resting, "add_low_rank", noted("one", resting.add_low_rank))
     for name in ("low_rank_by_row", "add_low_rank_by_row"):
         monkeypatch.setattr(resting, name, noted("rows", getattr(resting, name)))
+    prepared = resting.product
+    monkeypatch.setattr(resting, "product", lambda *args: noted("kernel", prepared(*args)))
     return seen
+
+
+@pytest.fixture(params=[pytest.param("kernel", marks=needs_compiler), "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How few tokens are multiplied in float32 and bfloat16."""
+    if request.param == "torch":
+        monkeypatch.setattr(resting, "fastest", lambda device: (None, "there is no compiler"))
+    return str(request.param)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    """Compare in either dtype; a step makes some hidden states large."""
+    tight = found.dtype is torch.float64
+    size = max(1.0, float(wanted.abs().max()))
+    torch.testing.assert_close(found, wanted, rtol=1e-9 if tight else 1e-5, atol=1e-9 if tight else 1e-4 * size)
 
 
 def updated(plain: Any, *adapters: dict[str, Any]) -> Any:
@@ -43,10 +67,13 @@ def updated(plain: Any, *adapters: dict[str, Any]) -> Any:
     return plain
 
 
+@either_way
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_two_at_once_are_one_product(family: str, tiny: Any, batch_for: Any, randomise: Any, calls: Any) -> None:
+def test_two_at_once_are_one_product(
+    family: str, dtype: torch.dtype, tiny: Any, batch_for: Any, randomise: Any, calls: Any
+) -> None:
     """With different scales and ranks, and on transposed weights with a bias."""
-    model, plain = tiny(family).double(), tiny(family).double()
+    model, plain = tiny(family).to(dtype), tiny(family).to(dtype)
     batch = batch_for(model)
     host = al.attach(model, al.LoRA(r=2), "a")
     host.attach(al.LoRA(r=3, alpha=5.0), "b")
@@ -56,11 +83,12 @@ def test_two_at_once_are_one_product(family: str, tiny: Any, batch_for: Any, ran
         found = model(**batch).logits
     assert len(calls) == len(host.adapters("a"))
     wanted = updated(plain, host.adapters("a"), host.adapters("b"))(**batch).logits
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(found, model(**batch).logits, rtol=1e-9, atol=1e-9)
+    close(found, wanted)
+    close(found, model(**batch).logits)
+    assert set(calls) == {"one" if dtype is torch.float64 else "kernel"}
 
 
-def test_what_is_kept_follows_every_change(tiny: Any, batch_for: Any, randomise: Any, calls: Any) -> None:
+def test_what_is_kept_follows_every_change(tiny: Any, batch_for: Any, randomise: Any, calls: Any, way: str) -> None:
     """Of values, of what is live, of the mode, of the dtype; a wrong one would answer for another adapter."""
     torch.manual_seed(0)
     model = tiny("llama")
@@ -74,10 +102,9 @@ def test_what_is_kept_follows_every_change(tiny: Any, batch_for: Any, randomise:
         calls.clear()
         with torch.no_grad():
             found = model(**batch).logits
-        assert calls
+        assert set(calls) == {"kernel" if way == "kernel" and found.dtype is torch.float32 else "one"}
         with torch.enable_grad():
-            size = max(1.0, float(found.abs().max()))  # a step makes some hidden states large
-            torch.testing.assert_close(found, model(**batch).logits.detach(), rtol=1e-5, atol=1e-4 * size)
+            close(found, model(**batch).logits.detach())
         return found
 
     host.activate("a")
@@ -186,9 +213,12 @@ def _base_replaced(host: Any) -> None:
 CHANGES = [_scaled, _idle, _idle, _replaced, _behind_its_back, _edited, _base_edited, _base_replaced]
 
 
-def test_a_plan_gives_what_the_usual_way_gives(tiny: Any, batch_for: Any, randomise: Any, usual_way: Any) -> None:
+@either_way
+def test_a_plan_gives_what_the_usual_way_gives(
+    dtype: torch.dtype, tiny: Any, batch_for: Any, randomise: Any, usual_way: Any
+) -> None:
     """After whatever changes adapters, base or what is live."""
-    model = tiny("llama").double()
+    model = tiny("llama").to(dtype)
     batch = batch_for(model)
     host = al.attach(model, al.LoRA(r=2), "a")
     host.attach(al.LoRA(r=3, targets=["q", "up"]), "b")
@@ -199,7 +229,7 @@ def test_a_plan_gives_what_the_usual_way_gives(tiny: Any, batch_for: Any, random
     def agree() -> None:
         with torch.no_grad():
             found = model(**batch).logits
-        torch.testing.assert_close(found, usual_way(model, batch), rtol=1e-9, atol=1e-9)
+        close(found, usual_way(model, batch))
         assert all((found - other).abs().max() > 1e-6 for other in seen[-1:])
         seen.append(found)
 
@@ -230,7 +260,7 @@ def test_a_plan_gives_what_the_usual_way_gives(tiny: Any, batch_for: Any, random
     agree()
     model.load_state_dict(named, strict=False)
     agree()
-    torch.testing.assert_close(seen[-1], swapped, rtol=1e-9, atol=1e-9)
+    close(seen[-1], swapped)
     _patched(host)
     agree()
     model.float()
@@ -240,21 +270,28 @@ def test_a_plan_gives_what_the_usual_way_gives(tiny: Any, batch_for: Any, random
             assert torch.equal(model(**batch).logits, usual_way(model, batch))
 
 
-def test_a_plan_of_a_mixed_batch(tiny: Any, randomise: Any, usual_way: Any, calls: Any) -> None:
+@either_way
+def test_a_plan_of_a_mixed_batch(
+    dtype: torch.dtype, tiny: Any, randomise: Any, usual_way: Any, calls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Owners in another order, fewer or more of them, uneven runs, by row and by token; and what changes meanwhile."""
-    model = tiny("llama").double()
+    if dtype is torch.float32:
+        monkeypatch.setattr(fastest("cpu")[0], "long", 15, raising=False)  # so that there are runs of both kinds
+    model = tiny("llama").to(dtype)
     host = al.attach(model, al.LoRA(r=2), "a")
     host.attach(al.LoRA(r=3, targets=["q", "up"]), "b")
     host.attach(al.LoRA(r=4, targets=["v", "down"]), "c")
     randomise(host, "a", "b", "c")
     ids = torch.randint(3, 100, (4, 6), generator=torch.Generator().manual_seed(0))
+    seen: set[str] = set()
 
     def agree() -> None:
         calls.clear()
         with torch.no_grad():
             found = model(ids).logits
+        seen.update(calls)
         assert calls
-        torch.testing.assert_close(found, usual_way(model, {"input_ids": ids}), rtol=1e-9, atol=1e-9)
+        close(found, usual_way(model, {"input_ids": ids}))
 
     for rows in (["a", "b", "c", None], ["c", None, "a", "b"], ["a", "b", "b", "b"], [("a", "c"), "b", "a", "a"]):
         with host.rows(rows):
@@ -269,6 +306,7 @@ def test_a_plan_of_a_mixed_batch(tiny: Any, randomise: Any, usual_way: Any, call
             agree()
     with host.rows(["a", "b"]):  # beams are runs of each row
         agree()
+    assert seen == ({"rows"} if dtype is torch.float64 else {"kernel", "one", "rows"})
 
 
 @pytest.mark.parametrize("tokens", [1, 9])
@@ -301,7 +339,7 @@ def test_rows_without_gradient(rows: Any, tokens: int, tiny: Any, randomise: Any
         torch.testing.assert_close(gradients[name], wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_rows_in_half_precision(tiny: Any, randomise: Any, calls: Any) -> None:
+def test_rows_in_half_precision(tiny: Any, randomise: Any, calls: Any, way: str) -> None:
     """On a CPU few tokens are multiplied in float32, many in the dtype of the model; beams are runs of a row."""
     model = tiny("llama").bfloat16()
     host = al.attach(model, al.LoRA(r=2), "a")
@@ -315,7 +353,7 @@ def test_rows_in_half_precision(tiny: Any, randomise: Any, calls: Any) -> None:
             with host.rows(rows), torch.no_grad():
                 found = model(ids).logits
             assert found.dtype == torch.bfloat16
-            assert set(calls) == {"rows"}
+            assert set(calls) == {"kernel" if way == "kernel" else "rows"}
             for row, name in enumerate(rows if len(rows) == 4 else ["a", "a", "b", "b"]):
                 with host.using(*(name if isinstance(name, tuple) else [name] if name else [])):
                     alone = model(ids[row : row + 1]).logits
@@ -331,3 +369,38 @@ def test_products_by_row(tokens: int) -> None:
     half = low_rank_by_row(x.bfloat16(), a.float(), b.float())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.double(), wanted, rtol=0.05, atol=0.05)
+
+
+class Seen(TorchDispatchMode):
+    """Counts the small products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.thin = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.thin += any(isinstance(t, Tensor) and 2 in t.shape for t in args) and "mm" in str(function)
+        return function(*args, **kwargs or {})
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap
+def test_what_follows_a_computation_sees_it(tiny: Any, randomise: Any) -> None:
+    """A kernel writes where no operator is seen; a trace, a derivative or a count would lack the adapter."""
+    model = tiny("llama")
+    host = al.attach(model, al.LoRA(r=2))
+    randomise(host)
+    module = next(iter(host.adapters("default").values())).site.module
+    x, tangent = torch.randn(3, 2, module.in_features, generator=torch.Generator().manual_seed(0)), 0.5
+    with torch.no_grad():
+        wanted = module(x)
+        assert module.__dict__[resting.RESTING]._short[6] is not None
+        close(torch.vmap(module)(x), wanted)
+        traced = torch.jit.trace(module, x, check_trace=False)
+        close(traced(x), wanted)
+        with forward_ad.dual_level():
+            found = forward_ad.unpack_dual(module(forward_ad.make_dual(x, tangent * x)))
+        close(found.tangent, tangent * wanted)
+        with Seen() as seen:
+            close(module(x), wanted)
+    assert seen.thin == 2

@@ -5,11 +5,14 @@ as much as what is multiplied. A module keeps a plan: all that a call needs, for
 a mixed batch. A call asks only whether all that the plan was made of is still the same: the same adapters in the same
 mode, the same tensors, written to as often. Whatever else a module carries or is called with has no plan and goes the
 usual way, see `wrapping.through`.
+
+A few tokens are multiplied by a kernel that reads factors where they lie (`ops.by_address`), if there is a compiler:
+one call for all adapters. Many, and all on other devices, are products of torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,10 +21,12 @@ from torch.nn import functional as F
 
 from adapterlab.core.adapter import RESTING
 from adapterlab.core.composition import Stack
-from adapterlab.core.segments import Here, Slots, Who, names_of
+from adapterlab.core.segments import Here, Segment, Slots, Who, names_of
 from adapterlab.engine.batch_rows import all_there
 from adapterlab.engine.fusion import only_adds
+from adapterlab.engine.products import fastest
 from adapterlab.foreign.model import ADAPTERS
+from adapterlab.foreign.private_torch import is_followed
 from adapterlab.ops.low_rank import (
     FEW_OF_A_ROW,
     add_low_rank,
@@ -29,11 +34,13 @@ from adapterlab.ops.low_rank import (
     low_rank_by_row,
     thin_dtype,
 )
+from adapterlab.ops.segmented import UNREADABLE, Run, Runs, Update, by_column, entry, product
 
 if TYPE_CHECKING:
     from adapterlab.core.state import State
 
 Pair = tuple[Tensor, Tensor]
+_LENGTHS = 4  # of a batch that are kept prepared
 
 
 def at_rest(module: nn.Module, state: State, x: Any) -> Tensor | None:
@@ -67,7 +74,7 @@ class Plan:
     def __init__(self, module: Any, state: State, x: Tensor, before: Plan | None):
         adapters: dict[str, Any] = module._modules[ADAPTERS]._modules
         self.active, self.together, self.segments = state.active, state.together, state.segments
-        self.dtype, self.device = x.dtype, x.device.type
+        self.dtype, self.device = x.dtype, x.device
         self.weight, self.bias = (module._parameters.get(name) for name in ("weight", "bias"))
         found = {name: a for name, a in adapters.items() if name in self.active}
         live = {name: a for name, a in found.items() if not (a.idle or a.is_merged)}
@@ -75,14 +82,16 @@ class Plan:
         self.here = None if self.segments is None else self.segments.among(tuple(live))
         self.stack: Stacked | None = None if before is None else before.stack
         self._slots: dict[int, Slots] = {}  # by the number of entries
+        self._short: dict[int, Short | None] = {}  # likewise
+        self._laid_out: dict[str, tuple[AtRest, Update]] = {} if before is None else before._laid_out
         site = next(iter(adapters.values())).site
         self.transposed = site.transposed
-        self.held: list[AtRest] = []
+        self.held: dict[str, AtRest] = {}
         self.products: dict[Who, Product] | None = None
         owners, held = self._owners(tuple(live)), resting(live, mixed=self.here is not None)
         fits = site.at_hand(x.dtype) and (self.bias is None or self.bias.dtype == x.dtype)
         if fits and owners is not None and held is not None:
-            self.held = list(held.values())
+            self.held = held
             self.products = {who: Product([held[name] for name in names_of(who)]) for who in owners}
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -101,6 +110,8 @@ class Plan:
         """Say whether all that the plan was made of is still the same."""
         if state.segments is not self.segments or state.together is not self.together or x.dtype is not self.dtype:
             return False
+        if x.device != self.device:
+            return False
         if state.active is not self.active:
             if state.active != self.active:
                 return False
@@ -108,19 +119,28 @@ class Plan:
         if self.products is None:
             return True
         own = module._parameters
-        if own.get("weight") is not self.weight or own.get("bias") is not self.bias or not unchanged(self.held):
+        if own.get("weight") is not self.weight or own.get("bias") is not self.bias:
+            return False
+        if not unchanged(self.held.values()):
             return False
         return not self.passed_over or all(a.idle or a.is_merged for a in self.passed_over)
 
     def computed(self, state: State, x: Tensor) -> Tensor | None:
         """What the module computes for x, or None where the plan is not for such a call."""
-        if self.products is None or torch.is_autocast_enabled(self.device):
+        if self.products is None or torch.is_autocast_enabled(self.device.type):
             return None
         if self.here is not None and not all_there(x, state):
             return None
         weight = self.weight.T if self.transposed else self.weight
         if not self.products:
             return F.linear(x, weight, self.bias)
+        short = self._short_runs(x)
+        if short is not None and not is_followed():
+            y = F.linear(x, weight, self.bias).contiguous()
+            short.add(x, y)
+            for who, start, stop in short.others:
+                self.products[who].add(y.view(-1, y.shape[-1])[start:stop], x.reshape(-1, x.shape[-1])[start:stop])
+            return y
         flat = x.reshape(-1, x.shape[-1])
         y = F.linear(flat, weight, self.bias)
         if self.here is None:
@@ -129,6 +149,40 @@ class Plan:
         else:
             self._add_by_owner(y, flat, self.here, self.products)
         return y.view(*x.shape[:-1], y.shape[1])
+
+    def _short_runs(self, x: Tensor) -> Short | None:
+        """How a kernel adds to runs of few entries, if there are some."""
+        entries = x.numel() // x.shape[-1]
+        if entries not in self._short:
+            if len(self._short) >= _LENGTHS:
+                self._short.clear()
+            self._short[entries] = self._shortened(entries)
+        return self._short[entries]
+
+    def _shortened(self, entries: int) -> Short | None:
+        way, _ = fastest("cpu") if self.device.type == "cpu" else (None, "")
+        if way is None or self.dtype not in way.dtypes:
+            return None
+        per = 1 if self.here is None else entries // self.here.total
+        whole = [Segment(who, 0, entries) for who in self.products or ()]
+        parts = whole if self.here is None else [Segment(who, a * per, b * per) for who, a, b in self.here.parts if who]
+        short = [part for part in parts if part.stop - part.start < way.long]
+        if not short:
+            return None
+        names = list(dict.fromkeys(name for part in short for name in names_of(part.who)))
+        self._laid_out = {name: self._lay_out(name) for name in names}
+        updates = [update for _, update in self._laid_out.values()]
+        if not all(u.a.is_cpu and entry(u, u.a.shape[1], len(u.b))[-1] != UNREADABLE for u in updates):
+            return None
+        runs = [Run(part.start, part.stop, names.index(name)) for part in short for name in names_of(part.who)]
+        return Short(product(way, updates, Runs(runs, entries)), [part for part in parts if part not in short])
+
+    def _lay_out(self, name: str) -> tuple[AtRest, Update]:
+        now = self.held[name]
+        before = self._laid_out.get(name)
+        if before is not None and _alike([before[0]], [now]):
+            return before
+        return now, Update(now.a.detach().contiguous(), by_column(now.b.detach()), now.scale)
 
     def _add_by_owner(self, y: Tensor, x: Tensor, here: Here, products: Mapping[Who, Product]) -> None:
         """Add to each of the entries y `[entries, out]` what its owner's adapters add."""
@@ -143,6 +197,18 @@ class Plan:
             products[who].add(y[start:stop], x[start:stop])
         if slots.width:
             self.stack.add(y, x, slots)
+
+
+class Short(NamedTuple):
+    """How runs of few entries are computed.
+
+    Attributes:
+        add: adds what is made of x `[..., in]` to y `[..., out]`, in place.
+        others: runs of many entries.
+    """
+
+    add: Callable[[Tensor, Tensor], None]
+    others: Sequence[Segment]
 
 
 # ---------------------------------------------------------------------- adapters
@@ -191,7 +257,7 @@ def _counts_writes(t: Tensor) -> bool:
     return isinstance(t, nn.Parameter) and not t.is_inference()
 
 
-def unchanged(held: Sequence[AtRest]) -> bool:
+def unchanged(held: Iterable[AtRest]) -> bool:
     """Say whether adapters still have the factors, with the values, that they had."""
     for adapter, own, (name_a, name_b), a, b, (written_a, written_b), scale in held:
         if a._version != written_a or b._version != written_b or adapter.training or adapter.scale != scale:

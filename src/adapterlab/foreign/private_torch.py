@@ -12,6 +12,7 @@
 | `BELOW_AUTOGRAD`, `without` | kernels of our own in the place of torch's, for a while | a dispatch mode, which costs every operator a call into Python |
 | `StorageWeakRef` | two tensors share memory, without keeping it alive | `untyped_storage().data_ptr()`, compared while both live |
 | `graph_task_id` | whether the backward pass runs now | a flag set by a hook on the loss |
+| `is_followed` | a kernel's writes are invisible to modes, transforms and tracers | torch's products in their place, always |
 | `is_composed` | whether an operator is a composition of others | a list of such operators |
 | `as_plain_tensors` | a weight with a copy is a weight to every other function | `torch.Tensor.__torch_function__`, several times slower |
 | `reordered`, `reordered_linear` | products with weights in the order that oneDNN reads | `F.linear` on the plain weight |
@@ -34,6 +35,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     unset_fake_temporarily,
 )
+from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
@@ -44,14 +46,24 @@ __all__ = [
     "BELOW_AUTOGRAD",
     "DataDependentOutputException", "DispatchKey", "DynamicOutputShapeException", "FakeTensor", "FakeTensorMode",
     "StorageWeakRef", "TorchDispatchMode", "_SetExcludeDispatchKeyGuard", "_disable_current_modes",
-    "as_plain_tensors", "graph_task_id", "has_tile_products", "is_composed", "reordered", "reordered_linear",
-    "softmax_backward", "tree_iter", "unset_fake_temporarily", "without",
+    "as_plain_tensors", "graph_task_id", "has_tile_products", "is_composed", "is_followed", "reordered",
+    "reordered_linear", "softmax_backward", "tree_iter", "unset_fake_temporarily", "without",
 ]  # fmt: skip
 
 
 def graph_task_id() -> int:
     """Number of the backward pass that runs on this thread, -1 when none does."""
     return torch._C._current_graph_task_id()
+
+
+def is_followed() -> bool:
+    """Say whether something follows what torch computes here, to which what a kernel of ours writes is invisible.
+
+    A mode that sees operators, a transform such as `vmap`, a tracer, or derivatives that are taken forward.
+    """
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def without(keys: Any, key: str) -> Any:
