@@ -83,10 +83,9 @@ def work(job: dict[str, Any]) -> Figures:
         for _ in range(job["steps"]):
             # The base beside each side: a machine whose speed drifts slows both.
             with live(host, "base", names, rows), torch.no_grad():
-                before = bench.timed(step, 1, warm=0)
+                before = bench.timed(step, 1, warm=1)
             with live(host, side, names, rows), torch.no_grad():
-                step()
-                seconds[side].append(bench.timed(step, 1, warm=0)[0] / before[0])
+                seconds[side].append(bench.timed(step, 1, warm=1)[0] / before[0])
     found = {side: 1 / bench.statistics.median(each) for side, each in seconds.items()}
     return {**found, "threads": torch.get_num_threads()}
 

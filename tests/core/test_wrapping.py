@@ -236,7 +236,7 @@ def test_adapters_work_on_dispatched_models(
         else:
             dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
 
-    expected_model, model = tiny("llama"), tiny("llama")
+    expected_model, model = tiny("llama").double(), tiny("llama").double()
     batch = batch_for(model)
     base = logits(model, batch)
     torch.manual_seed(0)

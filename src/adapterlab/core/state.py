@@ -36,6 +36,7 @@ class State:
         together: how they are put together, by keys; None: they nest in order of attachment.
         segments: of a mixed batch, who owns which rows or tokens; or None.
         products: what adapters add in a mixed batch that are kept apart from the model, see `engine.products`, or None.
+        in_torch: torch multiplies few tokens too, where a kernel of ours could.
         generators: of a mixed batch, where the dropout of an adapter takes its random numbers, by key; others take
             them from torch's own.
         sinks: of a mixed batch, where adapters leave what they emit and observe, by key; the others leave it in the
@@ -55,6 +56,7 @@ class State:
     together: Composition | None = None
     segments: Segments | None = None
     products: Any = field(default=None, repr=False, compare=False)
+    in_torch: bool = False
     generators: Mapping[str, torch.Generator] = field(default_factory=dict)
     sinks: Mapping[str, Sinks] = field(default_factory=dict)
     losses: list[Tensor] | None = None

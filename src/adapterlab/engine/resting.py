@@ -134,7 +134,7 @@ class Plan:
         weight = self.weight.T if self.transposed else self.weight
         if not self.products:
             return F.linear(x, weight, self.bias)
-        short = self._short_runs(x)
+        short = None if state.in_torch else self._short_runs(x)
         if short is not None and not is_followed():
             y = F.linear(x, weight, self.bias).contiguous()
             short.add(x, y)

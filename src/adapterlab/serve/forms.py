@@ -117,6 +117,7 @@ class OnModel:
             version.form, version.bytes = "tokens", size
             return True
         carrier = load(self.model, saved, version.key, active=False)
+        carrier.state.in_torch = self.table is None
         kind, put = repr(carrier.methods[version.key]), False
         try:
             trial = None if kind in self._tried else self._trial(carrier, version)
@@ -154,6 +155,9 @@ class OnModel:
     def close(self) -> None:
         """Leave the model as it was, after all are unloaded."""
         self.rest()
+        carrier = host(self.model)
+        if carrier is not None:
+            carrier.state.in_torch = False
         if self.table is not None:
             self.table.close()
 
