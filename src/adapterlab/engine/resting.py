@@ -153,11 +153,12 @@ class Plan:
     def _short_runs(self, x: Tensor) -> Short | None:
         """How a kernel adds to runs of few entries, if there are some."""
         entries = x.numel() // x.shape[-1]
-        if entries not in self._short:
-            if len(self._short) >= _LENGTHS:
-                self._short.clear()
-            self._short[entries] = self._shortened(entries)
-        return self._short[entries]
+        if entries in (kept := self._short):
+            return kept[entries]
+        if len(kept) >= _LENGTHS:
+            kept = self._short = {}  # a new one: another thread may be reading
+        kept[entries] = found = self._shortened(entries)
+        return found
 
     def _shortened(self, entries: int) -> Short | None:
         way, _ = fastest("cpu") if self.device.type == "cpu" else (None, "")
