@@ -239,6 +239,14 @@ def test_a_path_that_is_not_there_is_no_hub_id(store):
         pull("./runs/model")
 
 
+def test_a_path_that_is_not_there_gets_the_nearest_folder_beside(store, tmp_path):
+    for name in ("best", "last", "checkpoint"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs" / "bests.json").touch()
+    with pytest.raises(ModelError, match=rf"Nearest: {tmp_path}/runs/best, {tmp_path}/runs/last, "):
+        pull(f"{tmp_path}/runs/bset")
+
+
 def test_a_hub_id_out_of_reach_names_the_error_and_the_ways_without_a_hub(store, monkeypatch):
     def offline(*args, **options):
         raise ConnectionError("no route to the hub")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -108,11 +109,20 @@ def _find(name: str, revision: str | None) -> Path | tuple[Source, Path]:
         return folder
     if _HUB_ID.fullmatch(name):
         return Hub(name, revision), folder
+    beside = _beside(name) if os.sep in name else []
+    close = nearest(name, beside) if beside else nearest(name.lower(), catalogue())
     raise ModelError(
         f"There is no model {name!r}: it is no folder on this machine, no alias of the catalogue and no hub id. "
-        f"{nearest(name.lower(), catalogue())} A model is named by a local folder (./path/to/model), a hub id "
-        f"(org/name) or an alias; list the aliases with: adapterlab models."
+        f"{close} A model is named by a local folder (./path/to/model), a hub id (org/name) or an alias; list the "
+        "aliases with: adapterlab models."
     )
+
+
+def _beside(name: str) -> list[str]:
+    """Folders beside a path that is not there, named as it is."""
+    with contextlib.suppress(OSError):
+        return [str(Path(name).with_name(one.name)) for one in user_path(name).parent.iterdir() if one.is_dir()]
+    return []
 
 
 def _refuse_to_fetch(name: str | Path) -> Path:
