@@ -47,6 +47,7 @@ def work(job: dict[str, Any]) -> Figures:
 
     import adapterlab as al
     from adapterlab.engine.loss import Loss
+    from adapterlab.engine.modes import fast_passes
     from adapterlab.optim import adamw
 
     side, exact = job["side"], job["side"] == EXACT
@@ -62,7 +63,7 @@ def work(job: dict[str, Any]) -> Figures:
     model.train()
 
     def backward() -> None:
-        with as_in_a_run(model):
+        with fast_passes(model):
             with shared(host, side, names, job["rows"] * job["length"]):
                 value = loss(batch if side == "rows" else packed(batch))
             value.backward()
@@ -80,17 +81,6 @@ def work(job: dict[str, Any]) -> Figures:
     seconds = bench.timed(step, job["steps"])
     figures = {"step": bench.statistics.median(seconds), "seconds": seconds, **memory.figures()}
     return {**figures, "kept": kept(model, backward), "threads": torch.get_num_threads()}
-
-
-@contextlib.contextmanager
-def as_in_a_run(model: Any) -> Any:
-    """The fast paths that a run takes."""
-    from adapterlab.engine.attention import fast_attention
-    from adapterlab.engine.float_products import fast_products
-    from adapterlab.engine.norms import lean_norms
-
-    with fast_attention(model), lean_norms(model), fast_products(model):
-        yield
 
 
 def filled(host: Any) -> None:
@@ -141,6 +131,8 @@ def compared(host: Any, names: list[str], backward: Any, alone: Any, batch: Any)
     """How many gradients of one step of all jobs are those of a step of each, to the bit."""
     import torch
 
+    from adapterlab.engine.modes import fast_passes
+
     def gradients(name: str) -> list[torch.Tensor]:
         found = [p.grad.clone() for p in host.parameters(name)]
         host.model.zero_grad()
@@ -153,7 +145,7 @@ def compared(host: Any, names: list[str], backward: Any, alone: Any, batch: Any)
     equal, farthest, total = 0, 0.0, 0
     for number, name in enumerate(names):
         rows = {key: value[number * count : (number + 1) * count] for key, value in batch.items()}
-        with as_in_a_run(host.model), host.using(name):
+        with fast_passes(host.model), host.using(name):
             (alone(rows) / len(names)).backward()
         for one, other in zip(together[number], gradients(name), strict=True):
             equal, total = equal + torch.equal(one, other), total + 1

@@ -1,4 +1,4 @@
-"""What a trial of a model must not leave behind, put back: modes, random numbers, gradients."""
+"""Modes that a model is in for a while, and what a trial must not leave behind: random numbers, gradients."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
+from adapterlab.engine.attention import fast_attention
 from adapterlab.engine.float_products import fast_products
+from adapterlab.engine.norms import lean_norms
 
 
 @contextlib.contextmanager
@@ -53,4 +55,11 @@ def gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into eval mode without gradients, and each of its modules back into its own mode afterwards."""
     with dropout_off(model), torch.no_grad(), fast_products(model):
+        yield
+
+
+@contextlib.contextmanager
+def fast_passes(model: nn.Module) -> Iterator[None]:
+    """Let passes forward and back take all fast paths; inside itself it costs next to nothing."""
+    with fast_attention(model), lean_norms(model), fast_products(model):
         yield

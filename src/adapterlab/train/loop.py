@@ -21,10 +21,9 @@ from adapterlab.data import Collator, placed
 from adapterlab.data.batching import count_tokens
 from adapterlab.data.mixture import Named
 from adapterlab.data.vocabulary import check_ids
-from adapterlab.engine.attention import fast_attention
 from adapterlab.engine.float_products import fast_products
 from adapterlab.engine.loss import Loss
-from adapterlab.engine.norms import lean_norms
+from adapterlab.engine.modes import fast_passes
 from adapterlab.engine.packing import choose
 from adapterlab.engine.recompute import offloading
 from adapterlab.engine.verify import check_gradient_passes
@@ -277,7 +276,7 @@ class Loop:
             self._tell("started")
             # Entered here once: each step finds it on, without a walk over the modules.
             model = self.host.model
-            with stopping() as asked, fast_attention(model), lean_norms(model), fast_products(model):
+            with stopping() as asked, fast_passes(model):
                 if not self.total and self.eval_rows:
                     self.evaluate()
                 while status.step < self.total and not self.out_of_patience:
@@ -307,7 +306,7 @@ class Loop:
     def step(self) -> Record:
         """Do one optimizer step and return its metrics."""
         model = self.host.model
-        with fast_attention(model), lean_norms(model), fast_products(model):
+        with fast_passes(model):
             return carried_out(self.stepping(), self.compute)
 
     def stepping(self) -> Generator[Part, float, Record]:
