@@ -13,8 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
-from adapterlab.compare import forking
+from adapterlab.compare import forking, ray_pool
 from adapterlab.compare.forking import Forked, Forks
+from adapterlab.compare.software import Software
 
 if sys.platform != "linux":
     pytest.skip("only Linux has it", allow_module_level=True)
@@ -148,6 +149,23 @@ def test_where_nothing_can_be_forked_jobs_are_started_by_themselves(line: str, p
             job.kill()
             job.wait(60)
         forks.close()
+
+
+def test_tasks_of_one_ray_worker_are_forked_from_one_process(place: Path) -> None:
+    here, elsewhere = Software.here().model_dump(), place / "elsewhere"
+    elsewhere.mkdir()
+    ray_pool._prepared.cache_clear()
+    logs = [place / f"{name}.txt" for name in ("first", "second", "by_itself")]
+    try:
+        for log, forks in zip(logs, (True, True, False), strict=True):
+            assert ray_pool._do(["-m", "job_of_test", "3"], str(log), 3, str(elsewhere), here, forks) == 3
+    finally:
+        ray_pool._prepared("job_of_test", 3).close()
+        ray_pool._prepared.cache_clear()
+    (first, second, alone) = (log.read_text().split() for log in logs)
+    assert first[1] == second[1] != alone[1]
+    assert (first[1] == first[2], alone[1] == alone[2]) == (False, True)
+    assert {tuple(words[4:6]) for words in (first, second, alone)} == {("3", str(elsewhere))}
 
 
 def test_only_where_it_is_safe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,11 +59,17 @@ class Forks:
         self.statuses: dict[int, int] = {}
         self.ended = self.closed = False
 
-    def start(self, argument: str, log: Path) -> Forked:
-        """Start a job as soon as the process is prepared; by itself where that cannot be forked."""
+    def start(self, argument: str, log: Path, cwd: str | None = None) -> Forked:
+        """Start a job as soon as the process is prepared; by itself where that cannot be forked.
+
+        Args:
+            argument: of the module's `main`.
+            log: file to which its output is added.
+            cwd: where it works; None: here.
+        """
         log.parent.mkdir(parents=True, exist_ok=True)
-        job = Forked(self, next(self._numbers), argument, log)
-        self.ask({"job": job.number, "argument": argument, "log": str(log), "cwd": os.getcwd()})
+        job = Forked(self, next(self._numbers), argument, log, cwd or os.getcwd())
+        self.ask({"job": job.number, "argument": argument, "log": str(log), "cwd": job.cwd})
         return job
 
     def ask(self, said: Mapping[str, Any]) -> None:
@@ -104,8 +110,8 @@ class Forks:
 class Forked:
     """A job that a prepared process started; it can be asked as `subprocess.Popen` can."""
 
-    def __init__(self, forks: Forks, number: int, argument: str, log: Path):
-        self._forks, self.number, self._argument, self._log = forks, number, argument, log
+    def __init__(self, forks: Forks, number: int, argument: str, log: Path, cwd: str):
+        self._forks, self.number, self._argument, self._log, self.cwd = forks, number, argument, log, cwd
         self._itself: subprocess.Popen[bytes] | None = None
 
     @property
@@ -162,7 +168,7 @@ class Forked:
         forks.listen()
         if self._itself is None and forks.ended and not forks.closed and self.number not in forks.pids:
             command = [sys.executable, "-m", forks.module, self._argument]
-            self._itself = lifeline.start(command, self._log, forks.threads)
+            self._itself = lifeline.start(command, self._log, forks.threads, cwd=self.cwd)
         return self._itself
 
 
@@ -182,7 +188,9 @@ class _Prepared:
         for name in also:
             importlib.import_module(name)
         self.main = importlib.import_module(module).main
-        if len(os.listdir("/proc/self/task")) > 1:  # what other threads hold, a child would wait for in vain
+        if (
+            not can_fork() or len(os.listdir("/proc/self/task")) > 1
+        ):  # what other threads hold, a child waits for in vain
             sys.exit(1)
         self.running: dict[int, tuple[int, int, int]] = {}  # by number: process, its handle, its line of life
         gc.collect()

@@ -1,15 +1,18 @@
 """Tasks of a Ray cluster, whose machines see the comparison's folder under the same path.
 
 A task asks for what a run needs, and Ray finds a machine that has it all. The task starts the job's process and waits:
-the process is as good as one of the local pool, and ends with the task. Ray's workers import this module, so nothing
-heavy is imported here.
+the process is as good as one of the local pool, and ends with the task. Ray gives one task after the other to the same
+worker, which keeps a process that has imported what jobs need and forks it for each. Ray's workers import this module,
+so nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterlab.compare import lifeline
+from adapterlab.compare.forking import Forked, Forks
 from adapterlab.compare.software import Software
 from adapterlab.errors import ConfigError, TrainingError, require
 
@@ -90,7 +94,8 @@ class RayPool:
 
         place = folder.absolute()
         task = self._ray.remote(**self._needs(), max_retries=0)(_do)
-        made = task.remote(command(place)[1:], str(place / LOG), self.threads, str(Path.cwd()), self._software)
+        forks = not self.gpus  # a process with a GPU must not be split
+        made = task.remote(command(place)[1:], str(place / LOG), self.threads, str(Path.cwd()), self._software, forks)
         self.running[made] = folder
 
     def finished(self) -> list[tuple[Path, Ending]]:
@@ -257,16 +262,29 @@ def _first_line(error: BaseException) -> str:
     return textwrap.shorten(line.partition(". ")[0], _WORDS)
 
 
-def _do(arguments: list[str], log: str, threads: int, cwd: str, software: dict[str, Any]) -> int:
+def _do(arguments: list[str], log: str, threads: int, cwd: str, software: dict[str, Any], forks: bool = False) -> int:
     """Do a job on a machine of the cluster; return the exit status of its process."""
     Software(**software).check(f"A machine of the Ray cluster ({os.uname().nodename})")
-    process = lifeline.start([sys.executable, *arguments], Path(log), threads, cwd=cwd)
+    process = _start(arguments, Path(log), threads, cwd, forks)
     try:
         while process.poll() is None:  # a wait for the process would not hear of being cancelled
             time.sleep(_POLL)
     except KeyboardInterrupt:  # so Ray says it
         process.terminate()
     return process.wait()
+
+
+def _start(arguments: list[str], log: Path, threads: int, cwd: str, forks: bool) -> subprocess.Popen[bytes] | Forked:
+    if forks and arguments[0] == "-m" and sys.platform == "linux":
+        _, module, argument = arguments
+        return _prepared(module, threads).start(argument, log, cwd)
+    return lifeline.start([sys.executable, *arguments], log, threads, cwd=cwd)
+
+
+@functools.cache
+def _prepared(module: str, threads: int) -> Forks:
+    """The process that jobs of this worker of Ray's are forked from; it ends with the worker."""
+    return Forks(module, threads)
 
 
 def _fault(root: str, software: dict[str, Any]) -> str:
