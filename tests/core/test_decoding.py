@@ -360,6 +360,25 @@ def test_rows_in_half_precision(tiny: Any, randomise: Any, calls: Any, way: str)
                 assert (found[row] - alone[0]).float().norm() < 0.05 * alone.float().norm()
 
 
+def test_factors_rounded_for_one_dtype_do_not_serve_another(
+    tiny: Any, batch_for: Any, randomise: Any, way: str
+) -> None:
+    model = tiny("llama").bfloat16()
+    batch = batch_for(model)
+    host = al.attach(model, al.LoRA(r=2), "a")
+    randomise(host, "a", size=0.1)
+    own = {id(p) for p in host.parameters("a")}
+    with torch.no_grad():
+        model(**batch)
+    for parameter in model.parameters():
+        if id(parameter) not in own:
+            parameter.data = parameter.data.float()
+    with torch.no_grad():
+        found = model(**batch).logits
+    assert found.dtype is torch.float32
+    close(found, model(**batch).logits.detach())
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 def test_products_by_row(tokens: int) -> None:
     draw = torch.Generator().manual_seed(0)

@@ -16,7 +16,7 @@ from adapterlab.errors import BuildError
 from adapterlab.foreign import compiler
 from adapterlab.ops import by_address
 from adapterlab.ops.by_address import ByAddress
-from adapterlab.ops.segmented import Run, Runs, Update, by_column, product
+from adapterlab.ops.segmented import TYPES, Run, Runs, Update, by_column, entry, in_one_block, product
 from segmented_runs import DTYPES, check, drawn
 
 needs_compiler = pytest.mark.skipif(
@@ -85,6 +85,20 @@ def test_factors_are_read_where_they_are_and_stay_with_their_run(way: Any) -> No
         call(x, torch.zeros(6, 3).T)
     with pytest.raises(ValueError, match="received"):
         call(x.double(), y.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factors", TYPES)
+def test_a_copy_in_one_block_is_no_wider_than_the_tokens(dtype: torch.dtype, factors: torch.dtype) -> None:
+    torch.manual_seed(0)
+    given = Update(torch.randn(3, 10).to(factors), torch.randn(7, 3).to(factors), 0.5)
+    kept = dtype if factors is torch.float32 else factors
+    a, b, scale = made = in_one_block(given, dtype)
+    assert (a.dtype, b.dtype, scale) == (kept, kept, 0.5)
+    assert torch.equal(a, given.a.to(kept))
+    assert torch.equal(b, given.b.to(kept))
+    assert entry(made, 10, 7) == (a.data_ptr(), a.data_ptr() + a.nbytes, 3, 0.5, TYPES[kept])
+    assert a.data_ptr() != given.a.data_ptr()
 
 
 def test_what_no_kernel_can_read_is_refused() -> None:

@@ -6,8 +6,8 @@ a mixed batch. A call asks only whether all that the plan was made of is still t
 mode, the same tensors, written to as often. Whatever else a module carries or is called with has no plan and goes the
 usual way, see `wrapping.through`.
 
-A few tokens are multiplied by a kernel that reads factors where they lie (`ops.by_address`), if there is a compiler:
-one call for all adapters. Many, and all on other devices, are products of torch.
+A few tokens are multiplied by a kernel (`ops.by_address`), if there is a compiler: one call for all adapters, from a
+copy of the factors in the tokens' dtype. Many, and all on other devices, are products of torch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from adapterlab.ops.low_rank import (
     low_rank_by_row,
     thin_dtype,
 )
-from adapterlab.ops.segmented import UNREADABLE, Run, Runs, Update, by_column, entry, product
+from adapterlab.ops.segmented import UNREADABLE, Run, Runs, Update, entry, in_one_block, product
 
 if TYPE_CHECKING:
     from adapterlab.core.state import State
@@ -83,7 +83,9 @@ class Plan:
         self.stack: Stacked | None = None if before is None else before.stack
         self._slots: dict[int, Slots] = {}  # by the number of entries
         self._short: dict[int, Short | None] = {}  # likewise
-        self._laid_out: dict[str, tuple[AtRest, Update]] = {} if before is None else before._laid_out
+        self._laid_out: dict[str, tuple[AtRest, Update]] = {}
+        if before is not None and before.dtype is self.dtype:  # to which they are rounded
+            self._laid_out = before._laid_out
         site = next(iter(adapters.values())).site
         self.transposed = site.transposed
         self.held: dict[str, AtRest] = {}
@@ -183,7 +185,7 @@ class Plan:
         before = self._laid_out.get(name)
         if before is not None and _alike([before[0]], [now]):
             return before
-        return now, Update(now.a.detach().contiguous(), by_column(now.b.detach()), now.scale)
+        return now, in_one_block(Update(now.a.detach(), now.b.detach(), now.scale), self.dtype)
 
     def _add_by_owner(self, y: Tensor, x: Tensor, here: Here, products: Mapping[Who, Product]) -> None:
         """Add to each of the entries y `[entries, out]` what its owner's adapters add."""

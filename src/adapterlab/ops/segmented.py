@@ -97,6 +97,19 @@ def by_column(b: Tensor) -> Tensor:
     return b.T.contiguous().T
 
 
+def in_one_block(update: Update, dtype: torch.dtype) -> Update:
+    """Copy factors into one block of memory, as kernels read them.
+
+    What a few tokens cost is the reading: numbers are half as many bytes in half precision, to which factors of a
+    wider dtype are rounded where the tokens are of it.
+    """
+    a, b, scale = update
+    if torch.finfo(dtype).bits < torch.finfo(a.dtype).bits:
+        a, b = a.to(dtype), b.to(dtype)
+    block = torch.cat([a.reshape(-1), b.T.reshape(-1)])
+    return Update(block[: a.numel()].view_as(a), block[a.numel() :].view(b.shape[1], len(b)).T, scale)
+
+
 def can_be_read(update: Update, n_in: int, out: int) -> bool:
     """Say whether kernels can read factors, laid out for them, at a module of a size."""
     a, b, _ = update
