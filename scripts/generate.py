@@ -140,6 +140,7 @@ def files(support: dict[str, Any]) -> dict[Path, str]:
     out[ROOT / "docs" / "cli.md"] = cli_reference()
     out[ROOT / "docs" / "configuration.md"] = configuration()
     out |= {rules.PAGE: rules.page(), rules.EVIDENCE: json_text(rules.evidence())}
+    out[rules.PICTURE] = rules.picture()
     out |= {support_matrix.STORED: json_text(support), support_matrix.PAGE: support_matrix.render(support)}
     return out
 

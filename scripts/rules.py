@@ -1,41 +1,56 @@
 """The field's rules, what would count as holding, and what kept results say: docs/rules.md and the facts of `advise`.
 
 Every rule predicts in which range a figure lies. Its 95 % interval decides: wholly inside, wholly outside, or neither.
-What has no result yet is named with the command that makes one. `scripts/generate.py` calls this.
+What has no result yet is named with the command that makes one. What `advise` makes of a rule was chosen for its
+verdict: one that turns stops the generation until somebody has looked again. `scripts/generate.py` calls this.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from adapterlab.compare.results import Comparison, Interval, Run, load
+from adapterlab.compare.power import cheapest, needs, spread_of
+from adapterlab.compare.report.svg import Axis, Plot
+from adapterlab.compare.results import UNTRAINED, Comparison, Interval, Run, load
 from adapterlab.compare.statistics import Sheets, differences, sheets_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "rules.md"
+PICTURE = ROOT / "docs" / "rules.svg"
 EVIDENCE = ROOT / "src" / "adapterlab" / "compare" / "evidence.json"
 HOLDS, NOT, OPEN, UNMEASURED = "holds here", "does not hold here", "cannot be told here", "not measured yet"
 PARTLY = "holds here as far as it was measured"
+WHATEVER = ""  # no verdict would change the advice
+BETTER = " | "  # between methods of which the better one counts
+MARGIN = 0.1  # nats a token, that rules leave room for
+NATS, SHARE, TIMES = "{:+.3f}", "{:.2f}", "{:.1f}"
 _STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # 97.5 % quantiles by freedom
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A figure with its 95 % interval; `seeds` of them stand behind it, and `form` writes one."""
+    """A figure with its interval.
+
+    Attributes:
+        value: the figure; interval: 95 % of it.
+        seeds: that stand behind it.
+        form: writes one.
+        needs: rows and seeds with which 0.1 nats could be told apart, in words.
+    """
 
     value: float
     interval: Interval
     seeds: int
-    form: str = "{:+.3f}"
+    form: str = NATS
+    needs: str = ""
 
     def __str__(self) -> str:
         if math.isinf(self.interval[0]):
@@ -90,6 +105,7 @@ class Rule:
         predictions: what it says; all have to hold.
         key: setting of `advise` that it bears on.
         advice: what `advise` makes of it.
+        unless: the verdict with which that would have to be thought over.
     """
 
     id: str
@@ -98,6 +114,7 @@ class Rule:
     predictions: tuple[Prediction, ...]
     key: str
     advice: str
+    unless: str
 
     def verdict(self) -> str:
         """Of all predictions together."""
@@ -120,22 +137,32 @@ def loss(a: str, b: str, beside: str = "") -> Callable[[Path], Measured | None]:
     """
 
     def find(folder: Path) -> Measured | None:
-        runs = [run for run in _comparison(folder).runs if run.label == a or not beside]
+        comparison = _comparison(folder)
+        runs = [run for run in comparison.runs if run.label in a.split(BETTER) or not beside]
         if beside:
             if not (RESULTS / beside).is_dir():
                 return None
             other = _comparison(RESULTS / beside)
-            assert other.data["fingerprint"] == _comparison(folder).data["fingerprint"]
+            assert other.data["fingerprint"] == comparison.data["fingerprint"]
             runs += [run.model_copy(update={"label": f"{b} beside"}) for run in other.runs if run.label == b]
-        return _difference(runs, a, f"{b} beside" if beside else b)
+        best = _better(runs, a)
+        found = _difference(runs, best, f"{b} beside" if beside else b)
+        return found if found is None or beside else replace(found, needs=_needed(comparison, best, b))
 
     return find
 
 
+def _better(runs: Sequence[Run], names: str) -> str:
+    """Of several methods that are named, the one with the lowest loss."""
+    there = {run.label for run in runs if run.best is not None} & {*names.split(BETTER)}
+    mean = {
+        label: statistics.fmean(run.best.loss for run in runs if run.label == label and run.best) for label in there
+    }
+    return min(mean, key=mean.__getitem__, default=names)
+
+
 def _difference(runs: Sequence[Run], a: str, b: str) -> Measured | None:
     sheets = sheets_of(runs, "loss")
-    if sheets is not None and " | " in a:
-        a = min(set(a.split(" | ")) & sheets.values.keys(), key=sheets.mean, default=a)
     if sheets is None or not {a, b} <= sheets.values.keys() or not (seeds := sheets.common(a, b)):
         return None
     pair = {label: sheets.values[label] for label in (a, b)}
@@ -143,44 +170,58 @@ def _difference(runs: Sequence[Run], a: str, b: str) -> Measured | None:
     return Measured(found.value, found.interval, len(seeds))
 
 
+def _needed(comparison: Comparison, a: str, b: str) -> str:
+    spread = spread_of(comparison, [(a, b)])
+    need = None if spread is None else cheapest(needs(spread, MARGIN))
+    return "" if need is None else f"{need.rows:,} evaluation rows and {need.seeds} seeds"
+
+
 def figure(a: str, b: str, of: Callable[[Run], float | None]) -> Callable[[Path], Measured | None]:
     """A figure of a run of one method minus that of another: paired over seeds, with Student's interval."""
 
     def find(folder: Path) -> Measured | None:
         pairs = [(of(x), of(y)) for x, y in _pairs(folder, a, b)]
-        return _student([x - y for x, y in pairs if x is not None and y is not None], "{:+.3f}")
+        return _student([x - y for x, y in pairs if x is not None and y is not None], NATS)
 
     return find
 
 
 def share_of_steps(a: str, b: str) -> Callable[[Path], Measured | None]:
-    """The share of the steps after which one method is at the last validation loss of another."""
+    """The share of the steps after which one method is at the last validation loss of another.
+
+    Of several names, with a bar between them, the one with the lowest evaluation loss counts.
+    """
 
     def find(folder: Path) -> Measured | None:
         shares = []
-        for x, y in _pairs(folder, a, b):
+        for x, y in _pairs(folder, _better(_comparison(folder).runs, a), b):
             if x.eval_curve and y.eval_curve:
-                (steps, last), reached = (
-                    y.eval_curve[-1],
-                    [s for s, value in x.eval_curve if value <= y.eval_curve[-1][1]],
-                )
+                steps, last = y.eval_curve[-1]
+                reached = [step for step, value in x.eval_curve if value <= last]
                 shares.append(min(reached) / steps if reached and not math.isnan(last) else math.inf)
-        return _student(shares, "{:.2f}")
+        return _student(shares, SHARE)
 
     return find
 
 
 def ratio_of_rates(a: str, b: str) -> Callable[[Path], Measured | None]:
-    """The rate that was found for one method over that of another, known up to one step of the search both ways."""
+    """The rate that was found for one method over that of another, each known up to half a step of its search.
+
+    A search is made with one seed. Those of further seeds stand in folders beside, with `_seedN` behind the name.
+    """
 
     def find(folder: Path) -> Measured | None:
-        comparison = _comparison(folder)
-        chosen = {search.label: search.chosen for search in comparison.searches if search.auto and search.chosen}
-        if not {a, b} <= chosen.keys():
+        ratios, factor = [], 1.0
+        for place in [folder, *sorted(folder.parent.glob(f"{folder.name}_seed*"))]:
+            comparison = _comparison(place)
+            chosen = {search.label: search.chosen for search in comparison.searches if search.auto and search.chosen}
+            if {a, b} <= chosen.keys():
+                ratios.append((chosen[a] or 0) / (chosen[b] or 1))
+                factor = comparison.config["search"]["factor"]
+        if not ratios:
             return None
-        value = (chosen[a] or 0) / (chosen[b] or 1)
-        step = math.sqrt(comparison.config["search"]["factor"])
-        return Measured(value, (value / step, value * step), len(comparison.config["seeds"]), "{:.1f}")
+        middle = statistics.geometric_mean(ratios)
+        return Measured(middle, (min(ratios) / factor, max(ratios) * factor), len(ratios), TIMES)
 
     return find
 
@@ -194,7 +235,7 @@ def energy(k: int) -> Callable[[Path], Measured | None]:
             (report,) = json.loads(file.read_text(encoding="utf-8")).values()
             each = [sum(v**2 for v in s["singular_values"][:k]) / s["norm"] ** 2 for s in report["spectra"]]
             shares.append(statistics.median(each))
-        return _student(shares, "{:.2f}")
+        return _student(shares, SHARE)
 
     return find
 
@@ -227,13 +268,15 @@ def _comparison(folder: Path) -> Comparison:
 
 # ---------------------------------------------------------------------------------------------------------- the rules
 
-NINE, RANK_8 = "compare_smollm2", "rules/rank_8_is_enough"
+NINE, RANK_8, CLASSIC = "compare_smollm2", "rules/rank_8_is_enough", "compare_gsm8k_small"
 PLUS = "LoRA+: Efficient Low Rank Adaptation of Large Models, arXiv 2402.12354"
 LESS = "LoRA Learns Less and Forgets Less, arXiv 2405.09673"
 LORA = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685"
 REGRET = "LoRA Without Regret, Thinking Machines Lab 2025, doi 10.64434/tml.20250929"
 RS_256 = "rslora r=256 | rslora r=256 at 5e-4"
-LOWER, AT_MOST = (-math.inf, 0.0), (-math.inf, 0.1)  # ranges of a difference, in nats a token
+PLUS_BOTH, PISSA_BOTH = "lora_plus | lora_plus at 1e-3", "pissa | pissa at 5e-4"
+ONE_ALPHA = "rules/rank_at_one_alpha"
+LOWER, AT_MOST = (-math.inf, 0.0), (-math.inf, MARGIN)  # ranges of a difference, in nats a token
 
 
 def _rule(
@@ -244,17 +287,18 @@ def _rule(
     advice: str,
     *predictions: tuple[Any, ...],
     beside: Sequence[Prediction] = (),
+    unless: str = HOLDS,
 ) -> Rule:
     made = tuple(Prediction(says, f"rules/{id}", measure, *span) for says, measure, *span in predictions)
-    return Rule(id, title, source, (*beside, *made), key, advice)
+    return Rule(id, title, source, (*beside, *made), key, advice, unless)
 
 
 RULES = (
     _rule(
         "lora_plus", "LoRA+ learns twice as fast", PLUS,
         "method.name", "LoRA stays the method to begin with.",
-        ("LoRA+ ends lower than LoRA", loss("lora_plus | lora_plus at 1e-3", "lora"), *LOWER),
-        ("LoRA+ is at LoRA's last validation loss by half of the steps", share_of_steps("lora_plus", "lora"), 0.0, 0.5),
+        ("LoRA+ ends lower than LoRA", loss(PLUS_BOTH, "lora"), *LOWER),
+        ("LoRA+ is at LoRA's last validation loss by half of the steps", share_of_steps(PLUS_BOTH, "lora"), 0.0, 0.5),
         beside=(
             Prediction("LoRA+ ends lower than LoRA, each at the rate that a search found", NINE,
                        loss("lora_plus", "lora r=8"), *LOWER),
@@ -277,6 +321,7 @@ RULES = (
         "rank_at_one_alpha", "Rank 8 is enough", f"{LORA}, section 7.2",
         "method.r", "Few rows begin with rank 8.",
         ("rank 8 ends at most 0.1 nats above rank 32, with the same alpha", loss("lora", "lora r=32"), *AT_MOST),
+        unless=NOT,
         beside=(
             Prediction("rank 8 ends at most 0.1 nats above rank 16, each at the rate that a search found", NINE,
                        loss("lora r=8", "lora r=16"), *AT_MOST),
@@ -293,13 +338,14 @@ RULES = (
         f"QLoRA, arXiv 2305.14314; {REGRET}",
         "method.targets", "All linear layers are adapted.",
         ("all linear layers end lower than q and v with as many parameters", loss("lora", "q and v r=42"), *LOWER),
+        unless=NOT,
     ),
     _rule(
         "pissa_converges_faster", "PiSSA converges faster",
         "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models, arXiv 2404.02948",
         "method.name", "LoRA stays the method to begin with.",
-        ("PiSSA ends lower than LoRA", loss("pissa | pissa at 5e-4", "lora"), *LOWER),
-        ("PiSSA is at LoRA's last validation loss before the last step", share_of_steps("pissa", "lora"), 0.0, 0.99),
+        ("PiSSA ends lower than LoRA", loss(PISSA_BOTH, "lora"), *LOWER),
+        ("PiSSA is at LoRA's last validation loss before the last step", share_of_steps(PISSA_BOTH, "lora"), 0.0, 0.99),
     ),
     _rule(
         "rslora_for_large_ranks", "rsLoRA for large ranks",
@@ -312,6 +358,7 @@ RULES = (
         "ten_times_the_rate", "LoRA wants ten times the rate of full tuning", f"{REGRET}; fifteen times in short runs",
         "training.lr", "Ten times, and fifteen in runs of less than 100 steps.",
         ("LoRA's best rate is 3 to 30 times that of full tuning", ratio_of_rates("lora", "full"), 3.0, 30.0),
+        unless=NOT,
     ),
     _rule(
         "dora_at_small_ranks", "DoRA is robust against small ranks",
@@ -324,29 +371,41 @@ RULES = (
         "lora_forgets_less", "LoRA forgets less than full tuning", LESS,
         "method.name", "LoRA, also where full tuning fits.",
         ("the loss on general English rises less", figure("lora", "full", lambda run: run.forgetting), *LOWER),
+        unless=NOT,
     ),
     Rule(
         "lora_forgets_less", "The first 10 to 20 singular values hold 90 % of the update",
         f"no source; it goes back to the low intrinsic rank supposed by {LORA}",
         (Prediction("the first 20 have 90 % of the squared norm of full tuning's update of the median matrix",
                     "rules/lora_forgets_less", energy(20), 0.9, 1.0),),
-        "method.r", "The rank follows rows and answers, not this rule.",
+        "method.r", "The rank follows rows and answers, not this rule.", HOLDS,
     ),
     _rule(
         "four_bits", "4-bit costs little", "QLoRA: Efficient Finetuning of Quantized LLMs, arXiv 2305.14314",
         "quantize", "4 bits only where 16 do not fit.",
         ("LoRA on a base in four bits ends at most 0.1 nats above that on the whole one", loss("lora", "lora", RANK_8),
          *AT_MOST),
+        unless=WHATEVER,
     ),
     _rule(
         "rank_on_a_harder_task", "Harder tasks need larger ranks", f"no source; {LESS}, on code and mathematics",
         "method.r", "The rank is doubled where answers are long.",
         ("rank 32 ends lower than rank 2 on products of two-digit numbers", loss("lora r=32", "lora r=2"), *LOWER),
+        beside=(
+            Prediction("and on sums, which are easier, rank 2 ends at most 0.1 nats above rank 32", ONE_ALPHA,
+                       loss("lora r=2", "lora r=32"), *AT_MOST),
+        ),
+        unless=NOT,
     ),
     _rule(
         "rank_with_few_rows", "Few rows want a small rank", f"no source; {REGRET}, finds no harm in more",
         "method.r", "Few rows begin with rank 8.",
         ("rank 2 ends lower than rank 32 when 40 rows are seen four times", loss("lora r=2", "lora r=32"), *LOWER),
+        beside=(
+            Prediction("and with rows that are all new, rank 32 ends at most 0.1 nats above rank 2", ONE_ALPHA,
+                       loss("lora r=32", "lora r=2"), *AT_MOST),
+        ),
+        unless=WHATEVER,
     ),
 )  # fmt: skip
 
@@ -357,18 +416,29 @@ RULES = (
 def page() -> str:
     """Write docs/rules.md."""
     told = [rule for rule in RULES if rule.verdict() != UNMEASURED]
-    lines = [_HEAD, "| rule | here |", "|---|---|"]
-    lines += [f"| [{rule.title}](#{_anchor(rule.title)}) | {rule.verdict()} |" for rule in RULES]
+    lines = [_HEAD, "| rule | here | what `advise` says |", "|---|---|---|"]
+    lines += [f"| [{r.title}](#{_anchor(r.title)}) | {r.verdict()} | `{r.key}`: {r.advice} |" for r in RULES]
     lines.append(f"\n{len(told)} of {len(RULES)} have a result so far.")
+    lines += ["", "![Differences with their intervals, and what the rules say](rules.svg)", "", _CAPTION, *_once()]
+    lines += _classic()
     for rule in RULES:
         lines += ["", *_section(rule)]
     return "\n".join(lines) + "\n"
 
 
 def evidence() -> list[dict[str, Any]]:
-    """What `advise` cites: each rule of which something was measured, with its verdict and figures."""
+    """What `advise` cites: each rule of which something was measured, with its verdict and figures.
+
+    Raises:
+        SystemExit: a verdict has turned, and what `advise` says was chosen for another one.
+    """
     found = []
     for rule in RULES:
+        if rule.unless and rule.verdict() == rule.unless:
+            raise SystemExit(
+                f"{rule.title!r} {rule.verdict()} now, and `advise` says of {rule.key}: {rule.advice} Think it over in "
+                "compare/advice.py, then write in scripts/rules.py what it says, and which verdict would turn it."
+            )
         figures = {p.says: str(p.measured()) for p in rule.predictions if p.measured() is not None}
         if figures:
             results = [p.results for p in rule.predictions if p.measured() is not None]
@@ -381,25 +451,57 @@ def evidence() -> list[dict[str, Any]]:
     return found
 
 
+def picture() -> str:
+    """Draw all differences in nats with their intervals and the ranges that the rules say; docs/rules.svg."""
+    rows: list[tuple[str, Prediction, Measured]] = []
+    for rule in RULES:
+        drawn = [(p, m) for p in rule.predictions if (m := p.measured()) is not None and m.form == NATS]
+        rows += [(rule.title if i == 0 else "", p, m) for i, (p, m) in enumerate(drawn)]
+    x = Axis("first minus second, nats/token", -_WIDEST, _WIDEST, form="{:+g}".format)
+    y = Axis("", len(rows) - 0.5, -0.5)
+    names = [name if len(name) <= _NAME else name[: _NAME - 1] + "…" for name, _, _ in rows]
+    plot = Plot("What the rules say and what was measured", x, y, y_names=names, size=(860.0, 66 + 22.0 * len(rows)))
+    for i, (_, p, m) in enumerate(rows):
+        low, high = (min(max(end, -_WIDEST), _WIDEST) for end in (p.low, p.high))
+        plot.band([(low, i - 0.4), (high, i - 0.4)], [(low, i + 0.4), (high, i + 0.4)], "said")
+        if not -_WIDEST <= m.value <= _WIDEST:
+            plot.beyond((m.value, i), str(m), "far")
+            continue
+        css = {HOLDS: "holds", NOT: "not"}.get(p.verdict(), "open")
+        plot.line([(min(max(end, -_WIDEST), _WIDEST), i) for end in m.interval], f"bar {css}", f"{p.says}: {m}")
+        plot.dot((m.value, i), f"dot {css}", f"{p.says}: {m}", 0, 4)
+    plot.upright(0.0, "zero")
+    plot.root.set("xmlns", "http://www.w3.org/2000/svg")
+    return plot.to_html().replace(">", f"><style>{_STYLE}</style>", 1) + "\n"
+
+
 def _section(rule: Rule) -> list[str]:
     lines = [f"## {rule.title}", "", f"From: {rule.source}.", ""]
     lines += ["| the rule says | measured | verdict | where |", "|---|---|---|---|"]
-    shown = {}
+    shown, needed = {}, []
     for prediction in rule.predictions:
         found = prediction.measured()
-        where = f"[{prediction.results}](../benchmarks/results/{prediction.results}/table.md)" if found else "–"
+        where = _where(prediction.results) if found else "–"
         lines.append(f"| {prediction.says} | {found or '–'} | {prediction.verdict()} | {where} |")
         if found:
             shown[prediction.results] = f"{_seeds(found)}, {_conditions(_comparison(RESULTS / prediction.results))}"
+            needed += [found.needs] if found.needs and prediction.verdict() == OPEN else []
     lines += ["", f"**{rule.verdict()[0].upper()}{rule.verdict()[1:]}.** `advise`: {rule.advice}"]
+    if needed:
+        lines.append(f"To tell {MARGIN} nats apart here takes about {' or '.join(dict.fromkeys(needed))}.")
     lines += [f"\n{results}: {text}." for results, text in shown.items()]
     missing = {Path(prediction.results).name for prediction in rule.predictions if prediction.measured() is None}
     lines += [f"\nStill to be measured: `adapterlab compare examples/rules/{name}.yaml`" for name in sorted(missing)]
     own = f"rules/{rule.id}"
-    picture = own if own in shown else next(iter(shown), None)
-    if picture and (RESULTS / picture / "loss_curves.png").is_file():
-        lines.append(f"\n![Losses of {picture}](../benchmarks/results/{picture}/loss_curves.png)")
+    drawn = own if own in shown else next(iter(shown), None)
+    if drawn:
+        lines.append(f"\n![Losses of {drawn}](../benchmarks/results/{drawn}/loss_curves.png)")
     return lines
+
+
+def _where(results: str) -> str:
+    folder = f"../benchmarks/results/{results}"
+    return f"[{results}]({folder}/table.md), [JSON]({folder}/comparison.json)"
 
 
 def _seeds(found: Measured) -> str:
@@ -409,18 +511,89 @@ def _seeds(found: Measured) -> str:
 def _conditions(comparison: Comparison) -> str:
     """What a figure was measured on, and how long it took."""
     told, data = comparison.conditions, comparison.data
-    begun, ended = map(datetime.datetime.fromisoformat, (comparison.started, comparison.updated))
+    # Runs that shared a base have all waited for the same passes.
+    seconds = sum((run.wall_seconds or 0.0) / run.together for run in comparison.runs)
     return (
         f"{comparison.model['name']} in {comparison.model['precision']}, {data['source']}, {told['budget']} of "
-        f"{told['rows in a step']} rows, {data['eval_rows']} evaluation rows, "
-        f"{(ended - begun).total_seconds() / 60:.0f} minutes in all"
+        f"{told['rows in a step']} rows, {data['eval_rows']} evaluation rows, about {seconds / 60:.0f} minutes of "
+        "processes"
     )
+
+
+def _once() -> list[str]:
+    """Say which runs were made once and stand in several results: verdicts that rest on them are not independent."""
+    found: dict[tuple[Any, ...], list[str]] = {}
+    names = sorted({p.results for rule in RULES for p in rule.predictions if p.measured() is not None})
+    for name in names:
+        for run in _comparison(RESULTS / name).runs:
+            if run.best is not None and run.label != UNTRAINED:
+                made = (run.label, run.seed, run.wall_seconds, *run.best.losses[:3])
+                found.setdefault(made, []).append(Path(name).name)
+    shared = sorted({tuple(places) for places in found.values() if len(places) > 1})
+    if not shared:
+        return []
+    places = "; ".join(", ".join(each) for each in shared)
+    return ["", f"Runs that were made once and stand in several results, so that these hang together: {places}."]
+
+
+# ---------------------------------------------------------------------------------------------------- the classic table
+
+_PUBLISHED = {
+    "lora r=8": 0.3769, "lora_plus r=8": 0.3839, "rslora r=8": 0.3761,
+    "lora r=16": 0.3752, "lora_plus r=16": 0.3695, "rslora r=16": 0.3809,
+    "lora r=512": 0.4358, "lora_plus r=512": 0.6344, "rslora r=512": 1.34,
+}  # fmt: skip
+
+
+def _classic() -> list[str]:
+    """The table of ranks on grade-school word problems: with one rate for all, and with the rate that suits each."""
+    tables = [(name, RESULTS / name) for name in (CLASSIC, f"{CLASSIC}_searched") if (RESULTS / name).is_dir()]
+    if not tables:
+        return []
+    lines = ["", "## The classic table", "", _CLASSIC_HEAD]
+    for name, folder in tables:
+        comparison = _comparison(folder)
+        searched = {search.label: search.chosen for search in comparison.searches if search.auto}
+        lines += ["", f"**{'With the rate that a search found for each' if searched else 'With one rate for all'}** "
+                  f"({_where(name)}; {_conditions(comparison)}):", ""]  # fmt: skip
+        columns = ["method", *(["rate"] if searched else []), "loss on the problems", "minus LoRA of rank 8",
+                   "forgetting", "published, Qwen2.5-1.5B"]  # fmt: skip
+        lines += [f"| {' | '.join(columns)} |", f"|---{'|---:' * (len(columns) - 1)}|"]
+        base = "lora r=8"
+        for standing in comparison.standings:
+            label = standing.label
+            mean = comparison.mean(label, lambda run: run.best and run.best.loss)
+            forgot = comparison.mean(label, lambda run: run.forgetting)
+            apart = None if label in (base, UNTRAINED) else _difference(comparison.runs, label, base)
+            rate = [f"{searched[label]:.2g}" if searched.get(label) else "–"] if searched else []
+            cells = [label, *rate, "–" if mean is None else f"{mean:.4f}", str(apart or "–"),
+                     "–" if forgot is None else f"{forgot:+.3f}", str(_PUBLISHED.get(label, "–"))]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"\n![Losses of {name}](../benchmarks/results/{name}/loss_curves.png)")
+    return lines
 
 
 def _anchor(title: str) -> str:
     kept = "".join(c for c in title.lower() if c.isalnum() or c in " -_")
     return kept.replace(" ", "-")
 
+
+_WIDEST, _NAME = 1.0, 46  # ends of the picture's axis, in nats; letters of a rule's name in it
+_CAPTION = (
+    "All differences in nats, with their 95 % intervals. Blue is where the rule says that they lie; green: it holds "
+    "here; red: it does not; grey: it cannot be told."
+)
+_STYLE = (
+    "svg{font:13px system-ui,sans-serif;background:#fff}text{fill:#222}.end{text-anchor:end}.middle{text-anchor:middle}"
+    ".grid{stroke:#ddd}.zero{stroke:#555}.said{fill:#cfe3f5}.bar{stroke-width:3;fill:none}.bar.holds{stroke:#1a7f37}"
+    ".bar.not{stroke:#cf222e}.bar.open{stroke:#7d8590}.dot.holds{fill:#1a7f37}.dot.not{fill:#cf222e}.dot.open{fill:#7d8590}"
+    ".far{fill:#cf222e}"
+)
+_CLASSIC_HEAD = """LoRA, LoRA+ and rsLoRA at three ranks, DoRA, PiSSA and full tuning on grade-school word problems
+(GSM8K): a table that is handed around for Qwen2.5-1.5B with one learning rate for all, where large ranks collapse. Here
+it is in little ([compare_gsm8k_small.yaml](../examples/compare_gsm8k_small.yaml)), 30 steps of two short rows, so that
+only what differs by much can be told apart. Memory, times, steps and scores of every method stand in the linked table.
+A model of 135M parameters solves next to none of these problems, and the loss on their solutions judges."""
 
 _HEAD = """# The field's rules, measured
 

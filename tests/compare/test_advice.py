@@ -136,6 +136,20 @@ def test_what_was_measured_is_cited_and_does_not_speak_for_larger_models(tmp_pat
 
 
 @pytest.mark.usefixtures("quick")
+def test_settings_say_what_was_tested_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {
+        "key": "method.alpha", "rule": "alpha is large", "verdict": "holds here", "figures": {"it is": "+1 (0 to 2)"},
+        "model": "tiny", "parameters": 1, "source": "docs/rules.md#alpha",
+    }  # fmt: skip
+    monkeypatch.setattr(advice, "_evidence", lambda: [entry])
+    found = advise("smollm2-135m", rows(tmp_path, 100), memory=8 * GB)
+    said = {rule.key: rule.tested for rule in found.rules}
+    assert said.pop("method.alpha") == ("“alpha is large” holds here (tiny)",)
+    assert set(said.values()) == {()}
+    assert found.tested[0] == "method.alpha: “alpha is large” holds here. it is: +1 (0 to 2) (docs/rules.md#alpha)."
+
+
+@pytest.mark.usefixtures("quick")
 def test_memory_decides_on_packing_and_batch(tmp_path: Path) -> None:
     data = rows(tmp_path, 1000)
     roomy = values(advise("qwen2.5-7b", data, memory=80 * GB))

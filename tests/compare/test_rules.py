@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from fabricate import fabricate
@@ -31,6 +33,11 @@ def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rules._measured.cache_clear()
     monkeypatch.setattr(rules, "RESULTS", tmp_path)
     return tmp_path
+
+
+def made_up() -> Comparison:
+    made = fabricate(failed=False)
+    return made.model_copy(update={"conditions": {**made.conditions, "rows in a step": 8}})
 
 
 def keep(folder: Path, comparison: Comparison) -> Path:
@@ -75,7 +82,7 @@ def test_a_rule_holds_if_all_that_it_says_does(kept: Path) -> None:
         return rules.Prediction("", results, lambda _: rules.Measured(value, (value, value), 2), 0.0, 1.0)
 
     def verdict(*predictions: Any) -> str:
-        return str(rules.Rule("", "", "", predictions, "", "").verdict())
+        return str(rules.Rule("", "", "", predictions, "", "", "").verdict())
 
     assert verdict(said(0.5), said(0.9)) == rules.HOLDS
     assert verdict(said(0.5), said(2.0)) == rules.NOT
@@ -99,8 +106,14 @@ def test_figures_are_those_of_the_comparison(kept: Path) -> None:
     assert rules.loss("bitfit | dora", "ia3")(folder) == rules.loss(best, "ia3")(folder)
     forgot = rules.figure("dora", "ia3", lambda run: run.forgetting)(folder)
     assert forgot.value == pytest.approx(0.1 * (0.67 - 0.31))
-    assert rules.ratio_of_rates("ia3", "dora")(keep(kept / "searched", _searched(made))).value == pytest.approx(10)
+    searched = keep(kept / "searched", _searched(made))
+    ratio = rules.ratio_of_rates("ia3", "dora")(searched)
+    assert (ratio.value, *ratio.interval) == pytest.approx((10, 10 / 3, 30))
+    assert ratio.seeds == 1, "a search has one, however many runs follow it"
+    keep(kept / "searched_seed1", _searched(made))
+    assert rules.ratio_of_rates("ia3", "dora")(searched).seeds == 2
     assert rules.share_of_steps("dora", "ia3")(folder).value == pytest.approx(0.4)
+    assert rules.share_of_steps("bitfit | dora", "ia3")(folder) == rules.share_of_steps(best, "ia3")(folder)
     assert str(rules.share_of_steps("ia3", "dora")(folder)) == "in no seed"
     twin = keep(kept / "twin", made)
     assert rules.loss("dora", "ia3", beside="made")(twin).value == pytest.approx(expected)
@@ -108,6 +121,49 @@ def test_figures_are_those_of_the_comparison(kept: Path) -> None:
 
 def _searched(made: Comparison) -> Comparison:
     return made.model_copy(update={"config": {**made.config, "search": {"factor": 3.0}, "seeds": [0, 1]}})
+
+
+def test_where_it_cannot_be_told_the_page_says_what_it_would_take(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = made_up()
+    for name in ("first", "second"):
+        keep(kept / name, made)
+    found = rules.loss("dora", "ia3")(kept / "first")
+    assert re.fullmatch(r"[\d,]+ evaluation rows and \d+ seeds", found.needs)
+
+    def rule(low: float, high: float, results: str = "first") -> Any:
+        prediction = rules.Prediction("it is", results, rules.loss("dora", "ia3"), low, high)
+        return rules.Rule("none", "A rule", "nowhere", (prediction,), "method.r", "Rank 8.", rules.HOLDS)
+
+    unsure = rule(found.value, math.inf)
+    monkeypatch.setattr(rules, "RULES", (unsure, rule(-math.inf, found.interval[0] - 1, "second")))
+    text = rules.page()
+    assert f"To tell 0.1 nats apart here takes about {found.needs}." in text
+    assert "stand in several results, so that these hang together: first, second." in text
+    assert [entry["verdict"] for entry in rules.evidence()] == [rules.OPEN, rules.NOT]
+    drawing = ElementTree.fromstring(rules.picture())
+    drawn = [node.get("class") for node in drawing.iter() if (node.get("class") or "").startswith("dot ")]
+    assert drawn == ["dot open", "dot not"]
+
+
+def test_a_verdict_that_turns_stops_the_generation(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(kept / "first", made_up())
+    prediction = rules.Prediction("it is", "first", rules.loss("dora", "ia3"), -math.inf, math.inf)
+    monkeypatch.setattr(rules, "RULES", (rules.Rule("", "A rule", "", (prediction,), "r", "Rank 8.", rules.HOLDS),))
+    with pytest.raises(SystemExit, match=r"'A rule' holds here now, and `advise` says of r: Rank 8\."):
+        rules.evidence()
+    monkeypatch.setattr(rules, "RULES", (rules.Rule("", "A rule", "", (prediction,), "r", "Rank 8.", rules.NOT),))
+    assert len(rules.evidence()) == 1
+
+
+def test_the_classic_table_has_its_place(kept: Path) -> None:
+    assert "## The classic table" not in rules.page()
+    made = made_up()
+    keep(kept / rules.CLASSIC, made.model_copy(update={"searches": []}))
+    keep(kept / f"{rules.CLASSIC}_searched", made)
+    text = rules.page()
+    assert text.index("With one rate for all") < text.index("With the rate that a search found for each")
+    for label in ("dora", "ia3", "untrained"):
+        assert text.count(f"| {label} |") == 2
 
 
 def test_the_share_of_the_first_singular_values(kept: Path) -> None:
@@ -123,3 +179,6 @@ def test_what_advise_cites_is_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(rules, "RESULTS", ROOT / "benchmarks" / "results")
     assert json.loads(rules.EVIDENCE.read_text(encoding="utf-8")) == rules.evidence()
     assert rules.PAGE.read_text(encoding="utf-8") == rules.page()
+    assert rules.PICTURE.read_text(encoding="utf-8") == rules.picture()
+    linked = re.findall(r"\]\(([^)#]+)", rules.page())
+    assert [link for link in linked if not (rules.PAGE.parent / link).exists()] == []

@@ -96,7 +96,8 @@ def _show(found: Advice) -> None:
     for column in table.columns:
         column.overflow = "fold"
     for rule in found.rules:
-        table.add_row(rule.key, str(rule.value), rule.why, rule.source)
+        why = "\n".join([rule.why, *(f"tested: {said}" for said in rule.tested)])
+        table.add_row(rule.key, str(rule.value), why, rule.source)
     console.print(table)
     for sentence in [*found.tested, *found.past]:
         console.print(sentence, soft_wrap=True)

@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -55,12 +55,14 @@ class Rule:
         value: advised.
         why: the rule with the figures that went into it.
         source: where the rule comes from.
+        tested: the field's rules that bear on it, with what our own comparisons say of them.
     """
 
     key: str
     value: Any
     why: str
     source: str
+    tested: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Advice:
         rules: one for each setting.
         plan: what the planner says of them; None when it could not be asked.
         past: sentences on comparisons that were found.
-        tested: sentences on the field's rules that bear on these settings and were measured here.
+        tested: the figures behind what our own comparisons say of the field's rules on these settings.
     """
 
     model: str
@@ -160,9 +162,10 @@ def advise(
     replaced = {rule.key for rule in better}
     if "method.name" in replaced:  # settings of another method mean nothing to this one
         rules = [rule for rule in rules if not rule.key.startswith("method.")]
-    rules = [rule for rule in [*rules, *fitting] if rule.key not in replaced] + better
+    known = _evidence()
+    rules = [_with_tests(rule, known) for rule in [*rules, *fitting] if rule.key not in replaced] + better
     given = data.model_dump(mode="json", exclude_defaults=True)
-    return Advice(model, given, facts, rules, chosen, past, _tested(rules, facts))
+    return Advice(model, given, facts, rules, chosen, past, _figures(rules, known, facts))
 
 
 def _device(memory: int | None) -> str | None:
@@ -308,16 +311,27 @@ def _fitting(made: Plan, rows: int) -> list[Rule]:
     return rules
 
 
-def _tested(rules: Sequence[Rule], facts: Facts) -> list[str]:
-    """What our own comparisons say of the field's rules on these settings, and for which models they cannot speak."""
+def _evidence() -> list[dict[str, Any]]:
+    """What our own comparisons say of the field's rules."""
     text = resources.files("adapterlab.compare").joinpath("evidence.json").read_text(encoding="utf-8")
-    keys = {rule.key for rule in rules}
-    found = [entry for entry in json.loads(text) if entry["key"] in keys]
+    return list(json.loads(text))
+
+
+def _with_tests(rule: Rule, known: Sequence[dict[str, Any]]) -> Rule:
+    said = tuple(
+        f"“{entry['rule']}” {entry['verdict']} ({entry['model']})" for entry in known if entry["key"] == rule.key
+    )
+    return replace(rule, tested=said)
+
+
+def _figures(rules: Sequence[Rule], known: Sequence[dict[str, Any]], facts: Facts) -> list[str]:
+    """The figures behind what is said of settings, and for which models they cannot speak."""
+    keys = {rule.key for rule in rules if rule.tested}
+    found = [entry for entry in known if entry["key"] in keys]
     said = []
     for entry in found:
         figures = "; ".join(f"{says}: {measured}" for says, measured in entry["figures"].items())
-        verdict = f"“{entry['rule']}” {entry['verdict']}, with {entry['model']}"
-        said.append(f"{entry['key']}: {verdict}. {figures} ({entry['source']}).")
+        said.append(f"{entry['key']}: “{entry['rule']}” {entry['verdict']}. {figures} ({entry['source']}).")
     largest = max((entry["parameters"] for entry in found), default=0)
     if said and facts.parameters > _SPEAKS * largest:
         said.append(
