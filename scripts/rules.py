@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from adapterlab.compare.power import cheapest, needs, spread_of
+from adapterlab.compare.power import TYPICAL, cheapest, needs, spread_of
 from adapterlab.compare.report.svg import Axis, Plot
 from adapterlab.compare.results import UNTRAINED, Comparison, Interval, Run, load
 from adapterlab.compare.statistics import Sheets, differences, sheets_of
@@ -416,7 +417,7 @@ RULES = (
 def page() -> str:
     """Write docs/rules.md."""
     told = [rule for rule in RULES if rule.verdict() != UNMEASURED]
-    lines = [_HEAD, "| rule | here | what `advise` says |", "|---|---|---|"]
+    lines = [_HEAD.replace("{power}", _power()), "| rule | here | what `advise` says |", "|---|---|---|"]
     lines += [f"| [{r.title}](#{_anchor(r.title)}) | {r.verdict()} | `{r.key}`: {r.advice} |" for r in RULES]
     lines.append(f"\n{len(told)} of {len(RULES)} have a result so far.")
     lines += ["", "![Differences with their intervals, and what the rules say](rules.svg)", "", _CAPTION, *_once()]
@@ -520,6 +521,20 @@ def _conditions(comparison: Comparison) -> str:
     )
 
 
+def _power() -> str:
+    """How many rows a pair of methods needs, as far as such comparisons spread."""
+    (points,), (nats,) = (
+        needs(TYPICAL[judge], size, seeds=(2,)) for judge, size in (("score", 0.05), ("loss", MARGIN))
+    )
+    return textwrap.fill(
+        f"**What it takes to tell.** Where methods spread as the nine of {NINE} do, two that differ by five points "
+        f"of right answers are told apart, in four of five comparisons, with about {points.rows:,} evaluation rows and "
+        f"two seeds; two that differ by {MARGIN} nats a token with about {nats.rows:,}. Here there are 100, which is "
+        "why the loss judges. `adapterlab compare --power` says the same of your comparison before anything runs.",
+        120, break_on_hyphens=False,
+    )  # fmt: skip
+
+
 def _once() -> list[str]:
     """Say which runs were made once and stand in several results: verdicts that rest on them are not independent."""
     found: dict[tuple[Any, ...], list[str]] = {}
@@ -606,7 +621,9 @@ lies wholly in that range, for all that the rule predicts. *Does not hold here*:
 lies wholly outside. *Cannot be told here*: neither, or there is one seed. Differences are first minus second in nats a
 token of the evaluation rows, paired, with a bootstrap over rows and seeds as in [compare.md](compare.md), and are not
 corrected for the number of rules. Figures of whole runs (forgetting, steps) have Student's interval over seeds, which
-with two of them is wide. How many rows and seeds a difference needs, `adapterlab compare --power` says beforehand.
+with two of them is wide.
+
+{power}
 
 **What this cannot say.** SmolLM2-135M on short rows and small budgets is one place, and 135M parameters cannot speak
 for 7B: rates, ranks and what is forgotten change with size and data. A rule that does not hold here may hold there, and
