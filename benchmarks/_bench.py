@@ -348,7 +348,7 @@ class Memory:
         for parameter in model.parameters():
             parameter.data.sum()  # weights that are mapped from a file count once they are touched
         gc.collect()
-        self.before = _peak()
+        self.before = peak()
         self.loaded = _resident()
         self.exact = self.reset()
 
@@ -362,13 +362,13 @@ class Memory:
 
     def above(self) -> int:
         """Peak since the reset above the loaded model, in bytes."""
-        return max(0, _peak() - self.loaded)
+        return max(0, peak() - self.loaded)
 
     def figures(self) -> Figures:
         return {
             "loaded": self.loaded,
             "above": self.above(),
-            "process_peak": max(self.before, _peak()),
+            "process_peak": max(self.before, peak()),
             "peak_began_after_loading": self.exact,
         }
 
@@ -379,11 +379,12 @@ def _resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _peak() -> int:
+def peak() -> int:
+    """Largest resident size of this process since it began, or since `Memory` began to look."""
     import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return max(peak if sys.platform == "darwin" else peak * 1024, _resident())
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return max(most if sys.platform == "darwin" else most * 1024, _resident())
 
 
 def load(
