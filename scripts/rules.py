@@ -536,19 +536,19 @@ def _power() -> str:
 
 
 def _once() -> list[str]:
-    """Say which runs were made once and stand in several results: verdicts that rest on them are not independent."""
+    """Say which results share runs, made once or again with the same seed: their verdicts are not independent."""
     found: dict[tuple[Any, ...], list[str]] = {}
     names = sorted({p.results for rule in RULES for p in rule.predictions if p.measured() is not None})
     for name in names:
         for run in _comparison(RESULTS / name).runs:
             if run.best is not None and run.label != UNTRAINED:
-                made = (run.label, run.seed, run.wall_seconds, *run.best.losses[:3])
+                made = (run.label, run.seed, *run.best.losses)
                 found.setdefault(made, []).append(Path(name).name)
     shared = sorted({tuple(places) for places in found.values() if len(places) > 1})
     if not shared:
         return []
     places = "; ".join(", ".join(each) for each in shared)
-    return ["", f"Runs that were made once and stand in several results, so that these hang together: {places}."]
+    return ["", f"Equal runs, to the last bit, stand in several results, so that these hang together: {places}."]
 
 
 # ---------------------------------------------------------------------------------------------------- the classic table

@@ -138,7 +138,7 @@ def test_where_it_cannot_be_told_the_page_says_what_it_would_take(kept: Path, mo
     monkeypatch.setattr(rules, "RULES", (unsure, rule(-math.inf, found.interval[0] - 1, "second")))
     text = rules.page()
     assert f"To tell 0.1 nats apart here takes about {found.needs}." in text
-    assert "stand in several results, so that these hang together: first, second." in text
+    assert "Equal runs, to the last bit, stand in several results, so that these hang together: first, second." in text
     assert [entry["verdict"] for entry in rules.evidence()] == [rules.OPEN, rules.NOT]
     drawing = ElementTree.fromstring(rules.picture())
     drawn = [node.get("class") for node in drawing.iter() if (node.get("class") or "").startswith("dot ")]
