@@ -10,15 +10,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 pytest.importorskip("fastapi")
 pytest.importorskip("openai")
 
-from http_servers import ASK, Server, ask, post
+from http_servers import ASK, Server, ask, post, write_adapter
 
-from adapterlab.errors import ConfigError, FormatError
+from adapterlab.errors import ConfigError, FormatError, UnusableAdapterError
 from adapterlab.serve.http import keys as all_keys
+from adapterlab.serve.http.limits import Limits
 from adapterlab.serve.http.server import check_address
+from adapterlab.serve.http.shelf import Shelf
 
 
 @pytest.fixture(scope="module")
@@ -187,3 +191,31 @@ def test_what_is_too_large_or_has_no_name_is_refused(server: Server) -> None:
     assert "limits.adapter_rank" in found["error"]["message"]
     for name in ("a%20b", "..%2Fx", "base", "%40acme/x", "x" * 300, "a//b"):
         assert ask(server, "PUT", f"/v1/adapters/{name}", {"path": "sums"})[0] in (400, 404)
+
+
+def test_every_limit_on_adapters_holds_whatever_the_settings_call_a_rank(tmp_path: Path) -> None:
+    def check(folder: Path, **limits: int) -> None:
+        Shelf(tmp_path, Limits(**{"adapter_rank": 32, **limits})).place(folder.name, None)
+
+    plain = write_adapter(tmp_path / "plain")
+    file = plain / "adapter_model.safetensors"
+    check(plain, adapter_bytes=file.stat().st_size, adapter_tensors=1, adapter_rank=4)
+    with pytest.raises(UnusableAdapterError, match=r"adapter_rank 4, .* up to 3 \(limits.adapter_rank\)"):
+        check(plain, adapter_rank=3)
+    with pytest.raises(UnusableAdapterError, match=r"limits\.adapter_bytes"):
+        check(plain, adapter_bytes=file.stat().st_size - 1)
+    save_file({f"x{i}": torch.ones(1) for i in range(2)}, file)
+    with pytest.raises(UnusableAdapterError, match="adapter_tensors 2, "):
+        check(plain, adapter_tensors=1)
+    config = json.loads((plain / "adapter_config.json").read_text())
+    adaptive = {"peft_type": "ADALORA", "init_r": 33, "target_r": 8}
+    for number, said in enumerate((
+        {"rank_pattern": {"q_proj": 33}}, {"rank_pattern": {"x.q_proj": "33"}}, {"r": "33"}, {"r": 33.0}, adaptive,
+    )):  # fmt: skip
+        hostile = write_adapter(tmp_path / str(number))
+        (hostile / "adapter_config.json").write_text(json.dumps({**config, **said}))
+        with pytest.raises(UnusableAdapterError, match="adapter_rank 33, "):
+            check(hostile)
+    write_adapter(plain / "0", r=33)
+    with pytest.raises(UnusableAdapterError, match="adapter_rank 33, "):
+        check(plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -13,12 +14,15 @@ from safetensors import SafetensorError, safe_open
 
 from adapterlab.errors import ConfigError, FormatError, UnusableAdapterError
 from adapterlab.io import read_info
+from adapterlab.io.files import read_json
+from adapterlab.io.links import check_links
 from adapterlab.serve.http.limits import Limits
 
 _MARKS = ("method.json", "adapter_config.json")
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _NAME = re.compile(f"{_PART}(/{_PART})*")
 _LONGEST = 200
+_RANK = frozenset({"r", "rank"})  # words in the names of settings that hold ranks, such as rank_pattern or init_r
 TENANT = "@"  # a folder `@NAME` holds the adapters of the tenant NAME
 
 
@@ -96,12 +100,16 @@ class Shelf:
             UnusableAdapterError: it is.
             FormatError: it is damaged.
         """
-        info, files = read_info(folder), sorted(folder.glob("*.safetensors"))
+        read_info(folder)
+        files = sorted(folder.rglob("*.safetensors"))  # parts of an adapter lie in folders inside
+        marks = [file for mark in _MARKS for file in sorted(folder.rglob(mark))]
+        check_links(folder, *(file.relative_to(folder).as_posix() for file in (*files, *marks)))
+        said = [read_json(file) for file in marks]
         try:
             sizes = {
                 "adapter_bytes": sum(file.stat().st_size for file in files),
                 "adapter_tensors": sum(map(_tensors, files)),
-                "adapter_rank": max(_ranks(info.fields), default=0),
+                "adapter_rank": max(_ranks(said), default=0),
             }
         except (OSError, SafetensorError) as error:
             raise FormatError(f"The tensors in {folder.name} cannot be read: {error}. Copy the folder again.") from None
@@ -147,9 +155,15 @@ def _tensors(file: Path) -> int:
         return len(header.keys())
 
 
-def _ranks(fields: Any) -> Iterator[int]:
-    """Every rank that settings name, those of single modules included."""
-    for key, value in fields.items() if isinstance(fields, Mapping) else ():
-        if key == "r" and isinstance(value, int):
-            yield value
-        yield from _ranks(value)
+def _ranks(settings: Any) -> Iterator[int]:
+    """Every rank that settings name, those of single modules included; text counts that would be read as a number."""
+    left = [(settings, False)]
+    while left:
+        said, counts = left.pop()
+        if isinstance(said, Mapping):
+            left += [(value, counts or not _RANK.isdisjoint(key.split("_"))) for key, value in said.items()]
+        elif isinstance(said, list):
+            left += [(value, counts) for value in said]
+        elif counts:
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
+                yield said if isinstance(said, int) else int(float(said))
