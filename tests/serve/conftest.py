@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from served import METHODS, Alone, tiny_llama
+from served import METHODS, Alone, Merged, tiny_llama
 
 from adapterlab.serve import Engine, EngineSettings
 
@@ -13,6 +13,11 @@ from adapterlab.serve import Engine, EngineSettings
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Alone:
     return Alone(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def merged(alone: Alone) -> Merged:
+    return Merged(alone.root)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import adapterlab as al
+from adapterlab.errors import MergeError
 from adapterlab.serve import Request, Sampling
 
 METHODS: dict[str, Callable[[], Any]] = {
     "low": lambda: al.LoRA(r=2, targets="all-linear"),
     "low2": lambda: al.LoRA(r=4, alpha=16.0, modules_to_save=("lm_head",)),
     "low3": lambda: al.LoRA(r=2, targets="all-linear"),
+    "table": lambda: al.LoRA(r=2, modules_to_save=("embed_tokens",)),
     "moved": lambda: al.PiSSA(r=2),
     "scaled": lambda: al.IA3(),
     "after": lambda: al.AdapterPfeiffer(m=4),
@@ -73,13 +76,38 @@ class Alone:
         """What `generate` gives, up to and with the end token."""
         key = (name, prompt, tokens)
         if key not in self._answers:
-            with self.host.using(*([] if name is None else [name])), torch.no_grad():
-                out = self.model.generate(
-                    torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                    max_new_tokens=tokens, do_sample=False,
-                )  # fmt: skip
-            self._answers[key] = out[0, len(prompt) :].tolist()
+            with self.host.using(*([] if name is None else [name])):
+                self._answers[key] = greedy(self.model, prompt, tokens)
         return self._answers[key]
+
+
+class Merged:
+    """Greedy answers of models that have one adapter each in their weights, of those that can be merged."""
+
+    def __init__(self, root: Path):
+        self.root, self._models = root, dict[str, Any]()
+        for name in METHODS:
+            host = al.load(tiny_llama(), root / name, "a")
+            with contextlib.suppress(MergeError):
+                host.merge("a")
+                self._models[name] = host.model
+
+    def __contains__(self, name: str | None) -> bool:
+        return name in self._models
+
+    def answer(self, name: str, prompt: tuple[int, ...]) -> list[int]:
+        return greedy(self._models[name], prompt, 10)
+
+
+def greedy(model: Any, prompt: tuple[int, ...], tokens: int) -> list[int]:
+    """What `generate` gives, up to and with the end token."""
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=tokens, do_sample=False,
+        )  # fmt: skip
+    found: list[int] = out[0, len(prompt) :].tolist()
+    return found
 
 
 def ask(prompt: tuple[int, ...], adapter: str | None = None, tenant: str | None = None, **sampling: Any) -> Request:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from adapterlab.errors import AdapterlabError, FormatError, UnknownAdapterError, UnusableAdapterError
+from adapterlab.errors import AdapterlabError, BusyError, FormatError, UnknownAdapterError, UnusableAdapterError
 from adapterlab.serve.adapters import Adapters, Version
 from adapterlab.serve.fairness import Counters
 from adapterlab.serve.pages import Pages, PrefixCache
@@ -66,7 +66,8 @@ class Books:
         """Compute a step: each that chooses gets a token; return who had one."""
         self.now += 1
         pieces = self.scheduler.plan(self.now)
-        for sequence, _ in self.scheduler.refused:
+        for sequence, error in self.scheduler.refused:
+            assert sequence.cached is None or not isinstance(error, BusyError), "what has begun finds its room"
             if not sequence.ended:
                 self.scheduler.end(sequence)
         self.scheduler.refused.clear()
@@ -133,24 +134,28 @@ def act(books: Books, draw: random.Random) -> None:
         books.adapters.remove(name, tenant)
     elif what == "pin":
         version = books.adapters.find(name, tenant)
-        version.pinned = not version.pinned and books.adapters.load(version) and draw.random() < 0.3
+        if not version.pinned and books.adapters.load(version) and draw.random() < 0.3:
+            books.scheduler.pin(version)
+        else:
+            version.pinned = False
     elif what == "quarantine":
         books.adapters.quarantine(books.adapters.find(name, tenant), "So it goes.")
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_ten_thousand_random_operations_lose_nothing(seed: int) -> None:
-    draw, books, seen = random.Random(seed), Books(), Counter[str]()
+@pytest.mark.parametrize(("seed", "count"), [(0, 40), (1, 40), (2, 16)])
+def test_thousands_of_random_operations_lose_nothing(seed: int, count: int) -> None:
+    draw, books, seen = random.Random(seed), Books(count), Counter[str]()
     for number in range(5_000):
         try:
             act(books, draw)
-        except (UnknownAdapterError, UnusableAdapterError) as error:
+        except (BusyError, UnknownAdapterError, UnusableAdapterError) as error:
             seen[type(error).__name__] += 1
         if number % 20 == 0:
             books.check()
     assert books.scheduler.preempted > 5
     assert books.adapters.unloads > 5
     assert seen["UnusableAdapterError"]
+    assert seen["BusyError"] or count > 16, "pins are refused"
     books.drain()
     books.check()
     for version in books.adapters.seen_by(None, every=True):
@@ -220,6 +225,20 @@ def test_tenants_get_alike_however_many_requests_they_send() -> None:
     had = Counter[str | None]()
     while not all(sequence.ended for sequence in few):
         had.update(sequence.tenant for sequence in books.step())
+    assert had["few"] == 48
+    assert had["many"] <= 48 + 4 * 8
+
+
+def test_adapters_of_one_tenant_get_alike_however_many_requests_they_have() -> None:
+    books = Books(count=400, max_running=4, patience=1e9)
+    for name in ("many", "few"):
+        books.adapters.now(books.adapters.add(name, "x", "plain", "lora", 10))
+    for _ in range(40):
+        books.ask([1] * 4, 8, "many", tenant="x")
+    few = [books.ask([2] * 4, 8, "few", tenant="x") for _ in range(6)]
+    had = Counter[str]()
+    while not all(sequence.ended for sequence in few):
+        had.update(sequence.version.name for sequence in books.step() if sequence.version is not None)
     assert had["few"] == 48
     assert had["many"] <= 48 + 4 * 8
 
@@ -314,3 +333,43 @@ def test_what_is_pinned_stays_and_leaves_room_or_the_request_is_refused() -> Non
     stuck = books.ask([1] * 4, 1, "b")
     books.step()
     assert stuck.ended
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_pin_takes_no_room_that_an_accepted_answer_needs(begun: bool) -> None:
+    books = Books(count=10)
+    asked = books.ask([1] * 4, 24)  # 7 pages at its end
+    if begun:
+        books.step()
+    large, small = (books.adapters.add(name, None, "plain", "lora", size) for name, size in (("a", 400), ("b", 300)))
+    books.adapters.now(large)
+    with pytest.raises(BusyError, match="'a' is not pinned: it takes 4 of 10 pages, and 1 of the answers"):
+        books.scheduler.pin(large)
+    assert not large.pinned
+    books.adapters.now(small)
+    books.scheduler.pin(small)
+    books.drain()
+    assert len(asked.tokens) == 28
+    assert small.is_loaded
+    assert not large.is_loaded, "it made room"
+    books.adapters.now(large)
+    books.scheduler.pin(large)
+    assert large.pinned
+
+
+def test_prefixes_that_go_on_in_pages_of_the_last_answer_are_not_in_its_way() -> None:
+    books = Books(count=7)
+    books.ask(list(range(8)), 1)
+    last = books.ask(list(range(12)), 16)  # 7 pages at its end, and the other one's prefix of 2 goes on in its third
+    books.drain()
+    assert len(last.tokens) == 28
+    assert not books.scheduler.preempted
+
+
+def test_an_adapter_that_turns_out_too_large_is_refused_before_the_first_token() -> None:
+    books = Books(count=4)
+    books.adapters.add("a", None, "front", "lora", 10)
+    asked = books.ask([1] * 4, 8, "a")  # 3 pages at its end, and 2 in front
+    books.step()
+    assert asked.ended
+    assert asked.cached is None

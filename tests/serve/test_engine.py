@@ -72,9 +72,12 @@ def test_updates_are_computed_by_a_kernel_or_in_torch(alone: Any, engine: Any, m
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_traces_with_evictions_and_reloads(seed: int, alone: Any, engine: Any) -> None:
-    """Little memory, so that answers give way and adapters go and come back; shared beginnings; some are cancelled."""
-    draw = random.Random(seed)
+def test_random_traces_with_evictions_and_reloads(seed: int, alone: Any, merged: Any, engine: Any) -> None:
+    """Little memory, so that answers give way and adapters go and come back; shared beginnings; some are cancelled.
+
+    Answers are those of the adapter on the model, and of a model that it was merged into.
+    """
+    draw, compared = random.Random(seed), set[str]()
     one = engine(memory_gb=45e-6, max_running=5, step_tokens=16, max_adapters=3, patience=0.05)
     asked = []
     for _ in range(24):
@@ -94,8 +97,12 @@ def test_random_traces_with_evictions_and_reloads(seed: int, alone: Any, engine:
         wanted = alone.answer(name, prompt)
         assert answer.ids == wanted[: len(answer.ids)]
         assert len(answer.ids) == len(wanted) or handle.cancelled
+        if name in merged:
+            assert answer.ids == merged.answer(name, prompt)[: len(answer.ids)], name
+            compared.add(name)
     seen = one.statistics()
     assert seen.unloads
+    assert len(compared) > 2
     settled(one)
 
 
@@ -324,3 +331,15 @@ def test_statistics_and_pins(engine: Any) -> None:
     assert (seen.tokens_in, seen.tokens_out, seen.by_adapter, seen.loads) == (3, 4, {"low": 4}, 1)
     assert 0 < seen.bytes_adapters < seen.bytes_budget
     assert not one.pin("low", pinned=False).pinned
+
+
+def test_a_pin_that_a_running_answer_has_no_room_beside_is_refused(engine: Any) -> None:
+    one = engine("low", memory_gb=20e-6)
+    running = one.submit(ask((5,), max_tokens=60, ignore_end=True))
+    assert isinstance(running.next_event(60), Token)
+    with pytest.raises(BusyError, match=r"'low' is not pinned|no room for the adapter 'low'"):
+        one.pin("low")
+    assert len(running.result(60)[0].ids) == 59
+    assert one.pin("low").pinned
+    with pytest.raises(ConfigError, match="pages of 4"):
+        one.submit(ask((5,), max_tokens=60))

@@ -203,7 +203,7 @@ class Adapters:
     def could_hold(self, version: Version | None, count: int) -> bool:
         """Say whether an adapter and so many pages fit at all, beside what is pinned and nothing else."""
         pinned = sum(v.room for v in self._loaded.values() if v.pinned and v is not version)
-        own = 0 if version is None else version.room or self._cost(version)
+        own = 0 if version is None else version.room or self._cost(version) + -(-version.in_front // self.cache.size)
         return own + count + pinned <= self.pages.count
 
     def load(self, version: Version) -> bool:

@@ -164,7 +164,7 @@ class Engine:
         Raises:
             FormatError: the folder is damaged, foreign, or for another base.
             UnusableAdapterError: it cannot be served, with the reason; known only after loading if `pin` is not set.
-            BusyError: pinned adapters leave no room for it; or the engine is stopped or has failed.
+            BusyError: as for `pin`; or the engine is stopped or has failed.
         """
         place = user_path(folder).resolve()
         info = read_info(place)
@@ -199,7 +199,7 @@ class Engine:
         Raises:
             UnknownAdapterError: there is none of this name for exactly this tenant.
             UnusableAdapterError: it cannot be loaded or served, with the reason.
-            BusyError: pinned and running adapters leave no room for it.
+            BusyError: pinned and running adapters leave no room for it, or accepted answers need that for their end.
         """
 
         def change() -> AdapterState:
@@ -245,8 +245,7 @@ class Engine:
             return self._worker.statistics()
 
     def _pinned(self, version: Version) -> AdapterState:
-        self._worker.adapters.now(version)
-        version.pinned = True
+        self._worker.pin(version)
         return version.shown()
 
     # ------------------------------------------------------------------ the thread

@@ -156,6 +156,29 @@ class Scheduler:
             self.adapters.settle(sequence.version)
         return bad
 
+    def pin(self, version: Version) -> None:
+        """Never unload an adapter that is loaded, unless that takes room that an accepted answer needs for its end.
+
+        Raises:
+            BusyError: it does; the adapter stays loaded as long as nobody needs its room.
+        """
+        if version.pinned:
+            return
+        fitting = [s for s in (*self.running, *self.waiting.values()) if self._fits(s)]
+        version.pinned = True
+        short = sum(not self._fits(s) for s in fitting)
+        if short:
+            version.pinned = False
+            raise BusyError(
+                f"The adapter {version.name!r} is not pinned: it takes {version.room} of {self.pages.count} pages, and "
+                f"{short} of the answers that were accepted would find no room for their last tokens. Pin it when they "
+                "have ended, unpin another one, or start with more memory_gb."
+            )
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Say whether a sequence has room for all its tokens when everything else that can go has gone."""
+        return self.adapters.could_hold(sequence.version, self._pages_for(sequence.limit))
+
     def _wait(self, sequence: Sequence) -> None:
         self.waiting[sequence.number] = sequence
         if sequence.version is not None:
@@ -274,12 +297,15 @@ class Scheduler:
 
         Raises:
             UnusableAdapterError: the adapter cannot be used.
+            BusyError: it is larger than its files said, so that there will not be room for all tokens.
             ConfigError: it puts so much in front that the sequence does not fit into the model's window.
         """
         version = sequence.version
         if version is not None:
             if not self.adapters.load(version):
                 return False
+            if not self._fits(sequence):
+                raise BusyError(_NO_ROOM)
             if self.window is not None and sequence.limit + version.shift > self.window:
                 raise ConfigError(
                     f"The adapter {version.name!r} takes {version.shift} positions, so that prompt and answer of "
@@ -309,13 +335,18 @@ class Scheduler:
     # ------------------------------------------------------------------ giving way
 
     def _has_room(self, sequence: Sequence) -> bool:
-        """Give a sequence the page that its next token needs; who came last gives way, perhaps itself."""
+        """Give a sequence the page that its next token needs; who came last gives way, perhaps itself.
+
+        The last one always finds it: `_start` and `pin` see to that. All that can be in its way are prefixes that
+        others left, and that pages of its own continue.
+        """
         missing = self._pages_for(len(sequence.tokens)) - len(sequence.pages)
         while missing > 0 and not self.adapters.make_room(missing):
-            victim = max(self.running, key=lambda s: (-s.priority, s.number))
             if len(self.running) == 1:
-                self.refused.append((sequence, BusyError(_NO_ROOM)))
-                return False
+                self.cache.forget()
+                self.adapters.make_room(missing)
+                break
+            victim = max(self.running, key=lambda s: (-s.priority, s.number))
             self.preempted += 1
             self._stop(victim, keep=True)
             self._wait(victim)

@@ -121,6 +121,16 @@ class Worker:
         self.adapters.remove(name, tenant)
         self._by_adapter.pop(name, None)
 
+    def pin(self, version: Version) -> None:
+        """Put an adapter on the model and keep it there.
+
+        Raises:
+            UnusableAdapterError: it cannot be loaded or served, with the reason.
+            BusyError: there is no room, or answers that were accepted need it.
+        """
+        self.adapters.now(version)
+        self.scheduler.pin(version)
+
     def _check(self, request: Request, version: Version | None) -> None:
         prompt, sampling = request.prompt, request.sampling
         wrong = next((i for i in (*prompt, *sampling.bias) if not 0 <= i < self.vocabulary), None)
