@@ -11,6 +11,7 @@ import torch
 from adapterlab.errors import UnusableAdapterError
 from adapterlab.hosts import Host
 from adapterlab.serve import Answer, Engine, EngineSettings, Request, Sampling
+from adapterlab.serve.requests import PROMPT_TOKENS
 from adapterlab.testing.case import Case, perturb, require
 from adapterlab.testing.suite import check
 
@@ -45,9 +46,12 @@ def check_served(case: Case) -> str:
     return FORMS[form]
 
 
-def engine(model: Any) -> Engine:
-    """Make an engine of a tiny model."""
-    return Engine(model, None, EngineSettings(page_tokens=4, max_running=8, step_tokens=24, memory_gb=0.02))
+def engine(model: Any, running: int = 8) -> Engine:
+    """Make an engine of a tiny model, for so many answers at the same time."""
+    settings = EngineSettings(
+        page_tokens=4, max_running=running, max_adapters=running, step_tokens=running + PROMPT_TOKENS, memory_gb=0.02
+    )
+    return Engine(model, None, settings)
 
 
 def saved(case: Case, root: Path, name: str) -> dict[str | None, Said]:

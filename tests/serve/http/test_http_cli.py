@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,34 @@ def test_vllm_gets_what_it_can_serve(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert set(made.refused) == {"dora", "ours"}
     assert "use_dora" in made.refused["dora"]
     assert "modules_to_save" in made.refused["dora"]
+
+
+def test_vllm_is_started_and_its_end_is_ours(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny_folder import write_model
+
+    model, shelf, told = write_model(tmp_path / "model"), tmp_path / "adapters", tmp_path / "told"
+    write_adapter(shelf / "sums")
+    write_adapter(shelf / "wide", r=1024)
+    write_adapter(shelf / "@acme" / "own")
+    program = tmp_path / "bin" / "vllm"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > '{told}'\nexit 7\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    asked = ("serve", model, "--engine", "vllm", "--adapters", shelf, "limits.adapter_rank=9999")
+    code, _, said = run(*asked)
+    assert (code, told.exists()) == (2, False)
+    assert "start vllm yourself with its own options" in " ".join(said.split())
+    code, said, warned = run(*asked[:-1], "--host", "::1", "--port", "8123", "--name", "base")
+    assert code == 7
+    assert "Starting vLLM with 1 adapters." in said
+    assert "not served: wide: rank 1024 is above vLLM's" in " ".join(warned.split())
+    assert told.read_text().splitlines() == [
+        "serve", str(model), "--host", "::1", "--port", "8123", "--served-model-name", "base",
+        "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"sums={shelf / 'sums'}",
+    ]  # fmt: skip
 
 
 class _Tagged:
