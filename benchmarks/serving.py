@@ -3,12 +3,16 @@
     python benchmarks/serving.py
     python benchmarks/serving.py --quick
 
-Each run takes one model and one engine. A side is one load: so many requests at the same time, prompts of random
-tokens, answers of a fixed length, greedy, and no prefix kept; on the side `many` three times as many requests, of which
-so many are answered at the same time. The sides take turns with `generate` of the base on the
-same prompts as one batch; a figure is a side's tokens per second over those of `generate` beside it. Adapters of the
-side `many` are drawn anew each time from all that are registered, so that it reads adapters that are not loaded. PEFT
-answers the same requests as one batch, by `generate` with all of its adapters on the model.
+Each run takes one model and one engine, and another engine of the same base that has never had an adapter. A side is
+one load: so many requests at the same time, prompts of random tokens, answers of a fixed length, greedy, and no prefix
+kept; on the side `many` three times as many requests, of which so many are answered at the same time. Beside each side
+the engine without adapters answers the same number of prompts by the base: a figure is a side's tokens per second over
+those. Once a round `generate` of the base, and PEFT with all of its adapters on the model, answer them as one batch.
+Up to the side `many` as many adapters are registered as there are requests, and all of them are loaded; its own are
+drawn anew each time from all that are registered then, so that it reads adapters that are not loaded.
+
+A run of its own mixes kinds of adapters: as many requests at once, of one kind or of all, with as many different
+adapters either way.
 """
 
 from __future__ import annotations
@@ -18,18 +22,18 @@ import itertools
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import _bench as bench
 from _bench import Figures, Job
 
+BARE = "bare"  # the base in an engine without adapters
 SIDES = {
-    "base": "the base",
+    "base": "the base, where adapters are loaded",
     "one": "one LoRA for all",
     "each": "a LoRA of its own for each request",
-    "many": "likewise, drawn from all that are registered",
 }
 PEFT = {
     "peft one": "PEFT, one LoRA for all",
@@ -38,6 +42,15 @@ PEFT = {
 WAVES = 3
 TARGETS = {"all": "all-linear", "qv": ("q", "v")}
 PEFT_TARGETS = {"all": "all-linear", "qv": ["q_proj", "v_proj"]}
+CASES = {"all": "LoRA on all linear layers", "qv": "on q and v"}
+MIXED = "mixed"
+KINDS = {
+    "lora": "LoRA",
+    "ia3": "IA3",
+    "adapter_houlsby": "Houlsby's bottlenecks",
+    "prefix_tuning": "prefixes",
+    "dora": "DoRA",
+}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +58,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=48, help="tokens of an answer")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--registered", type=int, default=500, help="adapters that are registered")
+    parser.add_argument("--registered", type=int, default=2000, help="adapters that are registered")
     parser.add_argument("--rounds", type=int, default=3, help="loads of each side in a run, after one to warm up")
 
 
@@ -53,67 +66,149 @@ def plan(args: argparse.Namespace) -> list[Job]:
     keys = ("requests", "prompt", "tokens", "rank", "registered", "rounds")
     common = {"model": bench.chosen_model(args), **{key: getattr(args, key) for key in keys}}
     if args.quick:
-        common |= {"requests": 4, "tokens": 8, "registered": 12, "rounds": 1}
-    return [
-        Job(case, "adapterlab", pair, {**common, "targets": case}) for pair in range(args.pairs) for case in TARGETS
-    ]
+        common |= {"requests": 5, "tokens": 8, "registered": 20, "rounds": 1}
+    cases = (*TARGETS, MIXED)
+    return [Job(case, "adapterlab", pair, {**common, "case": case}) for pair in range(args.pairs) for case in cases]
 
 
 def work(job: dict[str, Any]) -> Figures:
+    return _mixed(job) if job["case"] == MIXED else _loras(job)
+
+
+def _loras(job: dict[str, Any]) -> Figures:
     import torch
 
-    from adapterlab.serve import Engine, EngineSettings
+    from adapterlab.serve import Engine
 
-    model, other = (bench.load(job["model"], dtype="float32").eval() for _ in range(2))  # the engine's is its own
+    bare_model, model, other = _models(job)
     peft, by_peft = _with_peft(job)
     draw, count = random.Random(bench.SEED), job["requests"]
-    prompts = bench.batch(model, count, job["prompt"])["input_ids"]
-    settings = EngineSettings(
-        prefix_cache=False, max_running=max(count, 8), step_tokens=256 + count, max_adapters=count
-    )
-    found: dict[str, list[float]] = {side: [] for side in (*SIDES, *PEFT)}
-    with tempfile.TemporaryDirectory() as folder, Engine(model, None, settings) as engine:
-        began = time.perf_counter()
-        for number, saved in zip(range(job["registered"]), _saved(job, other, Path(folder)), strict=False):
-            engine.register(f"lora{number}", saved)
-        registering = time.perf_counter() - began
+    prompts = bench.batch(other, count, job["prompt"])["input_ids"]
+    figures: dict[str, list[float]] = {}
+    times: list[float] = []
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Engine(bare_model, None, _settings(count)) as bare,
+        Engine(model, None, _settings(count)) as engine,
+    ):
+        method = {"lora": {"r": job["rank"], "targets": TARGETS[job["case"]]}}
+        saved = itertools.cycle(_saved(other, method, Path(folder), count)["lora"])
+
+        def register(upto: int) -> None:
+            for number in range(len(times), upto):
+                place, began = next(saved), time.perf_counter()
+                engine.register(f"lora{number}", place)
+                times.append(time.perf_counter() - began)
+
+        def rates(side: str) -> dict[str, float]:
+            return _beside(bare, engine, prompts, job, side, _names(side, count, job["registered"], draw))
+
+        register(count)
         for number in range(job["rounds"] + 1):
+            found: dict[str, float] = {}
             for side in SIDES:
-                before = _generated(other, prompts, job["tokens"])
-                names = _names(side, count, job["registered"], draw)
-                after = _served(engine, prompts, job, names)
-                if number:
-                    found[side].append(len(names) / count * before / after)
+                found |= rates(side)
+            batch = count * job["tokens"]
+            generated = batch / _generated(other, prompts, job["tokens"])
             for side, given in by_peft.items():
-                before = _generated(other, prompts, job["tokens"])
-                after = _generated(peft, prompts, job["tokens"], **given)
-                if number:
-                    found[side].append(before / after)
+                found[f"{side} / generate"] = batch / _generated(peft, prompts, job["tokens"], **given) / generated
+            found |= {f"{side} / generate": found[f"{side}, tokens/s"] / generated for side in SIDES}
+            _note(figures, {**found, "generate, tokens/s": generated}, number)
+        register(job["registered"])
+        for number in range(job["rounds"] + 1):
+            found = rates("many")
+            found["many / generate"] = found["many, tokens/s"] / generated
+            _note(figures, found, number)
         seen = engine.statistics()
-    ratios = {side: bench.statistics.median(each) for side, each in found.items()}
-    rate = count * job["tokens"] / before
+    half = len(times) // 2
     return {
-        **ratios, "generate_tokens_per_s": rate, "registering_s": registering, "loads": seen.loads,
-        "threads": torch.get_num_threads(),
+        **_medians(figures), "registering, first half, s": sum(times[:half]),
+        "registering, second half, s": sum(times[half:]), "loads": seen.loads, "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
-def _saved(job: dict[str, Any], model: Any, root: Path) -> Iterator[Path]:
-    """Folders of adapters, as many different ones as there are requests, again and again."""
+def _mixed(job: dict[str, Any]) -> Figures:
+    """Tokens per second of requests of one kind, and of all kinds at once."""
+    from adapterlab.serve import Engine
+
+    bare_model, model, other = _models(job)
+    count, kinds = job["requests"], [*KINDS]
+    prompts = bench.batch(other, count, job["prompt"])["input_ids"]
+    linear = {"r": job["rank"], "targets": "all-linear"}
+    methods: dict[str, dict[str, Any]] = {id: linear if id in ("lora", "dora") else {} for id in kinds}
+    names: dict[str, list[str | None]] = {id: [f"{id}{i % len(kinds)}" for i in range(count)] for id in kinds}
+    names[MIXED] = [f"{kinds[i % len(kinds)]}0" for i in range(count)]
+    figures: dict[str, list[float]] = {}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Engine(bare_model, None, _settings(count)) as bare,
+        Engine(model, None, _settings(count)) as engine,
+    ):
+        for id, folders in _saved(other, methods, Path(folder), len(kinds)).items():
+            for number, saved in enumerate(folders):
+                engine.register(f"{id}{number}", saved)
+        for number in range(job["rounds"] + 1):
+            found: dict[str, float] = {}
+            for side, given in names.items():
+                found |= _beside(bare, engine, prompts, job, side, given)
+            found |= {f"{MIXED} / {id}": found[MIXED] / found[id] for id in kinds}
+            _note(figures, found, number)
+        forms = {id: engine.adapter(f"{id}0").form for id in kinds}
+    return {**_medians(figures), "forms": forms}
+
+
+def _models(job: dict[str, Any]) -> Iterator[Any]:
+    """One for an engine without adapters, one for an engine with some, and one for everything else."""
+    return (bench.load(job["model"], dtype="float32").eval() for _ in range(3))
+
+
+def _settings(count: int) -> Any:
+    from adapterlab.serve import EngineSettings
+
+    running = max(count, 8)
+    return EngineSettings(
+        prefix_cache=False, max_running=running, step_tokens=256 + count, max_adapters=running, memory_gb=4
+    )
+
+
+def _beside(
+    bare: Any, engine: Any, prompts: Any, job: dict[str, Any], side: str, names: list[str | None]
+) -> dict[str, float]:
+    """Figures of a side: its tokens per second, those of the base beside it, and their ratio."""
+    own = len(prompts) * job["tokens"] / _served(bare, prompts, job, [None] * len(prompts))
+    rate = len(names) * job["tokens"] / _served(engine, prompts, job, names)
+    return {side: rate / own, f"{side}, tokens/s": rate, f"{BARE}, tokens/s": own}
+
+
+def _note(figures: dict[str, list[float]], found: Mapping[str, float], number: int) -> None:
+    """Keep the figures of a round that was not the first."""
+    if number:
+        for name, value in found.items():
+            figures.setdefault(name, []).append(value)
+
+
+def _medians(figures: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: bench.statistics.median(each) for name, each in figures.items()}
+
+
+def _saved(model: Any, methods: Mapping[str, dict[str, Any]], root: Path, count: int) -> dict[str, list[Path]]:
+    """Folders of so many different adapters of each method."""
     import torch
 
     import adapterlab as al
+    from adapterlab.registry import method
 
-    folders = []
-    for number in range(job["requests"]):
-        host = al.attach(model, al.LoRA(r=job["rank"], targets=TARGETS[job["targets"]]), "a")
-        with torch.no_grad():
-            for parameter in host.parameters("a"):
-                parameter.normal_(std=0.02)
-        folders.append(host.save(root / str(number), "a"))
-        host.detach("a")
-    while True:
-        yield from folders
+    found: dict[str, list[Path]] = {}
+    for id, settings in methods.items():
+        for number in range(count):
+            host = al.attach(model, method(id)(**settings), "a")
+            with torch.no_grad():
+                for parameter in host.parameters("a"):
+                    parameter.add_(torch.randn_like(parameter), alpha=0.02)
+            found.setdefault(id, []).append(host.save(root / f"{id}{number}", "a"))
+            host.detach("a")
+    return found
 
 
 def _names(side: str, count: int, registered: int, draw: random.Random) -> list[str | None]:
@@ -127,7 +222,7 @@ def _with_peft(job: dict[str, Any]) -> tuple[Any, dict[str, dict[str, Any]]]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=job["rank"], target_modules=PEFT_TARGETS[job["targets"]])
+    config = LoraConfig(r=job["rank"], target_modules=PEFT_TARGETS[job["case"]])
     names = [f"lora{number}" for number in range(job["requests"])]
     model: Any = get_peft_model(bench.load(job["model"], dtype="float32"), config, adapter_name=names[0])
     for name in names[1:]:
@@ -170,19 +265,47 @@ def _served(engine: Any, prompts: Any, job: dict[str, Any], names: list[str | No
 
 
 def report(done: list[tuple[Job, Figures]], file: Path) -> tuple[dict[str, Any], str]:
+    by_case = {case: [figures for job, figures in done if job.case == case] for case in (*TARGETS, MIXED)}
     summary = {
         case: {
-            side: bench.spread([figures[side] for job, figures in done if job.case == case])
-            for side in (*SIDES, *PEFT, "generate_tokens_per_s", "registering_s")
+            name: bench.spread([figures[name] for figures in found])
+            for name, value in found[0].items()
+            if isinstance(value, float)
         }
-        for case in TARGETS
+        for case, found in by_case.items()
     }
-    header = ["tokens/s / those of `generate` on the base", "LoRA on all linear layers", "on q and v"]
-    table = [
-        [text, *(bench.shown(summary[case][side]) for case in TARGETS)] for side, text in {**SIDES, **PEFT}.items()
+    settings = done[0][0].settings
+    half = settings["registered"] // 2
+    for case in TARGETS:
+        found = by_case[case]
+        halves = [f["registering, second half, s"] / f["registering, first half, s"] for f in found]
+        summary[case]["registering, second half / first half"] = bench.spread(halves)
+
+    def rows(named: Mapping[str, str], more: str = "", digits: int = 2) -> list[list[str]]:
+        return [
+            [text, *(bench.shown(summary[case][name + more], digits) for case in TARGETS)]
+            for name, text in named.items()
+        ]
+
+    sides = {**SIDES, "many": f"likewise, drawn from {settings['registered']:,} that are registered"}
+    loras = [
+        *rows(sides),
+        ["tokens/s / those of `generate` on the base", "", ""],
+        *rows({**sides, **PEFT}, " / generate"),
+        *rows({BARE: "the base, no adapters, tokens/s", "generate": "`generate`, tokens/s"}, ", tokens/s", 0),
+        *rows({"registering, first half, s": f"registering adapters 1 to {half:,}, s"}),
+        *rows({"registering, second half, s": f"adapters {half + 1:,} to {settings['registered']:,}, s"}),
+        *rows({"registering, second half / first half": "second half / first half"}),
     ]
-    rates = [bench.shown(summary[case]["generate_tokens_per_s"], 0) for case in TARGETS]
-    return summary, bench.markdown(header, [*table, ["`generate`, tokens/s", *rates]])
+    mixed = summary[MIXED]
+    kinds = [
+        [text, bench.shown(mixed[id]), bench.shown(mixed[f"{MIXED} / {id}"])] for id, text in KINDS.items()
+    ]  # fmt: skip
+    kinds.append(["all of them in one batch", bench.shown(mixed[MIXED]), ""])
+    table = bench.markdown(["tokens/s / those of the base, no adapters", *CASES.values()], loras)
+    header = [f"{settings['requests']} requests at once, with {len(KINDS)} adapters"]
+    header += ["tokens/s / those of the base, no adapters", "all in one batch / this kind alone"]
+    return summary, f"{table}\n\n{bench.markdown(header, kinds)}"
 
 
 if __name__ == "__main__":
