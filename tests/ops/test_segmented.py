@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from adapterlab.engine.products import fastest
 from adapterlab.errors import BuildError
 from adapterlab.foreign import compiler
 from adapterlab.ops import by_address
@@ -166,6 +169,40 @@ def test_what_others_can_write_is_not_loaded(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BuildError, match="no C compiler"):
         compiler.library(source)
+
+
+LINKER = """#!/bin/sh
+case "$*" in
+  *--version*) echo 1 ;;
+  *) echo "ld: final link failed: No space left on device
+collect2: error: ld returned 1 exit status" >&2; exit 1 ;;
+esac
+"""
+
+
+@needs_compiler
+@pytest.mark.parametrize("moment", ["home", "work", "compiler", "place"])
+def test_where_the_disk_is_full_there_is_no_kernel_and_a_reason(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("ADAPTERLAB_HOME", str(tmp_path / "home"))
+    if moment == "compiler":
+        (tmp_path / "cc").write_text(LINKER)
+        (tmp_path / "cc").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+    elif moment == "work":
+        monkeypatch.setattr(compiler, "tempfile", SimpleNamespace(TemporaryDirectory=full))
+    else:
+        monkeypatch.setattr(compiler.Path, "mkdir" if moment == "home" else "replace", full)
+    way, why = fastest.__wrapped__("cpu")
+    monkeypatch.undo()
+    assert way is None
+    assert "No space left on device" in why
+    native = tmp_path / "home" / "native"
+    assert not native.exists() or not list(native.iterdir()), "nothing is left behind"
 
 
 # ---------------------------------------------------------------------- Triton

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from served import METHODS, ask, filled, tiny_llama
 import adapterlab as al
 from adapterlab.engine.products import fastest
 from adapterlab.errors import BusyError, ConfigError, FormatError, ModelError, UnknownAdapterError, UnusableAdapterError
+from adapterlab.foreign import compiler
 from adapterlab.ops import by_address
 from adapterlab.serve import Engine, EngineSettings, Finished, Request, Sampling, Token, worker
 
@@ -69,6 +72,25 @@ def test_updates_are_computed_by_a_kernel_or_in_torch(alone: Any, engine: Any, m
         settled(one)
     monkeypatch.setattr(worker, "fastest", lambda kind: (None, "there is no compiler"))
     assert engine("low").products == without
+
+
+def test_without_room_for_a_kernel_torch_computes_and_says_why(
+    alone: Any, engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if fastest("cpu")[0] is None:
+        pytest.skip("there is no compiler")
+    monkeypatch.setenv("ADAPTERLAB_HOME", str(tmp_path))
+    monkeypatch.setattr(compiler, "tempfile", SimpleNamespace(TemporaryDirectory=full))
+    monkeypatch.setattr(worker, "fastest", fastest.__wrapped__)
+    one = engine("low", "low3")
+    handles = [(name, one.submit(ask(PROMPTS[1], name))) for name in ("low", None, "low3")]
+    for name, handle in handles:
+        assert handle.result(60)[0].ids == alone.answer(name, PROMPTS[1]), name
+    assert one.products.startswith("torch (")
+    assert "No space left on device" in one.products
 
 
 @pytest.mark.parametrize("seed", range(3))

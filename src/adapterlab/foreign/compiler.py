@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import os
@@ -111,8 +112,9 @@ def _run(work: Path, compiler: str, *arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"{compiler} cannot be run: {error}") from error
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        said = next(iter(lines), f"exit code {done.returncode}")
+        lines = done.stderr.splitlines()
+        telling = (line for word in (os.strerror(errno.ENOSPC), "error", "") for line in lines if word in line)
+        said = next(telling, f"exit code {done.returncode}")
         raise BuildError(f"{compiler} failed: {said[:300]}")
     return done.stdout
 
