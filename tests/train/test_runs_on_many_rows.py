@@ -226,3 +226,96 @@ def test_rows_of_a_stream_that_are_too_long_leave_their_places_to_others(config:
     result = fit(fields, quiet=True)
     assert result is not None
     assert result.steps == 3
+
+
+@pytest.mark.parametrize("place", [3, 35])
+def test_a_stream_whose_file_changed_does_not_continue_a_run(
+    config: Config, root: Path, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adapterlab.data.streams.FIRST", 10)
+    fields = config()
+    fields["data"] |= {"streaming": True, "window": 16}
+    with pytest.raises(Interrupted):
+        fit(fields, quiet=True, callbacks=[Stop(3)])
+    lines = (root / "rows.jsonl").read_text().splitlines()
+    lines[place] = '{"prompt": "1+1=", "completion": "3"}'
+    (root / "rows.jsonl").unlink()  # a link to what other tests read
+    (root / "rows.jsonl").write_text("\n".join(lines))
+    said = r"data file .*rows\.jsonl: '[\d,]+ bytes, digest \w+' in the checkpoint, '[\d,]+ bytes, digest \w+' now"
+    with pytest.raises(ConfigError, match=said):
+        fit(fields, resume=True, quiet=True)
+
+
+# ---------------------------------------------------------------------- the hub
+
+OLD, NEW = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, root: Path) -> dict[str, Any]:
+    """A hub with one data set, at a commit for each file of rows; `main` says which is the newest."""
+    import huggingface_hub
+
+    write_data(root / "new.jsonl", 40, seed=1)
+    texts = {commit: (root / file).read_text() for commit, file in ((OLD, "rows.jsonl"), (NEW, "new.jsonl"))}
+    state: dict[str, Any] = {"main": OLD, "skipped": []}
+
+    def info(api: Any, repo: str, *, revision: str | None = None, **_: Any) -> Any:
+        return type("Info", (), {"sha": revision or state["main"]})
+
+    def rows(text: str) -> Any:
+        yield from map(json.loads, text.splitlines())
+
+    def load(path: str, name: Any, *, split: str, revision: str, streaming: bool = False) -> Any:
+        given = {"text": texts[revision]}
+        if not streaming:
+            return datasets.Dataset.from_list([*rows(**given)])
+        found = datasets.IterableDataset.from_generator(rows, gen_kwargs=given)
+        skip = found.skip
+        monkeypatch.setattr(found, "skip", lambda n: state["skipped"].append(n) or skip(n), raising=False)
+        return found
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return state
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_on_a_hub_data_set_goes_on_with_the_commit_it_began_with(
+    config: Config, root: Path, hub: dict[str, Any], streaming: bool
+) -> None:
+    fields = config()
+    fields["data"] = {"path": "owner/rows", "eval_size": 8, **({"streaming": True, "window": 16} if streaming else {})}
+    straight = fit({**fields, "output": str(root / "straight")}, quiet=True)
+    with pytest.raises(Interrupted):
+        fit(fields, quiet=True, callbacks=[Stop(7)])
+    hub["main"] = NEW
+    hub["skipped"].clear()
+    resumed = fit(fields, resume=True, quiet=True)
+    assert straight is not None
+    assert resumed is not None
+    assert losses(resumed.folder) == losses(straight.folder)
+    facts = json.loads((resumed.folder / "run.json").read_text())
+    assert facts["data"]["commits"] == {"owner/rows": OLD}
+    # Seven steps of 8 rows, of 32 beside the 8 held out: window 3 is the second of the second pass.
+    assert (8 + 16 in hub["skipped"]) == streaming
+    other = fit({**fields, "output": str(root / "other")}, quiet=True)
+    assert other is not None
+    assert losses(other.folder) != losses(straight.folder), "the newest commit has other rows"
+
+
+def test_a_stream_of_the_hub_is_the_stream_of_a_file(root: Path, hub: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"streaming": True, "eval_size": 4, "window": 7}
+    mine, theirs = (
+        load_data(DataConfig(path=path, **settings)).train for path in (str(root / "rows.jsonl"), "owner/rows")
+    )
+    mine.total = theirs.total = 100  # type: ignore[attr-defined]
+    assert [*theirs] == [*mine]
+    hub["skipped"].clear()
+    other = load_data(DataConfig(path="owner/rows", **settings)).train
+    other.total = 100  # type: ignore[attr-defined]
+    assert [other[i] for i in (70, 3, 99, 36, 35)] == [mine[i] for i in (70, 3, 99, 36, 35)]
+    assert hub["skipped"], "places in the middle are reached by skipping"
+    assert [e.row for e in load_data(DataConfig(path="owner/rows", limit=9, **settings)).train.head(20)] == [
+        *range(1, 10)
+    ]

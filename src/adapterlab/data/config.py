@@ -34,10 +34,10 @@ TASK_ROWS = 2000
 WINDOW = 1000
 # What each of several sources may say for itself.
 OF_SOURCE = (
-    "path", "name", "split", "eval_path", "eval_split", "eval_size", "limit", "eval_limit", "format", "columns",
-    "ignore", "system", "weight",
+    "path", "name", "revision", "split", "eval_path", "eval_split", "eval_size", "limit", "eval_limit", "format",
+    "columns", "ignore", "system", "weight",
 )  # fmt: skip
-_WHERE = ("path", "name", "eval_path", "eval_split")  # these each source says for itself alone
+_WHERE = ("path", "name", "revision", "eval_path", "eval_split")  # these each source says for itself alone
 
 
 class DataConfig(BaseModel):
@@ -53,6 +53,13 @@ class DataConfig(BaseModel):
     )
     name: str | None = Field(
         None, examples=["main"], description="Configuration name of a hub data set, such as 'main' for openai/gsm8k."
+    )
+    revision: str | None = Field(
+        None,
+        examples=["v1.0"],
+        min_length=1,
+        description="Branch, tag or commit of a hub data set; null: the default branch. A run notes the commit that it "
+        "began with, and reads the same when it is resumed.",
     )
     task: str | None = Field(
         None,
@@ -203,7 +210,7 @@ class DataConfig(BaseModel):
         if self.task is None and self.task_args:
             raise ValueError(f"task_args={self.task_args} needs a task; received path={self.path!r}")
         if self.task is not None:
-            idle = [k for k in ("name", "eval_path", "eval_split", "columns", "ignore") if getattr(self, k)]
+            idle = [k for k in ("name", "revision", "eval_path", "eval_split", "columns", "ignore") if getattr(self, k)]
             if idle:
                 raise ValueError(f"{', '.join(idle)} cannot be used with task={self.task!r}: its rows are generated")
         if self.eval_path and self.eval_split and self.eval_path == self.path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterlab.data.formats import SourceRow
+from adapterlab.data.origin import Files, check_loaded
 from adapterlab.data.readers import READERS, TYPED, rows_in, unfilled
 from adapterlab.data.views import Joined
 from adapterlab.errors import DataError, nearest
@@ -24,7 +25,12 @@ _SAVED_SPLITS = "dataset_dict.json"
 
 
 def read_rows(
-    path: str, *, split: str | None = None, name: str | None = None, limit: int | None = None
+    path: str,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    limit: int | None = None,
 ) -> Sequence[SourceRow]:
     """Read raw rows from files, a folder or the hub.
 
@@ -32,6 +38,7 @@ def read_rows(
         path: local file or folder, pattern of files such as `rows/*.jsonl`, or hub id.
         split: split of a hub data set; for a folder, the beginning of the file names to read.
         name: configuration of a hub data set.
+        revision: its branch, tag or commit; None: the default branch.
         limit: read no more rows than this.
 
     Returns:
@@ -41,9 +48,9 @@ def read_rows(
         DataError: nothing is there, a file is damaged, or there are no rows. The message names file and row.
         OutputError: what is too large to hold cannot be kept.
     """
-    place = _local_place(path, split, name)
+    place = _local_place(path, split, name, revision)
     if place is None:
-        rows = _hub(path, split or "train", name, limit)
+        rows = _hub(path, split or "train", name, revision, limit)
     elif _is_saved(place):
         from adapterlab.data import tables
 
@@ -55,8 +62,39 @@ def read_rows(
     return rows
 
 
+def is_on_hub(path: str) -> bool:
+    """Say whether a path means a data set of the hub.
+
+    Raises:
+        DataError: it means a file that is not there.
+    """
+    return _local_place(path, None, None, None) is None
+
+
+def files_behind(path: str, split: str | None) -> Files:
+    """Return what tells whether the files of a local path stay what they are; there are none of a hub data set.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    place = _local_place(path, split, None, None)
+
+    def listed() -> list[Path]:
+        if place is None or not (place.exists() or _PATTERN.search(path)):
+            return []
+        return sorted(p for p in place.rglob("*") if p.is_file()) if _is_saved(place) else files_of(path, place, split)
+
+    return Files(listed)
+
+
 def stream_rows(
-    path: str, *, split: str | None = None, name: str | None = None, limit: int | None = None, skip: int = 0
+    path: str,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    limit: int | None = None,
+    skip: int = 0,
 ) -> Iterator[SourceRow]:
     """Yield raw rows one after the other, without keeping any.
 
@@ -64,13 +102,14 @@ def stream_rows(
         path: as for `read_rows`.
         split: as for `read_rows`.
         name: as for `read_rows`.
+        revision: as for `read_rows`.
         limit: end after this many rows of the source.
         skip: rows at the beginning to leave out.
 
     Raises:
         DataError: as for `read_rows`.
     """
-    place = _local_place(path, split, name)
+    place = _local_place(path, split, name, revision)
     if place is not None and not _is_saved(place):
         yield from islice(_read(files_of(path, place, split)), skip, _end(skip, limit))
         return
@@ -79,7 +118,7 @@ def stream_rows(
 
         yield from islice(iter(tables.from_disk(place, split)), skip, _end(skip, limit))
         return
-    found = _loaded(path, split or "train", name, streaming=True)
+    found = _loaded(path, split or "train", name, revision, streaming=True)
     most = None if limit is None else max(0, limit - skip)
     for number, row in enumerate(islice(found.skip(skip) if skip else found, most), skip + 1):
         yield SourceRow(path, number, unfilled(dict(row)))
@@ -89,7 +128,7 @@ def _end(skip: int, limit: int | None) -> int | None:
     return None if limit is None else max(skip, limit)
 
 
-def _local_place(path: str, split: str | None, name: str | None) -> Path | None:
+def _local_place(path: str, split: str | None, name: str | None, revision: str | None) -> Path | None:
     """The file or folder that a path names; None for what is on the hub."""
     place = user_path(path)
     if not place.exists():
@@ -100,8 +139,9 @@ def _local_place(path: str, split: str | None, name: str | None) -> Path | None:
         raise DataError(
             f"{path} is neither a file nor a folder, and rows are read more than once. Write them to a file first."
         )
-    if name:
-        raise DataError(f"data.name={name!r} is for hub data sets, but {path} is local. Remove data.name.")
+    for key, value in {"name": name, "revision": revision}.items():
+        if value:
+            raise DataError(f"data.{key}={value!r} is for hub data sets, but {path} is local. Remove data.{key}.")
     if place.is_file() and split not in (None, "train"):
         raise DataError(
             f"{path} is one file and has no split {split!r}. Put one file a split into a folder, "
@@ -184,21 +224,26 @@ def _held(table: Any) -> Sequence[SourceRow]:
     return [*table] if len(table) <= FEW else table
 
 
-def _hub(path: str, split: str, name: str | None, limit: int | None) -> Sequence[SourceRow]:
+def _hub(path: str, split: str, name: str | None, revision: str | None, limit: int | None) -> Sequence[SourceRow]:
     from adapterlab.data import tables
 
-    return _held(tables.Table(_loaded(path, split, name), path).first(limit))
+    found = _loaded(path, split, name, revision)
+    check_loaded(path, found.cache_files, revision)
+    return _held(tables.Table(found, path).first(limit))
 
 
-def _loaded(path: str, split: str, name: str | None, **options: Any) -> Any:
+def _loaded(path: str, split: str, name: str | None, revision: str | None, **options: Any) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(path, name, split=split, **options)
+        pinned = {"revision": revision} if revision else {}
+        return datasets.load_dataset(path, name, split=split, **pinned, **options)
     # The hub client raises errors of many libraries (HTTP, hub, file system, arrow); all mean the same to the user.
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        part = f"split {split!r}" + (f", configuration {name!r}" if name else "")
+        part = f"split {split!r}" + "".join(
+            f", {word} {value!r}" for word, value in (("configuration", name), ("revision", revision)) if value
+        )
         raise DataError(
             f"The data set {path!r} ({part}) could not be loaded: {reason}. "
             f"{path!r} is no local file either. {_neighbours(Path(path))} "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 from adapterlab.data.config import TASK_ROWS, DataConfig, Mixing
 from adapterlab.data.formats import Columns, Example, Examples, Numbers, SourceRow, layout_of
 from adapterlab.data.mixture import Mixture, Named
-from adapterlab.data.sources import FEW, read_rows
+from adapterlab.data.origin import Commits
+from adapterlab.data.sources import FEW, is_on_hub, read_rows
 from adapterlab.data.streams import Stream, Streams
 from adapterlab.data.tasks import generate
 from adapterlab.data.views import Joined, Others, Picked
@@ -35,6 +37,9 @@ class Splits:
         eval_source: where the evaluation rows come from.
         replaced: generated training rows that were replaced to keep the two apart.
         columns: which columns of the rows became examples; of many rows those that were looked at.
+        commits: of each hub data set that was read, by what was asked for.
+        files: what says whether the local files of streams are the same later; rows that are no stream are known by
+            what they say.
     """
 
     train: Sequence[Example]
@@ -44,6 +49,8 @@ class Splits:
     eval_source: str
     replaced: int = 0
     columns: Columns = field(default_factory=Columns)
+    commits: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def overlap(self) -> int:
@@ -53,7 +60,7 @@ class Splits:
         return sum(example.prompt in found for example in self.eval)
 
 
-def load_data(cfg: DataConfig, numbers: Numbers | None = None) -> Splits:
+def load_data(cfg: DataConfig, numbers: Numbers | None = None, commits: Mapping[str, str] | None = None) -> Splits:
     """Load or generate the rows that a configuration names.
 
     Up to `FEW` rows are read and checked at once. Of more, each becomes an example when somebody asks for it, and what
@@ -62,6 +69,7 @@ def load_data(cfg: DataConfig, numbers: Numbers | None = None) -> Splits:
     Args:
         cfg: the data settings.
         numbers: columns of the training rows that a method reads beside the text, and the numbers that may be there.
+        commits: the commits of hub data sets that are read again, as `Splits.commits` named them.
 
     Returns:
         Training and evaluation examples in a fixed order.
@@ -78,15 +86,23 @@ def load_data(cfg: DataConfig, numbers: Numbers | None = None) -> Splits:
                 "the rows to a file with that column, and name it in data.path."
             )
         return _generated(cfg)
+    asked = Commits(commits)
+    found = _read(cfg, numbers, asked)
+    return dataclasses.replace(found, commits=asked.found)
+
+
+def _read(cfg: DataConfig, numbers: Numbers | None, commits: Commits) -> Splits:
+    """The rows of one source, or of several."""
     if cfg.sources is not None:
-        return _mixed(cfg, numbers)
+        return _mixed(cfg, numbers, commits)
     if cfg.streaming:
-        return _streamed(cfg, numbers)
-    raw = read_rows(str(cfg.path), split=cfg.split, name=cfg.name, limit=cfg.limit)
+        return _streamed(cfg, numbers, commits)
+    revision = _revision(str(cfg.path), cfg.name, cfg.revision, commits)
+    raw = read_rows(str(cfg.path), split=cfg.split, name=cfg.name, revision=revision, limit=cfg.limit)
     rows, name, columns = _examples(raw, cfg, numbers)
     train: Sequence[Example] = rows
     if cfg.eval_path or cfg.eval_split:
-        held, _, more = _eval_rows(cfg)
+        held, _, more = _eval_rows(cfg, commits)
         source, columns = _eval_source(cfg), columns.joined(more)
     else:
         chosen = held_out(cfg, len(rows))
@@ -95,9 +111,14 @@ def load_data(cfg: DataConfig, numbers: Numbers | None = None) -> Splits:
     return Splits(train, held[: cfg.eval_limit], name, str(cfg.path), source, columns=columns)
 
 
-def _mixed(cfg: DataConfig, numbers: Numbers | None) -> Splits:
+def _revision(path: str, name: str | None, revision: str | None, commits: Commits) -> str | None:
+    """What to read of a hub data set: the commit where that is known, else what was asked for."""
+    return (commits.of(path, name, revision) if is_on_hub(path) else None) or revision
+
+
+def _mixed(cfg: DataConfig, numbers: Numbers | None, commits: Commits) -> Splits:
     """Several sources, each read as its own settings say."""
-    parts = [load_data(part, numbers) for part in cfg.parts()]
+    parts = [_read(part, numbers, commits) for part in cfg.parts()]
     weights = [given["weight"] for given in cfg.sources or () if given.get("weight")]
     mixing: Mixing = cfg.mixing or ("first_exhausted" if weights else "joined")
     columns = parts[0].columns
@@ -114,6 +135,7 @@ def _mixed(cfg: DataConfig, numbers: Numbers | None) -> Splits:
         f"{' + '.join(part.source for part in parts)} ({mixing})",
         " + ".join(part.eval_source for part in parts),
         columns=columns,
+        files={file: facts for part in parts for file, facts in part.files.items()},
     )
 
 
@@ -124,18 +146,21 @@ def _names(sources: Sequence[str]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, 1)]
 
 
-def _streamed(cfg: DataConfig, numbers: Numbers | None) -> Splits:
+def _streamed(cfg: DataConfig, numbers: Numbers | None, commits: Commits) -> Splits:
     """A source that is read while a run goes on; its first rows are held out, if there are no others."""
     own = bool(cfg.eval_path or cfg.eval_split)
     count = 0 if own else _EVAL_MOST if cfg.eval_size is None else int(cfg.eval_size)
-    train = Stream(cfg, numbers, count)
+    train = Stream(cfg, numbers, count, _revision(str(cfg.path), cfg.name, cfg.revision, commits))
     columns = train.columns
     if own:
-        held, _, more = _eval_rows(cfg)
+        held, _, more = _eval_rows(cfg, commits)
         source, columns = _eval_source(cfg), columns.joined(more)
     else:
         held, source = train.head(count), f"the first {count} rows of {cfg.path}"
-    return Splits(train, held[: cfg.eval_limit], train.layout.name, str(cfg.path), source, columns=columns)
+    return Splits(
+        train, held[: cfg.eval_limit], train.layout.name, str(cfg.path), source, columns=columns,
+        files=train.files.facts,
+    )  # fmt: skip
 
 
 def _examples(
@@ -179,9 +204,11 @@ def _eval_source(cfg: DataConfig) -> str:
     return " ".join(filter(None, [cfg.eval_path or cfg.path, cfg.eval_split]))
 
 
-def _eval_rows(cfg: DataConfig) -> tuple[Sequence[Example], str, Columns]:
-    path = str(cfg.eval_path or cfg.path)
-    raw = read_rows(path, split=cfg.eval_split, name=None if cfg.eval_path else cfg.name, limit=cfg.eval_limit)
+def _eval_rows(cfg: DataConfig, commits: Commits) -> tuple[Sequence[Example], str, Columns]:
+    own = cfg.eval_path is not None
+    path, name = str(cfg.eval_path or cfg.path), None if own else cfg.name
+    revision = _revision(path, name, None if own else cfg.revision, commits)
+    raw = read_rows(path, split=cfg.eval_split, name=name, revision=revision, limit=cfg.eval_limit)
     return _examples(raw, cfg)
 
 

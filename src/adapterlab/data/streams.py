@@ -14,7 +14,7 @@ import numpy as np
 
 from adapterlab.data.config import WINDOW, DataConfig
 from adapterlab.data.formats import Columns, Example, Layout, Numbers, SourceRow, layout_of
-from adapterlab.data.sources import stream_rows
+from adapterlab.data.sources import files_behind, stream_rows
 from adapterlab.data.views import Lookup
 from adapterlab.errors import DataError
 
@@ -27,6 +27,8 @@ class Stream(Lookup[Any]):
     Attributes:
         cfg: the source, the size of a window and the seed.
         layout: how rows become examples.
+        revision: the commit of a hub data set that is read from beginning to end.
+        files: the local files that are read, which must stay what they are.
         first: the first raw rows.
         columns: those that were read so far.
         held: rows at the beginning that are held out.
@@ -35,8 +37,9 @@ class Stream(Lookup[Any]):
         make: from the examples of a window to what stands at its places.
     """
 
-    def __init__(self, cfg: DataConfig, numbers: Numbers | None, held: int):
-        self.cfg, self.held, self.total = cfg, held, 0
+    def __init__(self, cfg: DataConfig, numbers: Numbers | None, held: int, revision: str | None = None):
+        self.cfg, self.held, self.total, self.revision = cfg, held, 0, revision
+        self.files = files_behind(str(cfg.path), cfg.split)
         self.first = [*islice(self._source(0), FIRST)]
         if len(self.first) <= held:
             raise DataError(
@@ -66,7 +69,10 @@ class Stream(Lookup[Any]):
     def _made(self, number: int) -> Sequence[Any]:
         if self._reading is None or self._reading[0] != number:
             self._reading = number, self._from(number * self.size)
-        raw = [*islice(self._reading[1], self.size)]
+        try:
+            raw = [*islice(self._reading[1], self.size)]
+        finally:
+            self.files.check()  # what was read from a file that changed meanwhile is nobody's, damaged or not
         self._reading = number + 1, self._reading[1]
         order = np.random.default_rng([self.cfg.seed, number]).permutation(len(raw))
         examples, columns = self.layout.read([raw[i] for i in order])
@@ -92,7 +98,9 @@ class Stream(Lookup[Any]):
 
     def _source(self, skip: int) -> Iterator[SourceRow]:
         cfg = self.cfg
-        return stream_rows(str(cfg.path), split=cfg.split, name=cfg.name, limit=cfg.limit, skip=skip)
+        return stream_rows(
+            str(cfg.path), split=cfg.split, name=cfg.name, revision=self.revision, limit=cfg.limit, skip=skip
+        )
 
     def head(self, rows: int) -> list[Example]:
         """Return the first examples of the source, in its order."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapterlab.data.origin import pinned
 from adapterlab.errors import FormatError, nearest
 from adapterlab.io.links import check_links
 from adapterlab.json_text import parsed
@@ -31,7 +32,8 @@ class Place:
         base: name of the base model.
         adapter: folder of the adapter; None for a base model.
         run: folder of the run; None for the others.
-        data: the run's data settings as they were written down; empty for the others.
+        data: the run's data settings as they were written down, hub data sets at the commits that it read; empty for
+            the others.
         precision: the run's, else "bf16".
         quantize: the run's, or None.
         trust_remote_code: whether code that the base brings may run; asked for by the caller, never by a folder.
@@ -171,14 +173,16 @@ def _config(folder: Path) -> dict[str, Any]:
     file = folder / RUN_FILE
     advice = "Restore the file, or name the adapter folder itself, such as " + str(folder / "best") + "."
     try:
-        config: Any = parsed(file.read_text(encoding="utf-8"))["config"]
+        facts: Any = parsed(file.read_text(encoding="utf-8"))
+        config: Any = facts["config"]
         if not isinstance(config["model"], str) or not isinstance(config["data"], dict):
             raise TypeError("config.model should be a name and config.data a mapping")
+        commits = dict(facts["data"].get("commits", {})) if "data" in facts else {}
     except (OSError, ValueError) as error:
         raise FormatError(f"{file} cannot be read as JSON: {error}. {advice}") from None
     except (KeyError, TypeError) as error:
         raise FormatError(f"{file} does not describe a run ({type(error).__name__}: {error}). {advice}") from None
-    return dict(config)
+    return {**config, "data": pinned(config["data"], commits)}
 
 
 def _checkpoints(folder: Path) -> list[str]:

@@ -37,8 +37,8 @@ _WORTH = 4  # files for which another process is started
 SAMPLE = 128  # rows that are looked at for what is said before training
 # What a row's tokens do not depend on: the rows themselves are hashed, wherever they come from.
 _BESIDE = {
-    "path", "name", "task", "task_args", "split", "eval_path", "eval_split", "eval_size", "limit", "eval_limit",
-    "scorer", "seed", "sources", "mixing", "streaming", "window",
+    "path", "name", "revision", "task", "task_args", "split", "eval_path", "eval_split", "eval_size", "limit",
+    "eval_limit", "scorer", "seed", "sources", "mixing", "streaming", "window",
 }  # fmt: skip
 
 

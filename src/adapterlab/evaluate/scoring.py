@@ -34,7 +34,7 @@ _EVAL_SOURCE = ("eval_path", "eval_split", "eval_size")
 _REPLACES = (
     (
         ("path", "task", "sources"),
-        ("path", "task", "sources", "mixing", "streaming", "window", "name", "task_args", "split", "limit",
+        ("path", "task", "sources", "mixing", "streaming", "window", "name", "revision", "task_args", "split", "limit",
          "eval_limit", "format", "columns", "ignore"),
     ),
     (("path", "task", "sources", *_EVAL_SOURCE), _EVAL_SOURCE),

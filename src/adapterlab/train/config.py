@@ -26,9 +26,19 @@ EPOCHS = 3.0
 _REPLACES = {
     ("training", "steps"): ("epochs",),
     ("training", "epochs"): ("steps",),
-    ("data", "path"): ("name", "task", "task_args", "sources", "mixing"),
-    ("data", "task"): ("path", "name", "columns", "eval_path", "eval_split", "task_args", "sources", "mixing"),
-    ("data", "sources"): ("path", "name", "task", "task_args", "eval_path", "eval_split"),
+    ("data", "path"): ("name", "revision", "task", "task_args", "sources", "mixing"),
+    ("data", "task"): (
+        "path",
+        "name",
+        "revision",
+        "columns",
+        "eval_path",
+        "eval_split",
+        "task_args",
+        "sources",
+        "mixing",
+    ),
+    ("data", "sources"): ("path", "name", "revision", "task", "task_args", "eval_path", "eval_split"),
 }
 
 

@@ -53,6 +53,10 @@ _FREE = (
     "cpu_offload",
 )  # fmt: skip
 _PROCESSES = "processes"
+COMMITS, STREAMED = (
+    "data commits",
+    "data files",
+)  # of hub data sets, and of streams; checkpoints of early versions: none
 # Where another number of processes goes on, a step has to have as many rows.
 _STEP = ("training.batch_size", "training.accumulation", _PROCESSES)
 
@@ -103,6 +107,9 @@ def _check_usable(folder: Path, *, resume: bool, overwrite: bool) -> None:
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Say which settings of two flat configurations differ, those that cannot change the training left out."""
     free = {*_FREE, _PROCESSES}
+    for key in (COMMITS, STREAMED):
+        known = bool(saved.get(key)) and key in now
+        saved, now = _spread(key, saved, known), _spread(key, now, known)
     if saved.get(_PROCESSES, now.get(_PROCESSES)) != now.get(_PROCESSES):
         product = " × ".join(_STEP)
         saved, now = ({**s, product: math.prod(s[key] for key in _STEP)} for s in (saved, now))
@@ -112,6 +119,13 @@ def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for key in dict.fromkeys([*saved, *now])
         if saved.get(key) != now.get(key) and key not in free
     ]
+
+
+def _spread(key: str, side: Mapping[str, Any], known: bool) -> dict[str, Any]:
+    """Give each file or data set a line of its own; none where the other side does not know them."""
+    own = side[key] if known else {}
+    rest = {k: v for k, v in side.items() if k != key}
+    return {**rest, **{f"{key.removesuffix('s')} {name}": fact for name, fact in own.items()}}
 
 
 def check_same(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

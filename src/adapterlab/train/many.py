@@ -199,8 +199,7 @@ class _Many:
 
     def _course(self, base: Base, run: _Run, stopping: Stopping) -> Course[Loop, Record, RunResult]:
         """Attach a run's method and make it ready."""
-        saved = run.state["adapter"] if run.state else None
-        job = attached(run.config, base, saved, run.name)
+        job = attached(run.config, base, run.state, run.name)
         loop = loop_of(run.config, job, run.accelerator, prepare=run.state is None)
         self._say(
             f"{run.label}: {loop.method.id}, {job.host.summary(run.name).trainable:,} trainable; {loop.total:,} steps "

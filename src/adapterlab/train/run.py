@@ -19,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.text import Text
-from torch import Tensor
 
 from adapterlab import yaml_text
 from adapterlab.core.usage import collapsed
@@ -202,9 +201,10 @@ def _loaded(
 ) -> tuple[Job, Loop]:
     """Load everything and show what will train."""
     with _announced(config, accelerator, console, force=force):
-        job = load(config, accelerator, saved=state["adapter"] if state else None)
+        job = load(config, accelerator, state)
         summary = job.host.summary(job.name)
-        data = {f"data {name}": fact for name, fact in job.data.items()}
+        # The files of a stream may be copies of each machine; what they say is in the fingerprint.
+        data = {f"data {name}": fact for name, fact in job.data.items() if name != "files"}
         agreed(accelerator, {**data, "trainable scalars": summary.trainable, "scalars": summary.total})
         check_fits(accelerator.num_processes, len(job.rows))
         loop = loop_of(config, job, accelerator, prepare=state is None)
@@ -309,13 +309,14 @@ def _data(loop: Loop, run_folder: RunFolder) -> Any:
     return data
 
 
-def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tensor] | None = None) -> Job:
+def load(config: TrainConfig, accelerator: Accelerator, state: Mapping[str, Any] | None = None) -> Job:
     """Load model and data, and attach the method.
 
     Args:
         config: of the run.
         accelerator: of the run.
-        saved: the adapter's tensors in a checkpoint: it gets their structure, which data may have decided.
+        state: of the checkpoint to go on from: the adapter gets the structure that it has there, which data may have
+            decided, and hub data sets are read at the commits that the run began with.
 
     Raises:
         ConfigError: the precision cannot be trained on the device.
@@ -323,7 +324,7 @@ def load(config: TrainConfig, accelerator: Accelerator, saved: Mapping[str, Tens
         DataError: there are no usable rows.
         AttachError: the method cannot work on this model.
     """
-    return attached(config, load_base(config, accelerator), saved, processes=accelerator.num_processes)
+    return attached(config, load_base(config, accelerator), state, processes=accelerator.num_processes)
 
 
 def load_base(config: TrainConfig, accelerator: Accelerator) -> Base:
@@ -341,13 +342,14 @@ def load_base(config: TrainConfig, accelerator: Accelerator) -> Base:
 def attached(
     config: TrainConfig,
     base: Base,
-    saved: Mapping[str, Tensor] | None = None,
+    state: Mapping[str, Any] | None = None,
     name: str = NAME,
     processes: int = 1,
 ) -> Job:
     """Load the data of a run, and attach its method to a model under a name; see `load`."""
     host, tokenizer = base.host, base.tokenizer
-    splits = load_data(config.data, config.make_method().columns)
+    commits = state["identity"].get(files.COMMITS) if state is not None else None
+    splits = load_data(config.data, config.make_method().columns, commits)
     trained = rows_for(host.model, tokenizer, splits.train, config.data)
     if isinstance(trained.rows, STREAMED):
         trained = _of_stream(config.training, processes, trained)
@@ -355,12 +357,14 @@ def attached(
     unshown = trained.report.unshown + (held.report.unshown if held else ())
     columns = splits.columns.joined(Columns(unused=unshown))
     set_seed(config.training.seed)  # the start values of the adapter depend on the seed alone
-    host.attach(config.make_method(), name, saved=saved)
+    host.attach(config.make_method(), name, saved=state["adapter"] if state is not None else None)
     data = {
         "fingerprint": fingerprint(Joined([splits.train, splits.eval])),
         "format": splits.format,
         "source": splits.source,
         "eval_source": splits.eval_source,
+        "commits": dict(splits.commits),
+        "files": dict(splits.files),
         "train_rows": len(trained.rows),
         "eval_rows": len(held.rows) if held else 0,
         "columns": dataclasses.asdict(columns),
@@ -444,7 +448,10 @@ def _steps(loop: Loop) -> str:
 
 def _identity(config: TrainConfig, job: Job) -> dict[str, Any]:
     """What a resumed run must have in common with the checkpoint."""
-    return {**config.flat(), "data fingerprint": job.data["fingerprint"], "processes": job.processes}
+    return {
+        **config.flat(), files.COMMITS: job.data["commits"], files.STREAMED: job.data["files"],
+        "data fingerprint": job.data["fingerprint"], "processes": job.processes,
+    }  # fmt: skip
 
 
 def _facts(config: TrainConfig, job: Job, sources: Provenance) -> dict[str, Any]:
