@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -28,7 +29,9 @@ from transformers import (
 )
 
 import adapterlab as al
+from adapterlab.core.adapter import Adapter
 from adapterlab.errors import AttachError, MergeError
+from adapterlab.foreign.cache import NAMES
 from adapterlab.testing import models
 
 MIX = {
@@ -149,6 +152,52 @@ def test_beams_around_a_block_and_inside_it(tiny: Any, randomise: Any, logits: A
         with host.using(name):
             alone = logits(model, {"input_ids": ids})[3 * row : 3 * row + 3]
         assert torch.allclose(mixed[3 * row : 3 * row + 3], alone, atol=1e-4), name
+
+
+class Custom(al.Method):
+    """Stands for a method of its own."""
+
+    def attach(self, host: Any, name: str) -> None:
+        return None
+
+
+class Louder(Adapter):
+    """Changes what a block is given."""
+
+    shares_base = True
+
+    def around(self, run: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return run(1.5 * x, *args, **kwargs)
+
+
+class Reading(Adapter):
+    """Looks into the cache that a block is given."""
+
+    shares_base = True
+
+    def around(self, run: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for cache in (kwargs[name] for name in NAMES if kwargs.get(name) is not None):
+            cache.get_seq_length()
+        return run(x, *args, **kwargs)
+
+
+@pytest.mark.parametrize("adapter", [Louder, Reading])
+def test_a_cache_that_a_part_cannot_use_is_refused_with_both_ways_out(tiny: Any, adapter: type[Adapter]) -> None:
+    model = tiny("llama")
+    host = al.attach(model, Custom(), "loud")
+    for layer in host.layers:
+        host.wrap("loud", layer, adapter(host.site(layer)))
+    host.attach(MIX["lora"](), "lora")
+    ids = torch.arange(3, 13).view(2, 5)
+    options: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    said = r"An adapter changes what a block .* key-value cache .*cannot be split by rows.*host\.using.*use_cache=False"
+    with host.rows(["loud", "lora"]):
+        with pytest.raises(AttachError, match=said):
+            model.generate(ids, **options)
+        together = model.generate(ids, use_cache=False, **options)
+    for row, name in enumerate(("loud", "lora")):
+        with host.using(name):
+            assert torch.equal(model.generate(ids[row : row + 1], **options)[0], together[row])
 
 
 SIZES: dict[str, Any] = {

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from launches import ONE_THREAD, command, stopped
 from safetensors.torch import load_file
 
 from adapterlab.errors import ConfigError
@@ -25,7 +24,6 @@ from tiny_runs import make_config, write_data
 
 FILE = "adapter_model.safetensors"
 TIMED = ("seconds", "memory")
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -93,6 +91,17 @@ class TestRanks:
         assert re.search(r"data fingerprint: '\w+\.\.\. on rank 0; '\w+\.\.\. on rank 1", said)
         assert "data train_rows: 54 on rank 0; 44 on rank 1" in said
 
+    def test_ranks_with_other_settings_stop_and_name_them(self, runs: dict[str, Any]) -> None:
+        found = runs["other settings"]
+        assert found["codes"] == [2, 2]
+        assert found["seconds"] < 30
+        said = found["said"][0]
+        assert "The processes of this run differ in what must be the same for all" in said
+        assert "training.lr: 0.01 on rank 0; 0.02 on rank 1" in said
+        assert "method.r: 2 on rank 0; 3 on rank 1" in said
+        assert said.count(" on rank 1") == 2, "nothing else differs"
+        assert all(rows == [] for rows in found["rows"]), "and nobody has trained"
+
     def test_stopped_by_a_signal_to_one_rank_and_killed_the_run_goes_on_exactly(
         self, root: Path, runs: dict[str, Any]
     ) -> None:
@@ -118,15 +127,8 @@ def test_the_command_line_starts_stops_and_names_the_ranks(root: Path) -> None:
     file, output = root / "many.yaml", root / "many"
     fields = make_config(root, steps=4000, eval_every=4000, save_every=4000, warmup=0)
     file.write_text(yaml.safe_dump({**fields, "output": str(output)}))
-    command = [sys.executable, "-m", "adapterlab", "train", str(file), "--processes", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ONE_THREAD)
-    end = time.monotonic() + 120
-    metered = output / "metrics.jsonl"
-    while time.monotonic() < end and not (metered.is_file() and metered.stat().st_size):
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, said
+    code, said = stopped(command(file, 2), output)
+    assert code == 130, said
     assert re.search(r"interrupted after step \d+; its checkpoint is in", said)
     assert f"Continue with: adapterlab train {file} --resume --processes 2" in said
     assert "Traceback" not in said

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from tiny_runs import make_config, write_data
 
 ROOT = Path(sys.argv[1])
 Trouble = Callable[[int], Sequence[Any]]
+NOTHING: Mapping[int, Sequence[str]] = {}
 
 
 class At(Listener):
@@ -65,8 +66,17 @@ def configuration(output: str, data: Any, **training: Any) -> Path:
     return file
 
 
-def ranks(world: int, words: Sequence[str], trouble: Trouble = lambda rank: ()) -> dict[str, Any]:
-    """Run the command line in processes, and return how they ended, what they said, and how long it took."""
+def ranks(
+    world: int, words: Sequence[str], trouble: Trouble = lambda rank: (), own: Mapping[int, Sequence[str]] = NOTHING
+) -> dict[str, Any]:
+    """Run the command line in processes, and return how they ended, what they said, and how long it took.
+
+    Args:
+        world: how many.
+        words: of the command line.
+        trouble: what happens to a rank, by its number.
+        own: words that a rank has beside.
+    """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     began = time.monotonic()
@@ -77,7 +87,7 @@ def ranks(world: int, words: Sequence[str], trouble: Trouble = lambda rank: ()) 
                 place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
                 os.environ.update({key: str(value) for key, value in place.items()})
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            os._exit(one(rank, words, trouble))
+            os._exit(one(rank, [*words, *own.get(rank, ())], trouble))
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     said = [(ROOT / f"said-{rank}").read_text() for rank in range(world)]
@@ -162,8 +172,8 @@ def main() -> dict[str, Any]:
     short = {"accumulation": 1, "dropout": 0.2, "steps": 4, "eval_every": 2}
     found: dict[str, Any] = {}
 
-    def go(name: str, world: int, file: Path, *words: str, trouble: Trouble = lambda rank: ()) -> None:
-        found[name] = {**ranks(world, ["train", str(file), *words], trouble), "rows": []}
+    def go(name: str, world: int, file: Path, *words: str, **options: Any) -> None:
+        found[name] = {**ranks(world, ["train", str(file), *words], **options), "rows": []}
         if all(code >= 0 for code in found[name]["codes"]):
             found[name]["rows"] = seen(world)
 
@@ -178,6 +188,7 @@ def main() -> dict[str, Any]:
     go("first killed", 2, trouble, trouble=stuck)
     go("raised", 2, trouble, "--overwrite", trouble=on(1, 1, boom))
     go("other rows", 2, trouble, "--overwrite", trouble=other_rows)
+    go("other settings", 2, trouble, "--overwrite", own={1: ["training.lr=0.02", "method.r=3"]})
     return found
 
 
