@@ -187,17 +187,29 @@ def test_folders_hold_splits(tmp_path, write_rows):
         load_data(DataConfig(path=str(tmp_path / "test.jsonl"), eval_split="test"))
 
 
-def test_hub_failure_points_to_local_files(monkeypatch):
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """Neither the hub nor the cache knows anything of a data set."""
     import datasets
+    from huggingface_hub import HfApi
 
-    def offline(*_args, **_kwargs):
+    def fail(*_args, **_kwargs):
         raise ConnectionError("Couldn't reach 'owner/rows' on the Hub")
+
+    monkeypatch.setattr(HfApi, "dataset_info", fail)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return fail
+
+
+def test_hub_failure_points_to_local_files(monkeypatch, offline):
+    import datasets
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(DataError, match=r"'owner/rows' \(split 'train'\).*Couldn't reach.*set data\.path to the local"):
         load_data(DataConfig(path="owner/rows"))
 
 
+@pytest.mark.usefixtures("offline")
 def test_hub_rows_and_splits(monkeypatch):
     import datasets
 
