@@ -20,6 +20,7 @@ from adapterlab.compare.power import (
     of_discordance,
     rows_needed,
     spread_of,
+    with_more_seeds,
 )
 from adapterlab.compare.recommending import recommend
 from adapterlab.compare.results import Comparison
@@ -124,6 +125,53 @@ def test_what_cannot_be_told_is_said_with_what_it_would_take() -> None:
     assert "To tell 5 points apart here takes about " in text.text
     assert "evaluation rows and" in text.text
     assert "seeds of each method." in text.text
+
+
+def test_more_seeds_than_usual_are_a_number_too() -> None:
+    loud, pairs = Spread(0.1, 0.12, 0.35, ""), 6
+    assert cheapest(needs(loud, 0.05, pairs=pairs)) is None
+    need = with_more_seeds(loud, 0.05, pairs=pairs)
+    near = [rows_needed(loud, 0.05, seeds, level=0.05 / pairs) for seeds in (need.seeds - 1, need.seeds)]
+    assert need.rows == near[1] is not None
+    assert need.rows <= 1000
+    assert near[0] is None or near[0] > 1000, "one seed less asks for more rows"
+    wide = with_more_seeds(Spread(0.1, 2.0, 0.35, ""), 0.05, pairs=pairs)  # 1,000 rows are too few for any seeds
+    assert wide.rows is not None
+    assert wide.rows > 1000
+
+
+def changed(made: Comparison, **facts: object) -> str:
+    """The recommendation of a comparison with other runs."""
+    kept = {key: getattr(made, key) for key in ("name", "started", "updated", "finished", "config", "data")}
+    text = summarise(judge=made.judge, level=made.level, **{**kept, "runs": made.runs, **facts}).recommendation  # type: ignore[arg-type]
+    assert text is not None
+    return text.text
+
+
+def test_advice_has_numbers_however_far_seeds_spread_and_says_why_where_there_are_none() -> None:
+    made = fabricate(methods=("lora r=8", "lora r=16"), failed=False, seeds=2, judge="loss", rows=60)
+    factors = {("lora r=8", 0): 1.25, ("lora r=8", 1): 1.6, ("lora r=16", 0): 1.4, ("lora r=16", 1): 1.1}
+    runs = []
+    for run in made.runs:
+        assert run.best is not None
+        losses = [loss * factors.get((run.label, run.seed), 3.0) for loss in run.best.losses]
+        runs.append(run.model_copy(update={"best": run.best.model_copy(update={"losses": losses})}))
+    spread = spread_of(made.model_copy(update={"runs": runs}))
+    assert spread is not None
+    assert cheapest(needs(spread, 0.05, pairs=3)) is None, "twenty seeds are not enough"
+    text = changed(made, runs=runs)
+    need = with_more_seeds(spread, 0.05, pairs=3)
+    assert f"takes about {need.rows:,} evaluation rows and {need.seeds} seeds of each method." in text
+    first = [run for run in runs if run.seed == 0]
+    one = changed(made, runs=first)
+    assert "takes at least " in one
+    assert "How many seeds of each method it takes cannot be said from one." in one
+    apart = changed(made, runs=[run for run in first if run.label != "lora r=8"] + [
+        run for run in runs if (run.label, run.seed) == ("lora r=8", 1)])  # fmt: skip
+    assert "none of them has finished a seed that" in apart
+    short = {"losses": [1.0], "tokens": [2], "right": [1]}
+    of_one_row = [run.model_copy(update={"best": run.best and run.best.model_copy(update=short)}) for run in made.runs]
+    assert "one evaluation row says nothing of how far rows spread" in changed(made, runs=of_one_row)
 
 
 def test_costs_that_nobody_measured_are_not_told() -> None:

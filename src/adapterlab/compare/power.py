@@ -238,6 +238,29 @@ def cheapest(found: Sequence[Need]) -> Need | None:
     return next((need for need in enough if (need.rows or 0) <= _MANY), enough[-1] if enough else None)
 
 
+def with_more_seeds(
+    spread: Spread, difference: float, *, pairs: int = 1, level: float = 0.05, power: float = POWER
+) -> Need:
+    """Return the fewest seeds that do with a moderate number of rows, where none of the usual numbers of seeds do.
+
+    `rows_needed` solved for S: with w = D / (z_{1−α/2} + z_{1−β}) and n rows, S = (n σ_u² + 3 σ_e²) / (n w² − σ_v²).
+    Where the rows themselves spread too far for n, it is taken for twice the σ_v² / w² that no number of seeds saves.
+
+    Args:
+        spread: of the difference.
+        difference: to be told apart, in the judge's unit, above 0.
+        pairs: that are compared.
+        level: of significance after correction.
+        power: share of comparisons that should find it.
+    """
+    each = level / max(1, pairs)
+    wanted = (difference / _quantiles(each, power)) ** 2
+    rows = max(_MANY, 2 * spread.rows**2 / wanted)
+    fewest = (rows * (spread.seeds or 0) ** 2 + 3 * spread.rest**2) / (rows * wanted - spread.rows**2)
+    seeds = max(SEEDS[0], math.ceil(fewest))
+    return Need(seeds, rows_needed(spread, difference, seeds, level=each, power=power))
+
+
 def of_discordance(share: float, difference: float) -> Spread:
     """Return the spread of a score of which nothing is known but on how many rows two methods disagree.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from adapterlab.compare.power import WORTH, cheapest, needs, spread_of
+from adapterlab.compare.power import WORTH, cheapest, needs, spread_of, with_more_seeds
 from adapterlab.compare.results import UNTRAINED, Comparison, Recommendation, Run, Standing
 
 ONE_SEED = (
@@ -80,10 +80,24 @@ def _would_take(comparison: Comparison, undecided: Sequence[Standing]) -> str:
     best = next(s.label for s in comparison.standings if s.rank is not None and s.label != UNTRAINED)
     spread = spread_of(comparison, [(best, s.label) for s in undecided])
     pairs, level = max(1, len(comparison.differences)), comparison.level
-    need = None if spread is None else cheapest(needs(spread, difference, pairs=pairs, level=level))
-    if need is None:
-        return "More seeds and more evaluation rows would be needed."
+    if spread is None:
+        return f"How many rows and seeds would tell them apart cannot be said: {_why_unknown(comparison, best)}."
+    need = cheapest(needs(spread, difference, pairs=pairs, level=level))
+    if spread.seeds is None and need is not None:
+        return (
+            f"To tell {gap} apart here takes at least {need.rows:,} evaluation rows. How many seeds of each method it "
+            "takes cannot be said from one."
+        )
+    need = need or with_more_seeds(spread, difference, pairs=pairs, level=level)
     return f"To tell {gap} apart here takes about {need.rows:,} evaluation rows and {need.seeds} seeds of each method."
+
+
+def _why_unknown(comparison: Comparison, best: str) -> str:
+    """Why no spread of differences could be estimated."""
+    exam = next(run.best for run in comparison.runs_of(best) if run.best is not None)
+    if len(exam.marks(comparison.judge)[0]) < 2:
+        return "one evaluation row says nothing of how far rows spread"
+    return f"none of them has finished a seed that {best} has finished too"
 
 
 def _level(comparison: Comparison) -> str:
