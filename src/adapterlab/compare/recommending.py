@@ -66,7 +66,7 @@ def _open(comparison: Comparison, ranked: Sequence[Standing], undecided: Sequenc
         apart = abs((best.value or 0.0) - (second.value or 0.0))
         gap = f"{100 * apart:.1f} points" if comparison.judge == "score" else f"{apart:.4f} nats a token"
         return f"Every other one is worse at {_level(comparison)}; the nearest, {second.label}, by {gap}."
-    names = _list([s.label for s in undecided])
+    names = listed([s.label for s in undecided])
     cheap = _least(comparison, undecided, _seconds)
     many = cheap is not None and len(undecided) > 1
     hint = f" Of these, {cheap.label} trains fastest ({_clock(comparison, cheap)})." if cheap and many else ""
@@ -115,7 +115,7 @@ def _gain(comparison: Comparison, best: Standing, helpful: Sequence[Standing]) -
 
 def _failed(comparison: Comparison) -> str:
     failed = [s.label for s in comparison.standings if s.failed and not s.finished]
-    return f"Failed, with the reason in the table: {_list(failed)}." if failed else ""
+    return f"Failed, with the reason in the table: {listed(failed)}." if failed else ""
 
 
 def _undecided(comparison: Comparison, ranked: Sequence[Standing]) -> list[Standing]:
@@ -163,5 +163,6 @@ def _clock(comparison: Comparison, standing: Standing) -> str:
     return f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
 
 
-def _list(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return names as a sentence has them: a, b and c."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

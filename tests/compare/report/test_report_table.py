@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import html
 import io
 import itertools
 import random
@@ -11,6 +12,8 @@ from fabricate import fabricate
 
 from adapterlab.compare.report import amounts, charts, peft, table
 from adapterlab.compare.report.join import alike, join
+from adapterlab.compare.report.origins import came_about
+from adapterlab.compare.report.page import page
 from adapterlab.compare.report.svg import NARROW, WIDE, Axis, Plot
 from adapterlab.compare.report.write import write
 from adapterlab.compare.results import UNTRAINED, Recommendation
@@ -127,6 +130,71 @@ def test_the_classic_markdown_table_is_complete():
     for line in lines:
         trained = not any(f" {label} " in line for label in (UNTRAINED, "lora r=512"))
         assert trained == all(cell.strip() != amounts.MISSING for cell in line.split("|")[1:-1])
+
+
+def without_costs(comparison, **changes):
+    """The comparison as it is with `evaluation.costs: false` and answers that nobody scored."""
+    bare = {"memory": None, "inference": None, "step_flops": None, "flops": None}
+    unscored = {"score": None, "interval": None, "right": []}
+    runs = []
+    for run in comparison.runs:
+        exams = {
+            key: exam and exam.model_copy(update=unscored) for key, exam in (("best", run.best), ("final", run.final))
+        }
+        seconds = 0.0 if run.is_untrained else None  # as the untrained model's run is written down
+        runs.append(run.model_copy(update={**bare, **exams, "train_seconds": seconds}))
+    config = {**comparison.config, "evaluation": {"costs": False}}
+    return comparison.model_copy(update={"runs": runs, "judge": "loss", "config": config, **changes})
+
+
+def test_columns_that_nothing_trained_has_are_left_out_and_named_with_the_reason():
+    bare = without_costs(MADE)
+    text = table.markdown(table.build([bare]))
+    header = text.splitlines()[0]
+    for title in ("peak memory", "mean memory", "training time", "score, best", "score, final"):
+        assert title not in header
+    assert " best step | validation loss | train loss | loss, best |" in header
+    line = (
+        "Not in the table: “score, best” and “score, final” (answers were not scored); “peak memory”, “mean memory” "
+        "and “training time” (costs were not measured: evaluation.costs is false)."
+    )
+    assert text.splitlines()[-1] == line
+    assert line in page([bare])
+    assert "training time</button>" not in page([bare])
+    asked = without_costs(MADE, config={})
+    assert table.left_out(table.build([asked])).endswith("and “training time” (no finished run has any).")
+    assert "Not in the table" not in table.markdown(table.build([MADE])) + page([MADE])
+
+
+def test_before_anything_is_trained_the_table_has_the_figures_of_the_untrained_model():
+    begun = MADE.model_copy(update={"runs": MADE.runs[:1], "standings": MADE.standings[-2:-1]})
+    assert "peak memory" in table.markdown(table.build([begun])).splitlines()[0]
+
+
+def test_how_many_runs_shared_a_base_is_said_with_the_reasons_of_those_that_did_not(tmp_path, monkeypatch):
+    monkeypatch.setattr("adapterlab.compare.report.picture.can_draw", lambda: False)
+    why = "The process that trained 2 runs together failed. Log: <together>/log.txt."
+    notes = {
+        ("lora r=8", 1): {"together": 5}, ("lora r=16", 1): {"together": 5, "alone": "it draws random numbers"},
+        ("dora", 0): {"alone": why}, ("dora", 1): {"alone": why}, ("ia3", 1): {"together": 5},
+    }  # fmt: skip
+    runs = [run.model_copy(update=notes.get((run.label, run.seed), {})) for run in MADE.runs]
+    first, second = MADE.searches[0].rounds
+    shared = [trial.model_copy(update={"together": 4}) for trial in first]
+    searches = [MADE.searches[0].model_copy(update={"rounds": [shared, second]}), *MADE.searches[1:]]
+    made = MADE.model_copy(update={"runs": runs, "searches": searches})
+    assert came_about([made]) == [
+        "Finished runs that shared a base with others in one process: 3 of 12; alone: 9. Reasons for being alone: The "
+        "process that trained 2 runs together failed. Log: <together>/log.txt (2). Reasons for passes of their own on "
+        "a shared base: it draws random numbers (1). Trials of learning rates that shared one: 4 of 36."
+    ]
+    write([made], tmp_path)
+    assert table.plain(came_about([made])[0]) in (tmp_path / "table.md").read_text()
+    assert html.escape(came_about([made])[0]) in (tmp_path / "report.html").read_text()
+    other = fabricate("other").model_copy(update={"searches": []})
+    assert [line.split(": ")[0] for line in came_about([made, other])] == ["made-up", "other"]
+    assert came_about([other]) == ["Finished runs that shared a base with others in one process: 0 of 12; alone: 12."]
+    assert came_about([other.model_copy(update={"runs": other.runs[:1]})]) == []
 
 
 def test_markdown_cells_cannot_break_the_table():

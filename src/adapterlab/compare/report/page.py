@@ -15,6 +15,7 @@ from adapterlab.compare.recommending import ONE_SEED
 from adapterlab.compare.report import amounts, charts, svg, table
 from adapterlab.compare.report.charts import Figure
 from adapterlab.compare.report.join import alike
+from adapterlab.compare.report.origins import came_about
 from adapterlab.compare.report.table import COLOURS, COLUMNS, Cell, Column, Row
 from adapterlab.compare.results import Comparison, Difference, Run, Sample
 from adapterlab.compare.statistics import ALL_PAIRS
@@ -112,6 +113,7 @@ def page(comparisons: Sequence[Comparison], rows: Sequence[Row] | None = None) -
         notices=notices(comparisons),
         rows=rows,
         columns=columns,
+        table_notes=[*filter(None, [table.left_out(rows)]), *came_about(comparisons)],
         tops={top for own in wholes.values() for top in _tops(own)},
         runs=[_run(run, c, columns) for c in comparisons for run in _single_runs(c, folders[c.name])],
         rank_note=_rank_note(rows),

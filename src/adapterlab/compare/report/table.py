@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from adapterlab.compare.recommending import listed
 from adapterlab.compare.report import amounts
 from adapterlab.compare.report.join import alike, exam_interval, join, joined_label
 from adapterlab.compare.results import UNTRAINED, Comparison, Interval, Run, Standing, mean
@@ -173,6 +174,8 @@ _CLASSIC = (  # the order in which the classic table is usually given
     "peak_memory_bytes", "mean_memory_bytes", "best_step", "best_validation_loss_nats", "final_train_loss_nats",
     "train_seconds", "loss_best_nats", "score_best", "score_final",
 )  # fmt: skip
+_COSTS = ("peak_memory_bytes", "mean_memory_bytes", "train_seconds")  # of the classic table
+_SCORES = ("score_best", "score_final")
 _EXAMS = {  # columns with an interval: which exam, and what of it
     "score_best": ("best", "score"), "score_final": ("final", "score"),
     "loss_best_nats": ("best", "loss"), "loss_final_nats": ("final", "loss"),
@@ -214,27 +217,53 @@ def foremost(rows: Sequence[Row]) -> list[Row]:
 
 
 def columns(rows: Iterable[Row], kind: Kind | None = None) -> list[Column]:
-    """Return the columns in which at least one row has a figure.
+    """Return the columns in which at least one trained row has a figure, or any row while none has been trained.
 
     Args:
         rows: of the table.
         kind: only those of this kind.
     """
     rows = list(rows)
-    known = [c for c in COLUMNS if any(row.cells[c.key].value is not None for row in rows)]
+    judging = [row for row in rows if row.series is not None and row.runs] or rows
+    known = [c for c in COLUMNS if any(row.cells[c.key].value is not None for row in judging)]
     return [c for c in known if kind in (None, c.kind)]
 
 
+def left_out(rows: Sequence[Row]) -> str:
+    """Say in a line which columns of the classic table are not there, and why; "" where all are."""
+    there = {column.key for column in columns(rows)}
+    reasons: dict[str, list[str]] = {}
+    for column in (c for c in COLUMNS if c.kind == "classic" and c.key not in there):
+        reasons.setdefault(_why_empty(rows, column), []).append(f"“{column.title}”")
+    if not reasons:
+        return ""
+    return f"Not in the table: {'; '.join(f'{listed(names)} ({why})' for why, names in reasons.items())}."
+
+
+def _why_empty(rows: Sequence[Row], column: Column) -> str:
+    exams = [exam for row in rows for run in row.runs if (exam := run.best) is not None]
+    if column.key in _SCORES and exams and all(exam.score is None for exam in exams):
+        return "answers were not scored"
+    if column.key in _COSTS and all(_without_costs(row.comparison) for row in rows):
+        return "costs were not measured: evaluation.costs is false"
+    return "no finished run has any"
+
+
+def _without_costs(comparison: Comparison) -> bool:
+    evaluation = comparison.config.get("evaluation")
+    return isinstance(evaluation, Mapping) and evaluation.get("costs") is False
+
+
 def markdown(rows: Sequence[Row]) -> str:
-    """Write the classic table, and below it all other measurements."""
-    by_key = {column.key: column for column in COLUMNS}
-    classic = [by_key[key] for key in _CLASSIC]
+    """Write the classic table, and below it all other measurements, remarks, and what is not there."""
+    by_key = {column.key: column for column in columns(rows, "classic")}
+    classic = [by_key[key] for key in _CLASSIC if key in by_key]
     many = len({row.folder for row in rows}) > 1
     parts = [_grid(rows, classic, rank=True, many=many)]
     if more := columns(rows, "more"):
         parts.append(_grid(rows, more, rank=False, many=many))
-    remarks = [f"- {plain(row.name)}: {plain(row.remark)}" for row in rows if row.remark]
-    return "\n\n".join([*parts, *(["\n".join(remarks)] if remarks else [])]) + "\n"
+    remarks = "\n".join(f"- {plain(row.name)}: {plain(row.remark)}" for row in rows if row.remark)
+    return "\n\n".join(filter(None, [*parts, remarks, left_out(rows)])) + "\n"
 
 
 def comma_separated(rows: Sequence[Row]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adapterlab.compare.report import page, peft, picture, table
+from adapterlab.compare.report.origins import came_about
 from adapterlab.compare.results import Comparison, load
 from adapterlab.errors import ConfigError, OutputError
 from adapterlab.io.atomic import check_made_here, new_file, write_json, write_text
@@ -96,7 +97,8 @@ def _named_apart(comparisons: list[Comparison]) -> list[Comparison]:
 def _markdown(comparisons: Sequence[Comparison], rows: Sequence[table.Row]) -> str:
     advice = [table.plain(c.recommendation.text) for c in comparisons if c.recommendation is not None]
     notices = map(table.plain, page.notices(comparisons))
-    return "\n\n".join([*notices, table.markdown(rows).rstrip("\n"), *advice]) + "\n"
+    origins = map(table.plain, came_about(comparisons))
+    return "\n\n".join([*notices, table.markdown(rows).rstrip("\n"), *origins, *advice]) + "\n"
 
 
 def _draw(rows: Sequence[table.Row], file: Path) -> None:
