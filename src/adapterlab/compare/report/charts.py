@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from adapterlab.compare.report import amounts
+from adapterlab.compare.report import amounts, scales
 from adapterlab.compare.report.svg import NARROW, SMALL, WIDE, Axis, Plot
 from adapterlab.compare.report.table import COLUMNS, JUDGED, Column, Row
 from adapterlab.compare.results import Comparison, Difference, Search
@@ -22,7 +22,7 @@ OVERLAID = 4  # methods whose curves can be told apart in one chart
 _PANELS = 24  # methods with a chart of their own at most
 _NAMES = 24  # methods that are named in a chart at most; the others are found by pointing at them
 _ASIDE = 32  # units of a chart's width for each letter of the names beside it, at most
-LOG = 4  # times that the largest loss is the smallest from which a logarithmic scale shows more
+_LOG = 4  # times that the largest loss is the smallest from which a logarithmic scale shows more
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,42 @@ def judged(rows: Sequence[Row]) -> tuple[str, str, Callable[[float], str], bool]
     return key, "share of right answers" if score else "evaluation loss (nats/token)", column.form, score
 
 
-def tradeoff(rows: Sequence[Row], key: str) -> Figure | None:
-    """Draw score (or loss) against a cost, with the Pareto front.
+@dataclass(frozen=True)
+class Scatter:
+    """The trained methods' score (or loss) against a cost.
 
-    The scale is that of the trained methods; an untrained model that lies outside is named at the edge.
+    Attributes:
+        cost: its column.
+        x, y: the scales, which hold most methods.
+        at: where each one lies, which may be outside; what is no number lies infinitely far on the worse side.
+        front: of Pareto.
+    """
+
+    cost: Column
+    x: Axis
+    y: Axis
+    at: Mapping[str, tuple[float, float]]
+    front: Curve
+
+    def holds(self, name: str) -> bool:
+        """Say whether a method lies inside."""
+        return self.x.within(self.at[name][0]) and self.y.within(self.at[name][1])
+
+    def outline(self) -> Curve:
+        """Return the front as a line with steps, which stays inside."""
+        return [(self.x.clamped(cost), self.y.clamped(value)) for cost, value in _stairs(self.front)]
+
+    def written(self, row: Row) -> str:
+        """Name a method outside, with what of it lies there."""
+        judge, _, form, _ = judged([row])
+        cost, value = self.at[row.name]
+        parts = [] if self.x.within(cost) else [row.cells[self.cost.key].text]
+        parts += [] if self.y.within(value) else [form(_value(row, judge))]
+        return f"{row.name} {', '.join(parts)}"
+
+
+def scatter(rows: Sequence[Row], key: str) -> Scatter | None:
+    """Find the places and scales of score (or loss) against a cost; None where no trained method has both.
 
     Args:
         rows: of comparisons that share their evaluation data.
@@ -68,56 +100,81 @@ def tradeoff(rows: Sequence[Row], key: str) -> Figure | None:
     drawn = [r for r in rows if r.series is not None and _both(r, key, judge)]
     if not drawn:
         return None
-    ends = [end for r in drawn for end in r.cells[judge].interval or ()]
-    y = Axis.over([*ends, *(_value(r, judge) for r in drawn)], title, form=_whole_percent if higher else amounts.plain)
-    scale, unit = cost_unit(key, max(_value(r, key) for r in drawn))
-    at = {r.name: (_value(r, key) / scale, _value(r, judge)) for r in drawn}
-    x = Axis.over([cost_ for cost_, _ in at.values()], f"{cost.title} ({unit})", form="{:,g}".format)
-    front = pareto(at.values(), higher)
-    named = _to_name(drawn, at, front)
-    wide, narrow = (_cloud(Plot(f"{title} against {cost.title}", x, y, size=size), rows, cost, at, front, named)
+    unit, name = cost_unit(key, max(_value(r, key) for r in drawn))
+    worst = -math.inf if higher else math.inf
+    at = {r.name: (_value(r, key) / unit, v if math.isfinite(v := _value(r, judge)) else worst) for r in drawn}
+    values = scales.shown([(at[r.name][1], r.cells[judge].interval) for r in drawn], higher=higher)
+    costs = scales.shown([(cost_, None) for cost_, _ in at.values()], higher=False)
+    return Scatter(
+        cost=cost,
+        x=Axis.over(costs, f"{cost.title} ({name})", form="{:,g}".format),
+        y=Axis.over(values, title, form=_whole_percent if higher else amounts.plain),
+        at=at,
+        front=pareto((point for point in at.values() if math.isfinite(point[1])), higher),
+    )
+
+
+def tradeoff(rows: Sequence[Row], key: str) -> Figure | None:
+    """Draw score (or loss) against a cost, with the Pareto front.
+
+    The scale is that of most trained methods; what lies far outside, trained or not, is named at the edge.
+
+    Args:
+        rows: of comparisons that share their evaluation data.
+        key: column of the cost.
+    """
+    found = scatter(rows, key)
+    if found is None:
+        return None
+    _, title, _, higher = judged(rows)
+    drawn = [row for row in rows if row.name in found.at]
+    named = _to_name(drawn, found)
+    wide, narrow = (_cloud(Plot(f"{title} against {found.cost.title}", found.x, found.y, size=size), rows, found, named)
                     for size in (WIDE, NARROW))  # fmt: skip
     note = f"{'Up' if higher else 'Down'} and to the left is better. The line joins the Pareto front."
+    if not all(found.holds(row.name) for row in drawn):
+        note += " Arrows at the edge: so far from the others that the scale leaves them out."
     if len(named) < len(drawn):
         note += f" {len(named)} of {len(drawn)} are named: the front and the first ranks; point at the others."
-    return Figure(f"{'Score' if higher else 'Evaluation loss'} against {cost.title}", wide, narrow, note)
+    return Figure(f"{'Score' if higher else 'Evaluation loss'} against {found.cost.title}", wide, narrow, note)
 
 
-def _to_name(drawn: Sequence[Row], at: Mapping[str, tuple[float, float]], front: Curve) -> set[str]:
+def _to_name(drawn: Sequence[Row], found: Scatter) -> set[str]:
     """The methods whose names stand in the drawing: all where there is room, else the front and the first ranks."""
     if len(drawn) <= _NAMES:
-        return set(at)
-    on_front = [row.name for row in drawn if at[row.name] in front]
+        return set(found.at)
+    on_front = [row.name for row in drawn if found.at[row.name] in found.front]
     return set(list(dict.fromkeys([*on_front, *(row.name for row in drawn)]))[:_NAMES])
 
 
-def _cloud(
-    plot: Plot,
-    rows: Sequence[Row],
-    cost: Column,
-    at: Mapping[str, tuple[float, float]],
-    front: Curve,
-    named: Collection[str],
-) -> str:
+def _cloud(plot: Plot, rows: Sequence[Row], found: Scatter, named: Collection[str]) -> str:
     """Draw the methods, their intervals and the front."""
     judge, _, form, _ = judged(rows)
-    drawn = [row for row in rows if row.name in at]
-    for row in rows:
-        if row.series is None and (value := row.cells[judge].value) is not None:
-            if plot.y.low <= value <= plot.y.high:
-                plot.level(value, "base dashed", f"{row.name}: {form(value)}")
-            else:
-                plot.beyond((plot.x.low, value), f"{row.name} {form(value)}", "base")
-    plot.line(_stairs(front), "front", "Pareto front: no method is better at no higher cost", clear=True)
-    for row in drawn:
+    drawn = [row for row in rows if row.name in found.at]
+    inside = [row for row in drawn if found.holds(row.name)]
+    untrained = [(r, v) for r in rows if r.series is None and (v := r.cells[judge].value) is not None]
+    for row, value in untrained:
+        if plot.y.within(value):
+            plot.level(value, "base dashed", f"{row.name}: {form(value)}")
+    plot.line(found.outline(), "front", "Pareto front: no method is better at no higher cost", clear=True)
+    for row in inside:
         if interval := row.cells[judge].interval:
-            plot.line([(at[row.name][0], end) for end in interval], f"whisker series {row.css}", clear=True)
+            plot.line([(found.at[row.name][0], end) for end in interval], f"whisker series {row.css}", clear=True)
+    tips = {
+        row.name: f"{row.name}: {row.cells[judge]}, {found.cost.title} {row.cells[found.cost.key]}" for row in drawn
+    }
+    for row in inside:
+        plot.dot(found.at[row.name], f"dot series {row.css}", tips[row.name], row.shape, 5.5)
+    for row, value in untrained:
+        if not plot.y.within(value):
+            plot.beyond((plot.x.low, value), f"{row.name} {form(value)}", "base")
     for row in drawn:
-        tip = f"{row.name}: {row.cells[judge]}, {cost.title} {row.cells[cost.key]}"
-        plot.dot(at[row.name], f"dot series {row.css}", tip, row.shape, 5.5)
-    for row in drawn:
+        if not found.holds(row.name):
+            text = found.written(row) if row.name in named else ""
+            plot.beyond(found.at[row.name], text, f"series {row.css}", tip=tips[row.name])
+    for row in inside:
         if row.name in named:
-            plot.label(at[row.name], row.name, f"series {row.css}")
+            plot.label(found.at[row.name], row.name, f"series {row.css}")
     return plot.to_html()
 
 
@@ -166,8 +223,8 @@ def _overlaid(rows: Sequence[Row], which: str) -> Figure | None:
     curves = [(row, across(many), many) for row in rows if (many := curves_of(row, which))]
     if not curves:
         return None
-    y = _loss_axis([y for *_, many in curves for end in (min, max) for _, y in across(many, end)], which)
-    x = Axis.over([x for _, line, _ in curves for x, _ in line], "step", form=amounts.plain)
+    y = loss_axis([y for *_, many in curves for end in (min, max) for _, y in across(many, end)], which)
+    x = step_axis(line for _, line, _ in curves)
     drawings, longest = [], max(len(row.name) for row, *_ in curves)
     for size in (WIDE, NARROW):
         plot = Plot(f"{which} loss", x, y, size=size, aside=min(longest, int(size[0] / _ASIDE)))
@@ -186,28 +243,56 @@ def _overlaid(rows: Sequence[Row], which: str) -> Figure | None:
     return Figure(f"{which.capitalize()} loss", drawings[0], drawings[1], f"Mean over seeds.{how}{seeds}{_scale(y)}")
 
 
-def _each(rows: Sequence[Row]) -> list[Figure]:
-    """A small chart for each method, all on the same scale, with the other methods behind it."""
+@dataclass(frozen=True)
+class Panels:
+    """What small charts of a method each have in common: curves by name, and the scales of all.
+
+    Attributes:
+        held: mean validation losses over the seeds.
+        trained: mean training losses from the first of those on; before it, nothing can be compared.
+        x, y: the scales.
+    """
+
+    held: Mapping[str, Curve]
+    trained: Mapping[str, Curve]
+    x: Axis
+    y: Axis
+
+
+def panels(rows: Sequence[Row]) -> Panels:
+    """Collect the loss curves of many methods, and scales that hold them all.
+
+    Args:
+        rows: with curves.
+    """
     held = {row.name: across(curves) for row in rows if (curves := curves_of(row, "validation"))}
-    first = min((line[0][0] for line in held.values()), default=0.0)  # before it, nothing can be compared
+    first = min((line[0][0] for line in held.values()), default=0.0)
     trained = {row.name: _after(across(curves_of(row, "training")), first) for row in rows}
     spans = [y for row in rows for end in (min, max) for _, y in across(curves_of(row, "validation"), end)]
-    y = _loss_axis([*spans, *(y for line in trained.values() for _, y in line)], "loss")
-    x = Axis.over([x for line in [*held.values(), *trained.values()] for x, _ in line], "step", form=amounts.plain)
-    return [_one(row, rows, held, trained, x, y) for row in rows]
+    y = loss_axis([*spans, *(y for line in trained.values() for _, y in line)], "loss")
+    return Panels(held, trained, step_axis([*held.values(), *trained.values()]), y)
 
 
-def _one(
-    row: Row, rows: Sequence[Row], held: Mapping[str, Curve], trained: Mapping[str, Curve], x: Axis, y: Axis
-) -> Figure:
-    plot = Plot(f"loss of {row.name}", x, y, size=SMALL)
+def step_axis(lines: Iterable[Curve]) -> Axis:
+    """Return a scale that holds the steps of all lines."""
+    return Axis.over([x for line in lines for x, _ in line], "step", form=amounts.plain)
+
+
+def _each(rows: Sequence[Row]) -> list[Figure]:
+    """A small chart for each method, all on the same scale, with the other methods behind it."""
+    found = panels(rows)
+    return [_one(row, rows, found) for row in rows]
+
+
+def _one(row: Row, rows: Sequence[Row], found: Panels) -> Figure:
+    plot = Plot(f"loss of {row.name}", found.x, found.y, size=SMALL)
     for other in rows:
-        if other is not row and other.name in held:
-            plot.line(held[other.name], f"context {other.css}", other.name)
-    own, many = held.get(row.name, []), curves_of(row, "validation")
+        if other is not row and other.name in found.held:
+            plot.line(found.held[other.name], f"context {other.css}", other.name)
+    own, many = found.held.get(row.name, []), curves_of(row, "validation")
     if len(many) > 1:
         plot.band(across(many, min), across(many, max), f"band series {row.css}")
-    plot.line(trained[row.name], f"line thin series {row.css}", f"{row.name}, training")
+    plot.line(found.trained[row.name], f"line thin series {row.css}", f"{row.name}, training")
     plot.line(own, f"line series {row.css}", f"{row.name}, validation")
     for step, value in own if len(own) <= 24 else []:
         plot.dot((step, value), f"dot series {row.css}", f"step {step:g}: {amounts.loss(value)}", row.shape, 3)
@@ -215,9 +300,16 @@ def _one(
     return Figure(row.name, plot.to_html(), note=note, css=row.css)
 
 
-def _loss_axis(values: Sequence[float], name: str) -> Axis:
+def loss_axis(values: Iterable[float], name: str) -> Axis:
+    """Return a scale of losses, logarithmic where that shows more.
+
+    Args:
+        values: that it holds, as far as they are finite.
+        name: "training", "validation", or "loss" for both.
+    """
+    known = [value for value in values if math.isfinite(value)]
     label = "loss (nats/token)" if name == "loss" else f"{name} loss (nats/token)"
-    return Axis.over(values, label, log=bool(values) and min(values) > 0 and max(values) > LOG * min(values))
+    return Axis.over(known, label, log=bool(known) and min(known) > 0 and max(known) > _LOG * min(known))
 
 
 def _scale(axis: Axis) -> str:
@@ -262,7 +354,7 @@ def learning_rate(search: Search, row: Row) -> Figure | None:
         return None
     values = [t.loss for t in known if t.loss is not None]
     x = Axis.over([t.lr for trials in search.rounds for t in trials], "learning rate", log=True, form=amounts.rate)
-    y = _loss_axis(values, "validation")
+    y = loss_axis(values, "validation")
     plot = Plot(f"learning-rate search of {row.name}", x, y, size=SMALL)
     if search.chosen:
         plot.upright(search.chosen, "chosen", f"chosen: {amounts.rate(search.chosen)}")
@@ -318,9 +410,11 @@ def between(pairs: Mapping[tuple[str, str], Difference], method: str, reference:
 def _forest(comparison: Comparison, reference: Row, found: Sequence[tuple[Row, Difference]]) -> Figure:
     form = amounts.points if comparison.higher_is_better else amounts.signed
     unit = "percentage points" if comparison.higher_is_better else "nats/token"
-    ends = [end for row, d in found if row.series is not None or len(found) == 1 for end in d.interval]
+    judging = [(d.value, d.interval) for row, d in found if row.series is not None or len(found) == 1]
+    ends = scales.shown(judging, higher=comparison.higher_is_better)
     x = Axis.over([0.0, *ends], f"difference of the {comparison.judge} ({unit})", form=form)
-    drawings = [_bars(found, reference, x, form, width) for width in (620.0, NARROW[0])]
+    worst = -math.inf if comparison.higher_is_better else math.inf
+    drawings = [_bars(found, reference, x, form, worst, width) for width in (620.0, NARROW[0])]
     better = "right" if comparison.higher_is_better else "left"
     note = f"Each method minus {reference.key}; further to the {better} is better. Bars are 95 % intervals. "
     note += "Hollow marks cannot be told apart from the reference after Holm's correction."
@@ -328,23 +422,27 @@ def _forest(comparison: Comparison, reference: Row, found: Sequence[tuple[Row, D
 
 
 def _bars(
-    found: Sequence[tuple[Row, Difference]], reference: Row, x: Axis, form: Callable[[float], str], width: float
+    found: Sequence[tuple[Row, Difference]],
+    reference: Row,
+    x: Axis,
+    form: Callable[[float], str],
+    worst: float,
+    width: float,
 ) -> str:
     y, size = Axis("", len(found) - 0.5, -0.5), (width, 66 + 26.0 * len(found))
     plot = Plot(f"differences to {reference.key}", x, y, y_names=[row.key for row, _ in found], size=size)
     plot.upright(0.0, "zero")
     for i, (row, d) in enumerate(found):
         low, high = (form(end) for end in d.interval)
-        if d.interval[1] < x.low or d.interval[0] > x.high:
-            plot.beyond((d.value, i), f"{form(d.value)} ({low} to {high})", row.css)
-            continue
         verdict = "distinct" if d.distinct else "cannot be told apart"
         tip = f"{d.a} minus {d.b}: {form(d.value)} ({low} to {high}), corrected p = {d.p_holm:.2g}: {verdict}"
+        if not x.within(d.value):
+            value = d.value if math.isfinite(d.value) else worst
+            plot.beyond((value, i), f"{form(d.value)} ({low} to {high})", row.css, brief=form(d.value), tip=tip)
+            continue
         faint = "" if d.distinct else " hollow"
-        shown = [(min(max(end, x.low), x.high), i) for end in d.interval]
-        plot.line(shown, f"bar series {row.css}{faint}", tip)
-        if x.low <= d.value <= x.high:
-            plot.dot((d.value, i), f"dot series {row.css}{faint}", tip, row.shape, 5)
+        plot.line([(x.clamped(end), i) for end in d.interval], f"bar series {row.css}{faint}", tip)
+        plot.dot((d.value, i), f"dot series {row.css}{faint}", tip, row.shape, 5)
     return plot.to_html()
 
 

@@ -16,8 +16,10 @@ Size = tuple[float, float]
 WIDE, NARROW, SMALL = (560.0, 360.0), (330.0, 380.0), (330.0, 250.0)
 _LEFT, _RIGHT, _TOP, _BOTTOM = 72.0, 16.0, 14.0, 52.0
 _LETTER = 7.4  # width of a bold letter at the font size of the style sheet
+_THIN = 6.4  # width of a letter that is not bold
 _LINE = 15.0  # height of a label
 _NEAR = 12.0  # distance up to which a label needs no line to its mark
+_STACKED = 8  # names over each other at one place of an edge, at most
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,14 @@ class Axis:
         """Say whether a value can be drawn."""
         return math.isfinite(value) and (value > 0 or not self.log)
 
+    def within(self, value: float) -> bool:
+        """Say whether a value lies between the ends, whichever is the larger one."""
+        return min(self.low, self.high) <= value <= max(self.low, self.high)
+
+    def clamped(self, value: float) -> float:
+        """Return the value between the ends that is nearest to a value."""
+        return min(max(value, min(self.low, self.high)), max(self.low, self.high))
+
     def ticks(self, about: int = 5) -> list[float]:
         """Return round values between the ends."""
         if self.log and self.high / self.low >= 8:
@@ -100,6 +110,7 @@ class Plot:
     ):
         self.x, self.y, self.aside = x, y, aside
         width, height = size
+        self.width = width
         widest = max((len(name) for name in y_names or ()), default=0)
         self.left = _LEFT if y_names is None else min(0.42 * width, 16 + _LETTER * widest)
         self.right, self.top, self.bottom = width - _RIGHT - _LETTER * aside, _TOP, height - _BOTTOM
@@ -168,18 +179,42 @@ class Plot:
             name = text if len(text) <= self.aside else f"{text[: self.aside - 1]}…"
             self._text(self.right + 7, at + 4, name, f"label {css}")
 
-    def beyond(self, point: Point, text: str, css: str) -> None:
-        """Name a point outside the area at the edge that is nearest to it, with an arrow that points there."""
-        x, y = self.x.at(point[0]), self.y.at(point[1])
-        arrow = "▼" if y < 0 else "▲" if y > 1 else "◀" if x < 0 else "▶"
-        across, up = min(max(x, 0.0), 1.0), min(max(y, 0.0), 1.0)
-        at = self.left + across * (self.right - self.left), self.bottom - up * (self.bottom - self.top)
-        written = f"{text} {arrow}" if arrow == "▶" else f"{arrow} {text}"
-        width, end = _LETTER * len(written), across > 0.5
-        left = at[0] - 5 - width if end else at[0] + 5
-        baseline = at[1] - 6 if arrow == "▼" else at[1] + 14 if arrow == "▲" else at[1] + 4
-        self._taken.append((left, baseline - _LINE + 4, left + width, baseline + 4))
-        self._text(at[0] - 5 if end else at[0] + 5, baseline, written, f"label {'end ' if end else ''}{css}")
+    def beyond(self, point: Point, text: str, css: str, *, brief: str = "", tip: str = "") -> None:
+        """Name a point outside the area at the edge that is nearest to it, with an arrow that points there.
+
+        Draw marks first: the name goes where it covers the least of what is there.
+
+        Args:
+            point: infinite coordinates count as far outside.
+            text: beside the arrow; "" for an arrow alone.
+            css: its style.
+            brief: stands there instead where the text has no room in the area.
+            tip: what is said more.
+        """
+        arrow = arrow_to(point, self.x, self.y)
+        room = self.right - self.left
+        text = brief if brief and _LETTER * (len(text) + 2) > room else text
+        written = " ".join(filter(None, [text, arrow] if arrow == "▶" else [arrow, text]))
+        width = _LETTER * len(written)
+        x, y = self._x(self.x.clamped(point[0])), self._y(self.y.clamped(point[1]))
+        start, end = ("", x + 5, x + 5), ("end ", x - 5 - width, x - 5)
+        middle = min(max(x - width / 2, self.left), max(self.left, self.right - width))
+        sides = [*((end, start) if x > (self.left + self.right) / 2 else (start, end)), ("", middle, middle)]
+        lines = [_LINE * n for n in range(_STACKED)]
+        downs = {"▼": [-6 - far for far in lines], "▲": [14 + far for far in lines]}.get(
+            arrow, [4 + sign * far for far in lines for sign in (1, -1)]
+        )
+        places = [
+            (anchor, at, (left, y + d - 11, left + width, y + d + 4), y + d)
+            for d in downs
+            for anchor, left, at in sides
+        ]
+        anchor, at, box, baseline = min(places, key=lambda place: self._cost(place[2]))
+        self._taken.append(box)
+        self._leader((x, y), box, css)
+        node = self._text(at, baseline, written, f"label {anchor}{css}")
+        if tip:
+            SubElement(node, "title").text = tip
 
     def upright(self, value: float, css: str, tip: str = "") -> None:
         """Draw a vertical line through the whole area."""
@@ -215,7 +250,7 @@ class Plot:
         return node
 
     def _frame(self, y_names: Sequence[str] | None) -> None:
-        for tick in self.x.ticks():
+        for tick in self._apart():
             x = self._x(tick)
             self._add("line", "grid", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=f"{self.top:g}", y2=f"{self.bottom:g}")
             self._text(x, self.bottom + 17, self.x.form(tick), "tick middle")
@@ -227,10 +262,22 @@ class Plot:
             y = self._y(value)
             self._add("line", "grid", x1=f"{self.left:g}", x2=f"{self.right:g}", y1=f"{y:.1f}", y2=f"{y:.1f}")
             self._text(self.left - 7, y + 4, name, "tick end")
-        self._text((self.left + self.right) / 2, self.bottom + 41, self.x.label, "axis middle")
+        half = _THIN * len(self.x.label) / 2  # a title that is wider than the area stays inside the drawing
+        middle = max(half, min((self.left + self.right) / 2, self.width - half))
+        self._text(middle, self.bottom + 41, self.x.label, "axis middle")
         if y_names is None:
             node = self._text(0, 0, self.y.label, "axis middle")
             node.set("transform", f"translate(13 {(self.top + self.bottom) / 2:g}) rotate(-90)")
+
+    def _apart(self) -> list[float]:
+        """Ticks of the horizontal axis, so many that their texts do not touch."""
+        found: list[float] = []
+        for about in (5, 4, 3, 2):
+            found = self.x.ticks(about)
+            widest = max((len(self.x.form(tick)) for tick in found), default=0)
+            if all(self._x(b) - self._x(a) > _THIN * (widest + 1) for a, b in pairwise(found)):
+                break
+        return found
 
     def _text(self, x: float, y: float, text: str, css: str) -> Element:
         node = self._add("text", css, x=f"{x:.1f}", y=f"{y:.1f}")
@@ -245,6 +292,13 @@ class Plot:
             max(0, min(right, r) - max(left, le)) * max(0, min(bottom, b) - max(top, t)) for le, t, r, b in self._taken
         )
         return 50 * outside + covered
+
+
+def arrow_to(point: Point, x: Axis, y: Axis) -> str:
+    """Return the arrow that points from an area to a point outside it: ▲, ▼, ◀ or ▶; up and down come first."""
+    if not y.within(point[1]):
+        return "▼" if (point[1] < y.low) == (y.low < y.high) else "▲"
+    return "◀" if point[0] < x.low else "▶"
 
 
 def mark(root: Element, x: float, y: float, css: str, tip: str = "", shape: int = 0, size: float = 5.0) -> None:
