@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from adapterlab.errors import ConfigError
-from adapterlab.plan import Device, Plan, before_run, plan
+from adapterlab.plan import Device, Plan, before_run, plan, planning
 from adapterlab.plan.before_run import announced, early_plan, least_weights, remember
 from adapterlab.plan.planning import arguments, setup_of
 from adapterlab.train.config import TrainConfig
@@ -29,7 +31,7 @@ class Never:
     instances: list[Never] = []
     found: Plan | None = None
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, start: before_run.Start):
         self.waited: list[float] = []
         self.stopped = False
         self.instances.append(self)
@@ -146,3 +148,39 @@ def test_weights_are_counted_without_making_them(make: Make, quantize: str | Non
 
 def test_no_plan_is_made_without_time(make: Make) -> None:
     assert early_plan(make("cpu:10MB")) is None
+
+
+# ---------------------------------------------------------------------- several devices
+
+
+def _gpus(monkeypatch: pytest.MonkeyPatch, *sizes: int, cpu: int = 0) -> None:
+    """Let this machine have GPUs of so many bytes, and so much of the CPU's memory left."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(total_memory=sizes[i]))
+    monkeypatch.setattr(before_run, "_left", lambda: cpu)
+
+
+def test_a_spread_model_is_compared_with_all_devices_together(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make("cpu").model_copy(update={"parallel": "device_map", "device": None})
+    weights = least_weights(setup_of(config.model, "lora", batch=1, length=32))
+    third = weights * 2 // 5  # two of these hold less than the weights, three hold more
+    _gpus(monkeypatch, third, third)
+    with pytest.raises(ConfigError, match=r"cannot fit on 2 x cuda and in the CPU's memory: its weights alone"):
+        shown(config)
+    assert shown(config, force=True) == ["loading"]
+    _gpus(monkeypatch, third, third, cpu=third)
+    assert shown(config) == ["loading"], "what has no room waits in the CPU's memory"
+    _gpus(monkeypatch, third, third, third // 2, third)
+    assert shown(config) == ["loading"]
+    place = planning.place_of(config)
+    assert (place.count, place.memory) == (4, 3 * third + third // 2)
+    found = early_plan(config, seconds=600)
+    assert found is not None
+    assert (found.devices, found.parallel, found.limit) == (4, "device_map", place.memory)
+    assert "on all 4 devices (device_map)" in before_run.line(found)
+    one = planning.plan_config(config, device="cuda:24GB", devices=1)
+    assert (found.peak, found.base) == (one.peak, one.base)
+    assert found.process - one.process == 3 * Device("cuda").context
+    with pytest.raises(ConfigError, match=r"weights, adapter and optimizer alone"):
+        before_run.check_fits(config, replace(found, limit=found.base))

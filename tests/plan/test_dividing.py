@@ -14,7 +14,7 @@ from adapterlab.errors import ConfigError
 from adapterlab.plan import Device, Plan, plan
 from adapterlab.plan.advice import _more_devices, _sorted
 from adapterlab.plan.dividing import BUCKETS, FIRST, GATHERED, LAST, divided
-from adapterlab.plan.parallel import KINDS, Link, Parallel
+from adapterlab.plan.parallel import KINDS, PLACED, Link, Parallel
 from adapterlab.plan.planning import described, make_method, setup_of, trace_of
 from adapterlab.plan.simulate import (
     ACTIVATIONS,
@@ -123,6 +123,7 @@ def test_what_fully_shard_refuses_is_refused() -> None:
         (0, "ddp", None, "devices=0 is no number of devices"),
         (2, "ddp", "pci4", "link='pci4' is unknown.*pcie4"),
         (2, "ddp", "0", "link='0' is unknown"),
+        (2, "device_map", "pcie4", "link='pcie4' is for devices that send gradients or weights"),
     ],
 )
 def test_nonsense_is_refused(devices: Any, kind: Any, link: Any, message: str) -> None:
@@ -143,7 +144,7 @@ def test_plans_of_one_device_of_many() -> None:
     place, trace = Device.parse("cuda:24GB"), trace_of(setup)
     alone, found = described("m", setup, trace, place), {}
     for kind in KINDS:
-        division = Parallel.parse(2, kind, "pcie5")
+        division = Parallel.parse(2, kind, None if kind == PLACED else "pcie5")
         found[kind] = one = described("m", replace(setup, parallel=division), trace, place)
         assert sum(one.parts.values()) == one.peak
         assert (one.devices, one.parallel, one.flops) == (2, kind, alone.flops)
@@ -153,7 +154,7 @@ def test_plans_of_one_device_of_many() -> None:
     assert found["ddp"].base == found["zero2"].base == alone.base
     assert found["fsdp"].base == pytest.approx(alone.base / 2, rel=0.01)
     assert found["fsdp"].state == pytest.approx(alone.state / 2, rel=0.01)
-    with pytest.raises(ConfigError, match=r"packs them in blocks.*ddp, zero2"):
+    with pytest.raises(ConfigError, match=r"packs them in blocks.*ddp, device_map"):
         plan(config(), "lora", **SMALL, quantize="nf4", devices=2, parallel="fsdp")
 
 
@@ -195,3 +196,33 @@ def test_command_line(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main([*common, "--serve", "--devices", "4", "--parallel", "fsdp"])
     assert "--devices, --parallel divide a training step" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_file_is_planned_as_it_says(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config().save_pretrained(tmp_path / "model")
+    file = tmp_path / "run.yaml"
+    monkeypatch.setenv("ADAPTERLAB_HOME", str(tmp_path / "home"))
+
+    def planned(parallel: str, *options: str) -> tuple[dict[str, Any], str]:
+        file.write_text(
+            f"model: {tmp_path / 'model'}\nparallel: {parallel}\ndata: {{path: rows.jsonl, max_length: 32}}\n"
+        )
+        with pytest.raises(SystemExit):
+            main(["plan", str(file), "--device", "cuda:24GB", "--no-limits", "--json", *options])
+        shown = capsys.readouterr()
+        return json.loads(shown.out), " ".join(shown.err.split())
+
+    found, told = planned("fsdp")
+    assert (found["devices"], found["parallel"]) == (1, None)
+    assert "says parallel: fsdp, and this is the plan of one process" in told
+    found, told = planned("fsdp", "--devices", "2")
+    assert (found["devices"], found["parallel"]) == (2, "fsdp")
+    assert "one process" not in told
+    found, _ = planned("fsdp", "--devices", "2", "--parallel", "ddp")
+    assert found["parallel"] == "ddp", "the command line goes first"
+    found, _ = planned("auto", "--devices", "2")
+    assert found["parallel"] == "ddp"
+    found, _ = planned("device_map", "--devices", "3")
+    assert (found["devices"], found["parallel"], found["limit"]) == (3, "device_map", 3 * 24 * 2**30)

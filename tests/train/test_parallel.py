@@ -16,13 +16,15 @@ from safetensors.torch import load_file
 import parallel_cases
 from adapterlab.errors import AttachError, ConfigError, FormatError
 from adapterlab.hosts import attach, load
+from adapterlab.models import load_model
 from adapterlab.registry import method
 from adapterlab.testing.models import tiny, token_rows
 from adapterlab.testing.parallel import pair
-from adapterlab.train import Training, fit, train
+from adapterlab.train import Training, fit, run, train
 from adapterlab.train.config import TrainConfig
 from adapterlab.train.parallel import kind_of
 from adapterlab.train.parallel.flat import buckets
+from tiny_runs import make_config
 
 LORA = method("lora")
 
@@ -107,7 +109,10 @@ def test_buckets_hold_what_is_alike() -> None:
 
 def _placed(folder: Path) -> Any:
     """A model whose second layer waits on the disk until it is called."""
-    model = tiny("llama")
+    return _on_places(tiny("llama"), folder)
+
+
+def _on_places(model: Any, folder: Path) -> Any:
     layers = {f"model.layers.{i}": "disk" if i == 1 else "cpu" for i in range(len(model.model.layers))}
     rest = {f"model.{name}": "cpu" for name, _ in model.model.named_children() if name != "layers"}
     return dispatch_model(model, {**rest, **layers, "lm_head": "cpu"}, main_device="cpu", offload_dir=str(folder))
@@ -131,6 +136,30 @@ def test_a_model_on_several_places_trains_as_on_one(tmp_path: Path, recompute: A
     assert load(tiny("llama"), folder).methods.keys() == {"default"}
     for key, value in one.state_dict("default").items():
         torch.testing.assert_close(several.state_dict("default")[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_places_its_model_over_all_there_is(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with one place, loading puts a layer on the disk as it would where memory is short."""
+    asked = []
+
+    def loaded(name: str, **options: Any) -> Any:
+        asked.append(options["device"])
+        model, tokenizer = load_model(name, **options)
+        return _on_places(model, root / "offloaded"), tokenizer
+
+    given = make_config(root, steps=3, batch_size=2, lr=1e-3) | {"device": None}
+    given["method"]["dropout"] = 0.0
+    wanted = fit({**given, "output": str(root / "one")}, quiet=True)
+    monkeypatch.setattr(run, "load_model", loaded)
+    found = fit({**given, "parallel": "device_map"}, quiet=True)
+    assert asked == ["auto"]
+    assert found is not None
+    assert wanted is not None
+    assert found.train_loss == pytest.approx(wanted.train_loss, rel=1e-4)
+    one, spread = (load_file(result.last / "adapter_model.safetensors") for result in (wanted, found))
+    assert one.keys() == spread.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(spread[key], value, rtol=1e-3, atol=1e-4)
 
 
 def test_what_waits_elsewhere_is_read_and_not_changed(tmp_path: Path) -> None:

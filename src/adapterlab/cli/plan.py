@@ -12,6 +12,7 @@ import typer
 from adapterlab.cli._shared import AsJson, Trust, bars, print_json, say, settings
 from adapterlab.errors import ConfigError
 from adapterlab.plan.child import prepared
+from adapterlab.plan.parallel import PLACED
 
 if TYPE_CHECKING:
     from adapterlab.plan.advice import Outlook
@@ -45,7 +46,10 @@ def plan(
     ] = None,
     devices: Annotated[int | None, typer.Option(help="How many, all alike; the plan is of one of them.")] = None,
     parallel: Annotated[
-        str | None, typer.Option(help="How a step is divided among them: ddp, fsdp, zero2 or zero3.")
+        str | None,
+        typer.Option(
+            help="How a step is divided among them: ddp, fsdp, zero2 or zero3; device_map: one process has all of them."
+        ),
     ] = None,
     link: Annotated[
         str | None, typer.Option(help="Between them: nvlink, pcie4, 100gbe, ..., or 10^9 bytes a second.")
@@ -82,13 +86,14 @@ def plan(
         raise ConfigError(
             "Give one of a configuration file and --model, such as adapterlab plan --model qwen2.5-1.5b --method lora."
         )
+    if serve:
+        _check_one_device(options)
     with contextlib.nullcontext() if serve else prepared():
         name, chosen = _subject(config, model, method, r, setting or [], options)
         options["device"] = _device(device or options.pop("device", None), speed)
         if trust_remote_code:
             options["trust_remote_code"] = True
         if serve:
-            _check_one_device(options)
             return _serve(name, chosen, options, sequences, adapters, as_json)
         if exact:
             options["exact"] = True
@@ -158,13 +163,21 @@ def _subject(
     chosen: dict[str, Any] = {"name": method or USUAL}
     if config is not None:
         from adapterlab.plan.before_run import early_plan
-        from adapterlab.plan.planning import arguments
+        from adapterlab.plan.planning import arguments, place_of
         from adapterlab.train.config import load_config
 
         found, _ = load_config(config)
-        early_plan(found, seconds=60.0)  # kept for `adapterlab train`
-        from_file = {**arguments(found), "device": found.device}
+        if not {"devices", "parallel"} & options.keys():
+            early_plan(found, seconds=60.0)  # kept for `adapterlab train`
+        count = options.get("devices")
+        whole = found.parallel == PLACED and count is None and "parallel" not in options
+        from_file = {**arguments(found, count), "device": place_of(found) if whole else found.device}
         del from_file["method"]
+        if found.parallel not in ("auto", PLACED) and count is None and "parallel" not in options:
+            say(
+                f"{config} says parallel: {found.parallel}, and this is the plan of one process, which has nothing to "
+                "share. Add --devices N to plan what each of N has: adapterlab train --processes N.", err=True,
+            )  # fmt: skip
         for key, value in from_file.items():
             options.setdefault(key, value)
         model = found.model

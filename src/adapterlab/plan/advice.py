@@ -163,7 +163,7 @@ def fewest_devices(start: Plan, model: Any, method: Any = USUAL, *, parallel: st
     counts = [count for count in _COUNTS if start.parallel != parallel or count > start.devices]
     for count in counts or [2 * start.devices]:
         division = Parallel.parse(count, parallel, options.get("link"))
-        found = described(start.model, replace(setup, parallel=division), trace, start.device)
+        found = described(start.model, replace(setup, parallel=division), trace, start.device.one)
         if found.verdict == "fits":
             return found
     raise ConfigError(

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,8 @@ from adapterlab.plan.child import Child, each, processes
 from adapterlab.plan.device import Device
 from adapterlab.plan.extrapolate import extrapolated
 from adapterlab.plan.joint import together
-from adapterlab.plan.planning import arguments, described, setup_of
+from adapterlab.plan.parallel import PLACED, SPLIT
+from adapterlab.plan.planning import arguments, described, place_of, setup_of
 from adapterlab.plan.report import size
 from adapterlab.plan.result import Plan
 from adapterlab.plan.setup import Setup
@@ -42,20 +43,39 @@ WAIT = 2.0
 PATIENCE = 600.0  # seconds after which a child gives up
 
 
+@dataclass(frozen=True)
+class Start:
+    """Which processes train a run.
+
+    Attributes:
+        processes: how many.
+        here: on this machine.
+        kind: how they are divided, where that is known better than the configuration says it.
+    """
+
+    processes: int = 1
+    here: int = 1
+    kind: str | None = None
+
+
+ALONE = Start()
+
+
 class _Late(Exception):
     """There is no time for another simulation."""
 
 
-def early_plan(config: TrainConfig, seconds: float = 0.0) -> Plan | None:
+def early_plan(config: TrainConfig, seconds: float = 0.0, start: Start = ALONE) -> Plan | None:
     """Return the plan of a run: a kept one, or a new one if it can be made within the time; else None.
 
     Args:
         config: of the run.
         seconds: for simulating; none by default, so that a run never waits for its plan.
+        start: which processes train it.
     """
     end = time.perf_counter() + seconds
     try:
-        subject = _subject(config)
+        subject = _subject(config, start)
         if subject is None:
             return None
         setup, place = subject
@@ -71,7 +91,13 @@ def early_plan(config: TrainConfig, seconds: float = 0.0) -> Plan | None:
 
 @contextlib.contextmanager
 def announced(
-    config: TrainConfig, tell: Callable[[str], None], *, force: bool = False, make: bool = True, at_stake: bool = False
+    config: TrainConfig,
+    tell: Callable[[str], None],
+    *,
+    force: bool = False,
+    make: bool = True,
+    at_stake: bool = False,
+    start: Start = ALONE,
 ) -> Iterator[None]:
     """Tell the plan of a run that loads inside this context, and refuse what cannot fit before it does.
 
@@ -85,19 +111,20 @@ def announced(
         force: refuse nothing.
         make: whether to make a plan where none is kept.
         at_stake: do all this only where the weights are a large part of the memory.
+        start: which processes train it; each is planned alike.
 
     Raises:
         ConfigError: the run cannot fit.
     """
-    subject = _subject(config)
+    subject = _subject(config, start)
     if subject is None or (at_stake and not _at_stake(*subject)):
         yield
         return
     found = _kept(*subject)
-    beside = Beside(config) if make and found is None else None
+    beside = Beside(config, start) if make and found is None else None
     try:
         if _at_stake(*subject):
-            least = None if force or found is not None else least_weights(subject[0])
+            least = None if force or found is not None else _least_held(subject[0])
             found = found or (beside.result(WAIT) if beside else None)
             if not force:
                 check_fits(config, found)
@@ -166,17 +193,17 @@ def needed(
 class Beside:
     """A plan in the making, in a process that gives way to others."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, start: Start = ALONE):
         self.child, self._found = Child(), None
-        self._thread = threading.Thread(target=self._run, args=(config,), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(config, start), daemon=True)
         self.child.start()
         self._thread.start()
 
-    def _run(self, config: TrainConfig) -> None:
+    def _run(self, config: TrainConfig, start: Start) -> None:
         with contextlib.suppress(AdapterlabError, OSError, RuntimeError, TypeError):  # a run needs no plan
             if hasattr(os, "nice"):
                 self.child.call(os.nice, 10)
-            self._found = self.child.call(early_plan, config, PATIENCE)
+            self._found = self.child.call(early_plan, config, PATIENCE, start)
 
     def result(self, seconds: float = 0.0) -> Plan | None:
         """Return the plan, if it is there within the time."""
@@ -204,23 +231,36 @@ def least_weights(setup: Setup) -> int:
     return int(sum(p.numel() * (packed if id(p) in shrunk and packed else p.itemsize) for p in model.parameters()))
 
 
+def _least_held(setup: Setup) -> int:
+    """Bytes that one device holds of the base weights at least."""
+    return least_weights(setup) // _parts(setup)
+
+
+def _parts(setup: Setup) -> int:
+    """Among how many devices the base weights are split."""
+    return setup.parallel.devices if setup.parallel and setup.parallel.kind in SPLIT else 1
+
+
 def is_trifle(config: TrainConfig) -> bool:
     """Say whether the weights of a run are so few for its device that its memory needs no plan."""
     known = _known(config)
     return known is not None and not _matters(*known)
 
 
-def _subject(config: TrainConfig) -> tuple[Setup, Device] | None:
+def _subject(config: TrainConfig, start: Start) -> tuple[Setup, Device] | None:
     """What to plan; None where it cannot be known yet, or is a trifle for the device."""
-    known = _known(config)
+    known = _known(config, start)
     return known if known is not None and _matters(*known) else None
 
 
-def _known(config: TrainConfig) -> tuple[Setup, Device] | None:
-    """The setup of a run and its device; None where they cannot be known yet."""
+def _known(config: TrainConfig, start: Start = ALONE) -> tuple[Setup, Device] | None:
+    """The setup of a run and its device; None where they cannot be known yet, or parts wait elsewhere."""
     try:
-        place = Device.parse(config.device)
-        given = arguments(config)
+        if config.cpu_offload and start.processes > 1:
+            return None
+        place = place_of(config, start.here)
+        given = arguments(config, start.processes if start.processes > 1 else None)
+        given |= {"parallel": start.kind} if start.kind and "parallel" in given else {}
         return setup_of(config.model, given.pop("method"), **given, kind=place.kind), place
     except (AdapterlabError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError):
         return None  # the run itself will say what is wrong
@@ -244,14 +284,15 @@ def _at_stake(setup: Setup, place: Device) -> bool:
 
 
 def _check_weights(config: TrainConfig, place: Device, least: int | None) -> None:
-    limit = _available(place)
+    limit = _with_spare(place, _available(place))
     if least is not None and limit is not None and least > limit:
         raise _refusal(config, place, "its weights alone take", least, limit)
 
 
 def _refusal(config: TrainConfig, place: Device, what: str, count: int, limit: int) -> ConfigError:
+    where = f"{place} and in the CPU's memory" if place.spills else str(place)
     return ConfigError(
-        f"{config.method['name']} on {config.model} cannot fit on {place.name}: {what} {size(count)} of {size(limit)}. "
+        f"{config.method['name']} on {config.model} cannot fit on {where}: {what} {size(count)} of {size(limit)}. "
         "Pack the weights (quantize=nf4), choose a method that trains less (adapterlab plan --all-methods) or a "
         "smaller model, or force the run: adapterlab train --force."
     )
@@ -276,20 +317,24 @@ def check_fits(config: TrainConfig, found: Plan | None) -> None:
     Raises:
         ConfigError: it needs more than the device has.
     """
-    if found is None or found.limit is None:
+    limit = None if found is None else _with_spare(found.device, found.limit)
+    if found is None or limit is None:
         return
     resting = found.base + found.adapter + found.state
-    if resting > found.limit:
+    if resting > limit:
         what = "weights, adapter and optimizer alone take"
-        raise _refusal(config, found.device, what, resting, found.limit)
+        raise _refusal(config, found.device, what, resting, limit)
 
 
 def line(found: Plan) -> str:
     """Say a plan in one line."""
     limit = f" of {size(found.limit)}" if found.limit is not None else ""
+    each = ""
+    if found.parallel:
+        each = f" on {'all' if found.parallel == PLACED else 'each of'} {found.devices} devices ({found.parallel})"
     return (
-        f"Plan: {size(found.process)}{limit} at the peak with {found.batch} x {found.length:,} tokens, the longest "
-        f"rows allowed (± {100 * found.band[1]:.0f} %); {found.verdict}. Details: adapterlab plan"
+        f"Plan: {size(found.process)}{limit}{each} at the peak with {found.batch} x {found.length:,} tokens, the "
+        f"longest rows allowed (± {100 * found.band[1]:.0f} %); {found.verdict}. Details: adapterlab plan"
     )
 
 
@@ -316,20 +361,29 @@ def _matters(setup: Setup, place: Device) -> bool:
 
 
 def _guessed(setup: Setup) -> float:
-    """Bytes of the weights, roughly, without building the model."""
+    """Bytes that a device holds of the weights, roughly, without building the model."""
     text: Any = text_config(setup)
     width, inner = text.hidden_size, getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     weights = text.num_hidden_layers * (3 * width * inner + 2 * width * width) + text.vocab_size * width
-    return float(weights * {"nf4": 0.56, "int8": 1.0}.get(setup.quantize or "", PRECISIONS[setup.precision].itemsize))
+    each = {"nf4": 0.56, "int8": 1.0}.get(setup.quantize or "", PRECISIONS[setup.precision].itemsize)
+    return float(weights * each / _parts(setup))
 
 
 def _available(place: Device) -> int | None:
-    """Memory that a run can have now: on a CPU, what other programs leave."""
-    if place.kind == "cpu" and place.name == "cpu":
-        import psutil
+    """Memory that a process of a run can have now: on a CPU, what other programs leave."""
+    return _left() // place.sharers if place.kind == "cpu" and place.name == "cpu" else place.memory
 
-        return int(psutil.virtual_memory().available)
-    return place.memory
+
+def _with_spare(place: Device, limit: int | None) -> int | None:
+    """A limit, and what the CPU's memory adds to it where weights may wait there."""
+    return limit if limit is None or not place.spills else limit + _left()
+
+
+def _left() -> int:
+    """What other programs leave of the CPU's memory."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
 
 
 def _file(setup: Setup, place: Device) -> Path:
@@ -338,6 +392,7 @@ def _file(setup: Setup, place: Device) -> Path:
     parts = [
         setup.config.to_json_string(), setup.method.id, setup.method.model_dump(mode="json"), training, setup.batch,
         setup.length, setup.labelled, setup.precision, setup.quantize, place.kind, place.memory, process.figures(),
+        str(setup.parallel),
         __version__, torch.__version__, transformers.__version__, _newest(),
     ]  # fmt: skip
     return home() / "plans" / f"{digest(parts)[:32]}.json"

@@ -30,17 +30,41 @@ class Device:
         memory: bytes that a training process may take; None when it is not known.
         speed: floating-point operations a second that training reaches; None when it is not known.
         name: as given.
+        count: devices that it stands for, whose memory is added up: a model's layers are placed over all of them.
+        spills: what has no room on them waits in the CPU's memory.
+        sharers: processes that share its memory, each with an equal part.
     """
 
     kind: str
     memory: int | None = None
     speed: float | None = None
     name: str = "cpu"
+    count: int = 1
+    spills: bool = False
+    sharers: int = 1
+
+    def __str__(self) -> str:
+        several = f"{self.count} x {self.name}" if self.count > 1 else self.name
+        return f"{several} (for each of {self.sharers} processes)" if self.sharers > 1 else several
 
     @property
     def context(self) -> int:
         """Bytes that the device's memory loses before the first tensor."""
-        return _CONTEXT if self.kind == "cuda" else 0
+        return self.count * _CONTEXT if self.kind == "cuda" else 0
+
+    def times(self, count: int) -> Device:
+        """Return so many like this one as one that has the memory of all; layers on them compute one after another."""
+        return replace(self, memory=None if self.memory is None else count * self.memory, count=count)
+
+    @property
+    def one(self) -> Device:
+        """One of the devices that it stands for."""
+        return replace(self, memory=None if self.memory is None else self.memory // self.count, count=1)
+
+    def shared(self, processes: int) -> Device:
+        """Return what each of so many processes has of it."""
+        memory = None if self.memory is None else self.memory // processes
+        return replace(self, memory=memory, sharers=processes)
 
     @classmethod
     def parse(cls, text: str | Device | None, speed: float | None = None) -> Device:
@@ -56,6 +80,15 @@ class Device:
         """
         found = text if isinstance(text, Device) else _parse(str(text) if text is not None else _present())
         return replace(found, speed=speed) if speed is not None else found
+
+    @classmethod
+    def everything(cls) -> Device:
+        """Return all GPUs of this machine as one device, as a model is placed over them; without any, the CPU."""
+        import torch
+
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        memory = [_there("cuda", i, f"cuda:{i}") or 0 for i in range(count)]
+        return cls("cuda", sum(memory), name="cuda", count=count, spills=True) if count else cls.parse("cpu")
 
     def measured(self) -> Device:
         """Return the device with the speed of a short product on it, if it is there."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from adapterlab.errors import ConfigError, nearest
 
-KINDS = ("ddp", "fsdp", "zero2", "zero3")
-WHOLE_WEIGHTS = ("ddp", "zero2")  # kinds in which every device holds all weights
+PLACED = "device_map"  # one process, whose model's layers lie on several devices
+KINDS = ("ddp", "fsdp", "zero2", "zero3", PLACED)
+SPLIT = ("fsdp", "zero2", "zero3")  # kinds in which every device holds a part of each weight
 MOST = 1 << 16  # devices
 # name: 10^9 bytes a second that one device sends while it receives as many, as the standards and datasheets have it
 LINKS: dict[str, float] = {
@@ -55,7 +56,7 @@ class Parallel:
     """How a step is divided.
 
     Attributes:
-        kind: ddp, fsdp, zero2 or zero3.
+        kind: ddp, fsdp, zero2, zero3 or device_map.
         devices: how many.
         link: between them; None when the time on it does not matter.
     """
@@ -86,6 +87,11 @@ class Parallel:
             return None
         if kind is None:
             raise ConfigError(f"devices={devices} says not how: add parallel, one of {', '.join(KINDS)}.")
+        if kind == PLACED and link is not None:
+            raise ConfigError(
+                f"link={link!r} is for devices that send gradients or weights, and parallel={PLACED} places one model "
+                "over all: nothing but hidden states goes from one to the next. Leave link out."
+            )
         return cls(kind, int(devices), Link.parse(link) if isinstance(link, str) else link)
 
 

@@ -16,7 +16,7 @@ from adapterlab.plan.child import processes as child_processes
 from adapterlab.plan.device import Device
 from adapterlab.plan.dividing import BUCKETS, GATHERED, divided
 from adapterlab.plan.extrapolate import extrapolated
-from adapterlab.plan.parallel import WHOLE_WEIGHTS, Link, Parallel
+from adapterlab.plan.parallel import PLACED, SPLIT, Link, Parallel
 from adapterlab.plan.result import Plan
 from adapterlab.plan.setup import Setup
 from adapterlab.plan.shapes import config_of
@@ -68,8 +68,8 @@ def plan(
         training: the other settings of a run.
         exact: simulate all layers instead of a few.
         trust_remote_code: run the code that the model brings.
-        devices: how many, all alike; the plan is of one of them.
-        parallel: how a step is divided among them: ddp, fsdp, zero2 or zero3; see `dividing`.
+        devices: how many, all alike; the plan is of one of them, or with device_map of all.
+        parallel: how a step is divided among them: ddp, fsdp, zero2, zero3 or device_map; see `dividing`.
         link: between them: nvlink, pcie4, 100gbe, ..., or 10^9 bytes a second and direction.
 
     Raises:
@@ -143,14 +143,37 @@ def plan_config(config: TrainConfig, *, device: str | Device | None = None, **ch
         device: instead of the configuration's.
         changes: further arguments of `plan`.
     """
-    given = {**arguments(config), "device": device or config.device, **changes}
+    given = {**arguments(config, changes.get("devices")), "device": device or place_of(config), **changes}
     return plan(config.model, given.pop("method"), **given)
 
 
-def arguments(config: TrainConfig) -> dict[str, Any]:
-    """Return what a configuration file says of the arguments of `plan`."""
+def place_of(config: TrainConfig, processes: int = 1) -> Device:
+    """Return what a process of a run has on this machine, if so many of its processes are here.
+
+    Raises:
+        ConfigError: it is not there, or its memory is not known.
+    """
+    if config.parallel == PLACED:
+        return Device.everything()
+    place = Device.parse(config.device)
+    return place.shared(processes) if place.kind == "cpu" and processes > 1 else place
+
+
+def arguments(config: TrainConfig, devices: int | None = None) -> dict[str, Any]:
+    """Return what a configuration file says of the arguments of `plan`.
+
+    Args:
+        config: of the run.
+        devices: processes that train it, or devices that one places its model over; None: one process, which has all
+            devices of this machine where it places the model over them. A file that says `auto` means ddp.
+    """
     training = config.training
+    if devices is None:
+        devices = place_of(config).count if config.parallel == PLACED else 1
+    kind = "ddp" if config.parallel == "auto" else config.parallel
+    across = {"devices": devices, "parallel": kind} if devices > 1 else {}
     return {
+        **across,
         "method": config.make_method(),
         "batch": training.batch_size,
         "length": config.data.max_length,
@@ -274,10 +297,10 @@ def _check(batch: int, length: int, precision: str, quantize: str | None, labell
 
 
 def _check_divisible(division: Parallel, quantize: str | None) -> None:
-    if division.kind not in WHOLE_WEIGHTS and quantize:
+    if division.kind in SPLIT and quantize:
         raise ConfigError(
             f"parallel={division.kind!r} deals out weights, and quantize={quantize!r} packs them in blocks that are "
-            f"not dealt out here. Use one of {', '.join(WHOLE_WEIGHTS)}, which hold them whole, or leave quantize out."
+            f"not dealt out here. Use one of ddp, {PLACED}, which hold them whole, or leave quantize out."
         )
 
 
@@ -290,7 +313,9 @@ def _asks_for(method: Method) -> str | None:
 def described(name: str, setup: Setup, trace: Trace, place: Device) -> Plan:
     """Put a trace of one device into words and bytes, divided as the setup asks."""
     division, traffic = setup.parallel, None
-    if division:
+    if division and division.kind == PLACED:
+        place = place if place.count > 1 else place.times(division.devices)
+    elif division:
         trace, traffic = divided(trace, division, setup.training.accumulation)
     peak = trace.peak
     moment = next(window for window, found in trace.moments.items() if found is peak)
@@ -343,6 +368,11 @@ def _notes(setup: Setup) -> Iterator[str]:
         yield f"The model was made for {longest:,} positions; rows of {setup.length:,} tokens go beyond."
     if type(setup.method).capabilities()["needs_data"]:
         yield "The method looks at data before training; what that needs is not part of the plan."
+    if setup.parallel and setup.parallel.kind == PLACED:
+        yield (
+            "Layers fill one device after another, so that one may be full while others have room. What has no room "
+            "on them waits in the CPU's memory and is fetched for every pass."
+        )
 
 
 def _name(model: str | Path | PretrainedConfig) -> str:

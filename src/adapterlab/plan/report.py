@@ -14,6 +14,7 @@ from rich.text import Text
 from adapterlab.errors import ConfigError, require
 from adapterlab.io.atomic import check_made_here, new_file, write_text
 from adapterlab.paths import user_path
+from adapterlab.plan.parallel import PLACED
 from adapterlab.plan.result import Plan
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def _facts(plan: Plan) -> dict[str, str]:
 
 def _across(plan: Plan) -> dict[str, str]:
     """What there is to say of several devices."""
+    if plan.parallel == PLACED:
+        return {"devices": f"{plan.devices}, {PLACED}; one process, and all figures are of all of them together"}
     if plan.traffic is None:
         return {}
     traffic = plan.traffic
@@ -121,7 +124,7 @@ def _verdict(plan: Plan) -> str:
     if plan.limit is None:
         return "the device's memory is not known"
     across = f", {plan.parallel} over {plan.devices}" if plan.parallel else ""
-    return f"{plan.verdict}: {size(plan.process)} of {size(plan.limit)} on {plan.device.name}{across}"
+    return f"{plan.verdict}: {size(plan.process)} of {size(plan.limit)} on {plan.device}{across}"
 
 
 def _colours(palette: Sequence[str]) -> list[str]:

@@ -32,7 +32,7 @@ class Plan:
         limit: bytes the device has; None when it is not known.
         loss: way the loss is computed; notes: what else to know.
         simulated: layers that were simulated; where they are fewer than the model has, the rest is like them.
-        devices: how many; everything else is of one of them, with `batch` rows of its own.
+        devices: how many; everything else is of one of them, with `batch` rows of its own, or of all with device_map.
         parallel: how the step is divided among them; traffic: what each sends. None on one device.
     """
 
