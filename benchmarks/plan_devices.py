@@ -1,16 +1,16 @@
 """How far `adapterlab plan --devices N` is off: predicted against measured memory of processes that share a step.
 
-    python benchmarks/plan_devices.py [--fresh]
+    python benchmarks/plan_devices.py [--fresh | --quick]
 
-Each case is three steps of a random Llama of 8 layers: in one process, and in two that talk through gloo, as copies
-(torch's `DistributedDataParallel`) and with parts (torch's `fully_shard` on each layer and on the model). What is
-compared is
+Each case is three steps of the library's own loop with a random Llama of 8 layers: in one process, and in two that talk
+through gloo, as copies (ddp) and with parts of the base (fsdp, zero2). What is compared is
 
 - tensors: those alive before the third step and the most that torch's allocator gave out in it, against the plan's;
 - process: the highest resident memory in that step, in runs without the profiler, against the plan's whole process;
 - sent: bytes of the collective calls of that step, as a ring sends them, against the plan's traffic.
 
-Cases that are in benchmarks/results/plan_devices.json already are not measured again.
+Cases that are in benchmarks/results/plan_devices.json already are not measured again. `--quick` compares the tensors of
+two methods on a smaller model, and writes nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,11 +35,17 @@ SHAPE = {
     "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+QUICK = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
 METHODS = ("lora", "full", "adapter_houlsby")
-KINDS = (None, "ddp", "fsdp")
+KINDS = (None, "ddp", "fsdp", "zero2")
 BATCH, LENGTH, WORLD = 2, 256, 2
 MIB = 2**20
-_BYTES = {"float": 4, "c10::BFloat16": 2, "unsigned char": 1}
+_BYTES = {"float": 4, "double": 8, "long": 8, "long int": 8, "c10::BFloat16": 2, "unsigned char": 1}
+_STEPS = 100  # of a run, of which three are done
+
+
+def _shape(case: dict[str, Any]) -> dict[str, Any]:
+    return {**SHAPE, **QUICK} if case.get("quick") else SHAPE
 
 
 def _cases() -> list[dict[str, Any]]:
@@ -60,10 +67,14 @@ def work(case: dict[str, Any], rank: int, meeting: str) -> dict[str, float]:
     import torch.distributed as dist
 
     world = WORLD if case["parallel"] else 1
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    if world > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        os.environ.update({key: str(value) for key, value in place.items()})  # accelerate reads them
+        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
     torch.manual_seed(bench.SEED)
     found = _tensors(case) if case["figure"] == "tensors" else _process(case)
-    dist.destroy_process_group()
+    if world > 1:
+        dist.destroy_process_group()
     return found
 
 
@@ -72,7 +83,7 @@ def _tensors(case: dict[str, Any]) -> dict[str, float]:
     resting = _live()
     with _Allocated() as third:
         train()
-    return {"tensors": resting + third.peak, "sent": _sent(third.events, case["parallel"])}
+    return {"tensors": resting + third.peak, "sent": _sent(third.events)}
 
 
 def _live() -> int:
@@ -94,57 +105,30 @@ def _process(case: dict[str, Any]) -> dict[str, float]:
     return {"process": memory.loaded + memory.above()}
 
 
-def _ready(case: dict[str, Any]) -> Callable[[], None]:
-    """Make the model, do two steps, and return what does another."""
+def _ready(case: dict[str, Any]) -> Callable[[], object]:
+    """Make the loop of a run, do two steps, and return what does another."""
     import torch
+    from accelerate import Accelerator
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from adapterlab.engine.loss import Loss
     from adapterlab.hosts import attach
-    from adapterlab.optim import adamw
     from adapterlab.plan.planning import make_method
+    from adapterlab.train import Training
+    from adapterlab.train.loop import Loop
+    from adapterlab.train.parallel import kind_of
 
-    host = attach(AutoModelForCausalLM.from_config(AutoConfig.for_model(**SHAPE)), make_method(case["method"]))
-    host.recompute(case["recompute"])
-    host.model.train()
-    step = _placed(host, Loss(host.model), case["parallel"])
-    optimizer = host.methods["default"].optimizer(host, "default", lambda parameters: adamw(parameters, lr=1e-4))
-    rows = bench.batch(host.model, BATCH, LENGTH)
-
-    def train() -> None:
-        step(rows).backward()
-        torch.nn.utils.clip_grad_norm_(host.parameters("default"), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    train()
-    train()
-    return train
-
-
-def _placed(host: Any, loss: Callable[[Any], Any], kind: str | None) -> Any:
-    """A module whose forward pass is the library's loss, shared among the processes."""
-    import torch
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    class Step(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = host.model
-
-        def forward(self, rows: Any) -> Any:
-            return loss(rows)
-
-    step = Step()
-    if kind == "ddp":
-        return torch.nn.parallel.DistributedDataParallel(step)
-    if kind == "fsdp":
-        mesh = init_device_mesh("cpu", (WORLD,))
-        for layer in host.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(step, mesh=mesh)
-    return step
+    shape = _shape(case)
+    host = attach(AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)), make_method(case["method"]))
+    drawn = torch.randint(3, shape["vocab_size"], (BATCH * WORLD, LENGTH)).tolist()
+    accelerator = Accelerator(cpu=True)
+    training = Training(steps=_STEPS, batch_size=BATCH, recompute=case["recompute"], packing=False)
+    loop = Loop(
+        host, "default", [{"input_ids": ids, "labels": ids} for ids in drawn], training, accelerator=accelerator,
+        parallel=kind_of(accelerator, host.model, case["parallel"] or "auto"),
+    )  # fmt: skip
+    loop.step()
+    loop.step()
+    return loop.step
 
 
 class _Allocated:
@@ -167,14 +151,17 @@ class _Allocated:
             self.peak = max(self.peak, total)
 
 
-def _sent(events: Any, kind: str | None) -> float:
-    """Bytes that rings send for the collective calls: gloo itself makes all-reduces of reduce-scatters."""
-    calls = {None: {}, "ddp": {"gloo:all_reduce": 2 * (WORLD - 1) / WORLD}}
-    calls["fsdp"] = {"gloo:all_gather": WORLD - 1, "c10d::_reduce_scatter_base_": WORLD - 1}  # first come the parts
+def _sent(events: Any) -> float:
+    """Bytes that rings send for the collective calls.
+
+    gloo makes an all-reduce of the whole of each reduce-scatter, whose event names the parts: it is taken off again.
+    """
+    ring = WORLD - 1
+    calls = {"gloo:all_reduce": 2 * ring / WORLD, "gloo:all_gather": ring, "c10d::_reduce_scatter_base_": -ring}
     return sum(
-        calls[kind][event.name()] * event.shapes()[0][0] * _BYTES[event.dtypes()[0]]
+        calls[event.name()] * event.shapes()[0][0] * _BYTES[event.dtypes()[0]]
         for event in events
-        if event.name() in calls[kind]
+        if event.name() in calls and event.shapes()[0]
     )
 
 
@@ -184,7 +171,7 @@ def _sent(events: Any, kind: str | None) -> float:
 def _measured(case: dict[str, Any], folder: Path) -> dict[str, float]:
     """The larger figures of the processes of a case."""
     found: dict[str, float] = {}
-    for figure in ("tensors", "process"):
+    for figure in ("tensors",) if case.get("quick") else ("tensors", "process"):
         meeting = folder / f"{figure} {sorted(map(str, case.values()))}"
         commands = [
             [sys.executable, __file__, "--case", json.dumps({**case, "figure": figure}), "--rank", str(rank),
@@ -210,7 +197,7 @@ def _predicted(case: dict[str, Any]) -> dict[str, float]:
     across = {"devices": WORLD, "parallel": case["parallel"]} if case["parallel"] else {}
     with apart():
         found = plan(
-            AutoConfig.for_model(**SHAPE), case["method"], batch=BATCH, length=LENGTH, precision="fp32",
+            AutoConfig.for_model(**_shape(case)), case["method"], batch=BATCH, length=LENGTH, precision="fp32",
             recompute=case["recompute"], device="cpu:64GB", **across,
         )  # fmt: skip
     sent = found.traffic.sent if found.traffic else 0
@@ -235,16 +222,29 @@ def _table(cases: list[dict[str, Any]]) -> str:
     )  # fmt: skip
 
 
+def _quick() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for case in _cases():
+            if case["method"] in ("lora", "full") and case["recompute"] == "none":
+                quick = {**case, "quick": True}
+                had, said = _measured(quick, Path(folder)), _predicted(quick)
+                numbers = " ".join(f"{key} {said[key] / MIB:.1f} / {had[key] / MIB:.1f}" for key in ("tensors", "sent"))
+                print(f"{case['method']}, {case['parallel'] or 'one process'}: {numbers} MiB ({said['moment']})")
+
+
 def main() -> None:
     """Measure what is not measured, predict, and write the table; or be one process of a case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="forget the cases that are done")
+    parser.add_argument("--quick", action="store_true", help="compare a few on a smaller model, and write nothing")
     for name in ("--case", "--rank", "--meeting"):
         parser.add_argument(name, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case:
         print(json.dumps(work(json.loads(given.case), int(given.rank), given.meeting)))
         return
+    if given.quick:
+        return _quick()
     done = json.loads(RESULTS.read_text()) if RESULTS.is_file() and not given.fresh else {"cases": []}
     kept = {json.dumps({key: one[key] for key in _cases()[0]}): one["measured"] for one in done["cases"]}
     cases = []

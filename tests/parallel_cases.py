@@ -70,9 +70,15 @@ def shares(rank: int, folder: Path) -> dict[str, Any]:
         given = [nn.Parameter(torch.zeros(3)) for _ in range(40)]
         for i, p in enumerate(given[:30]):
             p.grad = torch.full((3,), float(i + rank)) if rank == 0 or i % 2 else None
+        before = [p.grad for p in given]
         with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as calls:
             parallel.share(given)
-        return {"calls": calls.call_count, "grads": [None if p.grad is None else p.grad.tolist() for p in given]}
+        own = all(grad is None or grad is p.grad for grad, p in zip(before, given, strict=True))
+        return {
+            "in place": own,
+            "calls": calls.call_count,
+            "grads": [None if p.grad is None else p.grad.tolist() for p in given],
+        }
 
 
 def split(rank: int, folder: Path) -> dict[str, Any]:

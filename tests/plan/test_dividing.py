@@ -13,7 +13,7 @@ from adapterlab.cli import main
 from adapterlab.errors import ConfigError
 from adapterlab.plan import Device, Plan, plan
 from adapterlab.plan.advice import _more_devices, _sorted
-from adapterlab.plan.dividing import BUCKETS, FIRST, GATHERED, LAST, divided
+from adapterlab.plan.dividing import BUCKETS, FIRST, GATHERED, LAST, SUMMED, divided
 from adapterlab.plan.parallel import KINDS, PLACED, Link, Parallel
 from adapterlab.plan.planning import described, make_method, setup_of, trace_of
 from adapterlab.plan.simulate import (
@@ -29,9 +29,10 @@ from adapterlab.plan.simulate import (
     Trace,
 )  # fmt: skip
 from adapterlab.plan.tracker import Moment
+from adapterlab.train.parallel.flat import BUCKET
 
 FROZEN = Piece(10, 1_000_000, 4_000_000, "float32", BASE, False)
-FACTOR = Piece(3, 300, 1_200, "float32", ADAPTER, True)  # three rows are one and a half for each of two devices
+FACTOR = Piece(3, 300, 1_200, "float32", ADAPTER, True, added=True, moments=2_400)
 HEAD = Piece(5, 500_000, 2_000_000, "float32", BASE, False)
 HELD = {BASE: 10_000_000, ADAPTER: 2_400, STATE: 4_800}
 
@@ -58,59 +59,102 @@ def parts(kind: str, window: str, count: int = 2, accumulation: int = 1) -> dict
     return found.parts
 
 
-def test_copies_hold_all_and_buckets_for_what_trains() -> None:
+def test_copies_hold_all_and_for_a_moment_a_piece_of_what_is_summed() -> None:
     made, traffic = divided(trace(), Parallel("ddp", 4))
-    for window, moment in made.moments.items():
-        assert moment.parts == {**trace().moments[window].parts, BUCKETS: 2_400}
+    assert {window: made.moments[window].parts for window in trace().moments} == {
+        window: moment.parts for window, moment in trace().moments.items()
+    }
+    assert made.moments[SUMMED].parts == {**HELD, GRADIENTS: 2_400, BUCKETS: 2_400}
     assert (traffic.gathered, traffic.reduced) == (0, round(2 * 3 / 4 * 2_400))
+    assert traffic.waited == traffic.reduced, "nothing is computed meanwhile"
     assert made.base == 10_000_000
 
 
-def test_sharded_parameters_are_whole_one_layer_at_a_time() -> None:
-    layer = 4_000_000 + 2 * 800  # of two devices, each holds two rows of a factor
-    root = 2 * 3 * 400_000  # and three of the head's five rows
+def test_pieces_are_those_of_training() -> None:
+    large = FACTOR._replace(numel=BUCKET // 8, size=BUCKET // 2 // 4 * 4)
+    many = replace(trace(), groups=((large,) * 5, (large._replace(numel=BUCKET, size=4 * BUCKET),)))
+    made, _ = divided(many, Parallel("ddp", 2))
+    assert made.moments[SUMMED].parts[BUCKETS] == 2 * large.size, "two fit, and one that is larger is summed as it is"
+
+
+def test_a_split_base_is_whole_one_layer_at_a_time_and_what_is_added_always() -> None:
+    layer, root = 4_000_000, 2 * 3 * 400_000  # of the head's five rows each of two devices holds three at most
     forward = parts("fsdp", "forward, layer 1")
     assert forward[BASE] == 2 * 2_000_000 + 3 * 400_000
-    assert forward[ADAPTER] == 2 * 800
-    assert forward[STATE] == round(4_800 * 800 / 1_200)
+    assert (forward[ADAPTER], forward[STATE]) == (2_400, 4_800)
     assert forward[GATHERED] == root + 2 * layer
     assert forward[f"{ACTIVATIONS}, layer 1"] == 100, "rows are its own"
     backward = parts("fsdp", "backward, layer 0")
-    assert backward[GRADIENTS] == 1_200 + 800, "the layer at work has whole ones, the other its part"
-    assert backward[BUCKETS] == 1_200
-    assert parts("fsdp", "backward, layer 0", accumulation=2)[GRADIENTS] == 2_400
+    assert (backward[GRADIENTS], BUCKETS in backward) == (2_400, False)
+    assert parts("fsdp", SUMMED)[BUCKETS] == 2_400
     assert GATHERED not in parts("fsdp", UPDATE)
-    assert parts("fsdp", UPDATE)[GRADIENTS] == 1_600
+    assert parts("fsdp", UPDATE)[GRADIENTS] == 2_400
     assert parts("fsdp", FIRST)[GATHERED] == 2 * root + layer
     assert GATHERED not in parts("fsdp", LAST)
     _, traffic = divided(trace(), Parallel("fsdp", 2), accumulation=3)
     assert traffic.gathered == 3 * (4 * layer + root) // 2
-    assert traffic.reduced == 1_200
+    assert traffic.reduced == traffic.waited == 2_400
 
 
-def test_devices_without_rows_of_a_factor_do_not_help_the_first() -> None:
-    assert parts("fsdp", "forward, layer 1", 64)[ADAPTER] == 2 * 400, "one row of three is the least"
+def _trains(kind: str, window: str, accumulation: int = 1) -> dict[str, int]:
+    """Parts where the base trains, with its originals beside it."""
+    made, _ = divided(_of_base(), Parallel(kind, 2), accumulation)
+    return made.moments[window].parts
 
 
-def test_deepspeed_keeps_float32_copies_buckets_and_small_weights() -> None:
-    two, three = (parts(kind, "backward, layer 0") for kind in ("zero2", "zero3"))
-    assert (two[BASE], three[BASE]) == (10_000_000, 5_000_000)
-    assert two[ADAPTER] == three[ADAPTER] == 2_400
-    assert two[STATE] == three[STATE] == 2_400 + 1_200
-    assert two[BUCKETS] == three[BUCKETS] == 500_000_000 * 4
-    assert (GATHERED in two, three[GATHERED]) == (False, 10_000_000)
-    assert divided(trace(), Parallel("zero2", 2))[1].sent == 2_400
-    assert divided(trace(), Parallel("zero3", 2))[1].gathered == 10_000_000
+def _of_base(dtype: str = "float32") -> Trace:
+    """The same step of parameters of the base; of three rows the first of two devices has two."""
+    weight = Piece(3, 300, 1_200, dtype, BASE, True, moments=2_400, original=1_200)
+    return replace(trace(), groups=((FROZEN, weight), (FROZEN, weight), (HEAD,)))
 
 
-def test_what_fully_shard_refuses_is_refused() -> None:
-    scalar = replace(trace(), groups=((FROZEN, Piece(0, 1, 4, "float32", ADAPTER, True)), (HEAD,)))
+def test_a_base_that_trains_is_split_with_gradients_moments_and_originals() -> None:
+    forward = _trains("fsdp", "forward, layer 1")
+    assert (forward[ADAPTER], forward[STATE]) == (2 * 800, 2 * 1_600)
+    assert forward[GATHERED] == 2 * 3 * 400_000 + 2 * (4_000_000 + 2 * 800)
+    backward = _trains("fsdp", "backward, layer 0")
+    assert backward[GRADIENTS] == 1_200 + 800, "the layer at work has whole ones, the other its part"
+    assert backward[BUCKETS] == 1_200
+    assert _trains("fsdp", "backward, layer 0", 2)[GRADIENTS] == 1_200 + 2 * 800, "sums are in parts"
+    assert _trains("fsdp", UPDATE)[GRADIENTS] == 1_600
+    assert BUCKETS not in _trains("fsdp", SUMMED)
+    _, traffic = divided(_of_base(), Parallel("fsdp", 2), accumulation=3)
+    assert (traffic.reduced, traffic.waited) == (3 * 1_200, 0), "dealt out in every backward pass"
+    assert divided(_of_base("bfloat16"), Parallel("fsdp", 2))[1].reduced == 300 * 4, "and in float32"
+
+
+def test_devices_without_rows_do_not_help_the_first() -> None:
+    assert parts("fsdp", "forward, layer 1", 64)[BASE] == 3 * 400_000, "one row is the least"
+
+
+def test_zero2_keeps_what_it_gathered_until_the_backward_pass() -> None:
+    layer, root = 4_000_000, 2 * 3 * 400_000
+    assert parts("zero2", "forward, layer 0")[GATHERED] == root + 2 * layer
+    assert parts("zero2", "forward, layer 1")[GATHERED] == root + 3 * layer
+    assert parts("zero2", "backward, layer 1")[GATHERED] == root + 2 * layer
+    assert parts("zero2", "backward, layer 0")[GATHERED] == root + layer
+    assert parts("zero2", UPDATE)[BASE] == parts("fsdp", UPDATE)[BASE]
+    assert divided(trace(), Parallel("zero2", 2), 3)[1].gathered == 3 * (2 * layer + root) // 2
+    assert divided(trace(), Parallel("zero3", 2), 3) == divided(trace(), Parallel("fsdp", 2), 3)
+
+
+def test_what_fully_shard_refuses_of_the_base_is_refused() -> None:
+    scalar = Piece(0, 1, 4, "float32", BASE, False)
     with pytest.raises(ConfigError, match="a single number"):
-        divided(scalar, Parallel("fsdp", 2))
-    mixed = replace(trace(), groups=((FACTOR, FACTOR._replace(dtype="bfloat16")), (HEAD,)))
+        divided(replace(trace(), groups=((scalar, FACTOR), (HEAD,))), Parallel("fsdp", 2))
+    trained = HEAD._replace(trained=True)
     with pytest.raises(ConfigError, match="bfloat16 and float32"):
-        divided(mixed, Parallel("fsdp", 2))
-    assert divided(scalar, Parallel("ddp", 2))
+        divided(replace(trace(), groups=((trained, trained._replace(dtype="bfloat16")), (HEAD,))), Parallel("fsdp", 2))
+    assert divided(replace(trace(), groups=((scalar, FACTOR), (HEAD,))), Parallel("ddp", 2))
+    number = scalar._replace(part=ADAPTER, trained=True, added=True)
+    mixed = (FROZEN, number, FACTOR, FACTOR._replace(dtype="bfloat16"))
+    made, _ = divided(replace(trace(), groups=(mixed, (FROZEN,), (HEAD,))), Parallel("fsdp", 2))
+    assert made.resting[ADAPTER] == HELD[ADAPTER], "what is added is whole, whatever it is"
+
+
+def test_what_training_refuses_of_a_split_base_is_refused() -> None:
+    with pytest.raises(ConfigError, match="parallel=fsdp cannot train full: its anchor reads all weights"):
+        plan(config(), {"name": "full", "anchor": 0.1}, **SMALL, devices=2, parallel="fsdp")
 
 
 @pytest.mark.parametrize(
@@ -151,9 +195,12 @@ def test_plans_of_one_device_of_many() -> None:
         assert Plan.from_json(json.loads(json.dumps(one.to_json()))) == one
     assert found["ddp"].traffic is not None
     assert found["ddp"].traffic.sent == 4 * alone.trainable
-    assert found["ddp"].base == found["zero2"].base == alone.base
+    assert found["ddp"].base == alone.base
+    assert found["fsdp"].base == found["zero2"].base == found["zero3"].base
     assert found["fsdp"].base == pytest.approx(alone.base / 2, rel=0.01)
-    assert found["fsdp"].state == pytest.approx(alone.state / 2, rel=0.01)
+    assert (found["fsdp"].state, found["fsdp"].adapter) == (alone.state, alone.adapter), "what is added is whole"
+    assert found["fsdp"].traffic is not None
+    assert found["fsdp"].traffic.waited == 4 * alone.trainable
     with pytest.raises(ConfigError, match=r"packs them in blocks.*ddp, device_map"):
         plan(config(), "lora", **SMALL, quantize="nf4", devices=2, parallel="fsdp")
 

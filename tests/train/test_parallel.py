@@ -52,6 +52,7 @@ def test_two_processes_train_a_method_of_each_family_as_one_does(tmp_path: Path)
 def _check_shares(found: list[dict[str, Any]]) -> None:
     """Sums in one piece, and one call that says who has what; what nobody has stays away."""
     assert [each["calls"] for each in found] == [2, 2]
+    assert all(each["in place"] for each in found), "gradients are never there twice"
     wanted = [[float(2 * i + 1 if i % 2 else i)] * 3 for i in range(30)] + [None] * 10
     assert found[0]["grads"] == found[1]["grads"] == wanted
 

@@ -102,12 +102,15 @@ class Traffic:
     Attributes:
         gathered: bytes of weights; reduced: bytes of gradients, and of what they have changed.
         link: name; seconds: time on it at its best rate, if nothing is computed meanwhile. None without a link.
+        waited: bytes of these that the step waits for: they go when the backward pass is over. The others may go while
+            something is computed.
     """
 
     gathered: int
     reduced: int
     link: str | None = None
     seconds: float | None = None
+    waited: int = 0
 
     @property
     def sent(self) -> int:

@@ -116,7 +116,10 @@ def _across(plan: Plan) -> dict[str, str]:
         "each sends": sent,
     }
     if traffic.seconds is not None:
-        found["on the link"] = f"{traffic.seconds:.3g} s at the best rate of {traffic.link}, if nothing overlaps"
+        waited = traffic.seconds * traffic.waited / traffic.sent if traffic.sent else 0.0
+        found["on the link"] = (
+            f"{traffic.seconds:.3g} s at the best rate of {traffic.link}, {waited:.3g} s of it after the backward pass"
+        )
     return found
 
 

@@ -11,7 +11,7 @@ import logging
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -33,10 +33,12 @@ from adapterlab.hosts import Host
 from adapterlab.models.loading import PRECISIONS
 from adapterlab.ops import cross_entropy, rms_norm
 from adapterlab.plan.packed import pack
+from adapterlab.plan.parallel import SPLIT
 from adapterlab.plan.setup import Setup
 from adapterlab.plan.tracker import Moment, Tracker, contentless
 from adapterlab.train import rng
 from adapterlab.train.loop import Loop, nothing_to_train
+from adapterlab.train.parallel.sharded import Sharded, replaced
 
 NAME = "default"
 BASE, ADAPTER, GRADIENTS, STATE, LOSS = "base weights", "adapter", "gradients", "optimizer state", "logits and loss"
@@ -55,6 +57,9 @@ class Piece(NamedTuple):
         rows: entries of the first dimension, 0 where it has none; numel: of all.
         size: bytes; dtype: name of the type of its numbers.
         part: `BASE` or `ADAPTER`; trained: whether it trains.
+        added: a method brought it along, so that it is whole in every process, as is all that belongs to it.
+        moments: bytes of the optimizer's numbers in its shape.
+        original: bytes of the base's value that is kept while it trains.
     """
 
     rows: int
@@ -63,6 +68,9 @@ class Piece(NamedTuple):
     dtype: str
     part: str
     trained: bool
+    added: bool = False
+    moments: int = 0
+    original: int = 0
 
 
 Group = tuple[Piece, ...]
@@ -172,6 +180,7 @@ class _Simulation:
             loop.step()
             tracker.rename(UPDATE, STATE)
             tracker.enter("rest", UPDATE)
+        groups = _groups(host, layers, tracker, loop.optimizer.current)
         del loop.optimizer.current
         grown = tracker.total - resting
         if steps == 1:  # from the second step on, what the first has left is there from its start
@@ -185,12 +194,14 @@ class _Simulation:
             base,
             loop.loss.path,
             len(layers),
-            _groups(host, layers, tracker),
+            groups,
         )
 
     def _loop(self, host: Host) -> Loop:
         setup = self.setup
         accelerator: Any = Alone(self.tracker)
+        if setup.parallel is not None and setup.parallel.kind in SPLIT:
+            Sharded(accelerator).check(host, NAME)
         vocabulary = text_config(setup).vocab_size
         ids = [i % vocabulary for i in range(1, setup.length + 1)]
         bare = round((1 - setup.labelled) * setup.length)
@@ -232,21 +243,35 @@ class _Simulation:
             self.tracker.assign(parameter.grad, GRADIENTS)
 
 
-def _groups(host: Host, layers: list[nn.Module], tracker: Tracker) -> tuple[Group, ...]:
+def _groups(host: Host, layers: list[nn.Module], tracker: Tracker, optimizer: Any) -> tuple[Group, ...]:
     """The parameters of each layer and of the rest, each where it comes first."""
+    added = {id(p) for path, p in host.model.named_parameters() if host.is_adapter_path(path)}
+    originals = {id(host.model.get_parameter(patch.path)): patch.original for patch in replaced(host, NAME)}
     seen: set[int] = set()
     found = []
     for module in [*layers, host.model]:
         new = {id(p): p for p in module.parameters() if id(p) not in seen}
         seen |= new.keys()
-        found.append(tuple(_piece(parameter, tracker.part_of(parameter)) for parameter in new.values()))
+        found.append(
+            tuple(
+                _piece(p, tracker.part_of(p), key in added, optimizer.state.get(p, {}), originals.get(key))
+                for key, p in new.items()
+            )
+        )
     return tuple(found)
 
 
-def _piece(parameter: Tensor, part: str) -> Piece:
-    rows = parameter.shape[0] if parameter.dim() else 0
-    count, size = parameter.numel(), parameter.numel() * parameter.itemsize
-    return Piece(rows, count, size, str(parameter.dtype).removeprefix("torch."), part, parameter.requires_grad)
+def _piece(parameter: Tensor, part: str, added: bool, state: Mapping[str, Any], original: Tensor | None) -> Piece:
+    moments = (v for v in state.values() if isinstance(v, Tensor) and v.shape == parameter.shape)
+    return Piece(
+        parameter.shape[0] if parameter.dim() else 0, parameter.numel(), _bytes(parameter),
+        str(parameter.dtype).removeprefix("torch."), part, parameter.requires_grad, added, sum(map(_bytes, moments)),
+        0 if original is None else _bytes(original),
+    )  # fmt: skip
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
 
 
 def build(setup: Setup, real: bool = False) -> Any:

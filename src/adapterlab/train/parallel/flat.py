@@ -29,22 +29,19 @@ def buckets(tensors: Sequence[Tensor], size: int = BUCKET) -> Iterator[list[int]
         yield piece
 
 
-def summed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the sums of tensors over all processes, in their shapes; those that were alone in a piece are changed."""
-    return _together(tensors, dist.all_reduce)
+def add_up(tensors: Sequence[Tensor]) -> None:
+    """Put the sums of tensors over all processes in their place; beside them there is never more than a piece."""
+    _together(tensors, dist.all_reduce)
 
 
-@torch.no_grad()
 def broadcast(tensors: Sequence[Tensor]) -> None:
     """Give tensors the values that the first process has."""
     plain = [tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor for tensor in tensors]
-    for tensor, value in zip(plain, _together(plain, lambda flat: dist.broadcast(flat, 0)), strict=True):
-        if value is not tensor:
-            tensor.copy_(value)
+    _together(plain, lambda flat: dist.broadcast(flat, 0))
 
 
-def _together(tensors: Sequence[Tensor], talk: Callable[[Tensor], object]) -> list[Tensor]:
-    found = list(tensors)
+@torch.no_grad()
+def _together(tensors: Sequence[Tensor], talk: Callable[[Tensor], object]) -> None:
     for piece in buckets(tensors):
         alone = len(piece) == 1 and tensors[piece[0]].is_contiguous()
         flat = tensors[piece[0]] if alone else torch.cat([tensors[i].reshape(-1) for i in piece])
@@ -53,5 +50,4 @@ def _together(tensors: Sequence[Tensor], talk: Callable[[Tensor], object]) -> li
             continue
         parts = flat.split([tensors[i].numel() for i in piece])
         for i, part in zip(piece, parts, strict=True):
-            found[i] = part.view(tensors[i].shape)
-    return found
+            tensors[i].copy_(part.view(tensors[i].shape))

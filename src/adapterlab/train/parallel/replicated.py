@@ -12,7 +12,7 @@ from adapterlab.errors import ConfigError
 from adapterlab.foreign.sharding import is_part
 from adapterlab.hosts import Host
 from adapterlab.train.parallel.alone import Alone, Item
-from adapterlab.train.parallel.flat import broadcast, summed
+from adapterlab.train.parallel.flat import add_up, broadcast
 
 _SHOWN = 16  # numbers of each tensor that are compared among processes
 
@@ -60,9 +60,9 @@ class Replicated(Alone):
         there = torch.tensor([p.grad is not None for p in mine], dtype=torch.uint8, device=mine[0].device)
         dist.all_reduce(there, dist.ReduceOp.MAX)
         used = [p for p, some in zip(mine, there.tolist(), strict=True) if some]
-        gradients = [_dense(p) for p in used]
-        for p, total in zip(used, summed(gradients), strict=True):
-            p.grad = total
+        for p in used:
+            p.grad = _dense(p)
+        add_up([p.grad for p in used if p.grad is not None])
 
 
 def _check_alike(base: Mapping[str, nn.Parameter], device: torch.device) -> None:

@@ -135,7 +135,7 @@ class Sharded(Replicated):
             module.set_force_sum_reduction_for_comms(True)
             if hasattr(module, "set_reduce_scatter_unused_params"):
                 module.set_reduce_scatter_unused_params(True, recurse=False)
-        for patch in self._patches(host, name):
+        for patch in replaced(host, name):
             patch.original = laid_out(patch.original, host.model.get_parameter(patch.path))
         for module in host.model.modules():
             if isinstance(module, Entries):
@@ -158,11 +158,6 @@ class Sharded(Replicated):
 
     def _base(self, host: Host) -> Iterator[tuple[str, nn.Parameter]]:
         return ((path, p) for path, p in host.model.named_parameters() if not host.is_adapter_path(path))
-
-    def _patches(self, host: Host, name: str) -> list[Any]:
-        """Base parameters that are owned whole, or replaced, with their originals."""
-        held = [patch for key in host.parts(name) for patch in host.patches[key].values()]
-        return [patch for patch in held if patch.original is not None and (patch.entire or patch.chosen is None)]
 
     # ------------------------------------------------------------------ a step
 
@@ -219,6 +214,12 @@ class Sharded(Replicated):
             return value
 
         return walked(state, ()), parts
+
+
+def replaced(host: Host, name: str) -> list[Any]:
+    """Base parameters that an adapter owns whole, or replaces, with their originals."""
+    held = [patch for key in host.parts(name) for patch in host.patches[key].values()]
+    return [patch for patch in held if patch.original is not None and (patch.entire or patch.chosen is None)]
 
 
 def _square(gradient: Tensor) -> Tensor:
