@@ -97,26 +97,31 @@ def _divided(model: str, setup: Any, trace: Any) -> Iterator[dict[str, Any]]:
         for kind in ("ddp", "fsdp") if count > 1 else (None,):
             division = Parallel(kind, count) if kind else None
             plan = described(model, replace(setup, parallel=division), trace, place)
-            sent = plan.traffic.sent if plan.traffic else 0
+            sent, waited = (plan.traffic.sent, plan.traffic.waited) if plan.traffic else (0, 0)
             yield {
                 "model": model, "method": setup.method.id, "devices": count, "parallel": kind, "flops": plan.flops,
                 "trainable": plan.trainable, "memory": plan.process, "peak": plan.peak, "sent": sent,
-                "steps": {name: _seconds(gpu, plan.flops, sent, count) for name, gpu in GPUS.items()},
+                "steps": {name: _seconds(gpu, plan.flops, sent, waited, count) for name, gpu in GPUS.items()},
             }  # fmt: skip
 
 
-def _seconds(gpu: Gpu, flops: float, sent: int, count: int) -> dict[str, float]:
-    """Seconds of a step: products at the stated share of the peak, and what is sent on the slowest link."""
+def _seconds(gpu: Gpu, flops: float, sent: int, waited: int, count: int) -> dict[str, float]:
+    """Seconds of a step: products at the stated share of the peak, and what is sent on the slowest link.
+
+    Some of what is sent, `waited`, goes when there is nothing to compute.
+    """
     from adapterlab.plan.parallel import LINKS
 
     rate = LINKS[gpu.link] if count <= MACHINE else min(LINKS[gpu.link], LINKS[FABRIC])
-    return {"compute": flops / (UTILISATION * gpu.peak * 1e12), "communication": sent / (rate * 1e9)}
+    compute = flops / (UTILISATION * gpu.peak * 1e12)
+    return {"compute": compute, "communication": sent / (rate * 1e9), "waited": waited / (rate * 1e9)}
 
 
 def _hours(one: dict[str, Any], gpu: str) -> float:
     """Hours for all rows, if communication goes on beside computation where it can."""
-    step = max(one["steps"][gpu].values())
-    return ROWS * ROW / (LENGTH * one["devices"]) * step / 3600
+    step = one["steps"][gpu]
+    whole = max(step["compute"], step["communication"] - step["waited"]) + step["waited"]
+    return ROWS * ROW / (LENGTH * one["devices"]) * whole / 3600
 
 
 def _memory_table(found: Sequence[dict[str, Any]]) -> str:

@@ -15,10 +15,11 @@ from torch import distributed as dist
 from torch import nn
 
 from adapterlab import registry
-from adapterlab.errors import AdapterlabError, RankError
+from adapterlab.errors import AdapterlabError, ConfigError, RankError
 from adapterlab.foreign.sharding import is_part, local
+from adapterlab.plan import before_run
 from adapterlab.testing.parallel import KINDS, Single, apart, loop_of, measured, talking, trained
-from adapterlab.train import Listener, fit
+from adapterlab.train import Listener, fit, run
 from adapterlab.train.parallel.replicated import Replicated
 from tiny_runs import make_config
 
@@ -61,6 +62,18 @@ def runs(rank: int, folder: Path) -> dict[str, Any]:
     assert whole is not None
     assert again is not None
     return {"whole": whole.eval_loss, "again": again.eval_loss}
+
+
+def refusal(rank: int, folder: Path) -> str:
+    """What each process says of a run whose weights cannot fit, none of which may be loaded."""
+    loads = mock.patch.object(run, "load_model", side_effect=AssertionError("weights were loaded"))
+    small = mock.patch.object(before_run, "_left", return_value=1000)
+    with loads, small, mock.patch.object(before_run, "_TRIFLE", 0.0):
+        try:
+            fit(config(folder, "refused"), quiet=True)
+        except ConfigError as error:
+            return str(error)
+    return "nothing was refused"
 
 
 def shares(rank: int, folder: Path) -> dict[str, Any]:
@@ -129,11 +142,17 @@ def methods(rank: int, folder: Path) -> dict[str, Any]:
 
 def work(rank: int, folder: Path) -> dict[str, Any]:
     """Every case, or what it raised."""
-    cases: dict[str, Callable[[int, Path], Any]] = {"shares": shares, "split": split, "ways": ways, "runs": runs}
+    cases: dict[str, Callable[[int, Path], Any]] = {
+        "shares": shares,
+        "split": split,
+        "ways": ways,
+        "runs": runs,
+        "refusal": refusal,
+    }
     found: dict[str, Any] = {}
     for name, case in cases.items():
         try:
-            if name == "runs":
+            if name in ("runs", "refusal"):
                 with talking(folder, name):
                     found[name] = case(rank, folder)
             else:

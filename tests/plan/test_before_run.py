@@ -184,3 +184,21 @@ def test_a_spread_model_is_compared_with_all_devices_together(make: Make, monkey
     assert found.process - one.process == 3 * Device("cuda").context
     with pytest.raises(ConfigError, match=r"weights, adapter and optimizer alone"):
         before_run.check_fits(config, replace(found, limit=found.base))
+
+
+def test_each_of_several_processes_is_planned(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make("cpu")
+    weights = least_weights(setup_of(config.model, "lora", batch=1, length=32))
+    monkeypatch.setattr(before_run, "_TRIFLE", 0.0)
+    monkeypatch.setattr(before_run, "_left", lambda: 3 * weights // 2)  # each of two has three quarters of it
+    halves, copies = before_run.Start(2, 2, "fsdp"), before_run.Start(2, 2, "ddp")
+    assert shown(config, start=halves) == ["loading"]
+    with pytest.raises(ConfigError, match=r"cannot fit on cpu \(for each of 2 processes\): its weights alone"):
+        shown(config, start=copies)
+    assert shown(config, start=before_run.Start(2, 1, "ddp")) == ["loading"], "another machine has the other one"
+    found = early_plan(config, 600, halves)
+    assert found is not None
+    assert (found.devices, found.parallel, found.limit) == (2, "fsdp", 3 * weights // 2 // 2)
+    assert "on each of 2 devices (fsdp)" in before_run.line(found)
+    offloaded = config.model_copy(update={"cpu_offload": True})
+    assert early_plan(offloaded, 600, halves) is None, "what waits elsewhere is not planned, so it refuses nothing"

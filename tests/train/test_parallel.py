@@ -33,6 +33,9 @@ LORA = method("lora")
 def test_a_pair_of_processes(root: Path) -> None:
     """One start for all of them."""
     found = pair(parallel_cases.work, root)
+    for text in [each.pop("refusal") for each in found]:
+        assert "full on" in text, text
+        assert "cannot fit on cpu (for each of 2 processes): its weights alone take" in text, text
     wrong = [text for each in found for text in each.values() if isinstance(text, str)]
     assert not wrong, "\n".join(wrong)
     _check_shares([each["shares"] for each in found])

@@ -116,7 +116,7 @@ class Session:
         self.comparison, self.contender, self.steps = job.settings(), job.contender, job.steps
         self.output = folder.path / TRAIN
         self.config = self._config(1, 0.0)
-        if launched() == 1:  # plans are of one process
+        if launched() == 1:  # ranks hear of it when a run of the comparison itself begins
             before_run.check(self.config, print)
         self.accelerator = make_accelerator(self.config)
         check_joined(self.accelerator)

@@ -25,6 +25,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
 
 
+def launched_here() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if launched() > 1 else 1
+
+
 def rank() -> int:
     """The number of this process among those of its run."""
     return int(os.environ.get("RANK", 0)) if launched() > 1 else 0
@@ -48,7 +53,7 @@ def check_start(device: str | None) -> None:
             "torchrun --nproc-per-node N -m adapterlab train ..."
         )
     if launched() > 1:
-        check_devices(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        check_devices(device, launched_here())
 
 
 def _one_of_several() -> bool:
@@ -131,6 +136,23 @@ def agreed(accelerator: Accelerator, facts: Mapping[str, Any]) -> None:
             "The processes of this run differ in what must be the same for all:\n" + "\n".join(differing) + "\nStart "
             "each with the same command and settings, the same versions of all packages, and the same files."
         )
+
+
+def obeyed(accelerator: Accelerator, refusal: ConfigError | None) -> None:
+    """Let every process of a run end with what the first one refuses, or go on. Call it on each of them.
+
+    Args:
+        accelerator: of the run.
+        refusal: of the first process; None: nothing is refused.
+
+    Raises:
+        ConfigError: the refusal, on every process.
+    """
+    if accelerator.num_processes > 1:
+        told = next(filter(None, gather_object([str(refusal) if refusal is not None else ""])), "")
+        refusal = refusal or (ConfigError(told) if told else None)
+    if refusal is not None:
+        raise refusal
 
 
 def differences(every: Sequence[Mapping[str, Any]]) -> list[str]:

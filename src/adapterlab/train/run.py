@@ -10,7 +10,7 @@ import math
 import operator
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,8 @@ from adapterlab.train.display import Display, config_table, proof_table, result_
 from adapterlab.train.fast_paths import fast_paths
 from adapterlab.train.folder import RunFolder
 from adapterlab.train.loop import Listener, Loop, Record, Row, nothing_to_train
-from adapterlab.train.parallel import kind_of, loading
-from adapterlab.train.ranks import agreed, check_fits, check_joined, check_start, on_cpu
+from adapterlab.train.parallel import kind_of, loading, named
+from adapterlab.train.ranks import agreed, check_fits, check_joined, check_start, launched_here, obeyed, on_cpu
 from adapterlab.train.result import RunResult
 from adapterlab.train.signals import Interrupted, Stopping, stop_on_signals
 from adapterlab.train.trackers import Trackers, check_trackers
@@ -225,16 +225,25 @@ def _try_out(config: TrainConfig, accelerator: Accelerator, console: Terminal, *
     console.print("Every adapted module is reached, and every trainable tensor gets a gradient.", style="green")
 
 
-def _announced(
-    config: TrainConfig, accelerator: Accelerator, console: Terminal, *, force: bool
-) -> contextlib.AbstractContextManager[None]:
-    """Say what the run needs, and refuse what cannot fit, before the weights are loaded; plans are of one process."""
-    if accelerator.num_processes > 1:
-        return contextlib.nullcontext()
-    from adapterlab.plan.before_run import announced
+@contextlib.contextmanager
+def _announced(config: TrainConfig, accelerator: Accelerator, console: Terminal, *, force: bool) -> Iterator[None]:
+    """Say what each process of the run needs, and refuse what cannot fit, before any loads the weights.
 
+    The first one plans, as all are alike; the others wait for what it says.
+    """
+    from adapterlab.plan.before_run import ALONE, Start, announced
+
+    count, refusal = accelerator.num_processes, None
+    start = Start(count, launched_here(), named(accelerator, config.parallel)) if count > 1 else ALONE
     tell = functools.partial(console.print, highlight=False)
-    return announced(config, tell, force=force, make=not console.quiet)
+    with contextlib.ExitStack() as held:
+        if accelerator.is_main_process:
+            try:
+                held.enter_context(announced(config, tell, force=force, make=not console.quiet, start=start))
+            except ConfigError as error:
+                refusal = error
+        obeyed(accelerator, refusal)
+        yield
 
 
 def _open(config: TrainConfig, loop: Loop, run_folder: RunFolder, state: Mapping[str, Any] | None) -> None:

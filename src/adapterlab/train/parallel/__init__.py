@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from adapterlab.train.parallel.alone import Alone
-from adapterlab.train.parallel.choosing import KINDS, Kind, kind_of, loading
+from adapterlab.train.parallel.choosing import KINDS, Kind, kind_of, loading, named
 
-__all__ = ["KINDS", "Alone", "Kind", "kind_of", "loading"]
+__all__ = ["KINDS", "Alone", "Kind", "kind_of", "loading", "named"]

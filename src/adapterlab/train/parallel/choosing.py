@@ -61,6 +61,12 @@ def kind_of(accelerator: Accelerator, model: nn.Module, wanted: str = "auto", *,
     return Replicated(accelerator)
 
 
+def named(accelerator: Accelerator, wanted: str) -> str:
+    """Say what `auto` means, which the processes decide: fsdp where accelerate was started for it, else ddp."""
+    started: Any = accelerator.distributed_type
+    return wanted if wanted != "auto" else "fsdp" if started is DistributedType.FSDP else "ddp"
+
+
 @contextlib.contextmanager
 def loading(accelerator: Accelerator, wanted: str, device: str | None) -> Iterator[str | None]:
     """Load a model inside the context, to the device that it yields; None: the fastest there is; `auto`: over all.
