@@ -56,6 +56,8 @@ def test_the_peak_is_exact_and_every_window_close(given: Setup) -> None:
     quick, whole = extrapolated(given, run), simulate(given)
     assert depths == [3, 4, 5]
     assert quick.peak.total == pytest.approx(whole.peak.total, abs=64)
+    for window, moment in quick.moments.items():
+        assert sum(moment.parts.values()) == pytest.approx(moment.total, abs=64), f"parts in {window}"
     assert quick.flops == whole.flops
     assert (quick.trainable, quick.layers) == (whole.trainable, whole.layers)
     assert quick.base == pytest.approx(whole.base, abs=64)

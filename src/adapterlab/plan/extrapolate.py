@@ -105,7 +105,9 @@ def _extended(traces: list[Trace], ends: list[dict[str, Moment]], period: int, d
     moments: dict[str, Moment] = {}
     for key, late in ends[-1].items():
         early = ends[-2][key]
-        parts = _parts(early.parts, late.parts, a.layers, b.layers, period, steps)
+        window = _WINDOW.fullmatch(key)  # of one of the first layers: the others come after it
+        front = int(window[2]) + 1 if window else None
+        parts = _parts(early.parts, late.parts, a.layers, b.layers, period, steps, front)
         match = re.fullmatch(r"(\w+), layer (-\d+)", key)
         name = f"{match[1]}, layer {depth + int(match[2])}" if match else key
         moment = Moment(line(early.total, late.total), parts)
@@ -125,9 +127,15 @@ def _extended(traces: list[Trace], ends: list[dict[str, Moment]], period: int, d
 
 
 def _parts(
-    early: Mapping[str, int], late: Mapping[str, int], few: int, more: int, period: int, steps: int
+    early: Mapping[str, int],
+    late: Mapping[str, int],
+    few: int,
+    more: int,
+    period: int,
+    steps: int,
+    front: int | None = None,
 ) -> dict[str, int]:
-    """Parts of a moment: sums continue; the activations of the middle layers repeat."""
+    """Parts of a moment: sums continue; the activations of the middle layers repeat, or of those from `front` on."""
     found: dict[str, int] = {}
     prefix = f"{ACTIVATIONS}, layer "
     for key in {**early, **late}:
@@ -135,12 +143,12 @@ def _parts(
             x, y = early.get(key, 0), late.get(key, 0)
             found[key] = y + (y - x) * steps
     layers = [late.get(f"{prefix}{i}", 0) for i in range(more)]
-    for index, size in enumerate(_repeated(layers, period, steps)):
+    for index, size in enumerate(_repeated(layers, period, steps, front)):
         found[f"{prefix}{index}"] = size
     return {key: size for key, size in found.items() if size}
 
 
-def _repeated(layers: Sequence[_Item], period: int, steps: int) -> list[_Item]:
-    """What belongs to each layer of a deeper model: the middle ones come again."""
-    start = (len(layers) - period) // 2
+def _repeated(layers: Sequence[_Item], period: int, steps: int, front: int | None = None) -> list[_Item]:
+    """What belongs to each layer of a deeper model: the middle ones come again, or those from `front` on."""
+    start = (len(layers) - period) // 2 if front is None else min(front, len(layers) - period)
     return [*layers[:start], *list(layers[start : start + period]) * (steps + 1), *layers[start + period :]]
