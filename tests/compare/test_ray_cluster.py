@@ -26,19 +26,14 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed"),
 ]
 STEPS = 160
-# A job that says which GPUs it may see, and when; its result is made up.
+# A job that writes down which GPUs it may see, and when.
 SEES = """
 import json, os, pathlib, sys, time
-folder = pathlib.Path(sys.argv[1])
-begun = time.time()
-time.sleep(0.5)
-(folder / "seen.json").write_text(json.dumps([os.environ.get("CUDA_VISIBLE_DEVICES"), begun, time.time()]))
-job = json.loads((folder / "job.json").read_text())
-exam = {"loss": 1.0, "losses": [1.0] * 16, "tokens": [1] * 16, "score": 0.5, "right": [0, 1] * 8}
-who = job["contender"] or {"label": "untrained", "key": "untrained", "method": "untrained"}
-run = {"label": who["label"], "key": who["key"], "method": who["method"], "seed": job["seed"], "status": "finished",
-       "wall_seconds": 0.0, "train_seconds": 0.0, "best": exam, "final": exam}
-(folder / "result.json").write_text(json.dumps(run if job["contender"] else {"run": run, "tokens_per_row": 5.0}))
+from adapterlab.compare.worker import main
+begun, status = time.time(), main(sys.argv[1])
+seen = [os.environ.get("CUDA_VISIBLE_DEVICES"), begun, time.time()]
+(pathlib.Path(sys.argv[1]) / "seen.json").write_text(json.dumps(seen))
+sys.exit(status)
 """
 
 
@@ -56,9 +51,9 @@ def test_each_job_has_its_gpus_for_itself(
 ) -> None:
     """Four GPUs that the cluster only believes in, and two for each job."""
     cluster(num_cpus=4, num_gpus=4)
-    monkeypatch.setattr(pools, "command", lambda folder: [sys.executable, "-S", "-c", SEES, str(folder)])
+    monkeypatch.setattr(pools, "command", lambda folder: [sys.executable, "-c", SEES, str(folder)])
     methods = [{"lora": {"r": 2, "alpha": [1, 2, 3]}}]
-    config = CompareConfig(**{**fields, "methods": methods, "threads": 1, "gpus": 2, "device": "cpu"})
+    config = CompareConfig(**{**fields, "methods": methods, "seeds": 1, "threads": 1, "gpus": 2, "device": "cpu"})
     result = compare(config, engine="ray")
     assert [run.status for run in result.runs] == ["finished"] * len(result.runs)
     assert result.conditions["runs at a time"] == 2

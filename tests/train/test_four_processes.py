@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from launches import ONE_THREAD
+from launches import outcomes
 from safetensors.torch import load_file
 
 from tiny_folder import write_model
@@ -39,10 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(root: Path) -> dict[str, Any]:
     """What happened in `four_processes.py`, by the name of the launch."""
-    script = Path(__file__).parent / "four_processes.py"
-    done = subprocess.run([sys.executable, script, root], capture_output=True, text=True, timeout=600, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return outcomes("four_processes.py", root, 600)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from launches import ONE_THREAD, command, stopped
+from launches import command, outcomes, stopped
 from safetensors.torch import load_file
 
 from adapterlab.errors import ConfigError
@@ -47,10 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(root: Path) -> dict[str, Any]:
     """What happened in `two_processes.py`, by the name of the launch."""
-    script = Path(__file__).parent / "two_processes.py"
-    done = subprocess.run([sys.executable, script, root], capture_output=True, text=True, timeout=280, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return outcomes("two_processes.py", root, 280)
 
 
 def rows_of(run: dict[str, Any]) -> list[int]:
