@@ -365,3 +365,21 @@ def test_a_pin_that_a_running_answer_has_no_room_beside_is_refused(engine: Any) 
     assert one.pin("low").pinned
     with pytest.raises(ConfigError, match="pages of 4"):
         one.submit(ask((5,), max_tokens=60))
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_version_that_cannot_be_pinned_leaves_the_name_to_the_one_before(
+    pinned: bool, alone: Any, engine: Any
+) -> None:
+    one = engine("low", "low3")
+    one.pin("low", pinned=pinned)
+    broken = alone.save("broken", METHODS["low"](), 2)
+    file = broken / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    for name in ("low", "new"):
+        with pytest.raises(UnusableAdapterError, match="not the file that was saved"):
+            one.register(name, broken, pin=True)
+    with pytest.raises(UnknownAdapterError):
+        one.adapter("new")
+    assert (one.adapter("low").version, one.adapter("low").pinned) == (1, pinned)
+    assert one.submit(ask(PROMPTS[0], "low")).result(60)[0].ids == alone.answer("low", PROMPTS[0])

@@ -128,6 +128,19 @@ class Adapters:
             self._leave(before)
         return version
 
+    def take_back(self, version: Version, before: Version | None) -> None:
+        """Forget a version that cannot be used after all; `before` has its name again, if there was one."""
+        if before is None:
+            del self._names[version.tenant, version.name]
+        else:
+            self._names[version.tenant, version.name] = before
+            before.registered = True
+        self._leave(version)
+
+    def named(self, name: str, tenant: str | None) -> Version | None:
+        """Return the version that a name means for exactly this tenant, if it means one."""
+        return self._names.get((tenant, name))
+
     def remove(self, name: str, tenant: str | None) -> None:
         """Forget a name.
 
@@ -144,7 +157,7 @@ class Adapters:
         Raises:
             UnknownAdapterError: there is none.
         """
-        found = self._names.get((tenant, name))
+        found = self.named(name, tenant)
         if found is None:
             raise self._unknown(name, tenant)
         return found

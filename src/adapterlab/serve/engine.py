@@ -159,7 +159,7 @@ class Engine:
             name: for requests.
             folder: of the adapter, one of ours or of HF PEFT.
             tenant: who may use it; None: everybody. Each tenant has names of its own, which hide everybody's.
-            pin: load it now and keep it loaded.
+            pin: load it now and keep it loaded; where that fails, the name means what it did before.
 
         Raises:
             FormatError: the folder is damaged, foreign, or for another base.
@@ -174,13 +174,18 @@ class Engine:
         size = file.stat().st_size if file.is_file() else 0
 
         def add() -> AdapterState:
-            version = self._worker.adapters.add(name, tenant, str(place), info.method, size)
+            adapters = self._worker.adapters
+            before = adapters.named(name, tenant)
+            kept = before is not None and before.pinned
+            version = adapters.add(name, tenant, str(place), info.method, size)
             if not pin:
                 return version.shown()
             try:
                 return self._pinned(version)
             except AdapterlabError:
-                self._worker.adapters.remove(name, tenant)
+                adapters.take_back(version, before)
+                if before is not None and kept:
+                    self._pinned(before)
                 raise
 
         return self._between_steps(add)
