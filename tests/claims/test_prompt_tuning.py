@@ -41,24 +41,23 @@ def task_batch(task: int, seed: int) -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="module")
 def multitask() -> LlamaForCausalLM:
     """A small model that knows several tasks by a task token in front of the symbol."""
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=SYMBOLS + TASKS, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                     num_attention_heads=2, pad_token_id=None, bos_token_id=None, eos_token_id=None)
     )  # fmt: skip
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for step in range(240):
-        task = step % TASKS
-        x, y = task_batch(task, step)
-        tokens = torch.stack([torch.full_like(x, SYMBOLS + task), x], 1)
-        loss = F.cross_entropy(model(tokens).logits[:, -1], y)
+    for step in range(80):  # all tasks in each: one after the other, the last one is known best, and how well is chance
+        x, y = zip(*(task_batch(task, step) for task in range(TASKS)), strict=True)
+        tokens = [torch.stack([torch.full_like(each, SYMBOLS + task), each], 1) for task, each in enumerate(x)]
+        loss = F.cross_entropy(model(torch.cat(tokens)).logits[:, -1], torch.cat(y))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return model.eval()
 
 
-def measure(model: LlamaForCausalLM, length: int, steps: int = 60) -> float:
+def measure(model: LlamaForCausalLM, length: int, steps: int = 150) -> float:
     """Accuracy on one task without its token, after tuning a prompt in its place."""
     torch.manual_seed(1)
     host = al.attach(model, PromptTuning(length=length))
