@@ -305,6 +305,8 @@ RULES = (
                        loss("lora_plus", "lora r=8"), *LOWER),
             Prediction("LoRA+ is at LoRA's last validation loss by half of the steps", NINE,
                        share_of_steps("lora_plus", "lora r=8"), 0.0, 0.5),
+            Prediction("on word problems LoRA+ ends lower than LoRA, with one rate for both", CLASSIC,
+                       loss("lora_plus r=8", "lora r=8"), *LOWER),
         ),
     ),
     _rule(
@@ -347,6 +349,10 @@ RULES = (
         "method.name", "LoRA stays the method to begin with.",
         ("PiSSA ends lower than LoRA", loss(PISSA_BOTH, "lora"), *LOWER),
         ("PiSSA is at LoRA's last validation loss before the last step", share_of_steps(PISSA_BOTH, "lora"), 0.0, 0.99),
+        beside=(
+            Prediction("on word problems PiSSA ends lower than LoRA, with one rate for both", CLASSIC,
+                       loss("pissa", "lora r=8"), *LOWER),
+        ),
     ),
     _rule(
         "rslora_for_large_ranks", "rsLoRA for large ranks",
@@ -354,6 +360,12 @@ RULES = (
         "method.alpha", "Alpha / r stays, as the rate that suits it hardly depends on the rank.",
         ("rsLoRA of rank 256 ends lower than LoRA of rank 256", loss(RS_256, "lora r=256"), *LOWER),
         ("rsLoRA of rank 256 ends lower than LoRA of rank 8", loss(RS_256, "lora"), *LOWER),
+        beside=(
+            Prediction("on word problems rsLoRA of rank 512 ends lower than LoRA of rank 512, with one rate for both",
+                       CLASSIC, loss("rslora r=512", "lora r=512"), *LOWER),
+            Prediction("and lower than rsLoRA of rank 8, with that rate", CLASSIC,
+                       loss("rslora r=512", "rslora r=8"), *LOWER),
+        ),
     ),
     _rule(
         "ten_times_the_rate", "LoRA wants ten times the rate of full tuning", f"{REGRET}; fifteen times in short runs",
@@ -491,8 +503,8 @@ def _section(rule: Rule) -> list[str]:
     if needed:
         lines.append(f"To tell {MARGIN} nats apart here takes about {' or '.join(dict.fromkeys(needed))}.")
     lines += [f"\n{results}: {text}." for results, text in shown.items()]
-    missing = {Path(prediction.results).name for prediction in rule.predictions if prediction.measured() is None}
-    lines += [f"\nStill to be measured: `adapterlab compare examples/rules/{name}.yaml`" for name in sorted(missing)]
+    missing = {prediction.results for prediction in rule.predictions if prediction.measured() is None}
+    lines += [f"\nStill to be measured: `adapterlab compare examples/{name}.yaml`" for name in sorted(missing)]
     own = f"rules/{rule.id}"
     drawn = own if own in shown else next(iter(shown), None)
     if drawn:
@@ -570,7 +582,7 @@ def _classic() -> list[str]:
         comparison = _comparison(folder)
         searched = {search.label: search.chosen for search in comparison.searches if search.auto}
         lines += ["", f"**{'With the rate that a search found for each' if searched else 'With one rate for all'}** "
-                  f"({_where(name)}; {_conditions(comparison)}):", ""]  # fmt: skip
+                  f"({_where(name)}; {_trained(comparison)}, {_conditions(comparison)}):", ""]  # fmt: skip
         columns = ["method", *(["rate"] if searched else []), "loss on the problems", "minus LoRA of rank 8",
                    "forgetting", "published, Qwen2.5-1.5B"]  # fmt: skip
         lines += [f"| {' | '.join(columns)} |", f"|---{'|---:' * (len(columns) - 1)}|"]
@@ -584,8 +596,17 @@ def _classic() -> list[str]:
             cells = [label, *rate, "–" if mean is None else f"{mean:.4f}", str(apart or "–"),
                      "–" if forgot is None else f"{forgot:+.3f}", str(_PUBLISHED.get(label, "–"))]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
+        found = {m: _difference(comparison.runs, f"{m} r=512", f"{m} r=8") for m in ("lora", "lora_plus", "rslora")}
+        large = ", ".join(f"{method} {apart}" for method, apart in found.items() if apart)
+        lines += [f"\nRank 512 minus rank 8, where the published ones collapse: {large}."] if large else []
         lines.append(f"\n![Losses of {name}](../benchmarks/results/{name}/loss_curves.png)")
     return lines
+
+
+def _trained(comparison: Comparison) -> str:
+    """How many seeds of each method have finished."""
+    counts = {standing.finished for standing in comparison.standings if standing.label != UNTRAINED}
+    return f"{min(counts)} to {max(counts)} seeds" if len(counts) > 1 else f"seeds of each: {max(counts, default=0)}"
 
 
 def _anchor(title: str) -> str:
@@ -607,8 +628,8 @@ _STYLE = (
 _CLASSIC_HEAD = """LoRA, LoRA+ and rsLoRA at three ranks, DoRA, PiSSA and full tuning on grade-school word problems
 (GSM8K): a table that is handed around for Qwen2.5-1.5B with one learning rate for all, where large ranks collapse. Here
 it is in little ([compare_gsm8k_small.yaml](../examples/compare_gsm8k_small.yaml)), 30 steps of two short rows, so that
-only what differs by much can be told apart. Memory, times, steps and scores of every method stand in the linked table.
-A model of 135M parameters solves next to none of these problems, and the loss on their solutions judges."""
+only what differs by much can be told apart. Memory, times and steps of every method stand in the linked table. A model
+of 135M parameters solves next to none of these problems, so no answers are written: the loss judges."""
 
 _HEAD = """# The field's rules, measured
 
