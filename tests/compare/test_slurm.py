@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from inline_comparisons import use_inline_pool
 from test_scheduling import pretend
@@ -30,7 +31,7 @@ for task in $(seq "$last"); do
 done
 echo "17;cluster"
 """
-# A worker whose jobs take half a second each, end with it, and come out as those in another folder did.
+# A worker whose jobs end with it, and come out as those in another folder did; runs wait until a file is there.
 WORKER = """
 import sys
 from adapterlab.cli import main
@@ -40,7 +41,8 @@ import os, pathlib, shutil, sys, threading, time
 threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 folder = pathlib.Path(sys.argv[1])
 (folder / "begun.txt").open("a").write("x")
-time.sleep(0.5)
+while "runs" in folder.parts and not os.path.exists({go!r}):
+    time.sleep(0.05)
 shutil.copy(pathlib.Path({made!r}) / folder.relative_to({root!r}) / "result.json", folder / "result.json")
 '''
 pools.can_fork = lambda: False
@@ -149,7 +151,8 @@ def test_two_tasks_do_what_one_process_does_though_one_is_killed(
         alone = compare(CompareConfig(**{**given, "output": tmp_path / "alone"}))
     config = CompareConfig(**{**given, "output": tmp_path / "array"})
     file = tmp_path / "worker.py"
-    file.write_text(textwrap.dedent(WORKER).format(made=str(tmp_path / "alone"), root=str(config.output)))
+    go = tmp_path / "go"
+    file.write_text(textwrap.dedent(WORKER).format(made=str(tmp_path / "alone"), root=str(config.output), go=str(go)))
     program(programs / "sbatch", SBATCH)
     original = slurm.script
     monkeypatch.setattr(slurm, "script", lambda *given: original(*given).replace("-m adapterlab", str(file)))
@@ -167,6 +170,9 @@ def test_two_tasks_do_what_one_process_does_though_one_is_killed(
         time.sleep(0.02)
     killed, process = next(iter(found.items()))
     os.kill(process, signal.SIGKILL)
+    while any(str(killed) in (job.info["cmdline"] or ()) for job in psutil.process_iter(["cmdline"])):
+        time.sleep(0.02)  # its job ends with it, and must not come to its own end before
+    go.touch()
     result = compare(config, engine="slurm", wait=True)
     assert result.finished
     assert [(run.label, run.seed, run.best) for run in result.runs] == [
