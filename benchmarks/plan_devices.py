@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import subprocess
 import sys
@@ -159,7 +160,7 @@ def _sent(events: Any) -> float:
     ring = WORLD - 1
     calls = {"gloo:all_reduce": 2 * ring / WORLD, "gloo:all_gather": ring, "c10d::_reduce_scatter_base_": -ring}
     return sum(
-        calls[event.name()] * event.shapes()[0][0] * _BYTES[event.dtypes()[0]]
+        calls[event.name()] * math.prod(event.shapes()[0]) * _BYTES[event.dtypes()[0]]
         for event in events
         if event.name() in calls and event.shapes()[0]
     )
