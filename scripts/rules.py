@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from adapterlab.compare.power import TYPICAL, cheapest, needs, spread_of
+from adapterlab.compare.power import TYPICAL, cheapest, needs, spread_of, with_more_seeds
 from adapterlab.compare.report.svg import Axis, Plot
 from adapterlab.compare.results import UNTRAINED, Comparison, Interval, Run, load
 from adapterlab.compare.statistics import Sheets, differences, sheets_of
@@ -173,8 +173,10 @@ def _difference(runs: Sequence[Run], a: str, b: str) -> Measured | None:
 
 def _needed(comparison: Comparison, a: str, b: str) -> str:
     spread = spread_of(comparison, [(a, b)])
-    need = None if spread is None else cheapest(needs(spread, MARGIN))
-    return "" if need is None else f"{need.rows:,} evaluation rows and {need.seeds} seeds"
+    if spread is None or spread.seeds is None:  # of one seed nobody knows how far others are
+        return ""
+    need = cheapest(needs(spread, MARGIN)) or with_more_seeds(spread, MARGIN)
+    return f"{need.rows:,} evaluation rows and {need.seeds} seeds"
 
 
 def figure(a: str, b: str, of: Callable[[Run], float | None]) -> Callable[[Path], Measured | None]:
@@ -298,8 +300,9 @@ RULES = (
     _rule(
         "lora_plus", "LoRA+ learns twice as fast", PLUS,
         "method.name", "LoRA stays the method to begin with.",
-        ("LoRA+ ends lower than LoRA", loss(PLUS_BOTH, "lora"), *LOWER),
-        ("LoRA+ is at LoRA's last validation loss by half of the steps", share_of_steps(PLUS_BOTH, "lora"), 0.0, 0.5),
+        ("LoRA+ ends lower than LoRA, at the better of two rates", loss(PLUS_BOTH, "lora"), *LOWER),
+        ("at the better of two rates LoRA+ is at LoRA's last validation loss by half of the steps",
+         share_of_steps(PLUS_BOTH, "lora"), 0.0, 0.5),
         beside=(
             Prediction("LoRA+ ends lower than LoRA, each at the rate that a search found", NINE,
                        loss("lora_plus", "lora r=8"), *LOWER),
@@ -475,13 +478,13 @@ def picture() -> str:
     names = [name if len(name) <= _NAME else name[: _NAME - 1] + "…" for name, _, _ in rows]
     plot = Plot("What the rules say and what was measured", x, y, y_names=names, size=(860.0, 66 + 22.0 * len(rows)))
     for i, (_, p, m) in enumerate(rows):
-        low, high = (min(max(end, -_WIDEST), _WIDEST) for end in (p.low, p.high))
+        low, high = map(x.clamped, (p.low, p.high))
         plot.band([(low, i - 0.4), (high, i - 0.4)], [(low, i + 0.4), (high, i + 0.4)], "said")
-        if not -_WIDEST <= m.value <= _WIDEST:
+        if not x.within(m.value):
             plot.beyond((m.value, i), str(m), "far")
             continue
         css = {HOLDS: "holds", NOT: "not"}.get(p.verdict(), "open")
-        plot.line([(min(max(end, -_WIDEST), _WIDEST), i) for end in m.interval], f"bar {css}", f"{p.says}: {m}")
+        plot.line([(x.clamped(end), i) for end in m.interval], f"bar {css}", f"{p.says}: {m}")
         plot.dot((m.value, i), f"dot {css}", f"{p.says}: {m}", 0, 4)
     plot.upright(0.0, "zero")
     plot.root.set("xmlns", "http://www.w3.org/2000/svg")

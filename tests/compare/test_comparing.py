@@ -20,6 +20,7 @@ from adapterlab.compare.results import UNTRAINED
 from adapterlab.data import DataConfig
 from adapterlab.evaluate import score
 from adapterlab.models import load_model
+from tiny_folder import write_model
 
 LORA = {"name": "lora", "r": 4, "targets": "all-linear"}
 
@@ -210,3 +211,19 @@ def test_a_run_with_several_gpus_uses_all_of_them(
     (one,), (other,) = spread.runs_of("lora"), plain.runs_of("lora")
     assert one.best.losses == pytest.approx(other.best.losses, rel=1e-5)
     assert set(asked) == {"auto", "cpu"}
+
+
+def test_a_packed_base_has_as_many_parameters_as_it_was_packed_from(
+    fields: dict[str, Any], inline: Callable[..., Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    inline()
+    wide = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks
+    base = str(write_model(tmp_path / "wide", **wide))
+    given = {**fields, "model": base, "methods": [{"lora": {"r": 2}}], "seeds": 1}
+    plain, packed = (
+        compare(CompareConfig(**{**given, "quantize": quantize, "output": tmp_path / str(quantize)}))
+        for quantize in (None, "nf4")
+    )
+    assert packed.model["quantize"] == "nf4"
+    assert packed.model["parameters"] == plain.model["parameters"] > 0

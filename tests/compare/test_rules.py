@@ -55,6 +55,8 @@ def test_every_rule_has_a_configuration_that_says_what_it_tests(rule: Any) -> No
     text = file.read_text(encoding="utf-8")
     assert "\n# From: " in text
     assert " here if " in " ".join(text.replace("\n#", " ").split())
+    said = [prediction.says for prediction in rule.predictions]
+    assert len(set(said)) == len(said), "figures are told by what is said"
 
 
 def test_every_configuration_bears_on_a_rule() -> None:

@@ -36,6 +36,7 @@ from adapterlab.compare.lifeline import STOPPED, stop_with_parent
 from adapterlab.compare.results import UNTRAINED, Exam, Memory, Run, Search, Trial
 from adapterlab.compare.sharing import Shared, shared
 from adapterlab.data import load_data, placed
+from adapterlab.engine.summary import numel
 from adapterlab.errors import AdapterlabError, AttachError, ConfigError, OutputError, RankError, TrainingError
 from adapterlab.evaluate.examination import Paper, set_paper, sit
 from adapterlab.evaluate.rows import collator_for, rows_for
@@ -88,7 +89,7 @@ def untrained(job: Job, folder: JobFolder, progress: Progress) -> dict[str, Any]
     exam = recorded(paper, sit(paper, model, tokenizer), config.evaluation.samples)
     meter.sample()
     memory = meter.report()
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(map(numel, model.parameters()))
     general = general_loss(model, tokenizer)
     cost = None
     if config.evaluation.costs:
