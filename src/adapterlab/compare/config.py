@@ -42,16 +42,8 @@ _FREE = (
     "slurm",
 )  # settings that change nothing in the results
 _EVALUATIONS = 5  # looks at the validation rows in a run, unless training.eval_every says otherwise
-_SOURCE = (
-    "path",
-    "name",
-    "revision",
-    "task",
-    "task_args",
-    "columns",
-    "eval_path",
-    "eval_split",
-)  # replaced with the rows
+# Replaced with the rows.
+_SOURCE = ("path", "name", "revision", "task", "task_args", "columns", "eval_path", "eval_split")
 _RESERVED = ("name", "label", "lr")
 
 

@@ -188,9 +188,8 @@ class _Prepared:
         for name in also:
             importlib.import_module(name)
         self.main = importlib.import_module(module).main
-        if (
-            not can_fork() or len(os.listdir("/proc/self/task")) > 1
-        ):  # what other threads hold, a child waits for in vain
+        # What other threads hold, a child would wait for in vain.
+        if not can_fork() or len(os.listdir("/proc/self/task")) > 1:
             sys.exit(1)
         self.running: dict[int, tuple[int, int, int]] = {}  # by number: process, its handle, its line of life
         gc.collect()

@@ -262,7 +262,7 @@ def _first_line(error: BaseException) -> str:
     return textwrap.shorten(line.partition(". ")[0], _WORDS)
 
 
-def _do(arguments: list[str], log: str, threads: int, cwd: str, software: dict[str, Any], forks: bool = False) -> int:
+def _do(arguments: list[str], log: str, threads: int, cwd: str, software: dict[str, Any], forks: bool) -> int:
     """Do a job on a machine of the cluster; return the exit status of its process."""
     Software(**software).check(f"A machine of the Ray cluster ({os.uname().nodename})")
     process = _start(arguments, Path(log), threads, cwd, forks)

@@ -53,10 +53,7 @@ _FREE = (
     "cpu_offload",
 )  # fmt: skip
 _PROCESSES = "processes"
-COMMITS, STREAMED = (
-    "data commits",
-    "data files",
-)  # of hub data sets, and of streams; checkpoints of early versions: none
+COMMITS, STREAMED = "data commits", "data files"  # of hub data sets, of streams; in early checkpoints there are none
 # Where another number of processes goes on, a step has to have as many rows.
 _STEP = ("training.batch_size", "training.accumulation", _PROCESSES)
 
