@@ -35,6 +35,7 @@ MODEL = "smollm2-135m"
 TINY = {"vocabulary": 512, "hidden": 64, "layers": 2}
 SEED = 0
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "adapterlab")
+_INTERPRETERS = ("--python", "--vllm")
 _KEPT = ("code", "versions", "cpu", "gpu")  # conditions that each run has with it
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_tile", "amx_bf16")
 Figures = dict[str, Any]
@@ -248,10 +249,13 @@ def circumstances() -> dict[str, Any]:
 
 
 def _options() -> list[str]:
-    """What the command line asked for, without the interpreter, which says nothing elsewhere."""
+    """What the command line asked for, without interpreters, whose paths say nothing elsewhere."""
     given = sys.argv[1:]
-    at = given.index("--python") if "--python" in given else len(given)
-    return given[:at] + given[at + 2 :]
+    for option in _INTERPRETERS:
+        if option in given:
+            at = given.index(option)
+            del given[at : at + 2]
+    return given
 
 
 def versions() -> dict[str, str]:

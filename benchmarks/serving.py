@@ -1,6 +1,7 @@
 """How fast the serving engine answers: the base alone, one LoRA, a LoRA for each request, and some of many registered.
 
     python benchmarks/serving.py
+    python benchmarks/serving.py --vllm PYTHON
     python benchmarks/serving.py --quick
 
 Each run takes one model and one engine, and another engine of the same base that has never had an adapter. A side is
@@ -12,14 +13,18 @@ Up to the side `many` as many adapters are registered as there are requests, and
 drawn anew each time from all that are registered then, so that it reads adapters that are not loaded.
 
 A run of its own mixes kinds of adapters: as many requests at once, of one kind or of all, with as many different
-adapters either way.
+adapters either way. Another one answers the loads of the LoRAs by vLLM, with the interpreter of an environment that has
+it, of the same base in the same precision.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import os
 import random
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -43,7 +48,10 @@ WAVES = 3
 TARGETS = {"all": "all-linear", "qv": ("q", "v")}
 PEFT_TARGETS = {"all": "all-linear", "qv": ["q_proj", "v_proj"]}
 CASES = {"all": "LoRA on all linear layers", "qv": "on q and v"}
+MANY = "many"
 MIXED = "mixed"
+VLLM = "vllm"
+INTERPRETER = "BENCHMARK_VLLM_PYTHON"
 KINDS = {
     "lora": "LoRA",
     "ia3": "IA3",
@@ -60,18 +68,25 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--registered", type=int, default=2000, help="adapters that are registered")
     parser.add_argument("--rounds", type=int, default=3, help="loads of each side in a run, after one to warm up")
+    parser.add_argument("--dtype", default="bfloat16", help="of the base; float32 for processors without bfloat16")
+    parser.add_argument("--vllm", metavar="PYTHON", help="interpreter that has vLLM; without it, vLLM is left out")
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
-    keys = ("requests", "prompt", "tokens", "rank", "registered", "rounds")
+    keys = ("requests", "prompt", "tokens", "rank", "registered", "rounds", "dtype")
     common = {"model": bench.chosen_model(args), **{key: getattr(args, key) for key in keys}}
     if args.quick:
         common |= {"requests": 5, "tokens": 8, "registered": 20, "rounds": 1}
-    cases = (*TARGETS, MIXED)
-    return [Job(case, "adapterlab", pair, {**common, "case": case}) for pair in range(args.pairs) for case in cases]
+    cases = [(case, "adapterlab", {"case": case}) for case in (*TARGETS, MIXED)]
+    if args.vllm and not args.quick:
+        os.environ[INTERPRETER] = args.vllm  # not a setting: settings are kept, and a path means nothing elsewhere
+        cases += [(case, VLLM, {"case": case, "by": VLLM}) for case in TARGETS]
+    return [Job(case, side, pair, {**common, **more}) for pair in range(args.pairs) for case, side, more in cases]
 
 
 def work(job: dict[str, Any]) -> Figures:
+    if job.get("by") == VLLM:
+        return _by_vllm(job)
     return _mixed(job) if job["case"] == MIXED else _loras(job)
 
 
@@ -92,8 +107,7 @@ def _loras(job: dict[str, Any]) -> Figures:
         Engine(bare_model, None, _settings(count)) as bare,
         Engine(model, None, _settings(count)) as engine,
     ):
-        method = {"lora": {"r": job["rank"], "targets": TARGETS[job["case"]]}}
-        saved = itertools.cycle(_saved(other, method, Path(folder), count)["lora"])
+        saved = itertools.cycle(_saved(other, _lora(job), Path(folder), count)["lora"])
 
         def register(upto: int) -> None:
             for number in range(len(times), upto):
@@ -117,8 +131,8 @@ def _loras(job: dict[str, Any]) -> Figures:
             _note(figures, {**found, "generate, tokens/s": generated}, number)
         register(job["registered"])
         for number in range(job["rounds"] + 1):
-            found = rates("many")
-            found["many / generate"] = found["many, tokens/s"] / generated
+            found = rates(MANY)
+            found[f"{MANY} / generate"] = found[f"{MANY}, tokens/s"] / generated
             _note(figures, found, number)
         seen = engine.statistics()
     half = len(times) // 2
@@ -126,6 +140,32 @@ def _loras(job: dict[str, Any]) -> Figures:
         **_medians(figures), "registering, first half, s": sum(times[:half]),
         "registering, second half, s": sum(times[half:]), "loads": seen.loads, "threads": torch.get_num_threads(),
     }  # fmt: skip
+
+
+def _by_vllm(job: dict[str, Any]) -> Figures:
+    """Tokens per second of vLLM; the adapters of the side `many` are drawn from as many as are registered elsewhere."""
+    from adapterlab.models import resolve
+
+    count, draw = job["requests"], random.Random(bench.SEED)
+    model = bench.load(job["model"], dtype=job["dtype"])
+    prompts = bench.batch(model, count, job["prompt"])["input_ids"].tolist()
+    sides = {side: _names(side, count, job["registered"], draw) for side in (*SIDES, MANY)}
+    wanted = sorted({name for names in sides.values() for name in names if name is not None})
+    with tempfile.TemporaryDirectory() as folder:
+        saved = _saved(model, _lora(job), Path(folder), count, hf_peft=True)["lora"]
+        places = zip(wanted, map(str, itertools.cycle(saved)), strict=False)
+        keys = ("dtype", "tokens", "rank", "rounds")
+        settings = {key: job[key] for key in keys} | {
+            "model": str(resolve(job["model"])), "prompts": prompts, "running": count,
+            "adapters": dict(places), "sides": sides,
+        }  # fmt: skip
+        command = [os.environ[INTERPRETER], str(bench.HERE / "_vllm_rates.py"), json.dumps(settings)]
+        made = subprocess.run(command, capture_output=True, text=True)
+    if made.returncode:
+        raise RuntimeError(f"vLLM: {made.stderr.strip()[-1500:]}")
+    found = json.loads(made.stdout.strip().splitlines()[-1])
+    rates = {f"{side}, tokens/s": bench.statistics.median(each) for side, each in found["rates"].items()}
+    return {**rates, "version": found["vllm"]}
 
 
 def _mixed(job: dict[str, Any]) -> Figures:
@@ -160,7 +200,7 @@ def _mixed(job: dict[str, Any]) -> Figures:
 
 def _models(job: dict[str, Any]) -> Iterator[Any]:
     """One for an engine without adapters, one for an engine with some, and one for everything else."""
-    return (bench.load(job["model"], dtype="float32").eval() for _ in range(3))
+    return (bench.load(job["model"], dtype=job["dtype"]).eval() for _ in range(3))
 
 
 def _settings(count: int) -> Any:
@@ -192,11 +232,18 @@ def _medians(figures: Mapping[str, list[float]]) -> dict[str, float]:
     return {name: bench.statistics.median(each) for name, each in figures.items()}
 
 
-def _saved(model: Any, methods: Mapping[str, dict[str, Any]], root: Path, count: int) -> dict[str, list[Path]]:
-    """Folders of so many different adapters of each method."""
+def _lora(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {"lora": {"r": job["rank"], "targets": TARGETS[job["case"]]}}
+
+
+def _saved(
+    model: Any, methods: Mapping[str, dict[str, Any]], root: Path, count: int, hf_peft: bool = False
+) -> dict[str, list[Path]]:
+    """Folders of so many different adapters of each method, in this library's format or in HF PEFT's."""
     import torch
 
     import adapterlab as al
+    from adapterlab.convert import export_peft
     from adapterlab.registry import method
 
     found: dict[str, list[Path]] = {}
@@ -206,13 +253,14 @@ def _saved(model: Any, methods: Mapping[str, dict[str, Any]], root: Path, count:
             with torch.no_grad():
                 for parameter in host.parameters("a"):
                     parameter.add_(torch.randn_like(parameter), alpha=0.02)
-            found.setdefault(id, []).append(host.save(root / f"{id}{number}", "a"))
+            place = root / f"{id}{number}"
+            found.setdefault(id, []).append(export_peft(host, "a", place) if hf_peft else host.save(place, "a"))
             host.detach("a")
     return found
 
 
 def _names(side: str, count: int, registered: int, draw: random.Random) -> list[str | None]:
-    if side == "many":
+    if side == MANY:
         return [f"lora{i}" for i in draw.sample(range(registered), WAVES * count)]
     return {"base": [None] * count, "one": ["lora0"] * count, "each": [f"lora{i}" for i in range(count)]}[side]
 
@@ -224,7 +272,7 @@ def _with_peft(job: dict[str, Any]) -> tuple[Any, dict[str, dict[str, Any]]]:
 
     config = LoraConfig(r=job["rank"], target_modules=PEFT_TARGETS[job["case"]])
     names = [f"lora{number}" for number in range(job["requests"])]
-    model: Any = get_peft_model(bench.load(job["model"], dtype="float32"), config, adapter_name=names[0])
+    model: Any = get_peft_model(bench.load(job["model"], dtype=job["dtype"]), config, adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, config)
     with torch.no_grad():
@@ -265,7 +313,9 @@ def _served(engine: Any, prompts: Any, job: dict[str, Any], names: list[str | No
 
 
 def report(done: list[tuple[Job, Figures]], file: Path) -> tuple[dict[str, Any], str]:
-    by_case = {case: [figures for job, figures in done if job.case == case] for case in (*TARGETS, MIXED)}
+    by_case = {
+        case: [figures for job, figures in done if job.case == case and job.side != VLLM] for case in (*TARGETS, MIXED)
+    }
     summary = {
         case: {
             name: bench.spread([figures[name] for figures in found])
@@ -281,17 +331,26 @@ def report(done: list[tuple[Job, Figures]], file: Path) -> tuple[dict[str, Any],
         halves = [f["registering, second half, s"] / f["registering, first half, s"] for f in found]
         summary[case]["registering, second half / first half"] = bench.spread(halves)
 
+    with_vllm = any(job.side == VLLM for job, _ in done)
+    if with_vllm:
+        for case in TARGETS:
+            for side in (*SIDES, MANY):
+                rate = f"{side}, tokens/s"
+                ratio = bench.ratios(done, (case, "adapterlab"), (case, VLLM), lambda run, r=rate: run[r])
+                summary[case][f"{side} / vllm"] = ratio
+
     def rows(named: Mapping[str, str], more: str = "", digits: int = 2) -> list[list[str]]:
         return [
             [text, *(bench.shown(summary[case][name + more], digits) for case in TARGETS)]
             for name, text in named.items()
         ]
 
-    sides = {**SIDES, "many": f"likewise, drawn from {settings['registered']:,} that are registered"}
+    sides = {**SIDES, MANY: f"likewise, drawn from {settings['registered']:,} that are registered"}
     loras = [
         *rows(sides),
         ["tokens/s / those of `generate` on the base", "", ""],
         *rows({**sides, **PEFT}, " / generate"),
+        *([["tokens/s / those of vLLM for the same", "", ""], *rows(sides, " / vllm")] if with_vllm else []),
         *rows({BARE: "the base, no adapters, tokens/s", "generate": "`generate`, tokens/s"}, ", tokens/s", 0),
         *rows({"registering, first half, s": f"registering adapters 1 to {half:,}, s"}),
         *rows({"registering, second half, s": f"adapters {half + 1:,} to {settings['registered']:,}, s"}),
