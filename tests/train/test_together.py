@@ -171,6 +171,23 @@ def test_runs_of_many_methods_are_what_they_are_by_themselves(
     check_same(host.model.state_dict(), before)
 
 
+def test_weights_after_twenty_steps_are_those_of_separate_runs(tiny: Callable[..., Any], rows: Rows) -> None:
+    def runs() -> dict[str, Run]:
+        made = {name: MIX[name]() for name in ("lora", "wide", "dora", "ia3", "prefix", "houlsby")}
+        for run in made.values():
+            run.training = run.training.model_copy(update={"steps": 20})
+        return made
+
+    alone, shared = runs(), runs()
+    for run in alone.values():
+        by_itself(Host(tiny("llama")), run, rows)
+    endings = at_once(Host(tiny("llama")), shared, rows)
+    for name, run in alone.items():
+        assert endings[name].value.step == 20
+        check_close(shared[name].gradients[0], run.gradients[0], 1e-5, f"{name}, first step")
+        check_close(shared[name].weights, run.weights, 1e-4, name)
+
+
 def test_exact_passes_give_the_bits_of_separate_runs(tiny: Callable[..., Any], rows: Rows) -> None:
     alone, exact = ({name: make() for name, make in MIX.items()} for _ in range(2))
     for run in alone.values():
