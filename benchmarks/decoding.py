@@ -5,7 +5,8 @@
 
 Each run takes one model with 32 LoRAs on all linear layers, reads a prompt, and then times one further token with the
 cache, without gradients: for one row and for 32 rows. The sides take turns within the process, and each figure is the
-base's time over the side's, so 1 is the speed of the base alone.
+base's time over the side's, so 1 is the speed of the base alone. Sides in torch do without the kernel that is compiled
+where there is a C compiler.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ SIDES = {
     "merged": "one LoRA, merged",
     "rows": "`host.rows`, a LoRA of its own for each row",
     "stack": "`host.stack`, likewise",
+    "one in torch": "one LoRA, in torch alone",
+    "rows in torch": "`host.rows`, in torch alone",
+    "stack in torch": "`host.stack`, in torch alone",
 }
+IN_TORCH = " in torch"
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +98,14 @@ def work(job: dict[str, Any]) -> Figures:
 @contextlib.contextmanager
 def live(host: Any, side: str, names: list[str], rows: int) -> Any:
     """Make what a side is live inside the context."""
+    if side.endswith(IN_TORCH):
+        host.state.in_torch = True
+        try:
+            with live(host, side.removesuffix(IN_TORCH), names, rows):
+                yield
+        finally:
+            host.state.in_torch = False
+        return
     each = names[:rows]
     if side == "rows":
         with host.rows(each):
