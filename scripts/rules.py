@@ -630,7 +630,8 @@ _STYLE = (
 )
 _CLASSIC_HEAD = """LoRA, LoRA+ and rsLoRA at three ranks, DoRA, PiSSA and full tuning on grade-school word problems
 (GSM8K): a table that is handed around for Qwen2.5-1.5B with one learning rate for all, where large ranks collapse. Here
-it is in little ([compare_gsm8k_small.yaml](../examples/compare_gsm8k_small.yaml)), 30 steps of two short rows, so that
+it is in little ([compare_gsm8k_small.yaml](../examples/compare_gsm8k_small.yaml), and with searched rates
+[compare_gsm8k_small_searched.yaml](../examples/compare_gsm8k_small_searched.yaml)), 30 steps of two short rows, so that
 only what differs by much can be told apart. Memory, times and steps of every method stand in the linked table. A model
 of 135M parameters solves next to none of these problems, so no answers are written: the loss judges."""
 
