@@ -128,6 +128,8 @@ def test_runs_that_do_not_belong_together_are_refused(config: Config, root: Path
     long, short, _ = several(config, root).values()
     with pytest.raises(ConfigError, match=r"share one base(.|\n)*precision: 'fp32' and 'bf16'"):
         fit_many([long, {**short, "precision": "bf16"}], quiet=True)
+    with pytest.raises(ConfigError, match=r"share one base(.|\n)*parallel: 'auto' and 'fsdp'"):
+        fit_many([long, {**short, "parallel": "fsdp"}], quiet=True)
     with pytest.raises(ConfigError, match=r"Runs 1 and 2 both write to .*long"):
         fit_many([long, {**short, "output": long["output"]}], quiet=True)
     with pytest.raises(ConfigError, match="no run"):

@@ -8,7 +8,10 @@ from pathlib import Path
 from adapterlab.errors import ConfigError
 from adapterlab.train.config import TrainConfig
 
-COMMON = ("model", "precision", "quantize", "device", "trust_remote_code", "training.recompute", "training.offload")
+COMMON = (
+    "model", "precision", "quantize", "device", "parallel", "cpu_offload", "trust_remote_code", "training.recompute",
+    "training.offload",
+)  # fmt: skip
 
 
 def check_common(configs: Sequence[TrainConfig]) -> None:
