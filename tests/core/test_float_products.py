@@ -272,6 +272,13 @@ def test_a_processor_is_slow_in_what_takes_it_three_times_as_long(
     assert processor.slow_in.__wrapped__(torch.bfloat16) == slow
 
 
+def test_a_processor_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "facts", lambda: {"model name": "Some CPU @ 3 GHz"})
+    assert processor.named() == f"Some CPU @ 3 GHz, {torch.backends.cpu.get_cpu_capability()}"
+    monkeypatch.setattr(processor, "facts", dict)
+    assert len(processor.named().split(", ")[0]) > 2, "what Python says of the machine"
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"dropout": 0.3},
     "dora": {},

@@ -27,6 +27,7 @@ from adapterlab.compare.results import UNTRAINED, Comparison, Run, Search
 from adapterlab.compare.sharing import Shared, dealt, shared
 from adapterlab.compare.summary import summarise
 from adapterlab.errors import ConfigError, nearest
+from adapterlab.foreign import processor
 from adapterlab.foreign.streams import steady_output
 from adapterlab.foreign.versions import versions
 from adapterlab.io.atomic import write_json
@@ -577,7 +578,7 @@ class _Work:
     def _conditions(self, base: dict[str, Any]) -> dict[str, Any]:
         return {
             "device": base.get("device"),
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor.named(),
             "engine": self.opened.engine,
             "runs at a time": self.opened.places,
             "processes of each run": self.config.processes_per_run,

@@ -5,10 +5,8 @@ What lies in the folder of kept libraries is executed, so nobody else may write 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
-import functools
 import hashlib
 import os
 import platform
@@ -20,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 from adapterlab.errors import BuildError
+from adapterlab.foreign.processor import facts
 from adapterlab.paths import home
 
 _COMPILERS = ("cc", "gcc", "clang")
@@ -130,13 +129,7 @@ def _check_own(file: Path) -> None:
         raise BuildError(f"{file} was not written by this user alone: remove it")
 
 
-@functools.cache
 def _processor() -> str:
     """What of a processor decides about its instructions."""
-    found: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() in _OF_A_PROCESSOR:
-                found.setdefault(name.strip(), value.strip())
+    found = {name: value for name, value in facts().items() if name in _OF_A_PROCESSOR}
     return f"{platform.machine()} {sorted(found.items())}"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import platform
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -11,6 +15,23 @@ from adapterlab.foreign.private_torch import _disable_current_modes
 
 _SIZES = (128, 512, 512)  # of a product: tokens, out, in
 _SLOW = 3.0  # ratio of the times from which half precision costs more than it saves
+
+
+@functools.cache
+def facts() -> Mapping[str, str]:
+    """What the system says of the first processor; nothing, where it does not say it as Linux does."""
+    found: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+    return found
+
+
+def named() -> str:
+    """Name the processor, and the instructions that torch computes with: `AMD EPYC, AVX512`."""
+    name = facts().get("model name") or platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def accelerated() -> bool:
