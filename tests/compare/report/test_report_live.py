@@ -58,6 +58,9 @@ def test_time_left_for_all_runs():
     runs = [run for run in fabricate(running=True).runs if run.label in ("dora", "vera")]
     runs[1] = runs[1].model_copy(update={"status": "waiting", "wall_seconds": None})  # the second seed of dora
     assert remaining(runs, {}) == pytest.approx(3 * runs[0].wall_seconds)
+    # Had it been one of five in a process, the others would have had their part of that time.
+    shared = [runs[0].model_copy(update={"together": 5}), *runs[1:]]
+    assert remaining(shared, {}) == pytest.approx(3 * runs[0].wall_seconds / 5)
     # vera runs: 60 s to go, 80 s in all, which is what its second seed will take.
     active = {("vera", 0): at_work()}
     assert remaining(runs, active) == pytest.approx(60 + 80 + runs[0].wall_seconds)

@@ -35,6 +35,16 @@ def test_cells_are_means_over_finished_seeds():
     assert row.cells["step_seconds"].value == pytest.approx(0.93)
 
 
+def test_times_are_those_of_runs_that_were_by_themselves():
+    first = next(run for run in MADE.runs if run.label == "dora")
+    # What shares a process lasts as long as all of them do.
+    shared = {"together": 12, "train_seconds": None, "wall_seconds": 12 * first.wall_seconds}
+    runs = [run.model_copy(update=shared if run.label == "dora" and run.seed else {}) for run in MADE.runs]
+    row = rows_by_label(MADE.model_copy(update={"runs": runs}))["dora"]
+    assert row.cells["wall_seconds"].value == first.wall_seconds
+    assert row.cells["train_seconds"].value == first.train_seconds
+
+
 def test_a_failed_seed_is_left_out_of_the_means_and_named():
     runs = [
         run.model_copy(update={"status": "failed", "reason": "TrainingError: loss is nan"})

@@ -105,7 +105,7 @@ def remaining(runs: Sequence[Run], active: Mapping[tuple[str, int], Active], pro
         if job is not None and left is not None:
             known.setdefault(run.label, []).append(job.elapsed + left)
         elif run.status == "finished" and run.wall_seconds and not run.is_untrained:
-            known.setdefault(run.label, []).append(run.wall_seconds)
+            known.setdefault(run.label, []).append(run.wall_seconds / run.together)
     if not known:
         return None
     typical = statistics.fmean(seconds for many in known.values() for seconds in many)

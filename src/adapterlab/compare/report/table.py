@@ -155,8 +155,9 @@ COLUMNS: tuple[Column, ...] = (
            "Mean time of a training step."),
     Column("tokens_per_second", "tokens/s", lambda r: r.tokens_per_second, amounts.count, "more", "high",
            "Trained input tokens a second, padding not counted."),
-    Column("wall_seconds", "wall time", lambda r: r.wall_seconds, amounts.time, "more", "low",
-           "From the start of the run's process to its end: loading, training and measuring."),
+    Column("wall_seconds", "wall time", lambda r: r.wall_seconds if r.together == 1 else None, amounts.time, "more",
+           "low", "From the start of the run's process to its end: loading, training and measuring, of runs that "
+           "shared it with no others."),
     Column("forgetting_nats", "forgetting", lambda r: r.forgetting, amounts.signed, "more", "low",
            "Change of the mean token loss on general English text against the untrained model; above 0 is worse."),
     Column("adapter_bytes", "adapter size", lambda r: r.adapter_bytes, amounts.size, "more", "low",
