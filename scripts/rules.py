@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterlab.compare.power import TYPICAL, cheapest, needs, spread_of, with_more_seeds
+from adapterlab.compare.report import table
 from adapterlab.compare.report.svg import Axis, Plot
 from adapterlab.compare.results import UNTRAINED, Comparison, Interval, Run, load
 from adapterlab.compare.statistics import Sheets, differences, sheets_of
@@ -272,6 +273,7 @@ def _comparison(folder: Path) -> Comparison:
 # ---------------------------------------------------------------------------------------------------------- the rules
 
 NINE, RANK_8, CLASSIC = "compare_smollm2", "rules/rank_8_is_enough", "compare_gsm8k_small"
+SCORED = "_scored"  # behind the name of a result: the same adapters, whose answers were scored
 PLUS = "LoRA+: Efficient Low Rank Adaptation of Large Models, arXiv 2402.12354"
 LESS = "LoRA Learns Less and Forgets Less, arXiv 2405.09673"
 LORA = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685"
@@ -582,28 +584,59 @@ def _classic() -> list[str]:
         return []
     lines = ["", "## The classic table", "", _CLASSIC_HEAD]
     for name, folder in tables:
-        comparison = _comparison(folder)
+        comparison, answers = _comparison(folder), _answers(name)
         searched = {search.label: search.chosen for search in comparison.searches if search.auto}
         lines += ["", f"**{'With the rate that a search found for each' if searched else 'With one rate for all'}** "
                   f"({_where(name)}; {_trained(comparison)}, {_conditions(comparison)}):", ""]  # fmt: skip
-        columns = ["method", *(["rate"] if searched else []), "loss on the problems", "minus LoRA of rank 8",
-                   "forgetting", "published, Qwen2.5-1.5B"]  # fmt: skip
+        columns = _columns(comparison, searched, answers)
         lines += [f"| {' | '.join(columns)} |", f"|---{'|---:' * (len(columns) - 1)}|"]
-        base = "lora r=8"
         for standing in comparison.standings:
-            label = standing.label
-            mean = comparison.mean(label, lambda run: run.best and run.best.loss)
-            forgot = comparison.mean(label, lambda run: run.forgetting)
-            apart = None if label in (base, UNTRAINED) else _difference(comparison.runs, label, base)
-            rate = [f"{searched[label]:.2g}" if searched.get(label) else "–"] if searched else []
-            cells = [label, *rate, "–" if mean is None else f"{mean:.4f}", str(apart or "–"),
-                     "–" if forgot is None else f"{forgot:+.3f}", str(_PUBLISHED.get(label, "–"))]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
+            lines.append(f"| {' | '.join(cell(standing.label) for cell in columns.values())} |")
         found = {m: _difference(comparison.runs, f"{m} r=512", f"{m} r=8") for m in ("lora", "lora_plus", "rslora")}
         large = ", ".join(f"{method} {apart}" for method, apart in found.items() if apart)
+        if answers:
+            lines.append(f"\nRight answers are those of the same adapters, examined by themselves "
+                         f"({_where(f'{name}{SCORED}')}).")  # fmt: skip
         lines += [f"\nRank 512 minus rank 8, where the published ones collapse: {large}."] if large else []
         lines.append(f"\n![Losses of {name}](../benchmarks/results/{name}/loss_curves.png)")
     return lines
+
+
+def _columns(
+    comparison: Comparison, searched: dict[str, float | None], answers: dict[str, str]
+) -> dict[str, Callable[[str], str]]:
+    """What stands in the columns of a classic table, by their titles: a function of a method's label."""
+    base = "lora r=8"
+
+    def mean(label: str, figure: Callable[[Run], float | None], form: str) -> str:
+        value = comparison.mean(label, figure)
+        return "–" if value is None else f"{value:{form}}"
+
+    def apart(label: str) -> str:
+        found = None if label in (base, UNTRAINED) else _difference(comparison.runs, label, base)
+        return str(found or "–")
+
+    def rate(label: str) -> str:
+        return f"{searched[label]:.2g}" if searched.get(label) else "–"
+
+    return {
+        "method": str,
+        **({"rate": rate} if searched else {}),
+        "loss on the problems": lambda label: mean(label, lambda run: run.best and run.best.loss, ".4f"),
+        "minus LoRA of rank 8": apart,
+        **({"right answers": lambda label: answers.get(label, "–")} if answers else {}),
+        "forgetting": lambda label: mean(label, lambda run: run.forgetting, "+.3f"),
+        "published, Qwen2.5-1.5B": lambda label: str(_PUBLISHED.get(label, "–")),
+    }
+
+
+def _answers(name: str) -> dict[str, str]:
+    """The share of right answers of each method with its interval, where the adapters of a result wrote some."""
+    folder = RESULTS / f"{name}{SCORED}"
+    if not folder.is_dir():
+        return {}
+    rows = table.build([_comparison(folder)])
+    return {row.label: str(row.cells["score_best"]) for row in rows if row.cells["score_best"].value is not None}
 
 
 def _trained(comparison: Comparison) -> str:
