@@ -136,8 +136,8 @@ def main(
     file = (HERE / ".cache" / "quick" if args.quick else RESULTS) / f"{name}.json"
     if args.fresh:
         file.unlink(missing_ok=True)
+    jobs = plan(args)  # which may add to the environment of its runs
     call = caller(script, args)
-    jobs = plan(args)
     runs = Runs(file, conditions(args, script), keep=args.keep)
     try:
         _measure(script, runs, jobs, call, check, tolerant)
