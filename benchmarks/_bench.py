@@ -267,13 +267,10 @@ def versions() -> dict[str, str]:
 
 
 def _cpu() -> dict[str, Any]:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return {"model": platform.processor(), "flags": []}
-    lines = dict(re.findall(r"^([\w ]+?)\s*:\s*(.*)$", text, re.MULTILINE))
-    flags = lines.get("flags", "").split()
-    return {"model": lines.get("model name", platform.processor()), "flags": [f for f in _FLAGS if f in flags]}
+    from adapterlab.foreign.processor import facts
+
+    flags = facts().get("flags", "").split()
+    return {"model": facts().get("model name", platform.processor()), "flags": [f for f in _FLAGS if f in flags]}
 
 
 def _gpu() -> dict[str, Any]:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from adapterlab.compare.power import TYPICAL, cheapest, needs, spread_of, with_more_seeds
-from adapterlab.compare.report import table
 from adapterlab.compare.report.svg import Axis, Plot
 from adapterlab.compare.results import UNTRAINED, Comparison, Interval, Run, load
 from adapterlab.compare.statistics import Sheets, differences, sheets_of
@@ -273,7 +272,6 @@ def _comparison(folder: Path) -> Comparison:
 # ---------------------------------------------------------------------------------------------------------- the rules
 
 NINE, RANK_8, CLASSIC = "compare_smollm2", "rules/rank_8_is_enough", "compare_gsm8k_small"
-SCORED = "_scored"  # behind the name of a result: the same adapters, whose answers were scored
 PLUS = "LoRA+: Efficient Low Rank Adaptation of Large Models, arXiv 2402.12354"
 LESS = "LoRA Learns Less and Forgets Less, arXiv 2405.09673"
 LORA = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685"
@@ -530,7 +528,7 @@ def _conditions(comparison: Comparison) -> str:
     """What a figure was measured on, and how long it took."""
     told, data = comparison.conditions, comparison.data
     # Runs that shared a base have all waited for the same passes.
-    seconds = sum((run.wall_seconds or 0.0) / run.together for run in comparison.runs)
+    seconds = sum(run.own_seconds or 0.0 for run in comparison.runs)
     return (
         f"{comparison.model['name']} in {comparison.model['precision']}, {data['source']}, {told['budget']} of "
         f"{told['rows in a step']} rows, {data['eval_rows']} evaluation rows, about {seconds / 60:.0f} minutes of "
@@ -584,27 +582,22 @@ def _classic() -> list[str]:
         return []
     lines = ["", "## The classic table", "", _CLASSIC_HEAD]
     for name, folder in tables:
-        comparison, answers = _comparison(folder), _answers(name)
+        comparison = _comparison(folder)
         searched = {search.label: search.chosen for search in comparison.searches if search.auto}
         lines += ["", f"**{'With the rate that a search found for each' if searched else 'With one rate for all'}** "
                   f"({_where(name)}; {_trained(comparison)}, {_conditions(comparison)}):", ""]  # fmt: skip
-        columns = _columns(comparison, searched, answers)
+        columns = _columns(comparison, searched)
         lines += [f"| {' | '.join(columns)} |", f"|---{'|---:' * (len(columns) - 1)}|"]
         for standing in comparison.standings:
             lines.append(f"| {' | '.join(cell(standing.label) for cell in columns.values())} |")
         found = {m: _difference(comparison.runs, f"{m} r=512", f"{m} r=8") for m in ("lora", "lora_plus", "rslora")}
         large = ", ".join(f"{method} {apart}" for method, apart in found.items() if apart)
-        if answers:
-            lines.append(f"\nRight answers are those of the same adapters, examined by themselves "
-                         f"({_where(f'{name}{SCORED}')}).")  # fmt: skip
         lines += [f"\nRank 512 minus rank 8, where the published ones collapse: {large}."] if large else []
         lines.append(f"\n![Losses of {name}](../benchmarks/results/{name}/loss_curves.png)")
     return lines
 
 
-def _columns(
-    comparison: Comparison, searched: dict[str, float | None], answers: dict[str, str]
-) -> dict[str, Callable[[str], str]]:
+def _columns(comparison: Comparison, searched: dict[str, float | None]) -> dict[str, Callable[[str], str]]:
     """What stands in the columns of a classic table, by their titles: a function of a method's label."""
     base = "lora r=8"
 
@@ -624,19 +617,9 @@ def _columns(
         **({"rate": rate} if searched else {}),
         "loss on the problems": lambda label: mean(label, lambda run: run.best and run.best.loss, ".4f"),
         "minus LoRA of rank 8": apart,
-        **({"right answers": lambda label: answers.get(label, "–")} if answers else {}),
         "forgetting": lambda label: mean(label, lambda run: run.forgetting, "+.3f"),
         "published, Qwen2.5-1.5B": lambda label: str(_PUBLISHED.get(label, "–")),
     }
-
-
-def _answers(name: str) -> dict[str, str]:
-    """The share of right answers of each method with its interval, where the adapters of a result wrote some."""
-    folder = RESULTS / f"{name}{SCORED}"
-    if not folder.is_dir():
-        return {}
-    rows = table.build([_comparison(folder)])
-    return {row.label: str(row.cells["score_best"]) for row in rows if row.cells["score_best"].value is not None}
 
 
 def _trained(comparison: Comparison) -> str:

@@ -192,6 +192,11 @@ class Run(Record):
         return self.tokens / self.train_seconds if self.tokens and self.train_seconds else None
 
     @property
+    def own_seconds(self) -> float | None:
+        """Its part of `wall_seconds`: runs that share a process last as long as all of them do."""
+        return None if self.wall_seconds is None else self.wall_seconds / self.together
+
+    @property
     def peak_memory(self) -> int | None:
         """Peak in bytes: the GPU's if there is one."""
         return None if self.memory is None else self.memory.gpu_peak or self.memory.peak

@@ -104,8 +104,8 @@ def remaining(runs: Sequence[Run], active: Mapping[tuple[str, int], Active], pro
             open_.append((run.label, left))
         if job is not None and left is not None:
             known.setdefault(run.label, []).append(job.elapsed + left)
-        elif run.status == "finished" and run.wall_seconds and not run.is_untrained:
-            known.setdefault(run.label, []).append(run.wall_seconds / run.together)
+        elif run.status == "finished" and run.own_seconds and not run.is_untrained:
+            known.setdefault(run.label, []).append(run.own_seconds)
     if not known:
         return None
     typical = statistics.fmean(seconds for many in known.values() for seconds in many)
