@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from served import METHODS, ask, filled, tiny_llama
+from served import METHODS, ask, filled, greedy, tiny_llama
 
 import adapterlab as al
 from adapterlab.engine import reordered_weights
@@ -19,6 +19,7 @@ from adapterlab.serve.forms import OnModel
 from adapterlab.serve.table import Table
 
 PROMPTS = [(5, 9, 31), tuple(range(20, 41)), (3,)]
+LONG = tuple(range(1, 53))
 
 if fastest("cpu")[0] is None:
     pytest.skip("there is no compiler, and without a kernel there is no table", allow_module_level=True)
@@ -36,10 +37,32 @@ def test_of_a_kind_the_first_is_put_on_the_model_and_the_others_are_read(
     assert [size is not None for size in seen] == [False, True, False, False, False]
     carrier, products = al.host(one.model), one._worker.on_model.table.products
     loaded = {v.name: v.key for v in one._worker.adapters.loaded}
-    assert {name for name, key in loaded.items() if key in products} == {"low", "low3", "moved"}
-    assert {name for name, key in loaded.items() if key in carrier.methods} == {"scaled", "after"}
+    assert {name for name, key in loaded.items() if key in products} == {"low", "low3", "moved", "scaled"}
+    assert {name for name, key in loaded.items() if key in carrier.methods} == {"after"}
     one.stop()
     assert al.host(one.model) is None
+
+
+def test_what_multiplies_outputs_or_inputs_is_read_beside_products_and_beside_nothing(alone: Any, engine: Any) -> None:
+    """Gains and shifts reach the tokens of their owner alone, in steps of one owner and of several, short and long."""
+    names, model = ("scaled", "split", "turned"), tiny_llama()
+    for seed, (name, method) in enumerate({"split": al.DoRA(r=2), "turned": al.HRA(r=2)}.items()):
+        alone.save(name, method, seed)
+    wanted = {}
+    for name in names:
+        host = al.load(model, alone.root / name, "a")
+        wanted |= {(name, prompt): greedy(model, prompt, 10) for prompt in (*PROMPTS, LONG)}
+        host.detach("a")
+    one = engine(*names, "low", step_tokens=96)
+    for (name, prompt), said in wanted.items():
+        assert one.submit(ask(prompt, name)).result(60)[0].ids == said, name
+    asked = [*wanted, *((name, p) for name in (None, "low") for p in PROMPTS)]
+    handles = [(name, p, one.submit(ask(p, name))) for name, p in asked]
+    for name, prompt, handle in handles:
+        assert handle.result(60)[0].ids == (wanted.get((name, prompt)) or alone.answer(name, prompt)), name
+    products = one._worker.on_model.table.products
+    assert all(version.key in products for version in one._worker.adapters.loaded)
+    assert not set(al.host(one.model).methods) & {version.key for version in one._worker.adapters.loaded}
 
 
 def test_settings_that_change_the_product_are_another_kind(alone: Any, engine: Any, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,28 @@ class Front:
     keys: Tensor | None = None
     values: Tensor | None = None
     shift: int = 0
+
+
+class Affine(NamedTuple):
+    """What an adapter makes of a linear module outside of training: y = g ⊙ (W (l ⊙ x) + b + s · B A x) + c.
+
+    W and b are the module's own. What is None is left out.
+
+    Attributes:
+        a: A `[r, in]`.
+        b: B `[out, r]`.
+        scale: s.
+        on_input: l `[in]`.
+        gain: g `[out]`.
+        shift: c `[out]`.
+    """
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+    scale: float = 1.0
+    on_input: Tensor | None = None
+    gain: Tensor | None = None
+    shift: Tensor | None = None
 
 
 class Adapter(nn.Module):
@@ -124,8 +146,12 @@ class Adapter(nn.Module):
         """
         return None
 
-    def front(self) -> Front | None:
-        """Return what it puts in front of every sequence, if it does nothing else; a server computes that once."""
+    def serving(self) -> Front | Affine | None:
+        """Return all that it does outside of training in a form that a server keeps, computed once, or None.
+
+        What it puts in front of every sequence, or what it makes of its linear module. Without a form it is computed
+        with its own tokens of a step, if it keeps tokens apart.
+        """
         return None
 
     def covers(self, other: Adapter) -> str:
@@ -221,6 +247,10 @@ class Delta(Adapter):
         None: there is no such part, or it is no product of two factors.
         """
         return None
+
+    def serving(self) -> Front | Affine | None:
+        found = self.factors() if self.is_its_factors else None
+        return None if found is None else Affine(*found, self.scale, shift=self.added_bias)
 
     @property
     def added_bias(self) -> Tensor | None:

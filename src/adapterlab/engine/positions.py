@@ -83,7 +83,7 @@ class Positions(Adapter):
             given[self.key] = self.changed(given[self.key])
         return run(**given)
 
-    def front(self) -> Front | None:
+    def serving(self) -> Front | None:
         return Front(shift=self.offset) if self.factor == 1 else None
 
     def changed(self, ids: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from adapterlab.core.adapter import Affine
 from adapterlab.core.segments import Segment, Segments
 from adapterlab.core.state import State
 from adapterlab.errors import AttachError, BuildError
@@ -43,10 +44,17 @@ def fastest(device: str) -> tuple[Way | None, str]:
 
 
 class _Held(NamedTuple):
-    """The factors of an adapter, and where they are by the number of the module."""
+    """What an adapter brings.
+
+    Attributes:
+        block: its factors.
+        entries: where they are, by the number of the module.
+        vectors: l, g and c of `Affine` in float32, by the number of a module that has one of them.
+    """
 
     block: Tensor
     entries: Entries
+    vectors: dict[int, tuple[Tensor | None, Tensor | None, Tensor | None]]
 
     def update(self, number: int, n_in: int, out: int) -> Update:
         """What it adds to a module of a size, at which it is."""
@@ -59,6 +67,80 @@ class _Held(NamedTuple):
         return self.block[start : start + length]
 
 
+class _Vectors(NamedTuple):
+    """What the owners of a step multiply and add number by number at a module, each in a row; None: nobody does.
+
+    Attributes:
+        on_input: l − 1 `[owners, in]`: a small change survives in a half-precision dtype.
+        gain: g − 1 `[owners, out]`.
+        shift: c `[owners, out]`.
+        owner: the row of each token `[tokens]`; None: there is one for all.
+    """
+
+    on_input: Tensor | None
+    gain: Tensor | None
+    shift: Tensor | None
+    owner: Tensor | None
+
+    def times(self, x: Tensor, less_one: Tensor) -> Tensor:
+        """Multiply x `[1, tokens, n]`."""
+        return torch.addcmul(x, x, self._each(less_one))
+
+    def after(self, y: Tensor) -> Tensor:
+        """Multiply what a module returned, and add to it."""
+        if self.gain is not None:
+            y = self.times(y, self.gain)
+        return y if self.shift is None else y + self._each(self.shift)
+
+    def _each(self, rows: Tensor) -> Tensor:
+        return rows if self.owner is None else rows.index_select(0, self.owner)
+
+
+class _Owners:
+    """Who multiplies and adds number by number in a step, and which tokens are whose."""
+
+    def __init__(self, parts: Sequence[tuple[_Held, Segment]], total: int):
+        """Write down the owner of each of so many tokens, counted from 1.
+
+        Raises:
+            AttachError: a token has several.
+        """
+        self.held = list({id(held): held for held, _ in parts}.values())
+        rows = {id(held): row for row, held in enumerate(self.held, 1)}
+        self.owner = torch.zeros(total, dtype=torch.int64)
+        for held, part in parts:
+            if self.owner[part.start : part.stop].any():
+                raise AttachError(
+                    f"{part.who}: of adapters that are kept apart from the model and multiply what a module returns, "
+                    "a token can have one. Give each token one of them."
+                )
+            self.owner[part.start : part.stop] = rows[id(held)]
+        self.alone = len(self.held) == 1 and bool(self.owner.all())
+        self._made: dict[tuple[int, torch.dtype], _Vectors | None] = {}
+
+    def at(self, number: int, x: Tensor) -> _Vectors | None:
+        """What they do at the module of a number, to what is like x."""
+        if (number, x.dtype) not in self._made:
+            self._made[number, x.dtype] = self._stacked(number, x)
+        return self._made[number, x.dtype]
+
+    def _stacked(self, number: int, x: Tensor) -> _Vectors | None:
+        each = zip(*(held.vectors.get(number, (None, None, None)) for held in self.held), strict=True)
+        on_input, gain, shift = (self._rows(one, neutral, x) for one, neutral in zip(each, (1, 1, 0), strict=True))
+        if on_input is gain is shift is None:
+            return None
+        return _Vectors(on_input, gain, shift, None if self.alone else self.owner.to(x.device))
+
+    def _rows(self, each: Sequence[Tensor | None], neutral: int, x: Tensor) -> Tensor | None:
+        """What each adds to the neutral number, behind a row of zeros for tokens of nobody."""
+        first = next((v for v in each if v is not None), None)
+        if first is None:
+            return None
+        zero = torch.zeros_like(first)
+        rows = [zero if v is None else v - neutral for v in each]
+        return torch.stack(rows if self.alone else [zero, *rows]).to(x.device, x.dtype)
+
+
 class _Prepared(NamedTuple):
     """What a step adds.
 
@@ -68,6 +150,7 @@ class _Prepared(NamedTuple):
         long: its long runs, and whose they are.
         adds: the modules at which it adds something.
         bare: by module, whether nothing else is computed there; None: nobody has looked.
+        owners: those who multiply or add number by number; None: nobody does.
     """
 
     segments: Segments
@@ -75,6 +158,7 @@ class _Prepared(NamedTuple):
     long: list[tuple[int, int, _Held]]
     adds: set[int]
     bare: list[bool | None]
+    owners: _Owners | None
 
 
 class Products:
@@ -101,32 +185,49 @@ class Products:
             self._widths.append((n_in, out))
         return self._numbers[module]
 
-    def takes(self, number: int, update: Update) -> bool:
-        """Say whether an update is of a module's size and kernels can read it."""
-        return can_be_read(update, *self._widths[number])
+    def takes(self, number: int, change: Affine) -> bool:
+        """Say whether a change is of a module's size and kernels can read its factors."""
+        n_in, out = self._widths[number]
+        sizes = ((change.on_input, n_in), (change.gain, out), (change.shift, out))
+        fits = all(vector is None or vector.shape == (size,) for vector, size in sizes)
+        factors = _update(change)
+        return fits and (factors is None or can_be_read(factors, n_in, out))
 
     @torch.no_grad()
-    def take(self, key: str, updates: Mapping[int, Update]) -> int:
-        """Copy the factors of an adapter, which are its own from now on.
+    def take(self, key: str, changes: Mapping[int, Affine]) -> int:
+        """Copy what an adapter brings, which is its own from now on.
 
         Args:
             key: of the adapter.
-            updates: by the number of the module. Of one device; of one dtype, or they are kept in float32.
+            changes: by the number of the module. Factors of one device; of one dtype, or they are kept in float32.
 
         Returns:
             The bytes that they take.
 
         Raises:
-            ValueError: factors that are not of the module's size, or that no kernel can read.
+            ValueError: something is not of the module's size, or no kernel can read it.
         """
-        if not updates or not all(self.takes(number, update) for number, update in updates.items()):
-            raise ValueError(f"the factors of {key} are not of the sizes of their modules, or no kernel can read them")
+        if not changes or not all(self.takes(number, change) for number, change in changes.items()):
+            raise ValueError(f"what {key} brings is not of the sizes of its modules, or no kernel can read it")
+        updates = {number: update for number, one in changes.items() if (update := _update(one)) is not None}
+        block, entries = self._in_one_block(updates)
+        found = {number: _vectors(one) for number, one in changes.items()}
+        vectors = {number: each for number, each in found.items() if any(v is not None for v in each)}
+        self._held[key] = _Held(block, entries, vectors)
+        self._prepared.clear()
+        held = [v for each in vectors.values() for v in each if v is not None]
+        return sum(t.numel() * t.element_size() for t in (block, *held))
+
+    def _in_one_block(self, updates: Mapping[int, Update]) -> tuple[Tensor, Entries]:
+        """Copy factors behind each other, and write down where each is."""
+        entries = np.zeros(len(self._widths), ENTRY)
+        if not updates:
+            return torch.empty(0), entries
         numbers, pairs = np.array(list(updates)), list(updates.values())
         dtypes = {t.dtype for one in pairs for t in (one.a, one.b)}
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         size = sum(one.a.numel() + one.b.numel() for one in pairs)
         block, start = torch.empty(size, dtype=dtype, device=pairs[0].a.device), 0
-        entries = np.zeros(len(self._widths), ENTRY)
         for name, factors in (("a", [one.a for one in pairs]), ("b", [one.b.T for one in pairs])):
             for which in _alike(factors):
                 shape = factors[which[0]].shape
@@ -138,9 +239,7 @@ class Products:
         entries["rank"][numbers] = [len(one.a) for one in pairs]
         entries["scale"][numbers] = [one.scale for one in pairs]
         entries["type"][numbers] = TYPES[dtype]
-        self._held[key] = _Held(block, entries)
-        self._prepared.clear()
-        return block.numel() * block.element_size()
+        return block, entries
 
     def drop(self, key: str) -> None:
         """Forget an adapter."""
@@ -179,14 +278,16 @@ class Products:
         if bare is None:
             names = tuple(module._modules[ADAPTERS]._modules)
             bare = prepared.bare[number] = not segments.among(names).used
-        y = plain(module, x) if bare else usual(module, state, args, kwargs)
+        vectors = None if prepared.owners is None else prepared.owners.at(number, x)
+        given = x if vectors is None or vectors.on_input is None else vectors.times(x, vectors.on_input)
+        y = plain(module, given) if bare else usual(module, state, (given,), kwargs)
         if number in prepared.adds:
             y = y.contiguous()
             prepared.step(number, x, y)
             for start, stop, held in prepared.long:
                 if number < len(held.entries) and held.entries["rank"][number]:
                     _add(y[0, start:stop], x[0, start:stop], held.update(number, *self._widths[number]))
-        return y
+        return y if vectors is None else vectors.after(y)
 
     def _prepare(self, segments: Segments) -> _Prepared:
         whose = [
@@ -206,7 +307,9 @@ class Products:
         if len(self._prepared) >= _MAPS:
             self._prepared.clear()
         step = self.way.step(table, self._widths, runs)
-        made = _Prepared(segments, step, long, adds, [None] * len(self._widths))
+        changing = [(held, part) for key, part in whose if (held := self._held[key]).vectors]
+        owners = _Owners(changing, segments.total) if changing else None
+        made = _Prepared(segments, step, long, adds, [None] * len(self._widths), owners)
         self._prepared[id(segments)] = made
         return made
 
@@ -221,6 +324,18 @@ def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
 
 def _length(part: Segment) -> int:
     return part.stop - part.start
+
+
+def _update(change: Affine) -> Update | None:
+    return None if change.a is None or change.b is None else Update(change.a, change.b, change.scale)
+
+
+def _vectors(change: Affine) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    on_input, gain, shift = (
+        None if v is None else v.detach().to(torch.float32, copy=True)
+        for v in (change.on_input, change.gain, change.shift)
+    )
+    return on_input, gain, shift
 
 
 def _add(y: Tensor, x: Tensor, update: Update) -> None:

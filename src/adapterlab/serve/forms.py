@@ -271,8 +271,8 @@ def row_of(version: Version | None, ids: Sequence[int], start: int, pages: Seque
 def fronts_of(carrier: Host, key: str) -> Fronts | None:
     """Return what an adapter puts in front, by module, if it does nothing else and pages can hold it."""
     parts = carrier.parts(key)
-    found = {a.site.module: a.front() for part in parts for a in carrier.adapters(part).values()}
-    fronts = {module: front for module, front in found.items() if front is not None}
+    found = {a.site.module: a.serving() for part in parts for a in carrier.adapters(part).values()}
+    fronts = {module: front for module, front in found.items() if isinstance(front, Front)}
     if len(fronts) < len(found) or any(carrier.patches[part] for part in parts):
         return None
     embedded = [front for front in fronts.values() if front.embedded is not None]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adapterlab.core.adapter import Adapter
+from adapterlab.core.adapter import Adapter, Affine
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Method
 from adapterlab.core.site import Site
@@ -23,10 +23,10 @@ from adapterlab.engine.resting import behind, resting
 from adapterlab.errors import AdapterlabError
 from adapterlab.hosts import Host, host, load
 from adapterlab.io.folder import Saved, check_seal
-from adapterlab.ops.segmented import Update
 from adapterlab.serve.forward import Forward, Row
 from adapterlab.serve.pages import ZERO
 
+_GROWTH = 8  # factors that are made take at most so many times the numbers that they are made of
 _KINDS = 256  # of which is remembered how they are read
 _MARKS, _PROBE = "served-table", "served-probe"  # names on the model
 
@@ -102,7 +102,7 @@ class Table:
         check_seal(saved.info)
         found, device = saved.tensors, self.forward.device
         return self.products.take(
-            key, {n: Update(found[a].to(device, dtype), found[b].to(device, dtype), s) for n, a, b, s, dtype in places}
+            key, {n: Affine(found[a].to(device, dtype), found[b].to(device, dtype), s) for n, a, b, s, dtype in places}
         )
 
     def know(self, kind: str) -> None:
@@ -123,17 +123,12 @@ class Table:
         for part in parts:
             for adapter in carrier.adapters(part).values():
                 at.setdefault(adapter.site.module, {})[part] = adapter
-        found: dict[int, Update] = {}
+        found: dict[int, Affine] = {}
         for module, held in at.items():
-            number, pairs = self._number(carrier, module), resting(held, mixed=True)
-            if number is None or pairs is None:
+            number, change = self._number(carrier, module), _change(held)
+            if number is None or change is None or not self.products.takes(number, change):
                 continue
-            one, *more = pairs.values()
-            pair = behind([(p.a, p.scale * p.b) for p in (one, *more)]) if more else (one.a, one.b)
-            update = Update(pair[0].detach(), pair[1].detach(), 1.0 if more else one.scale)
-            if not self.products.takes(number, update):
-                continue
-            found[number] = update
+            found[number] = change
             for part in held:
                 carrier.unwrap(part, module)
         size = self.products.take(key, found) if found else 0
@@ -178,7 +173,7 @@ class Table:
         if number is None or found is None:
             return None
         one = found[""]
-        if not self.products.takes(number, Update(one.a, one.b)):
+        if not self.products.takes(number, Affine(one.a, one.b)):
             return None
         a, b = (names.get(_beginning(t), "") for t in (one.a, one.b))
         for name, t in ((a, one.a), (b, one.b)):
@@ -223,6 +218,27 @@ class Table:
             for hook in hooks:
                 hook.remove()
         return {module: site for module, site in sites.items() if times.get(module) == 1}
+
+
+@torch.no_grad()
+def _change(held: dict[str, Any]) -> Affine | None:
+    """What the adapters of a linear module make of it, or None: it is no affine change, or would take much memory."""
+    pairs = resting(held, mixed=True)
+    if pairs is not None:
+        one, *more = pairs.values()
+        pair = behind([(p.a, p.scale * p.b) for p in (one, *more)]) if more else (one.a, one.b)
+        return Affine(pair[0].detach(), pair[1].detach(), 1.0 if more else one.scale)
+    adapter, *others = held.values()
+    if others or adapter.place != "call" or not (adapter.rowwise and adapter.keeps_tokens_apart):
+        return None
+    if adapter.training or adapter.idle or adapter.is_merged or "around" in adapter.__dict__:
+        return None
+    change = adapter.serving()
+    if not isinstance(change, Affine):
+        return None
+    own = sum(t.numel() for t in (*adapter.parameters(), *adapter.buffers()))
+    size = sum(t.numel() for t in (change.a, change.b) if t is not None)
+    return change if size <= _GROWTH * own else None
 
 
 def _beginning(t: Tensor) -> tuple[float, ...]:

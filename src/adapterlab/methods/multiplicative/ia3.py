@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from adapterlab.core.adapter import Adapter
+from adapterlab.core.adapter import Adapter, Affine
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
 from adapterlab.core.hub import HubCodec, taken
@@ -105,6 +105,10 @@ class IA3(LayerMethod):
         def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Scale the input or the output."""
             return run(self.scaled(x), *args, **kwargs) if self.on_input else self.scaled(run(x, *args, **kwargs))
+
+        def serving(self) -> Affine:
+            """The scales as gain, or on the input."""
+            return Affine(on_input=self.l.flatten()) if self.on_input else Affine(gain=self.l.flatten())
 
         def scaled(self, x: Tensor) -> Tensor:
             """L ⊙ x, from l − 1: a small change survives in a half-precision dtype."""

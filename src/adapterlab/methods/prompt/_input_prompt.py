@@ -81,7 +81,7 @@ class InputPrompt(Method):
             """The prompt of each row of an embedded input, `[batch, P, d]`."""
             return self.vectors().to(x.dtype).expand(len(x), -1, -1)
 
-        def front(self) -> Front | None:
+        def serving(self) -> Front | None:
             """The prompt, unless its places are marked in the row."""
             if self.placeholder is not None:
                 return None

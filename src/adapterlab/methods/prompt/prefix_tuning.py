@@ -204,7 +204,7 @@ class PrefixTuning(Method):
             made: Tensor = self.out(self.network())
             return made.view(length, 2, heads, width).permute(1, 2, 0, 3)
 
-        def front(self) -> Front | None:
+        def serving(self) -> Front | None:
             """The prefix, unless a subclass does something else with it."""
             plain = type(self).around is PrefixTuning.Layer.around
             return Front(keys=self.pairs()[0], values=self.pairs()[1]) if plain else None
