@@ -57,9 +57,9 @@ def work(job: dict[str, Any]) -> Figures:
     import torch
 
     import adapterlab as al
+    from adapterlab.core.adapter import Affine
     from adapterlab.engine.products import Products
     from adapterlab.ops.by_address import ByAddress
-    from adapterlab.ops.segmented import Update
 
     model, count = bench.load(job["model"], dtype=job["dtype"]).eval(), job["requests"]
     ids = bench.batch(model, 1, count)["input_ids"]
@@ -73,12 +73,12 @@ def work(job: dict[str, Any]) -> Figures:
             for parameter in host.parameters(name):
                 parameter.normal_(std=0.02)
     model.eval()
-    products = Products(ByAddress())
+    products = Products(ByAddress(), model.dtype)
     for name in names:
         found = {}
         for adapter in host.adapters(name).values():
             out, n_in = adapter.site.shape
-            found[products.number(adapter.site.module, n_in, out)] = Update(adapter.A, adapter.B, adapter.scale)
+            found[products.number(adapter.site.module, n_in, out)] = Affine(adapter.A, adapter.B, adapter.scale)
         products.take(APART + name, found)
 
     def step(side: str) -> float:

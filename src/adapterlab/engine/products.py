@@ -166,10 +166,11 @@ class Products:
 
     Attributes:
         way: how it is computed.
+        dtype: to which wider factors are rounded: that of the tokens. What an adapter costs a step is their reading.
     """
 
-    def __init__(self, way: Way):
-        self.way = way
+    def __init__(self, way: Way, dtype: torch.dtype = torch.float32):
+        self.way, self.dtype = way, dtype
         self._numbers: dict[nn.Module, int] = {}
         self._widths: list[tuple[int, int]] = []
         self._held: dict[str, _Held] = {}
@@ -199,7 +200,7 @@ class Products:
 
         Args:
             key: of the adapter.
-            changes: by the number of the module. Factors of one device; of one dtype, or they are kept in float32.
+            changes: by the number of the module. Factors of one device.
 
         Returns:
             The bytes that they take.
@@ -225,14 +226,15 @@ class Products:
             return torch.empty(0), entries
         numbers, pairs = np.array(list(updates)), list(updates.values())
         dtypes = {t.dtype for one in pairs for t in (one.a, one.b)}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        own = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        dtype = min(own, self.dtype, key=lambda dtype: torch.finfo(dtype).bits)
         size = sum(one.a.numel() + one.b.numel() for one in pairs)
         block, start = torch.empty(size, dtype=dtype, device=pairs[0].a.device), 0
         for name, factors in (("a", [one.a for one in pairs]), ("b", [one.b.T for one in pairs])):
             for which in _alike(factors):
                 shape = factors[which[0]].shape
                 piece = block[start : start + len(which) * shape.numel()].view(len(which), *shape)
-                torch.stack([factors[i].to(dtype) for i in which], out=piece)  # one by one takes several times as long
+                piece.copy_(torch.stack([factors[i].to(own) for i in which]))  # one by one takes several times as long
                 offsets = np.arange(len(which), dtype=np.uint64) * np.uint64(piece[0].nbytes)
                 entries[name][numbers[which]] = np.uint64(piece.data_ptr()) + offsets
                 start += piece.numel()

@@ -9,7 +9,6 @@ README.md                   a model card
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -397,7 +396,7 @@ def check_seal(info: AdapterInfo) -> None:
     Raises:
         FormatError: they are others.
     """
-    if info.seal is not None and info.seal != _seal(dataclasses.asdict(info)):
+    if info.seal is not None and info.seal != _seal(vars(info)):
         raise FormatError(
             f"{info.folder / METHOD} is not what was saved: method, fields, modules or sha256 have changed. Copy the "
             'folder again. If it was edited on purpose, remove "seal" from it too.'

@@ -59,7 +59,7 @@ class Worker:
         way, why = (None, "as settings say") if settings.products == "torch" else fastest(self.forward.device.type)
         self.products = f"torch ({why})" if way is None else way.name
         self.reader = Reader(int(settings.read_ahead_gb * 1e9))
-        table = None if way is None else Table(model, self.forward, Products(way))
+        table = None if way is None else Table(model, self.forward, Products(way, model.dtype))
         self.on_model = OnModel(model, self.forward, self.pages, self.reader, table)
         self.adapters = Adapters(self.on_model, self.pages, self.cache, self.forward.page_bytes)
         positions = getattr(text_config(model), "max_position_embeddings", None)
