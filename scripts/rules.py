@@ -7,6 +7,7 @@ verdict: one that turns stops the generation until somebody has looked again. `s
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterlab.compare.power import TYPICAL, cheapest, needs, spread_of, with_more_seeds
+from adapterlab.compare.report import table
 from adapterlab.compare.report.svg import Axis, Plot
 from adapterlab.compare.results import UNTRAINED, Comparison, Interval, Run, load
 from adapterlab.compare.statistics import Sheets, differences, sheets_of
@@ -272,6 +274,7 @@ def _comparison(folder: Path) -> Comparison:
 # ---------------------------------------------------------------------------------------------------------- the rules
 
 NINE, RANK_8, CLASSIC = "compare_smollm2", "rules/rank_8_is_enough", "compare_gsm8k_small"
+SCORED = "_scored"  # behind the name of a result: the same adapters, whose answers were scored
 PLUS = "LoRA+: Efficient Low Rank Adaptation of Large Models, arXiv 2402.12354"
 LESS = "LoRA Learns Less and Forgets Less, arXiv 2405.09673"
 LORA = "LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685"
@@ -582,22 +585,29 @@ def _classic() -> list[str]:
         return []
     lines = ["", "## The classic table", "", _CLASSIC_HEAD]
     for name, folder in tables:
-        comparison = _comparison(folder)
+        comparison, answers = _comparison(folder), _answers(name)
         searched = {search.label: search.chosen for search in comparison.searches if search.auto}
         lines += ["", f"**{'With the rate that a search found for each' if searched else 'With one rate for all'}** "
                   f"({_where(name)}; {_trained(comparison)}, {_conditions(comparison)}):", ""]  # fmt: skip
-        columns = _columns(comparison, searched)
+        columns = _columns(comparison, searched, answers)
         lines += [f"| {' | '.join(columns)} |", f"|---{'|---:' * (len(columns) - 1)}|"]
         for standing in comparison.standings:
             lines.append(f"| {' | '.join(cell(standing.label) for cell in columns.values())} |")
         found = {m: _difference(comparison.runs, f"{m} r=512", f"{m} r=8") for m in ("lora", "lora_plus", "rslora")}
         large = ", ".join(f"{method} {apart}" for method, apart in found.items() if apart)
+        if answers:
+            scored = _comparison(RESULTS / f"{name}{SCORED}")
+            lines.append(f"\nRight answers are those of the same adapters ({_trained(scored)}) on "
+                         f"{scored.data['eval_rows']} problems, examined by themselves "
+                         f"({_where(f'{name}{SCORED}')}).")  # fmt: skip
         lines += [f"\nRank 512 minus rank 8, where the published ones collapse: {large}."] if large else []
         lines.append(f"\n![Losses of {name}](../benchmarks/results/{name}/loss_curves.png)")
     return lines
 
 
-def _columns(comparison: Comparison, searched: dict[str, float | None]) -> dict[str, Callable[[str], str]]:
+def _columns(
+    comparison: Comparison, searched: dict[str, float | None], answers: dict[str, dict[str, str]]
+) -> dict[str, Callable[[str], str]]:
     """What stands in the columns of a classic table, by their titles: a function of a method's label."""
     base = "lora r=8"
 
@@ -617,9 +627,24 @@ def _columns(comparison: Comparison, searched: dict[str, float | None]) -> dict[
         **({"rate": rate} if searched else {}),
         "loss on the problems": lambda label: mean(label, lambda run: run.best and run.best.loss, ".4f"),
         "minus LoRA of rank 8": apart,
+        **{title: functools.partial(_known, found) for title, found in answers.items()},
         "forgetting": lambda label: mean(label, lambda run: run.forgetting, "+.3f"),
         "published, Qwen2.5-1.5B": lambda label: str(_PUBLISHED.get(label, "–")),
     }
+
+
+def _answers(name: str) -> dict[str, dict[str, str]]:
+    """The shares of right answers with their intervals, by title and method, where a result's adapters wrote some."""
+    folder = RESULTS / f"{name}{SCORED}"
+    if not folder.is_dir():
+        return {}
+    rows = table.build([_comparison(folder)])
+    titles = {"right answers, best step": "score_best", "at the end": "score_final"}
+    return {title: {row.label: str(row.cells[key]) for row in rows} for title, key in titles.items()}
+
+
+def _known(found: dict[str, str], label: str) -> str:
+    return found.get(label, "–")
 
 
 def _trained(comparison: Comparison) -> str:
@@ -649,7 +674,8 @@ _CLASSIC_HEAD = """LoRA, LoRA+ and rsLoRA at three ranks, DoRA, PiSSA and full t
 it is in little ([compare_gsm8k_small.yaml](../examples/compare_gsm8k_small.yaml), and with searched rates
 [compare_gsm8k_small_searched.yaml](../examples/compare_gsm8k_small_searched.yaml)), 30 steps of two short rows, so that
 only what differs by much can be told apart. Memory, times and steps of every method stand in the linked table. A model
-of 135M parameters solves next to none of these problems, so no answers are written: the loss judges."""
+of 135M parameters solves next to none of these problems, whatever it was trained with: the loss judges, and right answers
+stand beside it for completeness."""
 
 _HEAD = """# The field's rules, measured
 
