@@ -34,6 +34,8 @@ from typing import Any
 import _bench as bench
 from _bench import Figures, Job
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `adapterlab serve` does, before torch is imported
+
 BARE = "bare"  # the base in an engine without adapters
 SIDES = {
     "base": "the base, where adapters are loaded",

@@ -12,9 +12,13 @@ from safetensors.torch import load_file, save_file
 from served import METHODS, ask, filled, greedy, tiny_llama
 
 import adapterlab as al
+from adapterlab.core.adapter import Affine
+from adapterlab.core.segments import segments
+from adapterlab.core.state import State
 from adapterlab.engine import reordered_weights
 from adapterlab.engine.products import Products, fastest
 from adapterlab.errors import AttachError, UnusableAdapterError
+from adapterlab.foreign.model import ADAPTERS
 from adapterlab.serve.forms import OnModel
 from adapterlab.serve.table import Table
 
@@ -63,6 +67,33 @@ def test_what_multiplies_outputs_or_inputs_is_read_beside_products_and_beside_no
     products = one._worker.on_model.table.products
     assert all(version.key in products for version in one._worker.adapters.loaded)
     assert not set(al.host(one.model).methods) & {version.key for version in one._worker.adapters.loaded}
+
+
+def test_each_token_is_multiplied_by_its_own_and_those_that_went_leave_the_others_theirs() -> None:
+    way, _ = fastest("cpu")
+    assert way is not None
+    products, module, state, x = Products(way), torch.nn.Linear(4, 3), State(), torch.randn(1, 3, 4)
+    module.add_module(ADAPTERS, torch.nn.ModuleDict())
+    number = products.number(module, 4, 3)
+    for key, gain in {"two": 2.0, "three": 3.0}.items():
+        products.take(key, {number: Affine(gain=torch.full((3,), gain), shift=torch.ones(3))})
+    products.take("in", {number: Affine(on_input=torch.full((4,), 5.0))})
+
+    @torch.no_grad()
+    def computed(*parts: tuple[tuple[str, ...], int]) -> torch.Tensor:
+        state.segments = segments(parts, by_token=True)
+        y: torch.Tensor = products.computed(state, module, (x,), {}, torch.nn.Linear.forward, lambda *args: None)
+        return y[0]
+
+    plain, scaled = torch.nn.Linear.forward(module, x)[0], torch.nn.Linear.forward(module, 5 * x)[0]
+    for _ in range(2):
+        torch.testing.assert_close(
+            computed((("three",), 1), ((), 1), (("in",), 1)), torch.stack([3 * plain[0] + 1, plain[1], scaled[2]])
+        )
+        torch.testing.assert_close(computed((("three",), 3)), 3 * plain + 1)
+        products.drop("two")
+    with pytest.raises(AttachError, match="a token can have one"):
+        computed((("three", "in"), 3))
 
 
 def test_settings_that_change_the_product_are_another_kind(alone: Any, engine: Any, tmp_path: Path) -> None:

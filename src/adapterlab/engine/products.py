@@ -25,6 +25,7 @@ from adapterlab.ops.by_address import ByAddress
 from adapterlab.ops.low_rank import add_low_rank, thin_dtype
 from adapterlab.ops.segmented import ENTRY, TYPES, Entries, Run, Runs, Step, Update, Way, can_be_read
 
+Vectors = tuple[Tensor | None, Tensor | None, Tensor | None]
 _MAPS = 16  # that are kept prepared: of a step there are several where adapters stand around whole blocks
 
 
@@ -54,7 +55,7 @@ class _Held(NamedTuple):
 
     block: Tensor
     entries: Entries
-    vectors: dict[int, tuple[Tensor | None, Tensor | None, Tensor | None]]
+    vectors: dict[int, Vectors]
 
     def update(self, number: int, n_in: int, out: int) -> Update:
         """What it adds to a module of a size, at which it is."""
@@ -67,78 +68,30 @@ class _Held(NamedTuple):
         return self.block[start : start + length]
 
 
-class _Vectors(NamedTuple):
-    """What the owners of a step multiply and add number by number at a module, each in a row; None: nobody does.
+class _Stacked:
+    """l − 1, g − 1 and c of the adapters that have some, stacked by module: a small change survives in half precision.
 
     Attributes:
-        on_input: l − 1 `[owners, in]`: a small change survives in a half-precision dtype.
-        gain: g − 1 `[owners, out]`.
-        shift: c `[owners, out]`.
-        owner: the row of each token `[tokens]`; None: there is one for all.
+        rows: the row of each adapter; that of nobody, zeros, is the first.
+        device: where they are.
     """
 
-    on_input: Tensor | None
-    gain: Tensor | None
-    shift: Tensor | None
-    owner: Tensor | None
+    def __init__(self, held: Mapping[str, _Held]):
+        changing = {key: one.vectors for key, one in held.items() if one.vectors}
+        self.rows = {key: row for row, key in enumerate(changing, 1)}
+        self._vectors = [*changing.values()]
+        of_all = (v for vectors in self._vectors for each in vectors.values() for v in each if v is not None)
+        self.device = next((v.device for v in of_all), None)
+        self._made: dict[tuple[int, torch.dtype], Vectors | None] = {}
 
-    def times(self, x: Tensor, less_one: Tensor) -> Tensor:
-        """Multiply x `[1, tokens, n]`."""
-        return torch.addcmul(x, x, self._each(less_one))
-
-    def after(self, y: Tensor) -> Tensor:
-        """Multiply what a module returned, and add to it."""
-        if self.gain is not None:
-            y = self.times(y, self.gain)
-        return y if self.shift is None else y + self._each(self.shift)
-
-    def _each(self, rows: Tensor) -> Tensor:
-        return rows if self.owner is None else rows.index_select(0, self.owner)
-
-
-class _Owners:
-    """Who multiplies and adds number by number in a step, and which tokens are whose."""
-
-    def __init__(self, parts: Sequence[tuple[_Held, Segment]], total: int):
-        """Write down the owner of each of so many tokens, counted from 1.
-
-        Raises:
-            AttachError: a token has several.
-        """
-        self.held = list({id(held): held for held, _ in parts}.values())
-        rows = {id(held): row for row, held in enumerate(self.held, 1)}
-        self.owner = torch.zeros(total, dtype=torch.int64)
-        for held, part in parts:
-            if self.owner[part.start : part.stop].any():
-                raise AttachError(
-                    f"{part.who}: of adapters that are kept apart from the model and multiply what a module returns, "
-                    "a token can have one. Give each token one of them."
-                )
-            self.owner[part.start : part.stop] = rows[id(held)]
-        self.alone = len(self.held) == 1 and bool(self.owner.all())
-        self._made: dict[tuple[int, torch.dtype], _Vectors | None] = {}
-
-    def at(self, number: int, x: Tensor) -> _Vectors | None:
-        """What they do at the module of a number, to what is like x."""
+    def at(self, number: int, x: Tensor) -> Vectors | None:
+        """The stacks `[rows, in or out]` of the module of a number, for what is like x; None: nobody changes it."""
         if (number, x.dtype) not in self._made:
-            self._made[number, x.dtype] = self._stacked(number, x)
+            each = zip(*(vectors.get(number, (None, None, None)) for vectors in self._vectors), strict=True)
+            on_input, gain, shift = (_in_rows(one, neutral, x) for one, neutral in zip(each, (1, 1, 0), strict=True))
+            nobody = on_input is gain is shift is None
+            self._made[number, x.dtype] = None if nobody else (on_input, gain, shift)
         return self._made[number, x.dtype]
-
-    def _stacked(self, number: int, x: Tensor) -> _Vectors | None:
-        each = zip(*(held.vectors.get(number, (None, None, None)) for held in self.held), strict=True)
-        on_input, gain, shift = (self._rows(one, neutral, x) for one, neutral in zip(each, (1, 1, 0), strict=True))
-        if on_input is gain is shift is None:
-            return None
-        return _Vectors(on_input, gain, shift, None if self.alone else self.owner.to(x.device))
-
-    def _rows(self, each: Sequence[Tensor | None], neutral: int, x: Tensor) -> Tensor | None:
-        """What each adds to the neutral number, behind a row of zeros for tokens of nobody."""
-        first = next((v for v in each if v is not None), None)
-        if first is None:
-            return None
-        zero = torch.zeros_like(first)
-        rows = [zero if v is None else v - neutral for v in each]
-        return torch.stack(rows if self.alone else [zero, *rows]).to(x.device, x.dtype)
 
 
 class _Prepared(NamedTuple):
@@ -150,7 +103,7 @@ class _Prepared(NamedTuple):
         long: its long runs, and whose they are.
         adds: the modules at which it adds something.
         bare: by module, whether nothing else is computed there; None: nobody has looked.
-        owners: those who multiply or add number by number; None: nobody does.
+        owner: the row of each token's adapter in what is stacked `[tokens]`, or of all tokens; None: nobody has any.
     """
 
     segments: Segments
@@ -158,7 +111,7 @@ class _Prepared(NamedTuple):
     long: list[tuple[int, int, _Held]]
     adds: set[int]
     bare: list[bool | None]
-    owners: _Owners | None
+    owner: Tensor | int | None
 
 
 class Products:
@@ -175,6 +128,7 @@ class Products:
         self._widths: list[tuple[int, int]] = []
         self._held: dict[str, _Held] = {}
         self._prepared: dict[int, _Prepared] = {}
+        self._stacked = _Stacked({})
 
     def __contains__(self, key: str) -> bool:
         return key in self._held
@@ -215,7 +169,7 @@ class Products:
         found = {number: _vectors(one) for number, one in changes.items()}
         vectors = {number: each for number, each in found.items() if any(v is not None for v in each)}
         self._held[key] = _Held(block, entries, vectors)
-        self._prepared.clear()
+        self._changed(key)
         held = [v for each in vectors.values() for v in each if v is not None]
         return sum(t.numel() * t.element_size() for t in (block, *held))
 
@@ -246,7 +200,13 @@ class Products:
     def drop(self, key: str) -> None:
         """Forget an adapter."""
         self._held.pop(key, None)
+        self._changed(key)
+
+    def _changed(self, key: str) -> None:
+        """Forget what was made of an adapter that came, or went."""
         self._prepared.clear()
+        if key in self._stacked.rows or (key in self and self._held[key].vectors):
+            self._stacked = _Stacked(self._held)
 
     def computed(self, state: State, module: Any, args: Any, kwargs: Any, plain: Any, usual: Callable[..., Any]) -> Any:
         """Compute a module and what is added to it.
@@ -280,8 +240,10 @@ class Products:
         if bare is None:
             names = tuple(module._modules[ADAPTERS]._modules)
             bare = prepared.bare[number] = not segments.among(names).used
-        vectors = None if prepared.owners is None else prepared.owners.at(number, x)
-        given = x if vectors is None or vectors.on_input is None else vectors.times(x, vectors.on_input)
+        owner: Any = prepared.owner
+        vectors = None if owner is None else self._stacked.at(number, x)
+        on_input, gain, shift = vectors or (None, None, None)
+        given = x if on_input is None else _times(x, on_input, owner)
         y = plain(module, given) if bare else usual(module, state, (given,), kwargs)
         if number in prepared.adds:
             y = y.contiguous()
@@ -289,7 +251,8 @@ class Products:
             for start, stop, held in prepared.long:
                 if number < len(held.entries) and held.entries["rank"][number]:
                     _add(y[0, start:stop], x[0, start:stop], held.update(number, *self._widths[number]))
-        return y if vectors is None else vectors.after(y)
+        y = y if gain is None else _times(y, gain, owner)
+        return y if shift is None else y + _each(shift, owner)
 
     def _prepare(self, segments: Segments) -> _Prepared:
         whose = [
@@ -309,11 +272,29 @@ class Products:
         if len(self._prepared) >= _MAPS:
             self._prepared.clear()
         step = self.way.step(table, self._widths, runs)
-        changing = [(held, part) for key, part in whose if (held := self._held[key]).vectors]
-        owners = _Owners(changing, segments.total) if changing else None
-        made = _Prepared(segments, step, long, adds, [None] * len(self._widths), owners)
+        made = _Prepared(segments, step, long, adds, [None] * len(self._widths), self._owner(whose, segments.total))
         self._prepared[id(segments)] = made
         return made
+
+    def _owner(self, whose: Sequence[tuple[str, Segment]], total: int) -> Tensor | int | None:
+        """Write down whose vectors each token gets.
+
+        Raises:
+            AttachError: a token would get those of several.
+        """
+        found = [0] * total
+        for key, part in whose:
+            row = self._stacked.rows.get(key, 0)
+            if row and any(found[part.start : part.stop]):
+                raise AttachError(
+                    f"{part.who}: of adapters that are kept apart from the model and multiply what a module returns, "
+                    "a token can have one. Give each token one of them."
+                )
+            if row:
+                found[part.start : part.stop] = [row] * _length(part)
+        if len({*found}) > 1:
+            return torch.tensor(found, device=self._stacked.device)
+        return found[0] or None if found else None
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
@@ -332,7 +313,24 @@ def _update(change: Affine) -> Update | None:
     return None if change.a is None or change.b is None else Update(change.a, change.b, change.scale)
 
 
-def _vectors(change: Affine) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _in_rows(each: Sequence[Tensor | None], neutral: int, x: Tensor) -> Tensor | None:
+    """What each adds to the neutral number, behind a row of zeros."""
+    first = next((v for v in each if v is not None), None)
+    if first is None:
+        return None
+    zero = torch.zeros_like(first)
+    return torch.stack([zero, *(zero if v is None else v - neutral for v in each)]).to(x.device, x.dtype)
+
+
+def _times(x: Tensor, less_one: Tensor, owner: Tensor | int) -> Tensor:
+    return torch.addcmul(x, x, _each(less_one, owner))
+
+
+def _each(rows: Tensor, owner: Tensor | int) -> Tensor:
+    return rows[owner] if isinstance(owner, int) else rows.index_select(0, owner)
+
+
+def _vectors(change: Affine) -> Vectors:
     on_input, gain, shift = (
         None if v is None else v.detach().to(torch.float32, copy=True)
         for v in (change.on_input, change.gain, change.shift)
