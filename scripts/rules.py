@@ -674,8 +674,8 @@ _CLASSIC_HEAD = """LoRA, LoRA+ and rsLoRA at three ranks, DoRA, PiSSA and full t
 it is in little ([compare_gsm8k_small.yaml](../examples/compare_gsm8k_small.yaml), and with searched rates
 [compare_gsm8k_small_searched.yaml](../examples/compare_gsm8k_small_searched.yaml)), 30 steps of two short rows, so that
 only what differs by much can be told apart. Memory, times and steps of every method stand in the linked table. A model
-of 135M parameters solves next to none of these problems, whatever it was trained with: the loss judges, and right answers
-stand beside it for completeness."""
+of 135M parameters solves next to none of these problems, whatever it was trained with: the loss judges, and right
+answers stand beside it."""
 
 _HEAD = """# The field's rules, measured
 

@@ -61,8 +61,8 @@ def serve(
     help_config: Annotated[bool, help_config("adapterlab.serve.http.limits", "ServerSettings")] = False,
 ) -> None:
     """Serve a base model and all adapters of a folder over OpenAI's HTTP API."""
-    # Read when torch is imported. Weights and factors, which are read from end to end in every step, come to lie in pages
-    # of 2 MiB. Training, which takes and gives back memory in every step, is slower with them.
+    # Read when torch is imported: weights and factors, which every step reads from end to end, come to lie in pages of
+    # 2 MiB. Training, which takes and gives back memory in every step, is slower with them.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from adapterlab.evaluate.opening import locate
     from adapterlab.serve.http.limits import ServerSettings
