@@ -270,11 +270,14 @@ def row_of(version: Version | None, ids: Sequence[int], start: int, pages: Seque
 
 def fronts_of(carrier: Host, key: str) -> Fronts | None:
     """Return what an adapter puts in front, by module, if it does nothing else and pages can hold it."""
-    parts = carrier.parts(key)
-    found = {a.site.module: a.serving() for part in parts for a in carrier.adapters(part).values()}
-    fronts = {module: front for module, front in found.items() if isinstance(front, Front)}
-    if len(fronts) < len(found) or any(carrier.patches[part] for part in parts):
+    parts, fronts = carrier.parts(key), dict[nn.Module, Front]()
+    if any(carrier.patches[part] for part in parts):
         return None
+    for adapter in (adapter for part in parts for adapter in carrier.adapters(part).values()):
+        front = adapter.serving()
+        if not isinstance(front, Front):
+            return None
+        fronts[adapter.site.module] = front
     embedded = [front for front in fronts.values() if front.embedded is not None]
     lengths = [length_of(front) for front in fronts.values() if length_of(front)]
     wanted = 1 if embedded else len(attention_modules(carrier.model))  # as many positions at every module
