@@ -7,7 +7,6 @@ verdict: one that turns stops the generation until somebody has looked again. `s
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import statistics
@@ -585,7 +584,8 @@ def _classic() -> list[str]:
         return []
     lines = ["", "## The classic table", "", _CLASSIC_HEAD]
     for name, folder in tables:
-        comparison, answers = _comparison(folder), _answers(name)
+        comparison, scored = _comparison(folder), RESULTS / f"{name}{SCORED}"
+        answers = _comparison(scored) if scored.is_dir() else None
         searched = {search.label: search.chosen for search in comparison.searches if search.auto}
         lines += ["", f"**{'With the rate that a search found for each' if searched else 'With one rate for all'}** "
                   f"({_where(name)}; {_trained(comparison)}, {_conditions(comparison)}):", ""]  # fmt: skip
@@ -596,17 +596,16 @@ def _classic() -> list[str]:
         found = {m: _difference(comparison.runs, f"{m} r=512", f"{m} r=8") for m in ("lora", "lora_plus", "rslora")}
         large = ", ".join(f"{method} {apart}" for method, apart in found.items() if apart)
         if answers:
-            scored = _comparison(RESULTS / f"{name}{SCORED}")
-            lines.append(f"\nRight answers are those of the same adapters ({_trained(scored)}) on "
-                         f"{scored.data['eval_rows']} problems, examined by themselves "
-                         f"({_where(f'{name}{SCORED}')}).")  # fmt: skip
+            lines.append(f"\nRight answers are those of the same adapters ({_trained(answers)}) on "
+                         f"{answers.data['eval_rows']} problems, examined by themselves "
+                         f"({_where(scored.name)}).")  # fmt: skip
         lines += [f"\nRank 512 minus rank 8, where the published ones collapse: {large}."] if large else []
         lines.append(f"\n![Losses of {name}](../benchmarks/results/{name}/loss_curves.png)")
     return lines
 
 
 def _columns(
-    comparison: Comparison, searched: dict[str, float | None], answers: dict[str, dict[str, str]]
+    comparison: Comparison, searched: dict[str, float | None], answers: Comparison | None
 ) -> dict[str, Callable[[str], str]]:
     """What stands in the columns of a classic table, by their titles: a function of a method's label."""
     base = "lora r=8"
@@ -627,24 +626,19 @@ def _columns(
         **({"rate": rate} if searched else {}),
         "loss on the problems": lambda label: mean(label, lambda run: run.best and run.best.loss, ".4f"),
         "minus LoRA of rank 8": apart,
-        **{title: functools.partial(_known, found) for title, found in answers.items()},
+        **(_answers(answers) if answers else {}),
         "forgetting": lambda label: mean(label, lambda run: run.forgetting, "+.3f"),
         "published, Qwen2.5-1.5B": lambda label: str(_PUBLISHED.get(label, "–")),
     }
 
 
-def _answers(name: str) -> dict[str, dict[str, str]]:
-    """The shares of right answers with their intervals, by title and method, where a result's adapters wrote some."""
-    folder = RESULTS / f"{name}{SCORED}"
-    if not folder.is_dir():
-        return {}
-    rows = table.build([_comparison(folder)])
-    titles = {"right answers, best step": "score_best", "at the end": "score_final"}
-    return {title: {row.label: str(row.cells[key]) for row in rows} for title, key in titles.items()}
-
-
-def _known(found: dict[str, str], label: str) -> str:
-    return found.get(label, "–")
+def _answers(scored: Comparison) -> dict[str, Callable[[str], str]]:
+    """Columns of the shares of right answers with their intervals."""
+    rows = {row.label: row for row in table.build([scored])}
+    return {
+        "right answers, best step": lambda label: str(rows[label].cells["score_best"]),
+        "at the end": lambda label: str(rows[label].cells["score_final"]),
+    }
 
 
 def _trained(comparison: Comparison) -> str:

@@ -94,6 +94,12 @@ def test_each_token_is_multiplied_by_its_own_and_those_that_went_leave_the_other
         products.drop("two")
     with pytest.raises(AttachError, match="a token can have one"):
         computed((("three", "in"), 3))
+    change = Affine(torch.randn(2, 4), torch.randn(3, 2), 0.5, gain=torch.randn(3), shift=torch.randn(3))
+    products.take("all", {number: change})
+    for tokens in (3, int(way.long) + 6):  # by the kernel, and by torch
+        x = torch.randn(1, tokens, 4)
+        y = torch.nn.Linear.forward(module, x)[0] + 0.5 * x[0] @ change.a.T @ change.b.T
+        torch.testing.assert_close(computed((("all",), tokens)), change.gain * y + change.shift)
 
 
 def test_settings_that_change_the_product_are_another_kind(alone: Any, engine: Any, tmp_path: Path) -> None:

@@ -284,17 +284,18 @@ class Products:
         """
         found = [0] * total
         for key, part in whose:
-            row = self._stacked.rows.get(key, 0)
-            if row and any(found[part.start : part.stop]):
+            row = self._stacked.rows.get(key)
+            if row is None:
+                continue
+            if any(found[part.start : part.stop]):
                 raise AttachError(
                     f"{part.who}: of adapters that are kept apart from the model and multiply what a module returns, "
                     "a token can have one. Give each token one of them."
                 )
-            if row:
-                found[part.start : part.stop] = [row] * _length(part)
+            found[part.start : part.stop] = [row] * _length(part)
         if len({*found}) > 1:
             return torch.tensor(found, device=self._stacked.device)
-        return found[0] or None if found else None
+        return max(found, default=0) or None
 
 
 def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:

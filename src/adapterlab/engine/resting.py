@@ -243,9 +243,7 @@ def resting(live: Mapping[str, Any], mixed: bool) -> dict[str, AtRest] | None:
     """
     held: dict[str, AtRest] = {}
     for name, adapter in live.items():
-        plain = adapter.place == "call" and adapter.is_its_factors and only_adds(adapter)
-        apart = not mixed or (adapter.rowwise and adapter.keeps_tokens_apart)
-        if not plain or not apart or adapter.training or "_hf_hook" in adapter.__dict__:
+        if not (adapter.is_its_factors and only_adds(adapter) and may_be_kept(adapter, mixed)):
             return None
         found = adapter.factors()
         if found is None or adapter.added_bias is not None or not all(_counts_writes(t) for t in found):
@@ -254,6 +252,12 @@ def resting(live: Mapping[str, Any], mixed: bool) -> dict[str, AtRest] | None:
         own = adapter._parameters if adapter.holds else None
         held[name] = AtRest(adapter, own, adapter.holds or ("", ""), a, b, (a._version, b._version), adapter.scale)
     return held
+
+
+def may_be_kept(adapter: Any, mixed: bool) -> bool:
+    """Say whether nobody trains an adapter of a module's call, or brings its tensors for each call."""
+    apart = not mixed or (adapter.rowwise and adapter.keeps_tokens_apart)
+    return adapter.place == "call" and apart and not adapter.training and "_hf_hook" not in adapter.__dict__
 
 
 def _counts_writes(t: Tensor) -> bool:

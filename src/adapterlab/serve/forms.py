@@ -273,11 +273,12 @@ def fronts_of(carrier: Host, key: str) -> Fronts | None:
     parts, fronts = carrier.parts(key), dict[nn.Module, Front]()
     if any(carrier.patches[part] for part in parts):
         return None
-    for adapter in (adapter for part in parts for adapter in carrier.adapters(part).values()):
-        front = adapter.serving()
-        if not isinstance(front, Front):
-            return None
-        fronts[adapter.site.module] = front
+    for part in parts:
+        for adapter in carrier.adapters(part).values():
+            front = adapter.serving()
+            if not isinstance(front, Front):
+                return None
+            fronts[adapter.site.module] = front
     embedded = [front for front in fronts.values() if front.embedded is not None]
     lengths = [length_of(front) for front in fronts.values() if length_of(front)]
     wanted = 1 if embedded else len(attention_modules(carrier.model))  # as many positions at every module

@@ -19,7 +19,7 @@ from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Method
 from adapterlab.core.site import Site
 from adapterlab.engine.products import Products
-from adapterlab.engine.resting import behind, resting
+from adapterlab.engine.resting import behind, may_be_kept, resting
 from adapterlab.errors import AdapterlabError
 from adapterlab.hosts import Host, host, load
 from adapterlab.io.folder import Saved, check_seal
@@ -229,9 +229,9 @@ def _change(held: dict[str, Any]) -> Affine | None:
         pair = behind([(p.a, p.scale * p.b) for p in (one, *more)]) if more else (one.a, one.b)
         return Affine(pair[0].detach(), pair[1].detach(), 1.0 if more else one.scale)
     adapter, *others = held.values()
-    if others or adapter.place != "call" or not (adapter.rowwise and adapter.keeps_tokens_apart):
+    if others or not may_be_kept(adapter, mixed=True):
         return None
-    if adapter.training or adapter.idle or adapter.is_merged or "around" in adapter.__dict__:
+    if adapter.idle or adapter.is_merged or "around" in adapter.__dict__:
         return None
     change = adapter.serving()
     if not isinstance(change, Affine):
