@@ -61,6 +61,7 @@ def test_an_id_belongs_to_one_class() -> None:
     class Impostor(al.Method):
         id = "lora"
 
+    assert al.LoRA.id == Impostor.id  # a class is known once it is asked for, by this test or one before it
     with pytest.raises(ConfigError, match=r"Two methods have the id 'lora'"):
         register(Impostor)
 
