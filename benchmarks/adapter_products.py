@@ -57,7 +57,7 @@ def work(job: dict[str, Any]) -> Figures:
     import torch
 
     import adapterlab as al
-    from adapterlab.core.adapter import Affine
+    from adapterlab.core.adapter import Tokenwise
     from adapterlab.engine.products import Products
     from adapterlab.ops.by_address import ByAddress
 
@@ -78,7 +78,7 @@ def work(job: dict[str, Any]) -> Figures:
         found = {}
         for adapter in host.adapters(name).values():
             out, n_in = adapter.site.shape
-            found[products.number(adapter.site.module, n_in, out)] = Affine(adapter.A, adapter.B, adapter.scale)
+            found[products.number(adapter.site.module, n_in, out)] = Tokenwise(adapter.A, adapter.B, adapter.scale)
         products.take(APART + name, found)
 
     def step(side: str) -> float:

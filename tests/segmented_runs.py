@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapterlab.ops.segmented import Run, Runs, Update, by_column, formula, product
+from adapterlab.ops.segmented import FUNCTIONS, Run, Runs, Update, by_column, formula, product
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -24,7 +24,10 @@ def drawn(seed: int, dtype: torch.dtype, factors: torch.dtype, device: str = "cp
     ranks = draw.sample([1, 2, 4, 7, 8, 16, 33, 64], 4)
     pairs = [(normal(rank, n_in) / n_in**0.5, normal(out, rank) / rank**0.5) for rank in ranks]
     pairs = [(a.to(device, factors), by_column(b.to(device, factors))) for a, b in pairs]
-    updates = [Update(a, b, draw.uniform(-2, 2)) for a, b in pairs]
+    inner = [(normal(rank).to(device, factors), f) for rank, f in zip(ranks, draw.sample(FUNCTIONS, 4), strict=True)]
+    updates = [
+        Update(a, b, draw.uniform(-2, 2), *more) for (a, b), more in zip(pairs, [(None, None), *inner[1:]], strict=True)
+    ]
     runs, total = [], 0
     for length in draw.choices([0, 1, 1, 1, 3, 37], k=9):
         owners = draw.sample(range(4), draw.choice([0, 1, 1, 1, 2]))

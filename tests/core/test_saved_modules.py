@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from transformers import (
     RobertaConfig,
     RobertaForMaskedLM,
 )
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import adapterlab as al
+from adapterlab.core.adapter import Copy
+from adapterlab.core.site import Site
 from adapterlab.errors import AttachError, MergeError
 
 HEAD = {"targets": ["q"], "modules_to_save": ("lm_head",)}
@@ -55,6 +60,45 @@ def test_a_copy_is_merged_in_the_dtype_of_the_base(tiny: Any) -> None:
     assert host.model.lm_head.weight.dtype == torch.bfloat16
     host.model(input_ids=torch.arange(3, 9)[None])
     host.restore()
+
+
+class OddNorm(torch.nn.Module):
+    """It squares its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight**2 * x
+
+
+@pytest.mark.parametrize(
+    ("norm", "offset"),
+    [
+        (torch.nn.LayerNorm(8), 0.0),
+        (torch.nn.LayerNorm(8, bias=False), 0.0),
+        (LlamaRMSNorm(8), 0.0),
+        (GemmaRMSNorm(8), 1.0),
+        (OddNorm(), None),
+    ],
+)
+def test_a_copy_of_a_norm_is_a_gain_and_a_shift(norm: Any, offset: float | None) -> None:
+    torch.manual_seed(0)
+    for p in norm.parameters():
+        p.data = torch.randn(8)
+    adapter = Copy(Site("norm", norm), copy.deepcopy(norm))
+    for p in adapter.parameters():
+        p.data = torch.randn(8)
+    assert adapter.site.norm_offset == offset
+    change = adapter.serving()
+    assert (change is None) == (offset is None)
+    if change is not None:
+        x = torch.randn(5, 8)
+        found = change.gain * norm(x) + (0 if change.shift is None else change.shift)
+        torch.testing.assert_close(found, adapter.copy(x), rtol=1e-4, atol=1e-4)
+        norm.weight.data[3] = -offset  # what it returns there is lost
+        assert adapter.serving() is None
 
 
 def test_buffers_of_a_copy_are_merged_and_restored() -> None:

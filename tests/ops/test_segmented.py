@@ -19,7 +19,7 @@ from adapterlab.errors import BuildError
 from adapterlab.foreign import compiler
 from adapterlab.ops import by_address
 from adapterlab.ops.by_address import ByAddress
-from adapterlab.ops.segmented import TYPES, Run, Runs, Update, by_column, entry, in_one_block, product
+from adapterlab.ops.segmented import FUNCTIONS, TYPES, Run, Runs, Update, by_column, entry, in_one_block, product
 from segmented_runs import DTYPES, check, drawn
 
 needs_compiler = pytest.mark.skipif(
@@ -94,18 +94,26 @@ def test_factors_are_read_where_they_are_and_stay_with_their_run(way: Any) -> No
 @pytest.mark.parametrize("factors", TYPES)
 def test_a_copy_in_one_block_is_no_wider_than_the_tokens(dtype: torch.dtype, factors: torch.dtype) -> None:
     torch.manual_seed(0)
-    given = Update(torch.randn(3, 10).to(factors), torch.randn(7, 3).to(factors), 0.5)
+    draw = torch.randn(3, 10).to(factors), torch.randn(7, 3).to(factors), torch.randn(3).to(factors)
     kept = dtype if factors is torch.float32 else factors
-    a, b, scale = made = in_one_block(given, dtype)
-    assert (a.dtype, b.dtype, scale) == (kept, kept, 0.5)
-    assert torch.equal(a, given.a.to(kept))
-    assert torch.equal(b, given.b.to(kept))
-    assert entry(made, 10, 7) == (a.data_ptr(), a.data_ptr() + a.nbytes, 3, 0.5, TYPES[kept])
-    assert a.data_ptr() != given.a.data_ptr()
+    for d, f in ((None, None), (draw[2], "silu")):
+        a, b, *rest = made = in_one_block(Update(*draw[:2], 0.5, d, f), dtype)
+        assert (a.dtype, b.dtype, rest[0], rest[2]) == (kept, kept, 0.5, f)
+        assert all(
+            one is other is None or torch.equal(one, other.to(kept))
+            for one, other in zip((a, b, rest[1]), (*draw[:2], d), strict=True)
+        )
+        at_d = a.data_ptr() + a.nbytes + b.nbytes if d is not None else 0
+        shown = (a.data_ptr(), a.data_ptr() + a.nbytes, at_d, 3, 0.5, TYPES[kept], FUNCTIONS.index(f), 0)
+        assert entry(made, 10, 7) == shown
+        assert a.data_ptr() != draw[0].data_ptr()
 
 
 def test_what_no_kernel_can_read_is_refused() -> None:
     a, b, runs = torch.zeros(4, 8), by_column(torch.zeros(6, 4)), Runs([Run(0, 1, 0)], 1)
+    for more in ((torch.zeros(3),), (torch.zeros(4).half(),), (None, "sine"), (torch.zeros(8)[::2],)):
+        with pytest.raises(ValueError, match="laid out"):
+            product(None, [Update(a, b, 1.0, *more)], runs)  # type: ignore[arg-type]
     wrong = [(a.T.contiguous().T, b), (a.double(), b.double()), (a, b.half()), (a[:3], b), (a.flatten(), b)]
     for one, other in [*wrong, (a, b.contiguous()), (torch.zeros(2000, 8), by_column(torch.zeros(6, 2000)))]:
         with pytest.raises((ValueError, IndexError)):
@@ -119,10 +127,18 @@ def test_a_kernel_that_computes_something_else_is_not_used(tmp_path: Path, monke
     monkeypatch.setenv("ADAPTERLAB_HOME", str(tmp_path))
     monkeypatch.setattr(compiler, "_ALWAYS", ("-O0", "-std=gnu11", "-fPIC"))
     text = by_address.SOURCE.read_text()
-    assert "h[t][i] *= u->scale;" in text
-    (tmp_path / "wrong.c").write_text(text.replace("h[t][i] *= u->scale;", "h[t][i] *= 1;"))
-    with pytest.raises(BuildError, match="something else here: off by"):
-        ByAddress(tmp_path / "wrong.c")
+    for line, wrong in {
+        "h[t][i] = u->scale * (": "h[t][i] = (",
+        "tanhf(z)": "z",
+        "1 + erff": "1.01f + erff",
+        "0.044715f": "0.05f",
+        "(1 + expf(-z))": "(1 + expf(z))",
+        "load_some(u->d, i, 1, type)[0]": "0",
+    }.items():
+        assert line in text
+        (tmp_path / "wrong.c").write_text(text.replace(line, wrong))
+        with pytest.raises(BuildError, match="something else here: off by"):
+            ByAddress(tmp_path / "wrong.c")
 
 
 # ---------------------------------------------------------------------- the compiler

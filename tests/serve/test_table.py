@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from served import METHODS, ask, filled, greedy, tiny_llama
 
 import adapterlab as al
-from adapterlab.core.adapter import Affine
+from adapterlab.core.adapter import Tokenwise
 from adapterlab.core.segments import segments
 from adapterlab.core.state import State
 from adapterlab.engine import reordered_weights
@@ -32,25 +32,31 @@ if fastest("cpu")[0] is None:
 def test_of_a_kind_the_first_is_put_on_the_model_and_the_others_are_read(
     alone: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, seen, read = engine("low", "low3", "moved", "scaled", "after"), [], Table.read
+    names, wanted = ("low", "low3", "moved", "scaled", "rotated"), {}
+    host = al.load(tiny_llama(), alone.save("rotated", al.RoAd(group_size=16), seed=7))
+    wanted = {("rotated", prompt): greedy(host.model, prompt, 10) for prompt in PROMPTS}
+    one, seen, read = engine(*names), [], Table.read
     monkeypatch.setattr(Table, "read", lambda *args: seen.append(read(*args)) or seen[-1])
-    names = ("low", "low3", "moved", "scaled", "after")
     handles = [(name, p, one.submit(ask(p, name))) for name in names for p in PROMPTS]
     for name, prompt, handle in handles:
-        assert handle.result(60)[0].ids == alone.answer(name, prompt), name
+        assert handle.result(60)[0].ids == (wanted.get((name, prompt)) or alone.answer(name, prompt)), name
     assert [size is not None for size in seen] == [False, True, False, False, False]
     carrier, products = al.host(one.model), one._worker.on_model.table.products
     loaded = {v.name: v.key for v in one._worker.adapters.loaded}
     assert {name for name, key in loaded.items() if key in products} == {"low", "low3", "moved", "scaled"}
-    assert {name for name, key in loaded.items() if key in carrier.methods} == {"after"}
+    assert {name for name, key in loaded.items() if key in carrier.methods} == {"rotated"}
     one.stop()
     assert al.host(one.model) is None
 
 
-def test_what_multiplies_outputs_or_inputs_is_read_beside_products_and_beside_nothing(alone: Any, engine: Any) -> None:
-    """Gains and shifts reach the tokens of their owner alone, in steps of one owner and of several, short and long."""
-    names, model = ("scaled", "split", "turned"), tiny_llama()
-    for seed, (name, method) in enumerate({"split": al.DoRA(r=2), "turned": al.HRA(r=2)}.items()):
+def test_every_form_reaches_the_tokens_of_its_owner_alone(alone: Any, engine: Any) -> None:
+    """In steps of one owner and of several, short and long: gains, shifts, what reads outputs and what reads inputs."""
+    more = {
+        "split": al.DoRA(r=2), "turned": al.HRA(r=2), "behind": al.AdapterHoulsby(m=4, activation="tanh"),
+        "beside": al.AdapterParallel(m=3),
+    }  # fmt: skip
+    names, model = ("scaled", "after", *more), tiny_llama()
+    for seed, (name, method) in enumerate(more.items()):
         alone.save(name, method, seed)
     wanted = {}
     for name in names:
@@ -76,8 +82,8 @@ def test_each_token_is_multiplied_by_its_own_and_those_that_went_leave_the_other
     module.add_module(ADAPTERS, torch.nn.ModuleDict())
     number = products.number(module, 4, 3)
     for key, gain in {"two": 2.0, "three": 3.0}.items():
-        products.take(key, {number: Affine(gain=torch.full((3,), gain), shift=torch.ones(3))})
-    products.take("in", {number: Affine(on_input=torch.full((4,), 5.0))})
+        products.take(key, {number: Tokenwise(gain=torch.full((3,), gain), shift=torch.ones(3))})
+    products.take("in", {number: Tokenwise(on_input=torch.full((4,), 5.0))})
 
     @torch.no_grad()
     def computed(*parts: tuple[tuple[str, ...], int]) -> torch.Tensor:
@@ -94,7 +100,7 @@ def test_each_token_is_multiplied_by_its_own_and_those_that_went_leave_the_other
         products.drop("two")
     with pytest.raises(AttachError, match="a token can have one"):
         computed((("three", "in"), 3))
-    change = Affine(torch.randn(2, 4), torch.randn(3, 2), 0.5, gain=torch.randn(3), shift=torch.randn(3))
+    change = Tokenwise(torch.randn(2, 4), torch.randn(3, 2), 0.5, gain=torch.randn(3), shift=torch.randn(3))
     products.take("all", {number: change})
     for tokens in (3, int(way.long) + 6):  # by the kernel, and by torch
         x = torch.randn(1, tokens, 4)

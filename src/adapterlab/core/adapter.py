@@ -35,15 +35,18 @@ class Front:
     shift: int = 0
 
 
-class Affine(NamedTuple):
-    """What an adapter makes of a linear module outside of training: y = g ⊙ (W (l ⊙ x) + b + s · B A x) + c.
+class Tokenwise(NamedTuple):
+    """What an adapter makes of each token outside of training: y = g ⊙ (h + s · B f(A z + d)) + c with h = M(l ⊙ x).
 
-    W and b are the module's own. What is None is left out.
+    M is the module, and z is x, or h. What is None is left out.
 
     Attributes:
-        a: A `[r, in]`.
+        a: A `[r, in]`, or `[r, out]` where z is h.
         b: B `[out, r]`.
         scale: s.
+        d: d `[r]`.
+        f: one of `ops.segmented.FUNCTIONS`.
+        reads_output: z is h.
         on_input: l `[in]`.
         gain: g `[out]`.
         shift: c `[out]`.
@@ -52,6 +55,9 @@ class Affine(NamedTuple):
     a: Tensor | None = None
     b: Tensor | None = None
     scale: float = 1.0
+    d: Tensor | None = None
+    f: str | None = None
+    reads_output: bool = False
     on_input: Tensor | None = None
     gain: Tensor | None = None
     shift: Tensor | None = None
@@ -146,11 +152,11 @@ class Adapter(nn.Module):
         """
         return None
 
-    def serving(self) -> Front | Affine | None:
+    def serving(self) -> Front | Tokenwise | None:
         """Return all that it does outside of training in a form that a server keeps, computed once, or None.
 
-        What it puts in front of every sequence, or what it makes of its linear module. Without a form it is computed
-        with its own tokens of a step, if it keeps tokens apart.
+        What it puts in front of every sequence, or what it makes of each token. Without a form it is computed with its
+        own tokens of a step, if it keeps tokens apart.
         """
         return None
 
@@ -248,9 +254,9 @@ class Delta(Adapter):
         """
         return None
 
-    def serving(self) -> Front | Affine | None:
+    def serving(self) -> Front | Tokenwise | None:
         found = self.factors() if self.is_its_factors else None
-        return None if found is None else Affine(*found, self.scale, shift=self.added_bias)
+        return None if found is None else Tokenwise(*found, self.scale, shift=self.added_bias)
 
     @property
     def added_bias(self) -> Tensor | None:
@@ -344,6 +350,24 @@ class Copy(Adapter):
         given = next((a for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
         outside = given.dtype if given is not None else self.site_dtype
         return y.to(outside) if isinstance(y, Tensor) else y
+
+    def serving(self) -> Front | Tokenwise | None:
+        """Return what a copy of a norm makes of the norm's own result, or None.
+
+        n ⊙ (w + o) + b is g ⊙ (n ⊙ (w₀ + o) + b₀) + c with g = (w + o) / (w₀ + o) and c = b − g ⊙ b₀.
+        """
+        offset = self.site.norm_offset
+        if offset is None:
+            return None
+        (w, b), (own_w, own_b) = (
+            (None if t is None else t.detach().float() for t in map(module._parameters.get, ("weight", "bias")))
+            for module in (self.copy, self.site.unmerged.module)
+        )
+        assert w is not None and own_w is not None  # noqa: PT018
+        if not bool((own_w + offset).all()):
+            return None
+        gain = (w + offset) / (own_w + offset)
+        return Tokenwise(gain=gain, shift=None if b is None or own_b is None else b - gain * own_b)
 
     @property
     def site_dtype(self) -> torch.dtype:

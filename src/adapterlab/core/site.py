@@ -9,6 +9,7 @@ are flattened, and an embedding table `[vocabulary, width]` is a linear map on o
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from adapterlab.foreign.calls import argument_names
-from adapterlab.foreign.model import brought, elsewhere, plain_class
+from adapterlab.foreign.model import ADAPTERS, brought, elsewhere, plain_class
 from adapterlab.foreign.quantized import compute_dtype, dense, is_quantized, unpacks_in_training
 
 UNMERGED = "_adapterlab_unmerged"  # attribute of a merged module: a stand-in with the parameters it had before
@@ -188,6 +189,32 @@ def _is_linear(cls: type[nn.Linear], module: nn.Linear) -> bool:
     return weight.is_meta or torch.allclose(y, F.linear(x, weight, module.bias), rtol=1e-2, atol=1e-3)
 
 
+@torch.no_grad()
+def _offset_of(norm: nn.Module) -> float | None:
+    """Try a norm with other weights than its own."""
+    cls: Any = plain_class(norm)
+    weight = norm._parameters["weight"]
+    if weight is None or weight.is_meta or weight.dim() != 1 or norm._modules.keys() - {ADAPTERS} or norm._buffers:
+        return None
+    x = torch.linspace(-1, 2, 3 * len(weight), device=weight.device, dtype=torch.float64).sin().view(3, -1)
+    own = {
+        name: None if p is None else torch.zeros_like(p, dtype=torch.float64) for name, p in norm._parameters.items()
+    }
+
+    def result(value: float) -> Tensor:
+        twin = copy.copy(norm)
+        twin.__dict__ = {**norm.__dict__, "_parameters": {**own, "weight": torch.full_like(x[0], value)}}
+        return cls.forward(twin, x)  # type: ignore[no-any-return]
+
+    try:
+        zero, one, two = map(result, (0.0, 1.0, 2.0))
+        n = one - zero
+    except Exception:  # whatever it wants is not what such a norm takes
+        return None
+    off = {offset: (zero - offset * n).abs().max() + (two - (2 + offset) * n).abs().max() for offset in (0.0, 1.0)}
+    return next((offset for offset, by in off.items() if by < 1e-4 * n.abs().max()), None)
+
+
 def is_plain_linear(cls: type) -> bool:
     """Say whether modules of a class are linear layers and nothing else."""
     return cls in (nn.Linear, Conv1D)
@@ -242,6 +269,11 @@ class Site:
     def tokenwise(self) -> bool:
         """Whether the module computes each token by itself, for all that is known of its kind."""
         return self.kind in ("linear", "embedding", "norm")
+
+    @property
+    def norm_offset(self) -> float | None:
+        """What a norm adds to its weight: o in n ⊙ (w + o) + b, where n depends on x alone, or None."""
+        return _offset_of(self.module) if self.kind == "norm" else None
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adapterlab.core.adapter import Affine
+from adapterlab.core.adapter import Tokenwise
 from adapterlab.core.segments import Segment, Segments
 from adapterlab.core.state import State
 from adapterlab.errors import AttachError, BuildError
 from adapterlab.foreign.model import ADAPTERS
 from adapterlab.ops.by_address import ByAddress
 from adapterlab.ops.low_rank import add_low_rank, thin_dtype
-from adapterlab.ops.segmented import ENTRY, TYPES, Entries, Run, Runs, Step, Update, Way, can_be_read
+from adapterlab.ops.segmented import ENTRY, FUNCTIONS, TYPES, Entries, Run, Runs, Step, Update, Way, can_be_read
 
 Vectors = tuple[Tensor | None, Tensor | None, Tensor | None]
 _MAPS = 16  # that are kept prepared: of a step there are several where adapters stand around whole blocks
@@ -50,7 +50,8 @@ class _Held(NamedTuple):
     Attributes:
         block: its factors.
         entries: where they are, by the number of the module.
-        vectors: l, g and c of `Affine` in float32, by the number of a module that has one of them.
+        vectors: l, g and c of `Tokenwise` in float32, by the number of a module that has one of them, or whose result
+            is read: one adapter may do that with a token.
     """
 
     block: Tensor
@@ -59,13 +60,14 @@ class _Held(NamedTuple):
 
     def update(self, number: int, n_in: int, out: int) -> Update:
         """What it adds to a module of a size, at which it is."""
-        _, _, rank, scale, _ = self.entries[number].tolist()
-        a, b = (self._piece(number, name, rank * width) for name, width in (("a", n_in), ("b", out)))
-        return Update(a.view(rank, n_in), b.view(rank, out).T, scale)
+        _, _, at_d, rank, scale, _, f, reads_output = self.entries[number].tolist()
+        a, b = self._piece(number, "a", rank, out if reads_output else n_in), self._piece(number, "b", rank, out)
+        d = self._piece(number, "d", rank, 1)[:, 0] if at_d else None
+        return Update(a, b.T, scale, d, FUNCTIONS[f])
 
-    def _piece(self, number: int, name: str, length: int) -> Tensor:
+    def _piece(self, number: int, name: str, rank: int, width: int) -> Tensor:
         start = (int(self.entries[name][number]) - self.block.data_ptr()) // self.block.element_size()
-        return self.block[start : start + length]
+        return self.block[start : start + rank * width].view(rank, width)
 
 
 class _Stacked:
@@ -94,12 +96,26 @@ class _Stacked:
         return self._made[number, x.dtype]
 
 
+class _Added(NamedTuple):
+    """What short runs add, of what modules are given, or of what they return.
+
+    Attributes:
+        step: computes it.
+        modules: at which there is something.
+        reads_output: see `Tokenwise`.
+    """
+
+    step: Step
+    modules: set[int]
+    reads_output: bool
+
+
 class _Prepared(NamedTuple):
     """What a step adds.
 
     Attributes:
         segments: the map it was made for.
-        step: the products of its short runs.
+        steps: the products of its short runs: of what modules are given, and of what they return.
         long: its long runs, and whose they are.
         adds: the modules at which it adds something.
         bare: by module, whether nothing else is computed there; None: nobody has looked.
@@ -107,7 +123,7 @@ class _Prepared(NamedTuple):
     """
 
     segments: Segments
-    step: Step
+    steps: list[_Added]
     long: list[tuple[int, int, _Held]]
     adds: set[int]
     bare: list[bool | None]
@@ -115,7 +131,7 @@ class _Prepared(NamedTuple):
 
 
 class Products:
-    """What adapters add to linear modules in a mixed batch, while `State.products` is this.
+    """What adapters make of each token at modules, in a mixed batch, while `State.products` is this.
 
     Attributes:
         way: how it is computed.
@@ -134,22 +150,22 @@ class Products:
         return key in self._held
 
     def number(self, module: nn.Module, n_in: int, out: int) -> int:
-        """Return the number of a linear module of `[out, in]`; the module has to ask this, see `computed`."""
+        """Return the number of a module that makes `[out]` of `[in]`; it has to ask this, see `computed`."""
         if module not in self._numbers:
             self._numbers[module] = len(self._widths)
             self._widths.append((n_in, out))
         return self._numbers[module]
 
-    def takes(self, number: int, change: Affine) -> bool:
+    def takes(self, number: int, change: Tokenwise) -> bool:
         """Say whether a change is of a module's size and kernels can read its factors."""
         n_in, out = self._widths[number]
         sizes = ((change.on_input, n_in), (change.gain, out), (change.shift, out))
         fits = all(vector is None or vector.shape == (size,) for vector, size in sizes)
         factors = _update(change)
-        return fits and (factors is None or can_be_read(factors, n_in, out))
+        return fits and (factors is None or can_be_read(factors, out if change.reads_output else n_in, out))
 
     @torch.no_grad()
-    def take(self, key: str, changes: Mapping[int, Affine]) -> int:
+    def take(self, key: str, changes: Mapping[int, Tokenwise]) -> int:
         """Copy what an adapter brings, which is its own from now on.
 
         Args:
@@ -166,8 +182,10 @@ class Products:
             raise ValueError(f"what {key} brings is not of the sizes of its modules, or no kernel can read it")
         updates = {number: update for number, one in changes.items() if (update := _update(one)) is not None}
         block, entries = self._in_one_block(updates)
+        behind = [number for number, one in changes.items() if one.reads_output]
+        entries["reads_output"][behind] = 1
         found = {number: _vectors(one) for number, one in changes.items()}
-        vectors = {number: each for number, each in found.items() if any(v is not None for v in each)}
+        vectors = {n: each for n, each in found.items() if n in behind or any(v is not None for v in each)}
         self._held[key] = _Held(block, entries, vectors)
         self._changed(key)
         held = [v for each in vectors.values() for v in each if v is not None]
@@ -178,22 +196,29 @@ class Products:
         entries = np.zeros(len(self._widths), ENTRY)
         if not updates:
             return torch.empty(0), entries
-        numbers, pairs = np.array(list(updates)), list(updates.values())
-        dtypes = {t.dtype for one in pairs for t in (one.a, one.b)}
+        numbers, all_of = np.array(list(updates)), list(updates.values())
+        held = {
+            "a": [(number, one.a) for number, one in updates.items()],
+            "b": [(number, one.b.T) for number, one in updates.items()],
+            "d": [(number, one.d) for number, one in updates.items() if one.d is not None],
+        }
+        there = [t for each in held.values() for _, t in each]
+        dtypes = {t.dtype for t in there}
         own = dtypes.pop() if len(dtypes) == 1 else torch.float32
         dtype = min(own, self.dtype, key=lambda dtype: torch.finfo(dtype).bits)
-        size = sum(one.a.numel() + one.b.numel() for one in pairs)
-        block, start = torch.empty(size, dtype=dtype, device=pairs[0].a.device), 0
-        for name, factors in (("a", [one.a for one in pairs]), ("b", [one.b.T for one in pairs])):
-            for which in _alike(factors):
-                shape = factors[which[0]].shape
-                piece = block[start : start + len(which) * shape.numel()].view(len(which), *shape)
-                piece.copy_(torch.stack([factors[i].to(own) for i in which]))  # one by one takes several times as long
+        size = sum(t.numel() for t in there)
+        block, start = torch.empty(size, dtype=dtype, device=there[0].device), 0
+        for name, each in held.items():
+            for which, tensors in _alike(each):
+                stacked = torch.stack([t.to(own) for t in tensors])
+                piece = block[start : start + stacked.numel()].view_as(stacked)
+                piece.copy_(stacked)  # one by one takes several times as long
                 offsets = np.arange(len(which), dtype=np.uint64) * np.uint64(piece[0].nbytes)
-                entries[name][numbers[which]] = np.uint64(piece.data_ptr()) + offsets
+                entries[name][which] = np.uint64(piece.data_ptr()) + offsets
                 start += piece.numel()
-        entries["rank"][numbers] = [len(one.a) for one in pairs]
-        entries["scale"][numbers] = [one.scale for one in pairs]
+        entries["rank"][numbers] = [len(one.a) for one in all_of]
+        entries["scale"][numbers] = [one.scale for one in all_of]
+        entries["f"][numbers] = [FUNCTIONS.index(one.f) for one in all_of]
         entries["type"][numbers] = TYPES[dtype]
         return block, entries
 
@@ -247,10 +272,13 @@ class Products:
         y = plain(module, given) if bare else usual(module, state, (given,), kwargs)
         if number in prepared.adds:
             y = y.contiguous()
-            prepared.step(number, x, y)
+            for step, modules, reads_output in prepared.steps:
+                if number in modules:
+                    step(number, y.clone() if reads_output else x, y)  # some of y is read while some is added to
             for start, stop, held in prepared.long:
                 if number < len(held.entries) and held.entries["rank"][number]:
-                    _add(y[0, start:stop], x[0, start:stop], held.update(number, *self._widths[number]))
+                    read = y if held.entries["reads_output"][number] else x
+                    _add(y[0, start:stop], read[0, start:stop], held.update(number, *self._widths[number]))
         y = y if gain is None else _times(y, gain, owner)
         return y if shift is None else y + _each(shift, owner)
 
@@ -266,15 +294,23 @@ class Products:
             entries = self._held[key].entries
             table[: len(entries), column] = entries
         runs = Runs([Run(part.start, part.stop, columns[key]) for key, part in short], segments.total)
-        adds: set[int] = {*np.flatnonzero((table["rank"] > 0).any(1)).tolist()}
-        for _, _, held in long:
-            adds |= {*np.flatnonzero(held.entries["rank"]).tolist()}
         if len(self._prepared) >= _MAPS:
             self._prepared.clear()
-        step = self.way.step(table, self._widths, runs)
-        made = _Prepared(segments, step, long, adds, [None] * len(self._widths), self._owner(whose, segments.total))
+        kinds = np.unique(table["reads_output"][table["rank"] > 0]).tolist()
+        steps = [self._added(table, runs, bool(reads_output)) for reads_output in kinds]
+        adds = {number for step in steps for number in step.modules}
+        for _, _, held in long:
+            adds |= {*np.flatnonzero(held.entries["rank"]).tolist()}
+        made = _Prepared(segments, steps, long, adds, [None] * len(self._widths), self._owner(whose, segments.total))
         self._prepared[id(segments)] = made
         return made
+
+    def _added(self, table: Entries, runs: Runs, reads_output: bool) -> _Added:
+        own = table.copy()
+        own["rank"][table["reads_output"] != reads_output] = 0
+        widths = [(out if reads_output else n_in, out) for n_in, out in self._widths]
+        modules = {*np.flatnonzero((own["rank"] > 0).any(1)).tolist()}
+        return _Added(self.way.step(own, widths, runs), modules, reads_output)
 
     def _owner(self, whose: Sequence[tuple[str, Segment]], total: int) -> Tensor | int | None:
         """Write down whose vectors each token gets.
@@ -289,8 +325,8 @@ class Products:
                 continue
             if any(found[part.start : part.stop]):
                 raise AttachError(
-                    f"{part.who}: of adapters that are kept apart from the model and multiply what a module returns, "
-                    "a token can have one. Give each token one of them."
+                    f"{part.who}: of adapters that are kept apart from the model and multiply or read what a module "
+                    "returns, a token can have one. Give each token one of them."
                 )
             found[part.start : part.stop] = [row] * _length(part)
         if len({*found}) > 1:
@@ -298,20 +334,23 @@ class Products:
         return max(found, default=0) or None
 
 
-def _alike(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """The places of tensors, by their shapes."""
-    found: dict[torch.Size, list[int]] = {}
-    for i, tensor in enumerate(tensors):
-        found.setdefault(tensor.shape, []).append(i)
-    return list(found.values())
+def _alike(each: Iterable[tuple[int, Tensor]]) -> Iterator[tuple[list[int], list[Tensor]]]:
+    """Tensors of one shape and their numbers, by shape."""
+    found: dict[torch.Size, tuple[list[int], list[Tensor]]] = {}
+    for number, tensor in each:
+        numbers, tensors = found.setdefault(tensor.shape, ([], []))
+        numbers.append(number)
+        tensors.append(tensor)
+    return iter(found.values())
 
 
 def _length(part: Segment) -> int:
     return part.stop - part.start
 
 
-def _update(change: Affine) -> Update | None:
-    return None if change.a is None or change.b is None else Update(change.a, change.b, change.scale)
+def _update(change: Tokenwise) -> Update | None:
+    a, b, scale, d, f, *_ = change
+    return None if a is None or b is None else Update(a, b, scale, d, f)
 
 
 def _in_rows(each: Sequence[Tensor | None], neutral: int, x: Tensor) -> Tensor | None:
@@ -331,7 +370,7 @@ def _each(rows: Tensor, owner: Tensor | int) -> Tensor:
     return rows[owner] if isinstance(owner, int) else rows.index_select(0, owner)
 
 
-def _vectors(change: Affine) -> Vectors:
+def _vectors(change: Tokenwise) -> Vectors:
     on_input, gain, shift = (
         None if v is None else v.detach().to(torch.float32, copy=True)
         for v in (change.on_input, change.gain, change.shift)
@@ -341,4 +380,4 @@ def _vectors(change: Affine) -> Vectors:
 
 def _add(y: Tensor, x: Tensor, update: Update) -> None:
     dtype = thin_dtype(x)
-    add_low_rank(y, x, update.a.to(dtype).T, update.b.to(dtype).T, update.scale)
+    add_low_rank(y, x, update.a.to(dtype).T, update.b.to(dtype).T, update.scale, update.inner)

@@ -94,7 +94,7 @@ def _compile(compiler: str, flags: tuple[str, ...], source: Path, file: Path) ->
         with tempfile.TemporaryDirectory(prefix=".", dir=file.parent) as name:
             work = Path(name)
             _run(work, compiler, *_ALWAYS, *flags, "-c", str(source), "-o", str(work / "made.o"))
-            _run(work, compiler, "-shared", str(work / "made.o"), "-o", str(work / "made.so"))
+            _run(work, compiler, "-shared", str(work / "made.o"), "-lm", "-o", str(work / "made.so"))
             (work / "made.so").chmod(0o500)
             (work / "made.so").replace(file)
     except OSError as error:

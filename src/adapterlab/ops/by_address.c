@@ -1,8 +1,9 @@
 /* Low-rank updates of runs of tokens, with factors that are read where they lie.
  *
- *     y[t] += scale * B (A x[t])    for t in each run, with the factors A and B of its update
+ *     y[t] += scale * B f(A x[t] + d)    for t in each run, with the factors A and B, d and f of its update
  *
- * A is [rank, in] and B is [out, rank], of which the columns lie behind each other, as the rows of A do.
+ * A is [rank, in] and B is [out, rank], of which the columns lie behind each other, as the rows of A do; d is [rank], or
+ * not there.
  *
  * Factors are float32, bfloat16 or float16, x and y float32 or bfloat16; sums are in float32. What a token gets does not
  * depend on the run it stands in, to the bit: each sum is taken in one order, whatever is computed beside it.
@@ -10,6 +11,7 @@
  * Plain C with the vectors of GCC and Clang, which any processor has; the caller checks everything that it points to.
  */
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -26,12 +28,13 @@ typedef uint32_t bits __attribute__((vector_size(4 * WIDTH)));
 typedef uint16_t half __attribute__((vector_size(2 * WIDTH)));
 
 enum type { FLOAT32, BFLOAT16, FLOAT16 };
+enum function { IDENTITY, RELU, GELU, GELU_TANH, SILU, TANH };
 
 typedef struct {
-    const void *a, *b;
+    const void *a, *b, *d;
     int64_t rank;
     float scale;
-    int32_t type;
+    int32_t type, f, reads_output;
 } update;
 
 typedef struct {
@@ -168,7 +171,29 @@ INLINE void expand(const update *u, int64_t out, int64_t o, void *y, float (*h)[
             add(y, t * out + o + v * WIDTH, left, s[t][v], y_type);
 }
 
-/* Both for n tokens from token t on. */
+static float of(float z, int32_t f)
+{
+    switch (f) {
+    case RELU: return z > 0 || z != z ? z : 0;
+    case GELU: return 0.5f * z * (1 + erff(z * 0.70710678f));
+    case GELU_TANH: return 0.5f * z * (1 + tanhf(0.79788456f * (z + 0.044715f * z * z * z)));
+    case SILU: return z / (1 + expf(-z));
+    case TANH: return tanhf(z);
+    }
+    return z;
+}
+
+/* h[t] = scale * f(h[t] + d) for n tokens. */
+INLINE void between(const update *u, float (*h)[RANK], int64_t n, int type)
+{
+    for (int64_t i = 0; i < u->rank; i++) {
+        float d = u->d ? load_some(u->d, i, 1, type)[0] : 0;
+        for (int64_t t = 0; t < n; t++)
+            h[t][i] = u->scale * (u->f ? of(h[t][i] + d, u->f) : h[t][i] + d);
+    }
+}
+
+/* Both products for n tokens from token t on. */
 INLINE void both(const product *p, const update *u, const char *x, char *y, int64_t n, int type)
 {
     float h[TOKENS][RANK], held[TOKENS][CHUNK];
@@ -190,9 +215,7 @@ INLINE void both(const product *p, const update *u, const char *x, char *y, int6
         for (; i < u->rank; i++)
             shrink(a + i * next, p->in, columns, part, (float(*)[RANK])(h[0] + i), n, 1, type);
     }
-    for (int64_t t = 0; t < n; t++)
-        for (int64_t i = 0; i < u->rank; i++)
-            h[t][i] *= u->scale;
+    between(u, h, n, type);
     for (; o + beside * WIDTH <= p->out; o += beside * WIDTH)
         expand(u, p->out, o, y, h, n, beside, p->type, type);
     for (; o < p->out; o += WIDTH)

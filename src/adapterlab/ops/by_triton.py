@@ -1,4 +1,4 @@
-"""Updates of runs of tokens on a GPU: two kernels in Triton, x Aᵀ and what is added to y, that get addresses.
+"""Updates of runs of tokens on a GPU: two kernels in Triton, f(x Aᵀ + d) and what is added to y, that get addresses.
 
 As Punica's SGMV (arXiv 2310.18547): tokens in pieces of up to 16, of which each has one update; ranks in blocks of 16,
 of which an update has as many as it needs. A piece of one token, as in decoding, fills a tile with itself alone.
@@ -37,15 +37,37 @@ def _numbers(address: Any, places: Any, mask: Any, kind: Any, dtype: tl.constexp
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _tanh(z: Any) -> Any:
+    return 1 - 2 / (tl.exp(2 * z) + 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _activated(z: Any, f: Any) -> Any:
+    """One of `FUNCTIONS`, by its place."""
+    if f == 1:
+        z = tl.where(z < 0, 0.0, z)
+    if f == 2:
+        z = 0.5 * z * (1 + tl.erf(z * 0.70710678))
+    if f == 3:
+        z = 0.5 * z * (1 + _tanh(0.79788456 * (z + 0.044715 * z * z * z)))
+    if f == 4:
+        z = z / (1 + tl.exp(-z))
+    if f == 5:
+        z = _tanh(z)
+    return z
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _shrink(
     words: Any, scales: Any, pieces: Any, x: Any, h: Any, n_in: Any, width: Any,
     AT_ONCE: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Compute h = s · x Aᵀ `[tokens, width]` for a piece and a block of ranks."""
+    """Compute h = s · f(x Aᵀ + d) `[tokens, width]` for a piece and a block of ranks."""
     piece, block = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(pieces + 3 * piece), tl.load(pieces + 3 * piece + 1)
     update = tl.load(pieces + 3 * piece + 2)
-    a, rank, kind = tl.load(words + 4 * update), tl.load(words + 4 * update + 2), tl.load(words + 4 * update + 3)
+    a, d, f = tl.load(words + 6 * update), tl.load(words + 6 * update + 2), tl.load(words + 6 * update + 5)
+    rank, kind = tl.load(words + 6 * update + 3), tl.load(words + 6 * update + 4)
     if block * AT_ONCE < rank:
         tokens = start + tl.arange(0, AT_ONCE)
         ranks = block * AT_ONCE + tl.arange(0, AT_ONCE)
@@ -57,6 +79,9 @@ def _shrink(
             there = (ranks[None, :] < rank) & (columns[:, None] < n_in)
             right = _numbers(a, ranks[None, :].to(tl.int64) * n_in + columns[:, None], there, kind, dtype)
             found = tl.dot(left.to(dtype), right, found, input_precision="ieee")
+        if d != 0:
+            found += _numbers(d, ranks, ranks < rank, kind, tl.float32)[None, :]
+        found = _activated(found, f)
         held = h + tokens[:, None].to(tl.int64) * width + ranks[None, :]
         tl.store(held, tl.load(scales + update) * found, mask=(tokens[:, None] < stop) & (ranks[None, :] < width))
 
@@ -70,7 +95,7 @@ def _expand(
     piece, block = tl.program_id(0), tl.program_id(1)
     start, stop = tl.load(pieces + 3 * piece), tl.load(pieces + 3 * piece + 1)
     update = tl.load(pieces + 3 * piece + 2)
-    b, rank, kind = tl.load(words + 4 * update + 1), tl.load(words + 4 * update + 2), tl.load(words + 4 * update + 3)
+    b, rank, kind = tl.load(words + 6 * update + 1), tl.load(words + 6 * update + 3), tl.load(words + 6 * update + 4)
     tokens = start + tl.arange(0, AT_ONCE)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     found = tl.zeros((AT_ONCE, BLOCK), tl.float32)
@@ -116,7 +141,8 @@ class _Step:
 
     def __init__(self, table: Entries, widths: Sequence[tuple[int, int]], runs: Runs):
         self.widths, self.total = widths, runs.total
-        fields = [table["a"].view(np.int64), table["b"].view(np.int64), table["rank"], table["type"].astype(np.int64)]
+        addresses = [table[name].view(np.int64) for name in ("a", "b", "d")]
+        fields = [*addresses, *(table[name].astype(np.int64) for name in ("rank", "type", "f"))]
         kinds = set(table["type"][table["rank"] > 0].tolist())
         self.kind = kinds.pop() if len(kinds) == 1 else None
         self.width = -(-int(table["rank"].max(initial=0)) // _AT_ONCE) * _AT_ONCE

@@ -71,8 +71,10 @@ def thin_dtype(x: Tensor, few: int = FEW, rows: int = 1) -> torch.dtype:
     return torch.float32 if half and x.numel() <= few * rows * x.shape[-1] else x.dtype
 
 
-def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """Add scale · (x Aᵀ) Bᵀ to y in place, without a gradient.
+def add_low_rank(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, inner: Callable[[Tensor], Tensor] | None = None
+) -> None:
+    """Add scale · inner(x Aᵀ) Bᵀ to y in place, without a gradient.
 
     Args:
         y: `[tokens, out]`.
@@ -80,11 +82,14 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> No
         a: Aᵀ `[in, r]`, in `thin_dtype`.
         b: Bᵀ `[r, out]`, likewise.
         scale: factor of the update.
+        inner: what is computed between the products, `[tokens, r]` of as many; None: nothing.
     """
+    h = x.to(a.dtype).mm(a)
+    h = h if inner is None else inner(h)
     if a.dtype is x.dtype:
-        y.addmm_(x.mm(a), b, alpha=scale)
+        y.addmm_(h, b, alpha=scale)
     else:
-        y.add_(x.to(a.dtype).mm(a).mm(b), alpha=scale)
+        y.add_(h.mm(b), alpha=scale)
 
 
 def add_low_rank_by_row(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:

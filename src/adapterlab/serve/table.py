@@ -1,7 +1,7 @@
-"""Adapters without modules: what one adds to linear layers lies in a table, and the layers ask the table.
+"""Adapters without modules: what one makes of each token (`Tokenwise`) lies in a table, which the base's modules ask.
 
-To put an adapter on a model makes hundreds of modules, a third of a second in which nobody gets an answer. What is
-nothing but products of factors needs none: of an adapter that was put on the model the table takes all such products.
+To put an adapter on a model makes hundreds of modules, a third of a second in which nobody gets an answer, and in a
+step each has to be asked by itself. Of an adapter that was put on the model the table takes all that has that form.
 Of adapters of its kind, which differ in their numbers alone, it then learns which tensor of the file is which factor of
 which layer, by putting on one with numbers that are known again; and reads the next ones without the model.
 """
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adapterlab.core.adapter import Adapter, Affine
+from adapterlab.core.adapter import Adapter, Tokenwise
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Method
 from adapterlab.core.site import Site
@@ -75,7 +75,7 @@ class Table:
 
     def __init__(self, model: Any, forward: Forward, products: Products):
         self.model, self.forward, self.products = model, forward, products
-        self._sites: dict[nn.Module, Site] | None = None
+        self._sites: dict[nn.Module, tuple[Site, int, int]] | None = None  # and the widths of input and output
         self._marked: set[nn.Module] = set()
         # By kind; None: one was taken as a whole, and nobody has looked yet; empty: they cannot be read so.
         self._kinds: OrderedDict[str, tuple[Place, ...] | None] = OrderedDict()
@@ -102,7 +102,8 @@ class Table:
         check_seal(saved.info)
         found, device = saved.tensors, self.forward.device
         return self.products.take(
-            key, {n: Affine(found[a].to(device, dtype), found[b].to(device, dtype), s) for n, a, b, s, dtype in places}
+            key,
+            {n: Tokenwise(found[a].to(device, dtype), found[b].to(device, dtype), s) for n, a, b, s, dtype in places},
         )
 
     def know(self, kind: str) -> None:
@@ -123,7 +124,7 @@ class Table:
         for part in parts:
             for adapter in carrier.adapters(part).values():
                 at.setdefault(adapter.site.module, {})[part] = adapter
-        found: dict[int, Affine] = {}
+        found: dict[int, Tokenwise] = {}
         for module, held in at.items():
             number, change = self._number(carrier, module), _change(held)
             if number is None or change is None or not self.products.takes(number, change):
@@ -173,7 +174,7 @@ class Table:
         if number is None or found is None:
             return None
         one = found[""]
-        if not self.products.takes(number, Affine(one.a, one.b)):
+        if not self.products.takes(number, Tokenwise(one.a, one.b)):
             return None
         a, b = (names.get(_beginning(t), "") for t in (one.a, one.b))
         for name, t in ((a, one.a), (b, one.b)):
@@ -181,34 +182,35 @@ class Table:
                 return None
         return Place(number, a, b, one.scale, one.a.dtype)
 
-    # ------------------------------------------------------------------ layers
+    # ------------------------------------------------------------------ modules
 
     def _number(self, carrier: Host, module: nn.Module) -> int | None:
-        """The number of a layer, which asks the table from now on; None where it cannot."""
+        """The number of a module, which asks the table from now on; None where it cannot."""
         if self._sites is None:
             self._sites = self._watched(carrier)
-        site = self._sites.get(module)
-        if site is None:
+        if module not in self._sites:
             return None
+        site, n_in, out = self._sites[module]
         if _MARKS not in carrier.methods:
             carrier.attach(Marks(), _MARKS, active=False)
         if module not in self._marked:
             carrier.wrap(_MARKS, site, Marks.Mark(site))
             self._marked.add(module)
-        out, n_in = site.shape
         return self.products.number(module, n_in, out)
 
-    def _watched(self, carrier: Host) -> dict[nn.Module, Site]:
-        """The linear layers that are called once a pass, with all its tokens in one row, and keep their dtype."""
-        count, times = 3, dict[nn.Module, int]()
+    def _watched(self, carrier: Host) -> dict[nn.Module, tuple[Site, int, int]]:
+        """The modules that are called once a pass, with all its tokens in one row, and keep the dtype."""
+        count, times, widths = 3, dict[nn.Module, int](), dict[nn.Module, tuple[int, int]]()
 
         def watch(module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
             fits = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(y, Tensor)
             fits = fits and args[0].dtype in self.products.way.dtypes and args[0].shape[:-1] == (1, count)
-            fits = fits and (y.dtype, y.device) == (args[0].dtype, args[0].device)
+            fits = fits and y.shape[:-1] == (1, count) and (y.dtype, y.device) == (args[0].dtype, args[0].device)
             times[module] = times.get(module, 0) + (1 if fits else 2)
+            if fits:
+                widths[module] = args[0].shape[-1], y.shape[-1]
 
-        sites = {site.module: site for site in carrier.all_sites() if site.kind == "linear"}
+        sites = {site.module: site for site in carrier.all_sites() if site.kind in ("linear", "norm", "block")}
         hooks = [module.register_forward_hook(watch, with_kwargs=True) for module in sites]
         try:
             with carrier.using():
@@ -217,24 +219,24 @@ class Table:
             self.forward.clear([ZERO])
             for hook in hooks:
                 hook.remove()
-        return {module: site for module, site in sites.items() if times.get(module) == 1}
+        return {module: (site, *widths[module]) for module, site in sites.items() if times.get(module) == 1}
 
 
 @torch.no_grad()
-def _change(held: dict[str, Any]) -> Affine | None:
-    """What the adapters of a linear module make of it, or None: it is no affine change, or would take much memory."""
+def _change(held: dict[str, Any]) -> Tokenwise | None:
+    """What the adapters of a module make of each token, or None: it has not that form, or would take much memory."""
     pairs = resting(held, mixed=True)
     if pairs is not None:
         one, *more = pairs.values()
         pair = behind([(p.a, p.scale * p.b) for p in (one, *more)]) if more else (one.a, one.b)
-        return Affine(pair[0].detach(), pair[1].detach(), 1.0 if more else one.scale)
+        return Tokenwise(pair[0].detach(), pair[1].detach(), 1.0 if more else one.scale)
     adapter, *others = held.values()
     if others or not may_be_kept(adapter, mixed=True):
         return None
     if adapter.idle or adapter.is_merged or "around" in adapter.__dict__:
         return None
     change = adapter.serving()
-    if not isinstance(change, Affine):
+    if not isinstance(change, Tokenwise):
         return None
     own = sum(t.numel() for t in (*adapter.parameters(), *adapter.buffers()))
     size = sum(t.numel() for t in (change.a, change.b) if t is not None)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterlab.core.adapter import Adapter, Copy, Delta
+from adapterlab.core.adapter import Adapter, Copy, Delta, Front, Tokenwise
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.method import Method
 from adapterlab.core.site import Site
@@ -21,16 +19,10 @@ from adapterlab.engine.wrapping import plain_copy
 from adapterlab.errors import AttachError
 from adapterlab.foreign.calls import order
 from adapterlab.foreign.model import plain_class
+from adapterlab.ops.segmented import ACTIVATIONS
 
 Weights = tuple[Tensor, Tensor, Tensor, Tensor]
-Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh"]
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-}
+Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh"]  # of `ops.segmented`
 
 
 class Projections(Adapter):
@@ -71,6 +63,13 @@ class Projections(Adapter):
         h = F.dropout(h, self.p, self.training)
         return (self.scale * F.linear(h, up, up_bias)).to(z.dtype)
 
+    def added_to_result(self, *, reads_output: bool) -> Tokenwise | None:
+        """Return the form for a server of what adds `share` to the module's result; None: `share` is another one."""
+        if type(self).share is not Projections.share:
+            return None
+        (down, down_bias, up, up_bias), scale = self.weights(), float(self.scale)
+        return Tokenwise(down, up, scale, down_bias, self.activation, reads_output, shift=scale * up_bias)
+
 
 class After(Projections):
     """Sequential: y = h + share(h) with h = run(x)."""
@@ -79,6 +78,10 @@ class After(Projections):
         y = run(*args, **kwargs)
         return plus(y, self.share(first(y)))
 
+    def serving(self) -> Front | Tokenwise | None:
+        """As long as it is this one: another `around` reads something else."""
+        return self.added_to_result(reads_output=True) if type(self).around is After.around else None
+
 
 class Beside(Projections):
     """Parallel: y = run(x) + share(x)."""
@@ -86,6 +89,10 @@ class Beside(Projections):
     def around(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         y = run(*args, **kwargs)
         return plus(y, self.share(args[0] if args else next(iter(kwargs.values()))))
+
+    def serving(self) -> Front | Tokenwise | None:
+        """All of it."""
+        return self.added_to_result(reads_output=False)
 
 
 class AroundNorm(Projections):

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from adapterlab.core.adapter import Affine
+from adapterlab.core.adapter import Tokenwise
 from adapterlab.core.codec import HFCodec
 from adapterlab.core.kept import Kept
 from adapterlab.core.site import Site
@@ -148,10 +148,10 @@ class DoRA(LoRA):
             change = (gain - 1).to(y.dtype)
             return y + change * inner + gain.to(y.dtype) * self.product(x).to(y.dtype)
 
-        def serving(self) -> Affine:
+        def serving(self) -> Tokenwise:
             """The update, and m/c as gain; the base's bias is not rescaled."""
             gain, bias = self.m / self.norms(), self.site.unmerged.bias
-            return Affine(self.A, self.B, self.scale, gain=gain, shift=None if bias is None else (1 - gain) * bias)
+            return Tokenwise(self.A, self.B, self.scale, gain=gain, shift=None if bias is None else (1 - gain) * bias)
 
         def slow_because(self) -> str:
             """As LoRA's; dropout and what is merged stand against it too."""

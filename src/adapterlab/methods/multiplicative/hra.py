@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterlab.core.adapter import Adapter, Affine
+from adapterlab.core.adapter import Adapter, Tokenwise
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
 from adapterlab.core.method import LayerMethod
@@ -109,10 +109,10 @@ class HRA(LayerMethod):
             inverse = (unit.T @ unit).triu(1) + 0.5 * torch.eye(unit.shape[1], dtype=unit.dtype, device=unit.device)
             return unit, torch.linalg.solve_triangular(inverse, unit, upper=True, left=False)
 
-        def serving(self) -> Affine:
+        def serving(self) -> Tokenwise:
             """Uᵀ and −W U T: the reflections of the input as an update of the weight."""
             unit, mixed = self.reflectors()
-            return Affine(unit.T, -self.site.unmerged.weight().to(mixed.dtype) @ mixed)
+            return Tokenwise(unit.T, -self.site.unmerged.weight().to(mixed.dtype) @ mixed)
 
         def around(self, run: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Reflect the input."""

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from adapterlab.core.adapter import Adapter, Affine
+from adapterlab.core.adapter import Adapter, Tokenwise
 from adapterlab.core.carrier import Carrier
 from adapterlab.core.codec import HFCodec
 from adapterlab.core.hub import HubCodec, taken
@@ -106,9 +106,9 @@ class IA3(LayerMethod):
             """Scale the input or the output."""
             return run(self.scaled(x), *args, **kwargs) if self.on_input else self.scaled(run(x, *args, **kwargs))
 
-        def serving(self) -> Affine:
+        def serving(self) -> Tokenwise:
             """The scales as gain, or on the input."""
-            return Affine(on_input=self.l.flatten()) if self.on_input else Affine(gain=self.l.flatten())
+            return Tokenwise(on_input=self.l.flatten()) if self.on_input else Tokenwise(gain=self.l.flatten())
 
         def scaled(self, x: Tensor) -> Tensor:
             """L ⊙ x, from l − 1: a small change survives in a half-precision dtype."""
