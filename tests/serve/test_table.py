@@ -108,6 +108,41 @@ def test_each_token_is_multiplied_by_its_own_and_those_that_went_leave_the_other
         torch.testing.assert_close(computed((("all",), tokens)), change.gain * y + change.shift)
 
 
+@pytest.mark.parametrize("per", [1, 70])  # tokens of each: by the kernel, and by torch
+def test_what_reads_results_stands_beside_what_reads_inputs_and_changes_no_input(per: int) -> None:
+    way, _ = fastest("cpu")
+    assert way is not None
+    products, module, state, x = Products(way), torch.nn.Identity(), State(), torch.randn(1, 3 * per, 4)
+    module.add_module(ADAPTERS, torch.nn.ModuleDict())
+    number = products.number(module, 4, 4)
+    lora = Tokenwise(torch.randn(2, 4), torch.randn(4, 2), 0.5)
+    behind, beside = (
+        Tokenwise(torch.randn(3, 4), torch.randn(4, 3), 2.0, torch.randn(3), "tanh", reads_output)
+        for reads_output in (True, False)
+    )
+    for key, change in {"lora": lora, "behind": behind._replace(gain=torch.full((4,), 3.0)), "beside": beside}.items():
+        products.take(key, {number: change})
+
+    def computed(*parts: tuple[tuple[str, ...], int]) -> torch.Tensor:
+        state.segments, given = segments(parts, by_token=True), x.clone()
+        with torch.no_grad():
+            y: torch.Tensor = products.computed(state, module, (given,), {}, lambda module, x: x, lambda *args: None)
+        assert torch.equal(given, x), "a module that returns its input is no place to add to"
+        return y[0]
+
+    def bottleneck(z: torch.Tensor, change: Tokenwise) -> torch.Tensor:
+        return 2.0 * torch.tanh(z @ change.a.T + change.d) @ change.b.T
+
+    one, two, three = x[0].split(per)
+    wanted = [
+        one + 0.5 * one @ lora.a.T @ lora.b.T,
+        3 * (two + bottleneck(two, behind)),
+        three + bottleneck(three, beside),
+    ]
+    found = computed((("lora",), per), (("behind",), per), (("beside",), per))
+    torch.testing.assert_close(found, torch.cat(wanted))
+
+
 def test_settings_that_change_the_product_are_another_kind(alone: Any, engine: Any, tmp_path: Path) -> None:
     one, wanted = engine("low"), {}
     for name, method in {"a": al.LoRA(r=2), "b": al.LoRA(r=2), "c": al.LoRA(r=2, alpha=9), "d": al.LoRA(r=3)}.items():

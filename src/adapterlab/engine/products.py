@@ -50,8 +50,7 @@ class _Held(NamedTuple):
     Attributes:
         block: its factors.
         entries: where they are, by the number of the module.
-        vectors: l, g and c of `Tokenwise` in float32, by the number of a module that has one of them, or whose result
-            is read: one adapter may do that with a token.
+        vectors: l, g and c of `Tokenwise` in float32, by the number of a module that has one of them.
     """
 
     block: Tensor
@@ -182,10 +181,9 @@ class Products:
             raise ValueError(f"what {key} brings is not of the sizes of its modules, or no kernel can read it")
         updates = {number: update for number, one in changes.items() if (update := _update(one)) is not None}
         block, entries = self._in_one_block(updates)
-        behind = [number for number, one in changes.items() if one.reads_output]
-        entries["reads_output"][behind] = 1
+        entries["reads_output"][[number for number, one in changes.items() if one.reads_output]] = 1
         found = {number: _vectors(one) for number, one in changes.items()}
-        vectors = {n: each for n, each in found.items() if n in behind or any(v is not None for v in each)}
+        vectors = {number: each for number, each in found.items() if any(v is not None for v in each)}
         self._held[key] = _Held(block, entries, vectors)
         self._changed(key)
         held = [v for each in vectors.values() for v in each if v is not None]
@@ -196,7 +194,7 @@ class Products:
         entries = np.zeros(len(self._widths), ENTRY)
         if not updates:
             return torch.empty(0), entries
-        numbers, all_of = np.array(list(updates)), list(updates.values())
+        numbers, all_of = np.array(list(updates)), updates.values()
         held = {
             "a": [(number, one.a) for number, one in updates.items()],
             "b": [(number, one.b.T) for number, one in updates.items()],
@@ -271,7 +269,7 @@ class Products:
         given = x if on_input is None else _times(x, on_input, owner)
         y = plain(module, given) if bare else usual(module, state, (given,), kwargs)
         if number in prepared.adds:
-            y = y.contiguous()
+            y = y.clone() if y.data_ptr() == given.data_ptr() else y.contiguous()  # a block may return what it got
             for step, modules, reads_output in prepared.steps:
                 if number in modules:
                     step(number, y.clone() if reads_output else x, y)  # some of y is read while some is added to
@@ -325,8 +323,8 @@ class Products:
                 continue
             if any(found[part.start : part.stop]):
                 raise AttachError(
-                    f"{part.who}: of adapters that are kept apart from the model and multiply or read what a module "
-                    "returns, a token can have one. Give each token one of them."
+                    f"{part.who}: of adapters that are kept apart from the model and multiply what a module returns, "
+                    "a token can have one. Give each token one of them."
                 )
             found[part.start : part.stop] = [row] * _length(part)
         if len({*found}) > 1:
