@@ -15,6 +15,7 @@ from adapterlab.core.site import Site
 from adapterlab.errors import AttachError
 from adapterlab.foreign.quantized import is_quantized
 
+_LARGEST_GAIN = 1e4  # of a copied norm, as half precision holds it
 RESTING = "_adapterlab_resting"  # attribute of a module: what it keeps of its adapters while nobody trains them
 
 
@@ -364,9 +365,9 @@ class Copy(Adapter):
             for module in (self.copy, self.site.unmerged.module)
         )
         assert w is not None and own_w is not None  # noqa: PT018
-        if not bool((own_w + offset).all()):
-            return None
         gain = (w + offset) / (own_w + offset)
+        if not bool((gain.abs() < _LARGEST_GAIN).all()):  # NaN is not either
+            return None
         return Tokenwise(gain=gain, shift=None if b is None or own_b is None else b - gain * own_b)
 
     @property
